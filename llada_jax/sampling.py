@@ -1,0 +1,399 @@
+"""The reverse process (Section 2.4 and Appendix B.4 of arXiv 2502.09992): MASK tokens become text.
+
+A canvas [prompt | MASK ... MASK] is denoised by one compiled program, a `lax.while_loop` over
+reverse steps. Every step predicts the masked tokens of the active block and keeps some of them;
+the rest stay masked. The MASK positions of a row, the prompt's own first, then the appended
+ones, are cut in order into blocks; block after block is finished, each in its share of the steps.
+
+Rows do not know of each other: each has its own blocks and steps, its noise depends on
+(key, row, block, step) only, and it is computed from its first real token on, so that left
+padding changes neither its positions nor its result.
+
+Letters in names, beside those of model.py: K slots of the active block, C slots of one chunk.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from llada_jax import mesh
+from llada_jax.config import SamplerConfig, UserError
+from llada_jax.model import Transformer, compute_dtype
+
+# Positions that go through the head together: logits of (B, HEAD_CHUNK, V) are the most that is held.
+HEAD_CHUNK = 64
+TO_THE_END = np.iinfo(np.int32).max
+
+
+def low_confidence(probability_BC: jax.Array, key_BC: jax.Array) -> jax.Array:
+    """Remasks the least confident: the score to keep a prediction is its probability."""
+    return probability_BC
+
+
+def random(probability_BC: jax.Array, key_BC: jax.Array) -> jax.Array:
+    """Remasks at random: the score to keep a prediction is noise."""
+    return jax.vmap(jax.vmap(jax.random.uniform))(key_BC)
+
+
+# How a step decides which predictions stay: the highest scores do, among equals the lowest position.
+REMASKING = {"low_confidence": low_confidence, "random": random}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Rows:
+    """What stays the same while the rows are denoised. Positions count from a row's first real token."""
+
+    order_BT: jax.Array  # int32: positions of the MASK tokens to fill, ascending, then all others
+    masks_B: jax.Array  # int32: how many there are to fill
+    shift_B: jax.Array  # int32: padding tokens in front
+    real_BT: jax.Array | None  # bool: True = a real token; None = all are
+    key_B: jax.Array  # keys: the row's noise
+
+
+def schedule(
+    masks_B: jax.Array, steps: jax.Array, block_length: int, step: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Where each row stands at a reverse step: the linear schedule, shared between the blocks.
+
+    A row's MASK tokens make ceil(masks / block_length) blocks, the last may be short. A block has
+    steps // blocks steps, the first (steps mod blocks) blocks one more, at least one. A step
+    unmasks (tokens of the block) // (its steps) tokens, the first (tokens mod steps) one more;
+    steps that would unmask nothing are skipped.
+
+    Args:
+      masks_B: int32, MASK tokens to fill in each row.
+      steps: int32 scalar, reverse steps in all.
+      block_length: tokens per block.
+      step: int32 scalar, reverse steps already done.
+
+    Returns:
+      int32 (B,): the active block; the step within it; how many tokens this step unmasks (0 for
+      a row that is finished); how many steps the row takes in all.
+    """
+    blocks_B = jnp.maximum(-(-masks_B // block_length), 1)
+    share_B, extra_B = steps // blocks_B, steps % blocks_B
+
+    def steps_of(block_B):
+        return jnp.maximum(share_B + (block_B < extra_B), 1)
+
+    def tokens_of(block_B):
+        return jnp.clip(masks_B - block_B * block_length, 0, block_length)
+
+    # Steps that are not skipped, in a full block: one of the first `extra` blocks, and any other.
+    long_B = jnp.minimum(share_B + 1, block_length)
+    short_B = jnp.clip(share_B, 1, block_length)
+
+    def start_of(block_B):
+        return jnp.minimum(block_B, extra_B) * long_B + jnp.maximum(block_B - extra_B, 0) * short_B
+
+    last_B = blocks_B - 1
+    total_B = start_of(last_B) + jnp.minimum(steps_of(last_B), tokens_of(last_B))
+
+    after_B = step - extra_B * long_B
+    block_B = jnp.where(after_B < 0, step // long_B, extra_B + after_B // short_B)
+    block_B = jnp.minimum(block_B, last_B)
+    inner_B = step - start_of(block_B)
+    tokens_B, block_steps_B = tokens_of(block_B), steps_of(block_B)
+    count_B = tokens_B // block_steps_B + (inner_B < tokens_B % block_steps_B)
+    return block_B, inner_B, jnp.where(step < total_B, count_B, 0), total_B
+
+
+def gumbel(key_BC: jax.Array, vocab_size: int) -> jax.Array:
+    """Gumbel noise, fp32 (B, C, V), from one 32-bit draw each.
+
+    A token wins by the upper tail of its noise, so that is where resolution is needed: with the usual
+    24-bit uniforms nothing beyond 16.6 exists, and tokens of small probability (there are 10^5) are drawn too
+    rarely. -log(-log(1 - u)) puts the fine end of floating point there: u = 2^-33 gives 22.9, the grid is
+    2^-32, and only noise below -2.8, of probability 6e-8, is cut off.
+    """
+
+    def bits(key):
+        return jax.random.bits(key, (vocab_size,), jnp.uint32, out_sharding=P("tensor"))
+
+    uniform_BCV = (jax.vmap(jax.vmap(bits))(key_BC).astype(jnp.float32) + 0.5) * 2.0**-32
+    return -jnp.log(-jnp.log1p(-jnp.minimum(uniform_BCV, 1 - 2.0**-24)))
+
+
+def choose(
+    logits_BCV: jax.Array, noise_BCV: jax.Array | None, allowed_V: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The tokens drawn (Gumbel-max; the most probable where noise is None) and how sure the model is of them.
+
+    Args:
+      logits_BCV: fp32.
+      noise_BCV: fp32, Gumbel noise times the temperature.
+      allowed_V: bool, tokens that may be chosen. The others keep their part of the softmax.
+
+    Returns:
+      int32 (B, C) tokens; fp32 (B, C) their probability, at temperature 1 whatever the temperature of the draw.
+    """
+    noisy_BCV = logits_BCV if noise_BCV is None else logits_BCV + noise_BCV
+    token_BC = jnp.argmax(jnp.where(allowed_V, noisy_BCV, -jnp.inf), axis=-1)
+    # A masked sum instead of a lookup, which a vocabulary split over devices does not allow.
+    is_token_BCV = jnp.arange(logits_BCV.shape[-1]) == token_BC[..., None]
+    chosen_BC = jnp.sum(jnp.where(is_token_BCV, logits_BCV, 0.0), axis=-1)
+    # exp(logit - max) / sum rather than exp(logit - logsumexp): exact to the last bit near 1, where ranks are decided.
+    max_BC = jnp.max(logits_BCV, axis=-1)
+    sum_BC = jnp.sum(jnp.exp(logits_BCV - max_BC[..., None]), axis=-1)
+    return token_BC.astype(jnp.int32), jnp.exp(chosen_BC - max_BC) / sum_BC
+
+
+def _predict(
+    model: Transformer,
+    h_BTD: jax.Array,
+    position_BC: jax.Array,
+    key_BC: jax.Array,
+    temperature: jax.Array,
+    config: SamplerConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens int32 and scores fp32, (B, C), for some positions of the canvas."""
+    h_BCD = jnp.take_along_axis(h_BTD, position_BC[:, :, None], axis=1)
+    logits_BCV = model.logits(h_BCD)
+    vocabulary = jnp.arange(model.config.vocab_size)
+    allowed_V = (vocabulary != config.mask_id) & (vocabulary < (model.config.token_count or model.config.vocab_size))
+    key_BC2 = jax.vmap(jax.vmap(jax.random.split))(key_BC)
+    noise_BCV = None
+    if config.temperature:
+        noise_BCV = temperature * gumbel(key_BC2[:, :, 0], model.config.vocab_size)
+    token_BC, probability_BC = choose(logits_BCV, noise_BCV, allowed_V)
+    return token_BC, REMASKING[config.remasking](probability_BC, key_BC2[:, :, 1])
+
+
+def _reverse_step(
+    model: Transformer,
+    rows: Rows,
+    tokens_BT: jax.Array,
+    step: jax.Array,
+    steps: jax.Array,
+    temperature: jax.Array,
+    config: SamplerConfig,
+) -> jax.Array:
+    """The canvas after one more reverse step of every row."""
+    block_B, inner_B, count_B, _ = schedule(rows.masks_B, steps, config.block_length, step)
+    batch, length = tokens_BT.shape
+    width = min(config.block_length, length)
+    chunk = min(width, HEAD_CHUNK)
+    width += -width % chunk
+
+    index_BK = jnp.zeros_like(block_B)[:, None] + jnp.arange(width, dtype=jnp.int32)
+    slot_BK = block_B[:, None] * config.block_length + index_BK
+    position_BK = jnp.take_along_axis(rows.order_BT, jnp.minimum(slot_BK, length - 1), axis=1)
+    masked_BK = jnp.take_along_axis(tokens_BT, position_BK, axis=1) == config.mask_id
+    masked_BK &= (slot_BK < rows.masks_B[:, None]) & (index_BK < config.block_length)
+    # Those still masked come first, in order: chunks without any are not computed.
+    first_BK = jnp.argsort(~masked_BK, axis=1, stable=True)
+    index_BK, position_BK, masked_BK = (
+        jnp.take_along_axis(x, first_BK, axis=1) for x in (index_BK, position_BK, masked_BK)
+    )
+
+    h_BTD = model.trunk(tokens_BT, rows.real_BT)
+    key_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.fold_in)(rows.key_B, block_B), inner_B)
+
+    def predict_chunk(i, predicted):
+        def part(x_BK):
+            return jax.lax.dynamic_slice_in_dim(x_BK, i * chunk, chunk, axis=1)
+
+        # One key per slot of the block: the noise of a slot does not depend on how slots are grouped.
+        key_BC = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_B, part(index_BK))
+        new = _predict(model, h_BTD, part(position_BK), key_BC, temperature, config)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(old_BK, new_BC, i * chunk, axis=1)
+            for old_BK, new_BC in zip(predicted, new, strict=True)
+        )
+
+    predicted = (jnp.zeros_like(position_BK), jnp.full_like(position_BK, -jnp.inf, dtype=jnp.float32))
+    if width == chunk:
+        token_BK, score_BK = predict_chunk(0, predicted)
+    else:
+        chunks = -(-jnp.max(jnp.sum(masked_BK, axis=1, dtype=jnp.int32)) // chunk)
+        token_BK, score_BK = jax.lax.fori_loop(0, chunks, predict_chunk, predicted)
+
+    # Stable: among equal scores the lowest position stays. What is not masked is last in any case.
+    best_BK = jnp.argsort(jnp.where(masked_BK, -score_BK, jnp.inf), axis=1, stable=True)
+    token_BK, position_BK = (jnp.take_along_axis(x, best_BK, axis=1) for x in (token_BK, position_BK))
+    position_BK = jnp.where(jnp.arange(width) < count_B[:, None], position_BK, length)  # beyond the canvas: dropped
+    write = jax.vmap(lambda row_T, at_K, new_K: row_T.at[at_K].set(new_K, mode="drop"))
+    return jax.shard_map(write, in_specs=(mesh.TOKENS_BT,) * 3, out_specs=mesh.TOKENS_BT)(
+        tokens_BT, position_BK, token_BK
+    )
+
+
+def _roll(tokens_BT: jax.Array, shift_B: jax.Array) -> jax.Array:
+    """Each row rotated to the left by its shift."""
+    length = tokens_BT.shape[1]
+    return jnp.take_along_axis(tokens_BT, (jnp.arange(length) + shift_B[:, None]) % length, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def denoise(
+    model: Transformer,
+    rows: Rows,
+    tokens_BT: jax.Array,
+    step: jax.Array,
+    stop: jax.Array,
+    steps: jax.Array,
+    temperature: jax.Array,
+    config: SamplerConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs reverse steps from `step` up to `stop` or the end.
+
+    Returns the canvas int32 (B, T), whole on every device; the steps done by now; the steps there are in all.
+    """
+    # Once, not in every step: master weights in fp32 would be cast again and again.
+    model = jax.tree.map(lambda p: p.astype(compute_dtype(model.compute)), model)
+    total = jnp.max(schedule(rows.masks_B, steps, config.block_length, step)[3])
+    tokens_BT = _roll(jax.reshard(tokens_BT, mesh.TOKENS_BT), rows.shift_B)
+
+    def advance(carry):
+        step, tokens_BT = carry
+        return step + 1, _reverse_step(model, rows, tokens_BT, step, steps, temperature, config)
+
+    step, tokens_BT = jax.lax.while_loop(lambda c: c[0] < jnp.minimum(stop, total), advance, (step, tokens_BT))
+    return jax.reshard(_roll(tokens_BT, -rows.shift_B), P(None, None)), step, total
+
+
+def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
+    """The settings with the model's own mask_id where they name none. UserError names what is impossible."""
+    if config.mask_id is None:
+        config = dataclasses.replace(config, mask_id=model.config.mask_id)
+    if config.mask_id is None:
+        raise UserError("the model does not say which token is MASK: set mask_id in SamplerConfig")
+    if not 0 <= config.mask_id < model.config.vocab_size:
+        raise UserError(f"mask_id={config.mask_id} is not in the model's vocabulary of {model.config.vocab_size}")
+    for name, least in (("steps", 1), ("block_length", 1), ("gen_length", 0)):
+        if getattr(config, name) < least:
+            raise UserError(f"{name}={getattr(config, name)}: it must be at least {least}")
+    if not 0 <= config.temperature < math.inf:
+        raise UserError(f"temperature={config.temperature}: it must be 0 (greedy) or a positive number")
+    if config.remasking not in REMASKING:
+        raise UserError(f"remasking={config.remasking!r}: choose one of {', '.join(REMASKING)}")
+    return config
+
+
+def _check_prompt(prompt_BT: np.ndarray, real_BT: np.ndarray | None, vocab_size: int) -> None:
+    if prompt_BT.ndim != 2 or not len(prompt_BT) or (prompt_BT.size and prompt_BT.dtype.kind not in "iu"):
+        raise UserError(f"the prompt must be ids of shape (B, T), not {prompt_BT.dtype} of shape {prompt_BT.shape}")
+    if prompt_BT.size and not (0 <= prompt_BT.min() and prompt_BT.max() < vocab_size):
+        raise UserError(
+            f"the prompt has ids from {prompt_BT.min()} to {prompt_BT.max()}: the model's vocabulary is {vocab_size}"
+        )
+    if real_BT is not None and real_BT.shape != prompt_BT.shape:
+        raise UserError(f"prompt_mask_BT has shape {real_BT.shape}, the prompt {prompt_BT.shape}")
+
+
+def _start(
+    model: Transformer, prompt_BT, config: SamplerConfig, key: jax.Array, prompt_mask_BT
+) -> tuple[Rows, jax.Array]:
+    """The rows and the canvas before the first step, on the mesh in use, B rounded up to its batch shards."""
+    prompt_BT = np.asarray(prompt_BT)
+    real_BT = None if prompt_mask_BT is None else np.asarray(prompt_mask_BT).astype(bool)
+    _check_prompt(prompt_BT, real_BT, model.config.vocab_size)
+    batch, prompt_length = prompt_BT.shape
+    tokens_BT = np.full((batch, prompt_length + config.gen_length), config.mask_id, np.int32)
+    tokens_BT[:, :prompt_length] = prompt_BT
+
+    if real_BT is None or real_BT.all():
+        shift_B, aligned_BT, real_BT = np.zeros(batch, np.int32), tokens_BT, None
+        fill_BT = tokens_BT == config.mask_id
+    else:
+        real_BT = np.pad(real_BT, ((0, 0), (0, config.gen_length)), constant_values=True)
+        shift_B = np.where(real_BT.any(axis=1), real_BT.argmax(axis=1), 0).astype(np.int32)
+        at_BT = (np.arange(tokens_BT.shape[1]) + shift_B[:, None]) % tokens_BT.shape[1]
+        aligned_BT, real_BT = (np.take_along_axis(x, at_BT, axis=1) for x in (tokens_BT, real_BT))
+        fill_BT = (aligned_BT == config.mask_id) & real_BT
+    order_BT = np.argsort(~fill_BT, axis=1, kind="stable").astype(np.int32)
+
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    key_B = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+    if key_B.shape != (batch,):
+        raise UserError(f"key has shape {key.shape}: give one key, or one for each of the {batch} rows")
+    fields = mesh.place_rows(order_BT, fill_BT.sum(axis=1, dtype=np.int32), shift_B, real_BT, key_B)
+    return Rows(*fields), jax.reshard(mesh.place_rows(tokens_BT)[0], P(None, None))
+
+
+def _arguments(config: SamplerConfig) -> tuple[jax.Array, jax.Array, SamplerConfig]:
+    """steps and temperature as arrays, and the rest as static data: trying other values compiles nothing new."""
+    static = dataclasses.replace(config, steps=1, gen_length=0, temperature=float(config.temperature > 0))
+    return _scalar(config.steps), jax.device_put(np.float32(config.temperature), P()), static
+
+
+def _scalar(value: int) -> jax.Array:
+    return jax.device_put(np.int32(value), P())
+
+
+def generate(
+    model: Transformer,
+    prompt_BT: jax.typing.ArrayLike,
+    config: SamplerConfig,
+    key: jax.Array,
+    prompt_mask_BT: jax.typing.ArrayLike | None = None,
+) -> jax.Array:
+    """Fills the MASK tokens of the prompts and gen_length appended ones, all rows in one compiled program.
+
+    It compiles once per shape (B, T), block_length, remasking and greedy or not; steps, temperature and
+    key are traced. No mesh needs to be set; on a mesh the rows are split over its batch axes.
+
+    Args:
+      model: the mask predictor.
+      prompt_BT: int ids, on the host or a device; MASK tokens in it are filled in.
+      config: the sampler's settings.
+      key: one key: row i uses fold_in(key, i). Or keys (B,), one for each row: then a row's result
+        is the same wherever it stands in whatever batch.
+      prompt_mask_BT: bool, True = a real token. Padding, usually on the left, is neither attended to nor filled.
+
+    Returns:
+      int32 (B, T + gen_length): the whole canvas, padding included, rows as given.
+
+    Raises:
+      UserError: an impossible setting, ids beyond the vocabulary, shapes that do not fit.
+    """
+    config = resolve(config, model)
+    with mesh.mesh_of(model.embedding[...]):
+        rows, tokens_BT = _start(model, prompt_BT, config, key, prompt_mask_BT)
+        if tokens_BT.shape[1]:
+            steps, temperature, static = _arguments(config)
+            tokens_BT, _, _ = denoise(
+                model, rows, tokens_BT, _scalar(0), _scalar(TO_THE_END), steps, temperature, config=static
+            )
+        return tokens_BT[: len(prompt_BT)]
+
+
+def denoise_steps(
+    model: Transformer,
+    prompt_BT: jax.typing.ArrayLike,
+    config: SamplerConfig,
+    key: jax.Array,
+    prompt_mask_BT: jax.typing.ArrayLike | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`generate` step by step, by the same compiled program, for those who want to watch.
+
+    Yields the canvas int32 (B, T + gen_length) and bool of the same shape, True = revealed by this step:
+    once before the first step (nothing revealed), then after each. Arguments and errors are those of `generate`.
+    """
+    config = resolve(config, model)
+    batch = len(prompt_BT)
+    with mesh.mesh_of(model.embedding[...]):
+        rows, tokens_BT = _start(model, prompt_BT, config, key, prompt_mask_BT)
+        arguments = _arguments(config)
+    shown_BT = np.asarray(tokens_BT)[:batch]
+    yield shown_BT, np.zeros(shown_BT.shape, bool)
+    steps, temperature, static = arguments
+    done, total = 0, int(shown_BT.shape[1] > 0)
+    while done < total:
+        # The mesh is entered for each step alone: whoever consumes this runs in between.
+        with mesh.mesh_of(model.embedding[...]):
+            tokens_BT, step, all_steps = denoise(
+                model, rows, tokens_BT, _scalar(done), _scalar(done + 1), steps, temperature, config=static
+            )
+        before_BT, shown_BT = shown_BT, np.asarray(tokens_BT)[:batch]
+        done, total = int(step), int(all_steps)
+        if done:
+            yield shown_BT, shown_BT != before_BT
