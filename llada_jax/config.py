@@ -6,9 +6,6 @@ combinations before any device work.
 """
 
 import dataclasses
-import json
-from collections.abc import Iterator
-from typing import Any
 
 
 class UserError(Exception):

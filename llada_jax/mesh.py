@@ -137,6 +137,24 @@ def place_rows(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
     return tuple(None if array is None else place(array) for array in arrays)
 
 
+def place_batch(batch: dict, mesh: Mesh, batch_size: int) -> dict:
+    """The global arrays of a batch of which each process holds its own rows."""
+
+    def place(x):
+        spec = P(BATCH, *(None,) * (x.ndim - 1))
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x, (batch_size, *x.shape[1:]))
+
+    return {name: place(x) for name, x in batch.items()}
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of the global batch that this process feeds, ascending."""
+    sharding = NamedSharding(mesh, ROWS_B)
+    indices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    slices = {index[0].indices(batch_size)[:2] for index in indices}
+    return [row for first, last in sorted(slices) for row in range(first, last)]
+
+
 @contextlib.contextmanager
 def mesh_of(array: jax.Array):
     """Enters the mesh that `array` lives on, unless a mesh is set already (or we are inside a trace)."""

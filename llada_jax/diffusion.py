@@ -1,0 +1,98 @@
+"""The forward process q(x_t | x_0) and the training objectives (Section 2.1 of arXiv 2502.09992).
+
+Every random number of row i in step s comes from fold_in(fold_in(key(seed), s), i), i the row in the
+global batch: a run does not depend on the number of devices, hosts or micro-batches.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax.config import DiffusionConfig
+
+GOLDEN_RATIO_32 = 0x9E3779B9  # 2**32 * (sqrt(5) - 1) / 2, odd
+
+
+class Corrupted(NamedTuple):
+    """A batch after the forward process."""
+
+    tokens_BT: jax.Array  # int32, x_t: MASK where masked
+    mask_BT: jax.Array  # bool, where the loss is taken
+    weight_BT: jax.Array  # fp32, of each position's nll in the loss of its row; 0 where not masked
+    t_B: jax.Array  # fp32, the mask ratio in (0, 1)
+
+
+def step_key(seed: int, step: jax.Array) -> jax.Array:
+    """The key of a step's noise."""
+    return jax.random.fold_in(jax.random.key(seed), step)
+
+
+def row_keys(key: jax.Array, row_B: jax.Array) -> jax.Array:
+    """One key per global row."""
+    return jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
+
+
+def unit_interval(bits: jax.Array) -> jax.Array:
+    """fp32 in (0, 1), the mid-points of 2**24 equal bins, from uint32 bits."""
+    return ((bits >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
+
+
+def low_discrepancy(key: jax.Array, row_B: jax.Array) -> jax.Array:
+    """frac(u + i * golden ratio) of row i as uint32: uniform for each row, nearly stratified over any run of rows."""
+    offset = jax.random.bits(key, (), jnp.uint32)
+    return offset + row_B.astype(jnp.uint32) * jnp.uint32(GOLDEN_RATIO_32)
+
+
+def sample_t(key: jax.Array, row_B: jax.Array, kind: str) -> jax.Array:
+    """t_B, fp32 in (0, 1), each uniform.
+
+    Args:
+      key: the step's key.
+      row_B: int32 rows in the global batch.
+      kind: a name in T_SAMPLING.
+    """
+    return unit_interval(T_SAMPLING[kind](key, row_B))
+
+
+def _independent(key: jax.Array, row_B: jax.Array) -> jax.Array:
+    return jax.vmap(lambda k: jax.random.bits(jax.random.fold_in(k, 0), (), jnp.uint32))(row_keys(key, row_B))
+
+
+T_SAMPLING = {"independent": _independent, "low_discrepancy": low_discrepancy}
+
+
+def pretrain(
+    key: jax.Array,
+    tokens_BT: jax.Array,
+    length_B: jax.Array,
+    row_B: jax.Array,
+    config: DiffusionConfig,
+    mask_id: int,
+) -> Corrupted:
+    """Eq. 3: each real token is masked with p_mask = (1 - eps) t + eps, and weighs 1 / p_mask.
+
+    The loss of a row, sum(weight * nll), is divided by its length; its expectation is the bound
+    -E_t[1/t sum_i 1[x_t^i = MASK] log p(x_0^i | x_t)] / length for the token-wise mask ratio p_mask.
+
+    Args:
+      key: the step's key.
+      tokens_BT: int32 x_0.
+      length_B: int32, real tokens of each row; the rest is padding, neither masked nor counted.
+      row_B: int32 rows in the global batch.
+      config: t_sampling and eps.
+      mask_id: id of MASK.
+    """
+    t_B = sample_t(key, row_B, config.t_sampling)
+    p_mask_B = (1 - config.eps) * t_B + config.eps
+    length = tokens_BT.shape[1]
+    uniform_BT = jax.vmap(lambda k: unit_interval(jax.random.bits(jax.random.fold_in(k, 1), (length,), jnp.uint32)))(
+        row_keys(key, row_B)
+    )
+    real_BT = jnp.arange(length) < length_B[:, None]
+    mask_BT = (uniform_BT < p_mask_B[:, None]) & real_BT
+    weight_BT = jnp.where(mask_BT, 1 / (p_mask_B * length_B)[:, None], 0.0)
+    return Corrupted(jnp.where(mask_BT, mask_id, tokens_BT), mask_BT, weight_BT, p_mask_B)
+
+
+OBJECTIVES = {"pretrain": pretrain}

@@ -1,0 +1,129 @@
+"""The jitted train step: sample t, mask, forward, masked cross-entropy, gradients, update."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from llada_jax import diffusion, mesh
+from llada_jax.config import Config
+from llada_jax.cross_entropy import linear_cross_entropy
+from llada_jax.model import Transformer, initialise, merge, split
+from llada_jax.optimizer import make_optimizer, make_schedule
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
+@dataclasses.dataclass
+class TrainState:
+    """All that a run needs to go on."""
+
+    step: jax.Array  # int32, steps done, skipped ones included
+    params: dict  # fp32
+    opt_state: tuple
+
+
+def make_state(config: Config) -> TrainState:
+    """The state at step 0, sharded over the mesh in use. Trace it with jax.eval_shape for a restore target."""
+    params = split(initialise(config.model, config.compute, jax.random.key(config.seed)))[1]
+    opt_state = jax.jit(make_optimizer(config.optimizer).init)(params)
+    return TrainState(jnp.zeros((), jnp.int32, out_sharding=P()), params, opt_state)
+
+
+def masked_loss(model: Transformer, noisy: diffusion.Corrupted, tokens_BT, length_B, chunk: int):
+    """Sum over rows of sum(weight * nll), and nll_BT in nats, 0 where not masked."""
+    padding_mask_BT = jnp.arange(tokens_BT.shape[1]) < length_B[:, None]
+    h_BTD = model.trunk(noisy.tokens_BT, padding_mask_BT)
+    return linear_cross_entropy(h_BTD, model.head_weight(), tokens_BT, noisy.weight_BT, chunk)
+
+
+def make_train_step(config: Config, graphdef: nnx.GraphDef) -> Callable:
+    """train_step(state, batch) -> state, metrics; jitted, donating state; call it under `jax.set_mesh`.
+
+    batch holds "tokens" int32 (B, T) and "length" int32 (B,), rows split over the batch axes.
+    metrics are scalars on the device, except the two vectors over mask-ratio buckets:
+      loss          nats per token, Eq. 3, mean over the rows of the global batch
+      grad_norm     global norm before clipping
+      learning_rate of this step
+      skipped       1 if loss or gradients were not finite and nothing was applied
+      tokens        real tokens in the batch
+      bucket_nll, bucket_tokens   sum of nll and number of masked tokens by mask ratio
+    """
+    schedule = make_schedule(config.optimizer, config.steps)
+    optimizer = make_optimizer(config.optimizer)
+    objective = diffusion.OBJECTIVES[config.diffusion.objective]
+
+    def loss_of(params, key, tokens_BT, length_B, row_B):
+        noisy = objective(key, tokens_BT, length_B, row_B, config.diffusion, config.model.mask_id)
+        total, nll_BT = masked_loss(
+            merge(graphdef, params), noisy, tokens_BT, length_B, config.compute.loss_chunk
+        )
+        bucket_B = jnp.minimum((noisy.t_B * config.logging.buckets).astype(jnp.int32), config.logging.buckets - 1)
+        member_BK = (bucket_B[:, None] == jnp.arange(config.logging.buckets)).astype(jnp.float32)
+        sums = {
+            "bucket_nll": jnp.einsum("b,bk->k", nll_BT.sum(axis=1), member_BK, out_sharding=P(None)),
+            "bucket_tokens": jnp.einsum(
+                "b,bk->k", noisy.mask_BT.sum(axis=1).astype(jnp.float32), member_BK, out_sharding=P(None)
+            ),
+            "tokens": length_B.sum(),
+        }
+        return total / config.batch_size, sums
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        key = diffusion.step_key(config.seed, state.step)
+        rows = jnp.arange(config.batch_size, dtype=jnp.int32, out_sharding=mesh.ROWS_B)
+        inputs = (batch["tokens"], batch["length"], rows)
+        if config.accumulation == 1:
+            (loss, sums), grads = gradient(state.params, key, *inputs)
+        else:
+            # Micro-batches are summed in fp32; the loss is a sum over rows over the batch size, so this is
+            # the large batch's gradient. Zeros as the start keep one program, not a first case of its own.
+            def add(total, micro):
+                return jax.tree.map(jnp.add, total, gradient(state.params, key, *micro)), None
+
+            micro = jax.tree.map(lambda x: micro_batches(x, config.accumulation), inputs)
+            shapes = jax.eval_shape(gradient, state.params, key, *jax.tree.map(lambda x: x[0], micro))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), shapes)
+            ((loss, sums), grads), _ = jax.lax.scan(add, zeros, micro)
+
+        grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        learning_rate = schedule(state.step)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        # A non-finite step moves on without a trace: parameters and moments stay what they were.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "skipped": 1 - finite.astype(jnp.int32),
+            **sums,
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def micro_batches(x: jax.Array, count: int) -> jax.Array:
+    """(B, ...) -> (count, B / count, ...), each shard's rows dealt out in place: nothing travels."""
+    shards, rest = mesh.batch_shards(), x.shape[1:]
+    micro = x.shape[0] // count
+    none = (None,) * len(rest)
+    x = jax.lax.reshape(x, (shards, count, micro // shards, *rest), out_sharding=P(mesh.BATCH, None, None, *none))
+    x = x.swapaxes(0, 1)
+    return jax.lax.reshape(x, (count, micro, *rest), out_sharding=P(None, mesh.BATCH, *none))
+
+
+def matmul_parameters(params: dict) -> tuple[int, int]:
+    """Parameters that take part in matmuls within the layers, and in the head."""
+    blocks = sum(math.prod(x.shape) for name, x in params["blocks"].items() if not name.endswith("norm"))
+    return blocks, math.prod(params["head" if "head" in params else "embedding"].shape)
