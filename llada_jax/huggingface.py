@@ -5,7 +5,6 @@ there, in place, before the next one is read: the host never holds more than one
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Mapping
@@ -202,7 +201,7 @@ class Folder:
         if weight_map is None:
             names = sorted(path.name for path in directory.glob("*.safetensors"))
             if len(names) != 1:
-                raise UserError(f"{directory}: expected one .safetensors file or {INDEX}, found {len(names)} and no index")
+                raise UserError(f"{directory}: {len(names)} .safetensors files, expected one, or {INDEX}")
         else:
             names = sorted(set(weight_map.values()))
         self._tensors: dict[str, Any] = {}
@@ -213,7 +212,7 @@ class Folder:
                 shard = files.enter_context(safe_open(directory / name, framework="numpy"))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{directory / name} is truncated or not safetensors: {error}") from error
-            for tensor in shard.keys():  # noqa: SIM118 (no mapping)
+            for tensor in shard.keys():
                 if tensor in self._tensors:
                     raise UserError(f"{directory}: tensor {tensor} is in more than one file")
                 if weight_map is not None and weight_map.get(tensor, name) != name:
@@ -235,11 +234,11 @@ class Folder:
         for name, shape in expected.items():
             if name not in self:
                 raise UserError(f"{self.directory}: tensor {name} is missing")
-            tensor = self[name]
-            if tuple(tensor.get_shape()) != shape:
-                raise UserError(f"{self.directory}: tensor {name} has shape {tensor.get_shape()}, expected {list(shape)}")
-            if tensor.get_dtype() not in DTYPES:
-                raise UserError(f"{self.directory}: tensor {name} is {tensor.get_dtype()}, supported: {', '.join(DTYPES)}")
+            found, dtype = tuple(self[name].get_shape()), self[name].get_dtype()
+            if found != shape:
+                raise UserError(f"{self.directory}: tensor {name} has shape {found}, expected {shape}")
+            if dtype not in DTYPES:
+                raise UserError(f"{self.directory}: tensor {name} is {dtype}, supported: {', '.join(DTYPES)}")
         for name in self._tensors:
             # Older exports of Llama's naming carry the table of RoPE frequencies.
             if name not in expected and not name.endswith("rotary_emb.inv_freq"):
