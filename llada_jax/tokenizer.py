@@ -1,0 +1,407 @@
+"""One small interface over SentencePiece and Hugging Face tokenizers.
+
+Six tokens have a role here: BOS, EOS, MASK and the three of the chat template. A role is filled by
+what the tokenizer already has; what it lacks is appended, in that order, after the existing ids,
+which never change. Text is encoded purely by default: a corpus that contains the characters
+"<|eot_id|>" yields the tokens of those characters, never the control token.
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+from llada_jax.config import UserError
+
+VOCAB_MULTIPLE = 128  # the model's vocabulary is rounded up to this: it divides over tensor-parallel devices
+MASK_LITERAL = "[MASK]"  # how people write the mask token, whatever the tokenizer calls it
+SAMPLE_BYTES = 32 << 20  # of text at most that a new tokenizer is trained on
+
+# Role -> the names it is known by, the first being the one given to an appended token.
+ROLES = {
+    "bos": ("<|startoftext|>", "<s>", "<|begin_of_text|>", "<bos>", "[BOS]"),
+    "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]"),
+    "mask": ("<|mdm_mask|>", MASK_LITERAL, "<mask>", "<|mask|>"),
+    "start_header": ("<|start_header_id|>",),
+    "end_header": ("<|end_header_id|>",),
+    "eot": ("<|eot_id|>",),
+}
+_SPACE = "\u2581"  # SentencePiece writes a space as this character
+_NOT_A_TOKEN = "\ufffd"
+
+
+class _Backend(Protocol):
+    """What the two kinds of tokenizers have in common; ids without the appended ones."""
+
+    kind: str
+    size: int
+    special: Mapping[str, int]  # literal -> id of every control token
+    named: Mapping[str, str]  # role -> literal, where the tokenizer itself says so
+    files: Mapping[str, bytes]  # a folder with these files is this tokenizer
+
+    def encode(self, text: str, continuation: bool) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], continuation: bool) -> str: ...
+
+    def token_bytes(self) -> np.ndarray: ...
+
+
+class _SentencePiece:
+    kind = "sentencepiece"
+
+    def __init__(self, files: Mapping[str, bytes]):
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+
+        self.files = {"tokenizer.model": files["tokenizer.model"]}
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self.files["tokenizer.model"])
+        self._first = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self._strips_space = proto.normalizer_spec.add_dummy_prefix
+        self._trims = proto.normalizer_spec.remove_extra_whitespaces
+        proto.normalizer_spec.add_dummy_prefix = False
+        self._later = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+        model, self.size = self._first, self._first.get_piece_size()
+        pieces = [model.id_to_piece(i) for i in range(self.size)]
+        # User-defined pieces are found in plain text, so they are no control tokens, whatever their name.
+        self.special = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)}
+        ids = {"bos": model.bos_id(), "eos": model.eos_id()}
+        self.named = {role: pieces[i] for role, i in ids.items() if i >= 0 and pieces[i] in self.special}
+        self._bytes = [
+            bytes([int(piece[1:-1], 16)])
+            if model.is_byte(i)
+            else _NOT_A_TOKEN.encode()
+            if model.is_unknown(i)
+            else piece.replace(_SPACE, " ").encode()
+            for i, piece in enumerate(pieces)
+        ]
+        self._counts = [0 if model.is_unknown(i) or model.is_control(i) else len(b) for i, b in enumerate(self._bytes)]
+        space_bytes = [model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        self._space_ids = space_bytes if all(model.is_byte(i) for i in space_bytes) else []
+
+    def encode(self, text: str, continuation: bool) -> list[int]:
+        if not self._space_ids or _SPACE not in text:
+            return self._processor(text, continuation).encode(text)
+        # In SentencePiece this character cannot be told from a space; as bytes it can.
+        ids: list[int] = []
+        for i, part in enumerate(text.split(_SPACE)):
+            ids += self._space_ids if i else []
+            ids += self._processor(part, continuation or i > 0).encode(part)
+        return ids
+
+    def _processor(self, text: str, continuation: bool) -> Any:
+        # A model that trims spaces would lose the one between the texts; its own prefix puts it back.
+        return self._later if continuation and not (self._trims and text.startswith(" ")) else self._first
+
+    def decode(self, ids: Sequence[int], continuation: bool) -> str:
+        text = b"".join(self._bytes[i] for i in ids)
+        if self._strips_space and not continuation:
+            text = text.removeprefix(b" ")
+        return text.decode("utf-8", "replace")
+
+    def token_bytes(self) -> np.ndarray:
+        return np.asarray(self._counts, np.int32)
+
+
+class _HuggingFace:
+    kind = "huggingface"
+
+    def __init__(self, files: Mapping[str, bytes]):
+        import tokenizers
+
+        known = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+        self.files = {name: files[name] for name in known if name in files}
+        content, config, special_map = (json.loads(self.files.get(name, b"{}")) for name in known)
+        decoder = config.get("added_tokens_decoder") or {}
+        added = [(t["content"], t["id"], t["special"]) for t in content.get("added_tokens") or []]
+        added += [(t["content"], int(i), t.get("special", False)) for i, t in decoder.items()]
+        ids = {literal: i for literal, i, _ in added}
+
+        self.named = {}
+        for role in ROLES:
+            for source in (config, special_map):
+                name = source.get(f"{role}_token")
+                name = name.get("content") if isinstance(name, dict) else name
+                if name in ids:
+                    self.named.setdefault(role, name)
+        reserved = set(self.named.values()).union(*ROLES.values())
+        self.special = {literal: i for literal, i, special in added if special or literal in reserved}
+
+        content["truncation"] = content["padding"] = content["post_processor"] = None
+        for token in content.get("added_tokens") or []:
+            token["special"] = token["content"] in self.special
+        self._first = tokenizers.Tokenizer.from_str(json.dumps(content))
+        self._later = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(content)))
+        for tokenizer in (self._first, self._later):
+            tokenizer.encode_special_tokens = True  # as text: control tokens are never read from it
+        self._vocab = self._first.get_vocab(with_added_tokens=True)
+        self.size = 1 + max([*self._vocab.values(), *ids.values()])
+        self._byte_level = '"ByteLevel"' in json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
+        self._added = set(ids)
+
+    def encode(self, text: str, continuation: bool) -> list[int]:
+        tokenizer = self._later if continuation else self._first
+        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def decode(self, ids: Sequence[int], continuation: bool) -> str:
+        return (self._later if continuation else self._first).decode(ids, skip_special_tokens=False)
+
+    def token_bytes(self) -> np.ndarray:
+        counts = np.zeros(self.size, np.int32)
+        for piece, i in self._vocab.items():
+            if piece in self._added:
+                counts[i] = 0 if piece in self.special else len(piece.encode())
+            elif self._byte_level:  # one character stands for one byte
+                counts[i] = len(piece)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                counts[i] = 1
+            else:
+                counts[i] = len(piece.removeprefix("##").replace(_SPACE, " ").encode())
+        return counts
+
+
+def _without_prefix(part: Any) -> Any:
+    """The same tokenizer.json for text that continues earlier text: no space is put in front, none stripped."""
+    if isinstance(part, list):
+        kept = [_without_prefix(p) for p in part]
+        return [p for p in kept if p is not None]
+    if not isinstance(part, dict):
+        return part
+    kind = part.get("type")
+    if kind == "Prepend" or (kind == "Strip" and part.get("content") == " " and part.get("start")):
+        return None
+    result = {}
+    for key, value in part.items():
+        if key in ("vocab", "merges", "added_tokens"):
+            result[key] = value
+        elif key == "prepend_scheme":
+            result[key] = "never"
+        elif key == "add_prefix_space":
+            result[key] = False
+        else:
+            result[key] = _without_prefix(value)
+    return result
+
+
+class Tokenizer:
+    """Text to ids and back. Get one from `load_tokenizer`, `find_tokenizer` or `train_tokenizer`.
+
+    Attributes:
+      kind: "sentencepiece" or "huggingface".
+      size: number of ids, the appended ones included.
+      vocab_size: `size` rounded up to a multiple of 128, the rows of a model's embedding.
+      bos_id, eos_id, mask_id, start_header_id, end_header_id, eot_id: the six roles.
+      sha256: hash of the content and of the six roles; equal on any machine.
+    """
+
+    def __init__(self, backend: _Backend):
+        self._backend = backend
+        self.kind = backend.kind
+        self.size = backend.size
+        roles: dict[str, tuple[int, str]] = {}
+        for role, names in ROLES.items():
+            literal = backend.named.get(role) or next((n for n in names if n in backend.special), None)
+            if literal is None:
+                roles[role] = self.size, names[0]
+                self.size += 1
+            else:
+                roles[role] = backend.special[literal], literal
+        self.vocab_size = -(-self.size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.bos_id, self.eos_id, self.mask_id, self.start_header_id, self.end_header_id, self.eot_id = (
+            i for i, _ in roles.values()
+        )
+        self._special = {**backend.special, **{literal: i for i, literal in roles.values()}, MASK_LITERAL: self.mask_id}
+        self._literals = {i: literal for literal, i in self._special.items()} | {self.mask_id: MASK_LITERAL}
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        digest = hashlib.sha256(self.kind.encode())
+        digest.update(hashlib.sha256(backend.files[_MODEL_FILES[self.kind]]).digest())
+        digest.update(json.dumps([roles, sorted(self._special.items())]).encode())
+        self.sha256 = digest.hexdigest()
+
+    def encode(self, text: str, special: bool = False, continuation: bool = False) -> list[int]:
+        """The ids of `text`, without BOS or EOS.
+
+        Args:
+          text: any valid Unicode.
+          special: whether the literals of control tokens ("[MASK]", "<|eot_id|>", "<s>", ...) become one
+            token each, as in a prompt. False takes them for the characters they are.
+          continuation: the text goes on where other text ended: a tokenizer that puts a space in front
+            of a text does not.
+        """
+        if not special:
+            return self._backend.encode(text, continuation)
+        ids: list[int] = []
+        for part in self._special_pattern.split(text):
+            if part in self._special:
+                ids.append(self._special[part])
+                continuation = ids[-1] not in (self.bos_id, self.eos_id)
+            elif part:
+                ids += self._backend.encode(part, continuation)
+                continuation = True
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False, continuation: bool = False) -> str:
+        """The text of `ids`: control tokens as their literals (the mask as "[MASK]") or left out.
+
+        Never raises for an id: one that is no token (the rows that fill up a model's vocabulary, a
+        negative one) becomes U+FFFD, as do bytes that are not UTF-8. `continuation` as in `encode`.
+        """
+        text: list[str] = []
+        run: list[int] = []
+        for i in [*map(int, ids), None]:
+            if i is not None and 0 <= i < self._backend.size and i not in self._literals:
+                run.append(i)
+                continue
+            if run:
+                text.append(self._backend.decode(run, continuation))
+                continuation, run = True, []
+            if i is not None:
+                text.append("" if skip_special else self._literals.get(i, _NOT_A_TOKEN))
+                continuation = i not in (self.bos_id, self.eos_id)
+        return "".join(text)
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 [size]: bytes of UTF-8 that each id stands for; 0 for control tokens."""
+        counts = np.zeros(self.size, np.int32)
+        counts[: self._backend.size] = self._backend.token_bytes()
+        counts[list(self._literals)] = 0
+        return counts
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Writes the files that `load_tokenizer(directory)` reads back; makes the folder."""
+        path = epath.Path(directory)
+        path.mkdir(parents=True, exist_ok=True)
+        for name, content in self._backend.files.items():
+            (path / name).write_bytes(content)
+
+
+_BACKENDS = {"huggingface": _HuggingFace, "sentencepiece": _SentencePiece}
+_MODEL_FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
+_CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+
+
+def find_tokenizer(directory: str | os.PathLike) -> Tokenizer | None:
+    """The tokenizer in a folder, None if there is none; raises UserError if it is damaged."""
+    path = epath.Path(directory)
+    for kind, name in _MODEL_FILES.items():
+        if (path / name).exists():
+            return _load(kind, path / name, path)
+    return None
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """Loads a SentencePiece .model, a tokenizer.json, or a folder with either.
+
+    Beside a file named tokenizer.json its tokenizer_config.json and special_tokens_map.json are read.
+    Raises UserError if there is no tokenizer at `path`.
+    """
+    file = epath.Path(path)
+    if file.is_dir():
+        tokenizer = find_tokenizer(file)
+        if tokenizer is None:
+            raise UserError(f"{path} has no tokenizer: neither tokenizer.json nor tokenizer.model is in it")
+        return tokenizer
+    if not file.exists():
+        raise UserError(f"there is no tokenizer at {path}: give a SentencePiece .model, a tokenizer.json or a folder")
+    if file.name.endswith(".json"):
+        return _load("huggingface", file, file.parent if file.name == "tokenizer.json" else None)
+    return _load("sentencepiece", file, None)
+
+
+def _load(kind: str, file: epath.Path, folder: epath.Path | None) -> Tokenizer:
+    files = {_MODEL_FILES[kind]: file.read_bytes()}
+    if folder is not None and kind == "huggingface":
+        files |= {name: (folder / name).read_bytes() for name in _CONFIG_FILES if (folder / name).exists()}
+    try:
+        return Tokenizer(_BACKENDS[kind](files))
+    except Exception as error:  # each library has its own, and tokenizers raises bare Exception
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} is not a {kind} tokenizer that can be read: {reason}") from error
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, directory: str | os.PathLike) -> Tokenizer:
+    """Trains a SentencePiece BPE with byte fallback and writes it into `directory`.
+
+    Any valid Unicode text comes back exactly from its ids. The same documents give the same tokenizer.
+    It is trained on at most 32 MiB of the text (pieces chosen by their hash from all documents), so
+    memory does not grow with the text.
+
+    Args:
+      documents: texts, read once.
+      vocab_size: the `size` of the result, its control tokens included.
+      directory: a folder, made if needed, that `load_tokenizer` reads.
+
+    Raises UserError if `vocab_size` does not suit the text.
+    """
+    import sentencepiece
+
+    appended = len(ROLES) - 2  # SentencePiece has BOS and EOS of its own
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_sentences(documents),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size - appended,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,  # indentation is one token
+            max_sentence_length=1 << 20,
+            bos_piece=ROLES["bos"][0],
+            eos_piece=ROLES["eos"][0],
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise UserError(_training_error(str(error), vocab_size, appended)) from error
+    tokenizer = Tokenizer(_SentencePiece({"tokenizer.model": model.getvalue()}))
+    tokenizer.save(directory)
+    return tokenizer
+
+
+def _training_error(message: str, vocab_size: int, appended: int) -> str:
+    too_large = re.search(r"too high.*<= (\d+)", message)
+    too_small = re.search(r"smaller than required_chars. \d+ vs (\d+)", message)
+    if too_large:
+        most = int(too_large[1]) + appended
+        return f"train_tokenizer={vocab_size} is too large for this text: {most} at most, or give more text"
+    if too_small:
+        return f"train_tokenizer={vocab_size} is too small for this text: {int(too_small[1]) + appended} at least"
+    if "sentences_.empty()" in message:
+        return "train_tokenizer: the input has no text to train a tokenizer on"
+    return f"train_tokenizer={vocab_size}: {' '.join(message.split())}"
+
+
+def _training_sentences(documents: Iterable[str]) -> Iterator[str]:
+    # SentencePiece skips a whole sentence for one of these characters; their bytes stand for them.
+    for text in _sample(documents):
+        yield from filter(None, re.split("[\0\t\u2581\u2585]", text))
+
+
+def _sample(documents: Iterable[str]) -> list[str]:
+    """Pieces of at most 4,096 characters whose hash is below a bound that falls as they become too many."""
+    bound, total = 1 << 64, 0
+    kept: list[tuple[int, str]] = []
+    for document in documents:
+        for start in range(0, len(document), 4096):
+            text = document[start : start + 4096]
+            content = text.encode()
+            key = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+            if key >= bound:
+                continue
+            kept.append((key, text))
+            total += len(content)
+            while total > SAMPLE_BYTES:
+                bound //= 2
+                kept = [(k, t) for k, t in kept if k < bound]
+                total = sum(len(t.encode()) for _, t in kept)
+    return [text for _, text in kept]
