@@ -1,0 +1,26 @@
+"""Train and sample LLaDA, a masked diffusion language model (arXiv 2502.09992), in JAX."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from llada_jax.config import SamplerConfig
+    from llada_jax.loading import load
+    from llada_jax.sampling import generate
+
+__all__ = ["SamplerConfig", "generate", "load"]
+
+# Imported on first use: a process that only tokenises does not wait for jax.
+_HOME = {"SamplerConfig": "llada_jax.config", "generate": "llada_jax.sampling", "load": "llada_jax.loading"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'llada_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

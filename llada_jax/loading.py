@@ -1,0 +1,81 @@
+"""One way in for every kind of model folder."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax import mesh as meshes
+from llada_jax.config import ComputeConfig, ModelConfig, UserError
+from llada_jax.model import Transformer, compute_dtype
+from llada_jax.tokenizer import Tokenizer, find_tokenizer
+
+
+def load(
+    path: str | Path,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    step: int | None = None,
+) -> tuple[Transformer, Tokenizer | None]:
+    """The model in a folder and its tokenizer (None if the folder has none).
+
+    Args:
+      path: a training workdir, or a published folder (config.json and *.safetensors).
+      mesh: where the parameters go. None = the mesh that is set, else one of a single device.
+      dtype: of the parameters and of the computation. None = float32 on CPU, bfloat16 on accelerators.
+      step: of a workdir's checkpoint. None = its newest.
+
+    Raises:
+      UserError: no model there, or not one that can be used; says what is wrong in one line.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder: give a training workdir or a published model's folder")
+    try:
+        dtype = compute_dtype(ComputeConfig(dtype="" if dtype is None else jnp.dtype(dtype).name))
+    except (TypeError, UserError) as error:
+        raise UserError(f"dtype={dtype}: choose float32 or bfloat16") from error
+    if mesh is None and jax.sharding.get_abstract_mesh().empty:
+        mesh = meshes.one_device_mesh()
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        if (path / "checkpoints").is_dir():
+            return _from_workdir(path, dtype, step)
+        if any(path.glob("*.safetensors*")):
+            if step is not None:
+                raise UserError(f"{path} is a published folder: it has no step {step}")
+            return _from_published(path, dtype)
+    raise UserError(f"{path} has no model: neither checkpoints/ (a training workdir) nor *.safetensors are in it")
+
+
+def _from_workdir(path: Path, dtype: jnp.dtype, step: int | None) -> tuple[Transformer, Tokenizer | None]:
+    # Here, not above: Orbax takes a second to import, which a published folder does not need.
+    from llada_jax import checkpoint
+
+    model = checkpoint.load_model(path, step, jax.sharding.get_mesh(), dtype)
+    return model, find_tokenizer(path / "tokenizer")
+
+
+def _from_published(path: Path, dtype: jnp.dtype) -> tuple[Transformer, Tokenizer | None]:
+    from llada_jax import huggingface
+
+    tokenizer = find_tokenizer(path)
+    model = huggingface.load_model(path, dtype, lambda config: with_tokenizer(config, tokenizer))
+    return model, tokenizer
+
+
+def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The config with what it does not say itself taken from the tokenizer: the number of tokens and special ids.
+
+    An id beyond the vocabulary is no token of the model: it stays unknown.
+    """
+    if tokenizer is None:
+        return config
+    missing = {"token_count": min(tokenizer.size, config.vocab_size)}
+    for name in ("mask_id", "bos_id", "eos_id", "eot_id"):
+        if (found := getattr(tokenizer, name)) < config.vocab_size:
+            missing[name] = found
+    return dataclasses.replace(
+        config, **{name: value for name, value in missing.items() if getattr(config, name) is None}
+    )
