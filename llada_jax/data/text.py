@@ -1,0 +1,206 @@
+"""Reading documents out of files, streamed: memory does not grow with the input.
+
+A document is a line of a .jsonl file, a row of a .parquet file, or a whole .txt file. A .txt file of
+more than 65,536 characters comes in pieces of at most 16,384 characters, cut at line ends (in a longer
+line at a space, in a longer word anywhere); the pieces of a file together are exactly its text.
+"""
+
+import glob
+import gzip
+import io
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from llada_jax.config import UserError
+from llada_jax.data import stdlib
+
+WHOLE_CHARACTERS = 65_536  # a .txt file up to this length is one piece
+PIECE_CHARACTERS = 16_384  # at most, of a longer one
+STDLIB = "stdlib"  # the input that stands for the standard library's own source files
+
+_READ_CHARACTERS = 1 << 20
+_FORMATS = (".txt", ".jsonl", ".parquet")
+_COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open}
+_DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+
+
+class Piece(NamedTuple):
+    """A stretch of text: a document or part of a long .txt file."""
+
+    text: str  # never empty
+    source: int  # index into the inputs
+    last: bool  # whether its document ends with it
+
+
+class Corpus:
+    """The documents of files, globs or "stdlib", in a fixed order; can be iterated several times.
+
+    Attributes:
+      inputs: as given.
+      total_bytes: size of all files, as stored.
+      position: bytes of them read so far in the running iteration, for a progress bar.
+    """
+
+    def __init__(self, inputs: Sequence[str], text_key: str = "text"):
+        """Raises UserError for an input that names no file, an unknown kind of file, or a file named twice."""
+        if not inputs:
+            raise UserError("no input: give at least one file, glob or the word stdlib")
+        self.inputs = tuple(inputs)
+        self._text_key = text_key
+        self._files: list[tuple[int, Path]] = []
+        self.total_bytes = 0
+        self.position = 0
+        seen: dict[str, str] = {}
+        for source, name in enumerate(self.inputs):
+            files = stdlib.source_files() if name == STDLIB else _expand(name)
+            for file in files:
+                path = os.path.realpath(file)
+                if path in seen:
+                    raise UserError(f"input {name}: {file} is already given by {seen[path]}; name every file once")
+                seen[path] = name
+                self.total_bytes += file.stat().st_size
+                self._files.append((source, file))
+
+    def file_count(self, source: int) -> int:
+        """Number of files that input `source` stands for."""
+        return sum(s == source for s, _ in self._files)
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Yields the pieces; raises UserError, naming file and line, for whatever cannot be read."""
+        finished = 0
+        for source, file in self._files:
+            for text, last, position in self._read(source, file):
+                self.position = finished + position
+                if text:
+                    yield Piece(text, source, last)
+            finished += file.stat().st_size
+        self.position = finished
+
+    def _read(self, source: int, file: Path) -> Iterator[tuple[str, bool, int]]:
+        """Yields text, whether its document ends, and bytes of the file read so far."""
+        if self.inputs[source] == STDLIB:
+            yield stdlib.read_source(file), True, 0
+            return
+        kind, compression = _kind(file)
+        try:
+            with file.open("rb") as raw:
+                if kind == ".parquet":
+                    pieces = _read_parquet(file, raw, self._text_key)
+                else:
+                    stream = _COMPRESSIONS[compression](raw) if compression else raw
+                    pieces = _read_txt(file, stream) if kind == ".txt" else _read_jsonl(file, stream, self._text_key)
+                for text, last in pieces:
+                    yield text, last, raw.tell()
+        except _DAMAGED as error:
+            raise UserError(f"{file} is damaged or cut short: {error}") from error
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _expand(name: str) -> list[Path]:
+    if os.path.isdir(name):
+        raise UserError(f"input {name} is a folder: name files in it, such as {os.path.join(name, '*.jsonl')}")
+    names = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+    files = [Path(n) for n in names if not os.path.isdir(n)]
+    if not files:
+        raise UserError(f"input {name}: there is no such file")
+    for file in files:
+        _kind(file)
+        if not os.access(file, os.R_OK):
+            raise UserError(f"{file} cannot be read: permission denied")
+    return files
+
+
+def _kind(file: Path) -> tuple[str, str]:
+    """Format and compression, both as file name endings."""
+    compression = file.suffix if file.suffix in _COMPRESSIONS else ""
+    kind = Path(file.stem).suffix if compression else file.suffix
+    if kind not in _FORMATS or (kind == ".parquet" and compression):
+        raise UserError(f"{file}: unknown kind of file; known are .txt and .jsonl, also .gz or .xz of them, and .parquet")
+    return kind, compression
+
+
+def _read_txt(file: Path, stream: BinaryIO) -> Iterator[tuple[str, bool]]:
+    reader = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")  # line ends stay as they are
+    try:
+        text = reader.read(WHOLE_CHARACTERS + 1)
+        if len(text) <= WHOLE_CHARACTERS:
+            yield text, True
+            return
+        more = text
+        text = ""
+        while more:
+            text += more
+            start = 0
+            while len(text) - start > PIECE_CHARACTERS:
+                end = _cut(text, start)
+                yield text[start:end], False
+                start = end
+            text = text[start:]
+            more = reader.read(_READ_CHARACTERS)
+        yield text, True
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: {error.reason}") from error
+
+
+def _cut(text: str, start: int) -> int:
+    """Where the piece that begins at `start` ends, there being more text than one piece holds."""
+    end = start + PIECE_CHARACTERS
+    line = text.rfind("\n", start, end)
+    if line >= 0:
+        return line + 1
+    space = text.rfind(" ", start + 1, end)
+    return space if space >= 0 else end
+
+
+def _read_jsonl(file: Path, stream: BinaryIO, key: str) -> Iterator[tuple[str, bool]]:
+    for number, line in enumerate(stream, start=1):
+        try:
+            content = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if not content.strip():
+                continue
+            record = json.loads(content)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}, line {number}: not UTF-8 text: {error.reason}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}, line {number}: not JSON: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get(key), str):
+            raise UserError(f'{file}, line {number}: no text under the key "{key}" (text_key names another)')
+        yield _valid(record[key], f"{file}, line {number}"), True
+
+
+def _read_parquet(file: Path, raw: BinaryIO, column: str) -> Iterator[tuple[str, bool]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
+        kinds = {field.name: field.type for field in table.schema_arrow}
+        if column not in kinds:
+            raise UserError(f'{file} has no column "{column}" (text_key names another): it has {", ".join(kinds)}')
+        if not (pa.types.is_string(kinds[column]) or pa.types.is_large_string(kinds[column])):
+            raise UserError(f'{file}: column "{column}" holds {kinds[column]}, not text')
+        row = 0
+        for batch in table.iter_batches(batch_size=64, columns=[column], use_threads=False):
+            for value in batch.column(0):
+                text = value.as_py()
+                row += 1
+                if text is None:
+                    raise UserError(f'{file}, row {row}: no text in the column "{column}"')
+                yield text, True
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not a parquet file that can be read: {' '.join(str(error).split())}") from error
+
+
+def _valid(text: str, where: str) -> str:
+    """JSON can spell half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {error.object[error.start]!r} is not a valid character") from error
+    return text
