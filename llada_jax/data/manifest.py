@@ -99,7 +99,9 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
     try:
         content = file.read_text()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{directory} is not a prepared set (it has no {MANIFEST_FILE}): run llada_jax.prepare") from error
+        raise UserError(
+            f"{directory} is not a prepared set (it has no {MANIFEST_FILE}): run llada_jax.prepare"
+        ) from error
     try:
         fields: dict[str, Any] = json.loads(content)
         version = fields["format"]

@@ -11,16 +11,10 @@ the range of the hash, so the same text is always on the same side. If that hold
 the smallest hash is held out.
 """
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import os
-import shutil
-import signal
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,8 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from llada_jax.config import UserError
-from llada_jax.data.manifest import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, Source, Split
-from llada_jax.data.pool import Batch, Pool, Tokens
+from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest, Source, Split
+from llada_jax.data.output import publish, refuse_existing, temporary_folder
+from llada_jax.data.pool import Batch, Pool
 from llada_jax.data.rows import SplitWriter
 from llada_jax.data.text import Corpus, Piece
 from llada_jax.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -39,7 +34,6 @@ _HASH_RULE = "blake2b, 8 bytes, little-endian, of the text in UTF-8"
 _BATCH_CHARACTERS = 1 << 18  # of text that a worker tokenises at a time
 _SHARD_BYTES = 1 << 28  # of a shard before compression
 _MAX_SEQUENCE_LENGTH = 1 << 20
-_LOCK_FILE = ".lock"
 
 
 def prepare(
@@ -79,7 +73,7 @@ def prepare(
     loaded = load_tokenizer(tokenizer) if tokenizer is not None else None
     below = _held_out_below(corpus, validation_fraction)
     try:
-        with _temporary_folder(target) as folder:
+        with temporary_folder(target) as folder:
             if loaded is None:
                 loaded = _train(corpus, below, train_tokenizer, folder / TOKENIZER_FOLDER, progress)
             else:
@@ -95,7 +89,7 @@ def prepare(
             if not train.rows:
                 raise UserError("all of the text is held out for validation: give more text or a smaller fraction")
             manifest = _manifest(loaded, sequence_length, dtype, validation_fraction, below, train, validation, sources)
-            _finish(folder, target, manifest)
+            publish(folder, target, manifest)
     except OSError as error:
         reason = "no space left on the disk" if error.errno == errno.ENOSPC else " ".join(str(error).split())
         raise UserError(f"output {output} cannot be written: {reason}") from error
@@ -125,15 +119,8 @@ def _check(
     if "://" in os.fspath(output):
         raise UserError(f"output {output}: prepare into a local folder, then copy it there")
     target = Path(os.path.abspath(output))
-    _refuse_existing(target)
+    refuse_existing(target)
     return target
-
-
-def _refuse_existing(target: Path) -> None:
-    if (target / MANIFEST_FILE).exists():
-        raise UserError(f"output {target} is already a prepared set: remove it or name another folder")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"output {target} exists and is not an empty folder: name another one")
 
 
 def _cores() -> int:
@@ -187,9 +174,7 @@ def _write_rows(
                     writers[split].end_document()
                 totals[source] += int(ends), length + int(ends), int(tokens.bytes[part].sum(dtype=np.int64))
             report.update(batch.tag[1], len(tokens.ids))
-    return tuple(
-        Source(name, corpus.file_count(i), *map(int, totals[i])) for i, name in enumerate(corpus.inputs)
-    )
+    return tuple(Source(name, corpus.file_count(i), *map(int, totals[i])) for i, name in enumerate(corpus.inputs))
 
 
 def _batches(corpus: Corpus, below: int) -> Iterator[Batch]:
@@ -255,70 +240,6 @@ def _manifest(
         validation=validation,
         sources=sources,
     )
-
-
-@contextlib.contextmanager
-def _temporary_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that is gone afterwards unless it was renamed; SIGTERM ends in an exception.
-
-    It is locked as long as its process lives: what killed processes left behind is removed here.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.preparing-"
-    for old in target.parent.glob(prefix + "*"):
-        with contextlib.suppress(OSError), (old / _LOCK_FILE).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(old, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
-    try:
-        with (folder / _LOCK_FILE).open("wb") as lock, _sigterm_raises():
-            with contextlib.suppress(OSError):  # a file system without locks: leftovers stay
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            folder.chmod(0o755)
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM becomes SystemExit(143), unless the program has plans of its own for it."""
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-
-    def leave(*_: object) -> None:
-        raise SystemExit(143)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _finish(folder: Path, target: Path, manifest: Manifest) -> None:
-    """The manifest, then the name; both on the disk before this returns."""
-    with (folder / MANIFEST_FILE).open("w") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    (folder / _LOCK_FILE).unlink()
-    _sync(folder)
-    try:
-        os.rename(folder, target)  # onto a folder only if that is empty
-    except OSError as error:
-        _refuse_existing(target)
-        raise error
-    _sync(target.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _Progress:

@@ -28,8 +28,8 @@ def source_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for file in root.rglob("*.py"):
-        folders, name = file.relative_to(root).parts[:-1], file.name
-        if _LEFT_OUT_FOLDERS.isdisjoint(folders) and not any(p.startswith(_LEFT_OUT_PREFIXES) for p in [*folders, name]):
+        parts = file.relative_to(root).parts
+        if _LEFT_OUT_FOLDERS.isdisjoint(parts) and not any(part.startswith(_LEFT_OUT_PREFIXES) for part in parts):
             files.append(file)
     if not files:
         raise UserError(f"this Python has no standard-library sources in {root}: give text files as input instead")

@@ -121,7 +121,7 @@ def _kind(file: Path) -> tuple[str, str]:
     compression = file.suffix if file.suffix in _COMPRESSIONS else ""
     kind = Path(file.stem).suffix if compression else file.suffix
     if kind not in _FORMATS or (kind == ".parquet" and compression):
-        raise UserError(f"{file}: unknown kind of file; known are .txt and .jsonl, also .gz or .xz of them, and .parquet")
+        raise UserError(f"{file}: unknown kind of file; .txt and .jsonl (also .gz, .xz) and .parquet are known")
     return kind, compression
 
 

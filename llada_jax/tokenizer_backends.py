@@ -1,0 +1,175 @@
+"""What SentencePiece and Hugging Face tokenizers have in common, and how each provides it."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+MASK_LITERAL = "[MASK]"  # how people write the mask token, whatever the tokenizer calls it
+NOT_A_TOKEN = "\ufffd"
+
+# Role -> the names it is known by, the first being the one given to an appended token.
+ROLES = {
+    "bos": ("<|startoftext|>", "<s>", "<|begin_of_text|>", "<bos>", "[BOS]"),
+    "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]"),
+    "mask": ("<|mdm_mask|>", MASK_LITERAL, "<mask>", "<|mask|>"),
+    "start_header": ("<|start_header_id|>",),
+    "end_header": ("<|end_header_id|>",),
+    "eot": ("<|eot_id|>",),
+}
+_SPACE = "\u2581"  # SentencePiece writes a space as this character
+
+
+class Backend(Protocol):
+    """What the two kinds of tokenizers have in common; ids without the appended ones."""
+
+    kind: str
+    size: int
+    special: Mapping[str, int]  # literal -> id of every control token
+    named: Mapping[str, str]  # role -> literal, where the tokenizer itself says so
+    files: Mapping[str, bytes]  # a folder with these files is this tokenizer
+
+    def encode(self, text: str, continuation: bool) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], continuation: bool) -> str: ...
+
+    def token_bytes(self) -> np.ndarray: ...
+
+
+class SentencePiece:
+    kind = "sentencepiece"
+
+    def __init__(self, files: Mapping[str, bytes]):
+        import sentencepiece
+        from sentencepiece import sentencepiece_model_pb2
+
+        self.files = {"tokenizer.model": files["tokenizer.model"]}
+        proto = sentencepiece_model_pb2.ModelProto.FromString(self.files["tokenizer.model"])
+        self._first = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self._strips_space = proto.normalizer_spec.add_dummy_prefix
+        self._trims = proto.normalizer_spec.remove_extra_whitespaces
+        proto.normalizer_spec.add_dummy_prefix = False
+        self._later = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+        model, self.size = self._first, self._first.get_piece_size()
+        pieces = [model.id_to_piece(i) for i in range(self.size)]
+        # User-defined pieces are found in plain text, so they are no control tokens, whatever their name.
+        self.special = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)}
+        ids = {"bos": model.bos_id(), "eos": model.eos_id()}
+        self.named = {role: pieces[i] for role, i in ids.items() if i >= 0 and pieces[i] in self.special}
+        self._bytes = [
+            bytes([int(piece[1:-1], 16)])
+            if model.is_byte(i)
+            else NOT_A_TOKEN.encode()
+            if model.is_unknown(i)
+            else piece.replace(_SPACE, " ").encode()
+            for i, piece in enumerate(pieces)
+        ]
+        self._counts = [0 if model.is_unknown(i) or model.is_control(i) else len(b) for i, b in enumerate(self._bytes)]
+        space_bytes = [model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
+        self._space_ids = space_bytes if all(model.is_byte(i) for i in space_bytes) else []
+
+    def encode(self, text: str, continuation: bool) -> list[int]:
+        if not self._space_ids or _SPACE not in text:
+            return self._processor(text, continuation).encode(text)
+        # In SentencePiece this character cannot be told from a space; as bytes it can.
+        ids: list[int] = []
+        for i, part in enumerate(text.split(_SPACE)):
+            ids += self._space_ids if i else []
+            ids += self._processor(part, continuation or i > 0).encode(part)
+        return ids
+
+    def _processor(self, text: str, continuation: bool) -> Any:
+        # A model that trims spaces would lose the one between the texts; its own prefix puts it back.
+        return self._later if continuation and not (self._trims and text.startswith(" ")) else self._first
+
+    def decode(self, ids: Sequence[int], continuation: bool) -> str:
+        text = b"".join(self._bytes[i] for i in ids)
+        if self._strips_space and not continuation:
+            text = text.removeprefix(b" ")
+        return text.decode("utf-8", "replace")
+
+    def token_bytes(self) -> np.ndarray:
+        return np.asarray(self._counts, np.int32)
+
+
+class HuggingFace:
+    kind = "huggingface"
+
+    def __init__(self, files: Mapping[str, bytes]):
+        import tokenizers
+
+        known = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+        self.files = {name: files[name] for name in known if name in files}
+        content, config, special_map = (json.loads(self.files.get(name, b"{}")) for name in known)
+        decoder = config.get("added_tokens_decoder") or {}
+        added = [(t["content"], t["id"], t["special"]) for t in content.get("added_tokens") or []]
+        added += [(t["content"], int(i), t.get("special", False)) for i, t in decoder.items()]
+        ids = {literal: i for literal, i, _ in added}
+
+        self.named = {}
+        for role in ROLES:
+            for source in (config, special_map):
+                name = source.get(f"{role}_token")
+                name = name.get("content") if isinstance(name, dict) else name
+                if name in ids:
+                    self.named.setdefault(role, name)
+        reserved = set(self.named.values()).union(*ROLES.values())
+        self.special = {literal: i for literal, i, special in added if special or literal in reserved}
+
+        content["truncation"] = content["padding"] = content["post_processor"] = None
+        for token in content.get("added_tokens") or []:
+            token["special"] = token["content"] in self.special
+        self._first = tokenizers.Tokenizer.from_str(json.dumps(content))
+        self._later = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(content)))
+        for tokenizer in (self._first, self._later):
+            tokenizer.encode_special_tokens = True  # as text: control tokens are never read from it
+        self._vocab = self._first.get_vocab(with_added_tokens=True)
+        self.size = 1 + max([*self._vocab.values(), *ids.values()])
+        self._byte_level = '"ByteLevel"' in json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
+        self._added = set(ids)
+
+    def encode(self, text: str, continuation: bool) -> list[int]:
+        tokenizer = self._later if continuation else self._first
+        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def decode(self, ids: Sequence[int], continuation: bool) -> str:
+        return (self._later if continuation else self._first).decode(ids, skip_special_tokens=False)
+
+    def token_bytes(self) -> np.ndarray:
+        counts = np.zeros(self.size, np.int32)
+        for piece, i in self._vocab.items():
+            if piece in self._added:
+                counts[i] = 0 if piece in self.special else len(piece.encode())
+            elif self._byte_level:  # one character stands for one byte
+                counts[i] = len(piece)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                counts[i] = 1
+            else:
+                counts[i] = len(piece.removeprefix("##").replace(_SPACE, " ").encode())
+        return counts
+
+
+def _without_prefix(part: Any) -> Any:
+    """The same tokenizer.json for text that continues earlier text: no space is put in front, none stripped."""
+    if isinstance(part, list):
+        kept = [_without_prefix(p) for p in part]
+        return [p for p in kept if p is not None]
+    if not isinstance(part, dict):
+        return part
+    kind = part.get("type")
+    if kind == "Prepend" or (kind == "Strip" and part.get("content") == " " and part.get("start")):
+        return None
+    result = {}
+    for key, value in part.items():
+        if key in ("vocab", "merges", "added_tokens"):
+            result[key] = value
+        elif key == "prepend_scheme":
+            result[key] = "never"
+        elif key == "add_prefix_space":
+            result[key] = False
+        else:
+            result[key] = _without_prefix(value)
+    return result
