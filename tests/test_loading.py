@@ -1,0 +1,86 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llada_jax
+from llada_jax.config import ModelConfig, UserError
+from llada_jax.loading import with_tokenizer
+
+PARITY = Path(__file__).parent / "parity"
+
+
+@pytest.fixture(scope="module", params=["mha", "gqa"])
+def published(request):
+    folder = PARITY / request.param
+    model, tokenizer = llada_jax.load(folder)
+    assert tokenizer is None
+    return model, np.load(folder / "cases.npz")
+
+
+def test_logits_are_those_of_the_reference(published):
+    model, cases = published
+    assert model.embedding[...].dtype == jnp.float32  # the default on CPU
+    np.testing.assert_allclose(model(cases["tokens"].astype(np.int32)), cases["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("case", [0, 1, 2])
+def test_tokens_are_those_of_the_reference(published, case):
+    model, cases = published
+    config = llada_jax.SamplerConfig(**json.loads(str(cases["settings"]))[case])
+    out_BT = llada_jax.generate(model, cases["prompt"], config, jax.random.key(0), cases["prompt_mask"])
+    np.testing.assert_array_equal(out_BT, cases[f"gen{case}"])
+
+
+def test_mesh_and_dtype(make_mesh):
+    mesh = make_mesh(1, 2, 2)
+    model, _ = llada_jax.load(PARITY / "gqa", mesh=mesh, dtype="bfloat16")
+    assert model.embedding[...].sharding.mesh == mesh
+    assert model.embedding[...].dtype == jnp.bfloat16 and model.compute.dtype == "bfloat16"
+    with jax.set_mesh(mesh):
+        assert llada_jax.load(PARITY / "gqa")[0].embedding[...].sharding.mesh == mesh
+    assert jax.sharding.get_abstract_mesh().empty, "nothing stays set"
+
+
+class Tokenizer:
+    size, mask_id, bos_id, eos_id, eot_id = 500, 497, 1, 2, 600
+
+
+def test_the_tokenizer_says_what_the_config_does_not():
+    config = with_tokenizer(ModelConfig(vocab_size=512, mask_id=511), Tokenizer())
+    assert (config.token_count, config.mask_id, config.bos_id, config.eos_id, config.eot_id) == (500, 511, 1, 2, None)
+    assert with_tokenizer(ModelConfig(vocab_size=64), Tokenizer()).token_count == 64
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda path: path / "none", "is no folder"),
+        (lambda path: path, "has no model"),
+        (lambda path: shutil.copytree(PARITY / "mha", path / "m", ignore=lambda *_: ["config.json"]), "config.json: "),
+    ],
+)
+def test_a_folder_without_a_model_is_named(tmp_path, make, words):
+    with pytest.raises(UserError, match=words):
+        llada_jax.load(make(tmp_path))
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(UserError, match="choose float32 or bfloat16"):
+        llada_jax.load(PARITY / "mha", dtype="float16")
+    with pytest.raises(UserError, match="choose float32 or bfloat16"):
+        llada_jax.load(PARITY / "mha", dtype="fp32")
+    with pytest.raises(UserError, match="has no step 3"):
+        llada_jax.load(PARITY / "mha", step=3)
+
+
+def test_the_package_alone_imports_no_jax():
+    code = "import sys, llada_jax, llada_jax.tokenizer; assert 'jax' not in sys.modules; print(llada_jax.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
