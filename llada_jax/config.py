@@ -1,11 +1,13 @@
 """The typed configuration tree: everything a run can be told, with units.
 
 A config file under configs/ returns one `Config`. Any leaf can be overridden on the
-command line (`--config.optimizer.peak_learning_rate=3e-4`). `validate` finds impossible
+command line (`--config.optimizer.peak_learning_rate=3e-4`). config_check.py finds impossible
 combinations before any device work.
 """
 
 import dataclasses
+import typing
+from collections.abc import Iterator
 
 
 class UserError(Exception):
@@ -15,7 +17,7 @@ class UserError(Exception):
     """
 
 
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(unsafe_hash=True, slots=True)
 class ModelConfig:
     """Architecture (hashable: it is static data of the model) and the ids it gives special meaning."""
 
@@ -41,7 +43,7 @@ class ModelConfig:
         return self.width // self.heads
 
 
-@dataclasses.dataclass(unsafe_hash=True)
+@dataclasses.dataclass(unsafe_hash=True, slots=True)
 class ComputeConfig:
     """How the model is computed; changes speed and memory, not the mathematics."""
 
@@ -53,7 +55,7 @@ class ComputeConfig:
     loss_chunk: int = 2048  # masked tokens per chunk of the loss (per device): logits held at once
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class DiffusionConfig:
     """The forward process q(x_t | x_0) and the objective."""
 
@@ -63,7 +65,7 @@ class DiffusionConfig:
     random_length_every: int = 100  # rows: one row in every so many gets a random length; 0 = never
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class DataConfig:
     """What is trained on: prepared sets, or text that is prepared on first use."""
 
@@ -78,7 +80,7 @@ class DataConfig:
     prefetch: int = 4  # batches read ahead of the step
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class MeshConfig:
     """Devices per mesh axis. At most one may be -1: all that are left."""
 
@@ -87,7 +89,7 @@ class MeshConfig:
     tensor: int = 1  # heads, feed-forward and vocabulary sharded
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class OptimizerConfig:
     """AdamW and its schedule."""
 
@@ -103,7 +105,7 @@ class OptimizerConfig:
     max_nonfinite: int = 10  # non-finite steps in a row (each is skipped) that end the run
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class CheckpointConfig:
     """When the state is saved and how much of it stays."""
 
@@ -112,7 +114,7 @@ class CheckpointConfig:
     permanent_every: int = 0  # steps between checkpoints that are never removed; 0 = none
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class ValidationConfig:
     """The likelihood bound (Eq. 6, empty prompt) on held-out rows."""
 
@@ -122,7 +124,7 @@ class ValidationConfig:
     seed: int = 0  # of the fixed noise
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class LoggingConfig:
     """What is written while training."""
 
@@ -132,7 +134,7 @@ class LoggingConfig:
     buckets: int = 10  # equal bins of the mask ratio, each with its own loss
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class SamplerConfig:
     """The reverse process (hashable: static data of the compiled sampler)."""
 
@@ -146,7 +148,7 @@ class SamplerConfig:
     eot_id: int | None = None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class SamplingConfig:
     """Samples written during training."""
 
@@ -158,7 +160,7 @@ class SamplingConfig:
     temperature: float = 0.0
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class ProfileConfig:
     """A profiler trace into workdir/profile."""
 
@@ -166,7 +168,7 @@ class ProfileConfig:
     steps: int = 0  # traced steps; 0 = off
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Config:
     """One training run."""
 
@@ -190,3 +192,42 @@ class Config:
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+
+
+def to_dict(config: Config) -> dict:
+    """The tree as nested dicts of JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(record: dict, kind: type = Config):
+    """The inverse of `to_dict`. Raises TypeError on an unknown key or a value of another type."""
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for name, value in record.items():
+        if name not in hints:
+            raise TypeError(f"unknown setting {name!r}")
+        if dataclasses.is_dataclass(hints[name]):
+            values[name] = from_dict(value, hints[name])
+        else:
+            values[name] = _as_tuples(value)
+    return kind(**values)
+
+
+def _as_tuples(value):
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple]:
+    """Dotted name -> (old, new) of the leaves that differ."""
+    after = dict(leaves(new))
+    return {name: (value, after[name]) for name, value in leaves(old) if value != after[name]}
+
+
+def leaves(node, prefix: str = "") -> Iterator[tuple[str, typing.Any]]:
+    """(dotted name, value) of every setting below `node`."""
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value

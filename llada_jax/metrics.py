@@ -1,0 +1,218 @@
+"""What is measured while training and where it is written; FLOP counting and MFU."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from llada_jax.config import LoggingConfig, ModelConfig, UserError
+
+# Dense bf16 peak of one chip in FLOP/s, by a part of jax.Device.device_kind; the first match counts.
+PEAK_FLOPS = {
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU v5": 459e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak FLOP/s of one device, None if it is not known (a CPU, say)."""
+    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+
+
+def flops_per_token(model: ModelConfig, sequence_length: int, head_share: float = 0.5) -> float:
+    """FLOPs of a training step per token: 6 per matmul parameter and 12 L T D for attention, all of it real.
+
+    Args:
+      model: the architecture, with vocab_size known.
+      sequence_length: T.
+      head_share: part of the positions the head is applied to: half are masked on average; 1.0 = all.
+    """
+    attention = 2 * model.width * (model.heads + model.kv_heads) * model.head_width
+    layer = attention + 3 * model.width * model.feed_forward
+    head = head_share * model.width * model.vocab_size
+    return 6 * (model.layers * layer + head) + 12 * model.layers * sequence_length * model.width
+
+
+class Window:
+    """Sums over the steps since the last log line; part of a checkpoint, so that a resumed run logs the same."""
+
+    def __init__(self, buckets: int, record: dict | None = None):
+        empty = {"steps": 0, "loss": 0.0, "skipped": 0, "tokens": 0}
+        self.sums = record or {**empty, "bucket_nll": [0.0] * buckets, "bucket_tokens": [0.0] * buckets}
+        if len(self.sums["bucket_nll"]) != buckets:  # logging.buckets was changed on resume
+            self.sums.update(bucket_nll=[0.0] * buckets, bucket_tokens=[0.0] * buckets)
+
+    def add(self, metrics: dict) -> None:
+        """Adds one step's fetched metrics; a skipped step counts only as skipped."""
+        self.sums["skipped"] += int(metrics["skipped"])
+        self.sums["tokens"] += int(metrics["tokens"])
+        if metrics["skipped"]:
+            return
+        self.sums["steps"] += 1
+        self.sums["loss"] += float(metrics["loss"])
+        for name in ("bucket_nll", "bucket_tokens"):
+            self.sums[name] = [a + float(b) for a, b in zip(self.sums[name], metrics[name], strict=True)]
+
+    def summary(self) -> dict:
+        """loss (mean nats per token), skipped, and loss_t of the mask-ratio buckets that were met.
+
+        loss_t[k] is the mean nll of a masked token in rows whose mask ratio lies in [k, k + 1) / buckets.
+        """
+        sums, buckets = self.sums, len(self.sums["bucket_nll"])
+        result = {"loss": sums["loss"] / sums["steps"] if sums["steps"] else math.nan, "skipped": sums["skipped"]}
+        for k, (nll, tokens) in enumerate(zip(sums["bucket_nll"], sums["bucket_tokens"], strict=True)):
+            if tokens:
+                result[f"loss_t/{k / buckets:.2f}-{(k + 1) / buckets:.2f}"] = nll / tokens
+        return result
+
+
+class Speed:
+    """Tokens per second, MFU and time left, from the tokens of the steps between two log lines."""
+
+    def __init__(self, model: ModelConfig, sequence_length: int, clock: Callable[[], float] = time.perf_counter):
+        self._flops = flops_per_token(model, sequence_length)
+        self._flops_full_head = flops_per_token(model, sequence_length, head_share=1.0)
+        self._devices = jax.device_count()
+        self._peak = peak_flops(jax.devices()[0].device_kind)
+        self._clock, self._since = clock, clock()
+
+    def restart(self) -> None:
+        """Starts the clock anew."""
+        self._since = self._clock()
+
+    def pause(self) -> Callable[[], None]:
+        """Stops the clock (validation, sampling, saving); call the result to let it go on."""
+        started = self._clock()
+
+        def go_on() -> None:
+            self._since += self._clock() - started
+
+        return go_on
+
+    def summary(self, steps: int, tokens: int, steps_left: int) -> dict:
+        """Rates since the last call: step_seconds, tokens_per_second, seconds_left, mfu where the peak is known."""
+        now = self._clock()
+        elapsed, self._since = max(now - self._since, 1e-9), now
+        rate = tokens / elapsed
+        result = {
+            "step_seconds": elapsed / max(steps, 1),
+            "tokens_per_second": rate,
+            "seconds_left": steps_left * elapsed / max(steps, 1),
+        }
+        if self._peak:
+            # FLOPs of padding are not counted as useful.
+            result["mfu"] = rate * self._flops / self._devices / self._peak
+            result["mfu_full_head"] = rate * self._flops_full_head / self._devices / self._peak
+        return result
+
+
+class Writer:
+    """metrics.jsonl, TensorBoard and Weights & Biases of one workdir; only process 0 writes."""
+
+    def __init__(self, workdir: Path, config: LoggingConfig, first_step: int, run_config: dict):
+        self._on = jax.process_index() == 0
+        self._board = self._wandb = None
+        if not self._on:
+            return
+        path = workdir / "metrics.jsonl"
+        drop_after(path, first_step)
+        self._file = path.open("a")
+        if config.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        if config.wandb_project:
+            self._wandb = _start_wandb(config.wandb_project, workdir, run_config)
+
+    def write(self, step: int, values: dict) -> None:
+        """One record: {"step": step, **values}; floats that are not finite become null."""
+        if not self._on:
+            return
+        record = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
+        self._file.write(json.dumps({"step": step, **record}) + "\n")
+        self._file.flush()
+        scalars = {name: v for name, v in record.items() if isinstance(v, int | float)}
+        if self._board:
+            for name, value in scalars.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(scalars, step=step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A sample, to TensorBoard's text page."""
+        if self._board:
+            self._board.add_text(name, f"```\n{text}\n```", step)
+
+    def close(self) -> None:
+        """Closes all files."""
+        if self._on:
+            self._file.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _start_wandb(project: str, workdir: Path, run_config: dict):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("config.logging.wandb_project needs wandb: pip install 'llada_jax[wandb]'") from None
+    # A resumed run goes on in the same W&B run: its id lives in the workdir.
+    id_file = workdir / "wandb_id"
+    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    id_file.write_text(run_id)
+    return wandb.init(project=project, id=run_id, resume="allow", dir=str(workdir), config=run_config)
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Removes from a metrics.jsonl what lies beyond `step` (the run is resumed there) and any torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(path)
+
+
+def log_line(step: int, steps: int, values: dict) -> str:
+    """The one line per log step that a person reads."""
+    parts = [
+        f"step {step:>{len(str(steps))}}/{steps}",
+        f"loss {values['loss']:.4f}",
+        f"lr {values['learning_rate']:.2e}",
+        f"grad {values['grad_norm']:.2f}",
+        f"{values['tokens_per_second']:,.0f} tokens/s",
+    ]
+    if "mfu" in values:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    if values["skipped"]:
+        parts.append(f"skipped {values['skipped']}")
+    return "  ".join([*parts, f"left {duration(values['seconds_left'])}"])
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, or 2d 03:04:05."""
+    days, rest = divmod(int(seconds), 86400)
+    text = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
+    return f"{days}d {text:0>8}" if days else text
+
+
+def fetch(metrics: dict) -> dict:
+    """The step's metrics on the host; waits until the device has made them."""
+    return {name: np.asarray(value)[()] for name, value in jax.device_get(metrics).items()}
