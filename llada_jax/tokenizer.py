@@ -21,6 +21,7 @@ from llada_jax.tokenizer_backends import MASK_LITERAL, NOT_A_TOKEN, ROLES, Backe
 
 VOCAB_MULTIPLE = 128  # the model's vocabulary is rounded up to this: it divides over tensor-parallel devices
 SAMPLE_BYTES = 32 << 20  # of text at most that a new tokenizer is trained on
+_LEAST_PIECES = 3 + 256  # unknown, BOS, EOS and the bytes
 
 
 class Tokenizer:
@@ -183,7 +184,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, directory: str | 
             sentence_iterator=_training_sentences(documents),
             model_writer=model,
             model_type="bpe",
-            vocab_size=vocab_size - appended,
+            # Below this, which is too small in any case, it would not say what it needs.
+            vocab_size=max(vocab_size - appended, _LEAST_PIECES),
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
