@@ -23,7 +23,7 @@ T, VOCAB, BATCH = 32, 512, 8
 def make_set(folder: Path, tokenizer: str, documents: range, **options) -> str:
     folder.mkdir(parents=True)
     source = write_jsonl(folder / "text.jsonl", [story(i) for i in documents])
-    settings = {"sequence_length": T, "workers": 1, "shard_rows": 100, "progress": False, "validation_fraction": 0.1}
+    settings = {"sequence_length": T, "workers": 1, "shard_rows": 40, "progress": False, "validation_fraction": 0.1}
     prepare([source], folder / "set", tokenizer=tokenizer, **{**settings, **options})
     return str(folder / "set")
 
