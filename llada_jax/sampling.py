@@ -158,14 +158,8 @@ def denoise(
     return jax.reshard(_roll(tokens_BT, -rows.shift_B), P(None, None)), step, total
 
 
-def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
-    """The settings with the model's own mask_id where they name none. UserError names what is impossible."""
-    if config.mask_id is None:
-        config = dataclasses.replace(config, mask_id=model.config.mask_id)
-    if config.mask_id is None:
-        raise UserError("the model does not say which token is MASK: set mask_id in SamplerConfig")
-    if not 0 <= config.mask_id < model.config.vocab_size:
-        raise UserError(f"mask_id={config.mask_id} is not in the model's vocabulary of {model.config.vocab_size}")
+def check_settings(config: SamplerConfig) -> SamplerConfig:
+    """The settings themselves. UserError names what is impossible with any model."""
     for name, least in (("steps", 1), ("block_length", 1), ("gen_length", 0)):
         if getattr(config, name) < least:
             raise UserError(f"{name}={getattr(config, name)}: it must be at least {least}")
@@ -173,6 +167,18 @@ def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
         raise UserError(f"temperature={config.temperature}: it must be 0 (greedy) or a positive number")
     if config.remasking not in REMASKING:
         raise UserError(f"remasking={config.remasking!r}: choose one of {', '.join(REMASKING)}")
+    return config
+
+
+def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
+    """The settings, checked, with the model's own mask_id where they name none. UserError as `check_settings`."""
+    check_settings(config)
+    if config.mask_id is None:
+        config = dataclasses.replace(config, mask_id=model.config.mask_id)
+    if config.mask_id is None:
+        raise UserError("the model does not say which token is MASK: set mask_id in SamplerConfig")
+    if not 0 <= config.mask_id < model.config.vocab_size:
+        raise UserError(f"mask_id={config.mask_id} is not in the model's vocabulary of {model.config.vocab_size}")
     return config
 
 
