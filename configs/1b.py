@@ -1,0 +1,29 @@
+"""LLaDA 1B, the size of the paper's scaling study (arXiv 2502.09992, Appendix B), with its data, batch and schedule.
+
+    python -m llada_jax.prepare --input='text/*.parquet' --output=DATA --tokenizer=LLADA_TOKENIZER_DIR
+    python -m llada_jax.train --config=configs/1b.py --workdir=runs/1b --config.data.path=DATA
+
+Model: 1,487,243,264 parameters, 969,246,720 without embedding and head; grouped-query attention, 4 key/value heads.
+The run is long (2.3 T tokens); for a shorter one set --config.steps and --config.optimizer.schedule.
+Hardware: 24 GB of parameters, gradients and moments; not yet run by us at this size.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from llada_jax.config import Config
+
+
+def get_config() -> Config:
+    """The paper's 1B run: configs/8b.py with a smaller model."""
+    spec = importlib.util.spec_from_file_location("config_8b", Path(__file__).with_name("8b.py"))
+    eight_b = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(eight_b)
+    config = eight_b.paper_recipe()
+    config.model.layers = 22
+    config.model.width = 2048
+    config.model.heads = 32
+    config.model.kv_heads = 4
+    config.model.feed_forward = 5_634
+    config.compute.remat = "full"
+    return config

@@ -1,0 +1,72 @@
+"""LLaDA 8B, pre-trained as in the paper (arXiv 2502.09992, Section 2.2 and Appendix B).
+
+    python -m llada_jax.prepare --input='gs-or-mounted/text/*.parquet' --output=DATA --tokenizer=LLADA_TOKENIZER_DIR
+    python -m llada_jax.train --config=configs/8b.py --workdir=runs/8b --config.data.path=DATA
+
+Model: 8,015,581,184 parameters, 6.98 B without embedding and head; multi-head attention, 4096 tokens.
+Data: 2.3 T tokens, one epoch; one sequence in a hundred cut to a length uniform in 1..4096.
+Batch: 1280 sequences of 4096 tokens = 5,242,880 tokens; 438,690 steps.
+Schedule: 0 -> 4e-4 over 2,000 steps, held until 1.2 T tokens; 1e-4 for the next 0.8 T; linear to 1e-5 over
+the last 0.3 T. AdamW, weight decay 0.1. The paper does not state betas and clipping: 0.9, 0.95 and 1.0 here.
+
+Hardware: parameters, gradients and Adam's moments take 16 bytes per parameter, 128 GB in all, so at the very
+least 8 devices of 80 GB; the paper used 0.13 million H800 hours. Not yet run by us at this size.
+With few devices set --config.accumulation so that one micro-batch fits.
+"""
+
+from llada_jax.config import Config
+
+TOKENS_PER_STEP = 1280 * 4096
+
+
+def step_at(tokens: float) -> int:
+    """The step at which this many tokens have been seen."""
+    return round(tokens / TOKENS_PER_STEP)
+
+
+def paper_recipe() -> Config:
+    """What the paper's 8B and 1B runs share: data, batch, objective, schedule."""
+    config = Config(steps=step_at(2.3e12), batch_size=1280, sequence_length=4096)
+
+    # The published tokenizer and its special tokens.
+    config.model.vocab_size = 126_464
+    config.model.token_count = 126_349
+    config.model.bos_id = 126_080
+    config.model.eos_id = 126_081
+    config.model.mask_id = 126_336
+    config.model.eot_id = 126_348
+
+    config.diffusion.t_sampling = "independent"
+    config.diffusion.random_length_every = 100
+    config.data.path = "data/pretrain"
+
+    config.optimizer.peak_learning_rate = 4e-4
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.schedule = (
+        (0, 0.0),
+        (2_000, 1.0),
+        (step_at(1.2e12), 1.0),
+        (step_at(1.2e12), 0.25),
+        (step_at(2.0e12), 0.25),
+        (config.steps, 0.025),
+    )
+
+    config.checkpoint.every = 500
+    config.checkpoint.permanent_every = 10_000
+    config.validation.every = 2_000
+    config.validation.rows = 1_280
+    config.sampling.every = 2_000
+    config.sampling.prompts = ("The capital of France is", "The answer to 17 + 25 is [MASK][MASK], because")
+    return config
+
+
+def get_config() -> Config:
+    """The paper's 8B run."""
+    config = paper_recipe()
+    config.model.layers = 32
+    config.model.width = 4096
+    config.model.heads = 32
+    config.model.kv_heads = 32
+    config.model.feed_forward = 12_288
+    config.compute.remat = "full"
+    return config
