@@ -255,6 +255,6 @@ def test_no_tokenizer(tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_damaged_tokenizer(name, tmp_path):
     (tmp_path / name).write_bytes(b"\x00{not a tokenizer")
-    with pytest.raises(UserError, match="cannot|can be read") as error:
+    with pytest.raises(UserError, match="can be read") as error:
         find_tokenizer(tmp_path)
     assert "\n" not in str(error.value)

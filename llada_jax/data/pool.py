@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llada_jax.data.text import cut
 from llada_jax.tokenizer import Tokenizer, load_tokenizer
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -51,7 +52,9 @@ def tokenize(tokenizer: Tokenizer, token_bytes: np.ndarray, batch: Batch) -> Tok
     """
     ids, counts, lengths = [], [], []
     for text, continues in zip(batch.texts, batch.continues, strict=True):
-        text_ids = np.asarray(tokenizer.encode(text, continuation=continues), np.uint32)
+        # Tokenizers take more time and memory per character on long texts.
+        pieces = [tokenizer.encode(piece, continuation=continues or i > 0) for i, piece in enumerate(cut(text))]
+        text_ids = np.concatenate([np.asarray(piece, np.uint32) for piece in pieces])
         cumulative = np.cumsum(token_bytes[text_ids], dtype=np.int64)
         size = len(text.encode())
         if len(text_ids) and cumulative[-1] != size:

@@ -132,30 +132,28 @@ def _read_txt(file: Path, stream: BinaryIO) -> Iterator[tuple[str, bool]]:
         if len(text) <= WHOLE_CHARACTERS:
             yield text, True
             return
-        more = text
-        text = ""
+        more, text = text, ""
         while more:
-            text += more
-            start = 0
-            while len(text) - start > PIECE_CHARACTERS:
-                end = _cut(text, start)
-                yield text[start:end], False
-                start = end
-            text = text[start:]
+            *whole, text = cut(text + more)
+            for piece in whole:
+                yield piece, False
             more = reader.read(_READ_CHARACTERS)
         yield text, True
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text: {error.reason}") from error
 
 
-def _cut(text: str, start: int) -> int:
-    """Where the piece that begins at `start` ends, there being more text than one piece holds."""
-    end = start + PIECE_CHARACTERS
-    line = text.rfind("\n", start, end)
-    if line >= 0:
-        return line + 1
-    space = text.rfind(" ", start + 1, end)
-    return space if space >= 0 else end
+def cut(text: str) -> Iterator[str]:
+    """The pieces of at most 16,384 characters that a long text is handled in."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = start + PIECE_CHARACTERS
+        line = text.rfind("\n", start, end)
+        space = text.rfind(" ", start + 1, end)
+        stop = line + 1 if line >= 0 else space if space >= 0 else end
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 def _read_jsonl(file: Path, stream: BinaryIO, key: str) -> Iterator[tuple[str, bool]]:

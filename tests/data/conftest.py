@@ -11,7 +11,7 @@ from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest
 from llada_jax.data.rows import decode_row
 from llada_jax.tokenizer import load_tokenizer, train_tokenizer
 
-WORDS = "the a small quiet green tired fox engine child river walked sang ate and but never always home".split()
+WORDS = ["the", "a", "small", "quiet", "green", "fox", "engine", "child", "river", "walked", "sang", "and", "never"]
 
 
 def story(seed: int, words: int = 40) -> str:

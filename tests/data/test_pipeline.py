@@ -273,18 +273,18 @@ def test_shards_that_are_not_whole(sets, tmp_path):
 
     path, shard, _ = copy("missing")
     shard.unlink()
-    with pytest.raises(UserError, match="train-00001.arrayrecord is missing"):
+    with pytest.raises(UserError, match=r"train-00001.arrayrecord is missing"):
         open_data([path])
 
     path, shard, content = copy("short")
     shard.write_bytes(content[:-100])
-    with pytest.raises(UserError, match="train-00001.arrayrecord is cut short") as error:
+    with pytest.raises(UserError, match=r"train-00001.arrayrecord is cut short") as error:
         open_data([path])
     assert "\n" not in str(error.value)
 
     path, shard, content = copy("zeros")
     shard.write_bytes(b"\0" * len(content))
-    with pytest.raises(UserError, match="train-00001.arrayrecord is damaged"):
+    with pytest.raises(UserError, match=r"train-00001.arrayrecord is damaged"):
         open_data([path])
 
     path, shard, content = copy("flipped")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from llada_jax.data.pool import Batch, Pool, tokenize
+from llada_jax.data.text import PIECE_CHARACTERS
 from llada_jax.tokenizer import load_tokenizer
 
 from .conftest import story
@@ -52,6 +53,15 @@ def test_bytes_add_up_whatever_the_tokenizer_does(tokenizer_folder):
         for text, length in zip(texts, tokens.lengths, strict=True):
             assert tokens.bytes[start : start + length].sum() == len(text.encode())
             start += length
+
+
+def test_long_text_is_one_text(tokenizer_folder):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    text = "".join(story(i, words=400) for i in range(30))
+    assert len(text) > 3 * PIECE_CHARACTERS
+    tokens = tokenize(tokenizer, tokenizer.token_bytes(), Batch([text, "x"], [False, False]))
+    assert tokenizer.decode(tokens.ids[: tokens.lengths[0]]) == text
+    assert tokens.bytes[: tokens.lengths[0]].sum() == len(text.encode())
 
 
 def test_worker_that_fails_or_dies(tokenizer_folder):

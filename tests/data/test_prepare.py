@@ -152,7 +152,7 @@ def test_few_documents_hold_out_the_one_with_the_smallest_hash(tokenizer_folder,
 @pytest.mark.parametrize("texts", [["only one"], ["the same", "the same"]])
 def test_too_few_documents_to_hold_one_out(tokenizer_folder, tmp_path, texts):
     source = write_jsonl(tmp_path / "a.jsonl", texts)
-    with pytest.raises(UserError, match="validation_fraction=0$"):
+    with pytest.raises(UserError, match=r"validation_fraction=0$"):
         small([source], tmp_path / "set", tokenizer=tokenizer_folder)
     assert os.listdir(tmp_path) == ["a.jsonl"]
 

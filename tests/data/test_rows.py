@@ -61,6 +61,6 @@ def test_nothing_in_nothing_out(tmp_path):
 def test_disk_that_is_full(tmp_path):
     (tmp_path / "train-00000.arrayrecord").symlink_to("/dev/full")
     writer = SplitWriter(tmp_path, "train", 1 << 16, "uint32", 2, shard_rows=3)
-    with pytest.raises(OSError, match="[Nn]o space left"):
+    with pytest.raises(OSError, match=r"[Nn]o space left"):
         for _ in range(3):
             writer.add(np.random.default_rng(0).integers(0, 2**32, 1 << 16, np.uint32), np.zeros(1 << 16, np.uint32))
