@@ -46,7 +46,7 @@ def prepared(corpus, tokenizer_folder, tmp_path_factory) -> Path:
         output,
         tokenizer=tokenizer_folder,
         sequence_length=64,
-        validation_fraction=0.1,
+        validation_fraction=0.2,
         workers=1,
         shard_rows=300,
         progress=False,
@@ -66,7 +66,7 @@ def test_same_bytes_from_any_number_of_workers(prepared, corpus, tokenizer_folde
         tmp_path / "again",
         tokenizer=tokenizer_folder,
         sequence_length=64,
-        validation_fraction=0.1,
+        validation_fraction=0.2,
         workers=workers,
         shard_rows=300,
         progress=False,
@@ -99,9 +99,9 @@ def test_what_is_in_the_folder(prepared, corpus, tokenizer_folder):
 def test_documents_come_back_exactly(prepared, corpus):
     manifest = load_manifest(prepared)
     train, validation = (split_documents(prepared, manifest, split) for split in ("train", "validation"))
-    n_train = sum(not held_out(text, 0.1) for text in STORIES)
-    assert train[:n_train] == [text for text in STORIES if not held_out(text, 0.1)]
-    assert validation[: len(STORIES) - n_train] == [text for text in STORIES if held_out(text, 0.1)]
+    n_train = sum(not held_out(text, 0.2) for text in STORIES)
+    assert train[:n_train] == [text for text in STORIES if not held_out(text, 0.2)]
+    assert validation[: len(STORIES) - n_train] == [text for text in STORIES if held_out(text, 0.2)]
     assert (len(train), len(validation)) == (manifest.train.documents, manifest.validation.documents)
     # The runs of pieces of the long file, put together in their order, are the file.
     long = Path(corpus[1]).read_bytes().decode()
@@ -127,7 +127,7 @@ def test_rows_are_packed_and_their_bytes_are_exact(prepared):
 def test_held_out_share(prepared):
     manifest = load_manifest(prepared)
     share = manifest.validation.bytes / (manifest.train.bytes + manifest.validation.bytes)
-    assert 0.05 < share < 0.2
+    assert 0.1 < share < 0.3
 
 
 def test_nothing_held_out(tokenizer_folder, tmp_path):
