@@ -1,11 +1,12 @@
 """What the entry points share: flags in, one clear line and an exit code out."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
-from absl import flags, logging
+from absl import app, flags, logging
 
-from llada_jax.config import UserError
+from llada_jax.config import Config, UserError
 
 FINISHED, FAILURE, USER_ERROR, PREEMPTED = 0, 1, 2, 143
 
@@ -13,12 +14,14 @@ FINISHED, FAILURE, USER_ERROR, PREEMPTED = 0, 1, 2, 143
 def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> None:
     """Parses absl flags, calls `main` and exits with its code (None = 0).
 
-    A wrong flag or a `UserError` ends in one line on stderr and exit code 2, Ctrl-C in 130;
-    any other exception keeps its traceback (exit code 1).
+    A wrong flag, a config file that fails or a `UserError` ends in one line on stderr and exit code 2, Ctrl-C
+    in 130; any other exception keeps its traceback (exit code 1). --help prints the entry point's own flags.
     """
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
     argv = list(sys.argv if argv is None else argv)
+    if {"--help", "-h"} & set(argv[1:]):
+        app.usage(shorthelp=True, writeto_stdout=True, exitcode=FINISHED)
     try:
         # A config file is executed while its flag is parsed: its own mistakes surface here too.
         rest = flags.FLAGS(argv)
@@ -27,15 +30,36 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
         sys.exit(main())
     except UserError as error:
         _fail(str(error))
-    except flags.Error as error:
-        _fail(str(error))
-    except (KeyError, AttributeError, TypeError, ValueError, OSError, SyntaxError) as error:
-        if not _raised_while_parsing(error):
-            raise
-        _fail(f"--config: {_text(error)}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, flags.Error) and "Traceback" not in str(error):
+            _fail(str(error))
+        if not any(_is_parsing(frame) for frame in _frames(error)):
+            raise
+        _fail(f"--config: {_explain(error)}")
+
+
+def config_of(holder: flags.FlagHolder) -> Config:
+    """The value of a parsed --config flag.
+
+    Raises:
+      UserError: the flag or its file is missing, or get_config() returns something else.
+    """
+    config = holder.value
+    if isinstance(config, Config):
+        return config
+    if config is None:
+        raise UserError("--config=FILE is missing, e.g. --config=configs/quickstart.py")
+    try:
+        # For a file it could not read ml_collections hands out a stand-in, any use of which raises why.
+        _ = config.steps
+    except OSError as error:
+        raise UserError(f"--config={flags.FLAGS[holder.name].config_filename}: {error.__cause__}") from None
+    except AttributeError:
+        pass
+    raise UserError("get_config() in the file of --config must return a llada_jax.config.Config")
 
 
 def _fail(message: str) -> None:
@@ -43,17 +67,30 @@ def _fail(message: str) -> None:
     sys.exit(USER_ERROR)
 
 
-def _text(error: Exception) -> str:
-    if isinstance(error, KeyError) and error.args:
-        return str(error.args[0])
-    return str(error)
+def _frames(error: BaseException) -> Iterator[FrameType]:
+    """Where the exception passed through, the outermost frame first."""
+    traceback = error.__traceback__
+    while traceback is not None:
+        yield traceback.tb_frame
+        traceback = traceback.tb_next
 
 
-def _raised_while_parsing(error: Exception) -> bool:
-    """True if the exception came out of flag parsing, not out of `main`."""
-    frame = error.__traceback__
-    while frame is not None:
-        if frame.tb_frame.f_code.co_name == "__call__" and "absl" in frame.tb_frame.f_code.co_filename:
-            return True
-        frame = frame.tb_next
-    return False
+def _is_parsing(frame: FrameType) -> bool:
+    """True within absl's parsing of flags: the exception then did not come out of `main`."""
+    return frame.f_code.co_name == "__call__" and "absl" in frame.f_code.co_filename
+
+
+def _explain(error: BaseException) -> str:
+    """What went wrong in a config file and in which line of it."""
+    while cause := error.__cause__ or error.__context__:  # absl and ml_collections wrap some, tracebacks in their text
+        error = cause
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    machinery = ("absl", "ml_collections", "importlib", "llada_jax", "__main__")
+    place = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        module = traceback.tb_frame.f_globals.get("__name__", "")
+        if module.split(".")[0] not in machinery:
+            place = f" ({traceback.tb_frame.f_code.co_filename}, line {traceback.tb_lineno})"
+        traceback = traceback.tb_next
+    return f"{type(error).__name__}: {text}{place}" if place else text

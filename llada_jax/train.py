@@ -37,13 +37,10 @@ class NonFinite(Exception):
 
 def main() -> int:
     """Trains as the flags say; returns the exit code."""
-    if _CONFIG.value is None:
-        raise UserError("--config=FILE is missing, e.g. --config=configs/quickstart.py")
-    if not isinstance(_CONFIG.value, Config):
-        raise UserError("get_config() in the file of --config must return a llada_jax.config.Config")
+    config = command_line.config_of(_CONFIG)
     if not _WORKDIR.value:
         raise UserError("--workdir=DIR is missing: checkpoints, metrics and samples are written there")
-    return train(_CONFIG.value, _WORKDIR.value)
+    return train(config, _WORKDIR.value)
 
 
 def train(config: Config, folder: str | os.PathLike) -> int:
