@@ -1,0 +1,118 @@
+"""Speed of sampling: python benchmarks/sampler.py [--width=512 --layers=8 ...]
+
+Prints one JSON line per case: tokens per second and milliseconds per reverse step of `llada_jax.generate`, and the
+ratio to the plain way, which applies the head to the whole canvas in every step. The cases are run in turns, so
+that other load on the machine meets all of them; medians, and the ratio of medians. Compilation is not counted.
+"""
+
+import argparse
+import functools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llada_jax import mesh
+from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig
+from llada_jax.model import Transformer, initialise
+from llada_jax.remasking import choose
+from llada_jax.sampling import generate
+
+
+def plain(model: Transformer, prompt_BT: np.ndarray, config: SamplerConfig) -> jax.Array:
+    """Greedy low-confidence sampling as the published code does it: logits for every position, one call a step."""
+    mask_id, length = model.config.mask_id, prompt_BT.shape[1]
+    canvas_BT = jnp.asarray(np.pad(prompt_BT, ((0, 0), (0, config.gen_length)), constant_values=mask_id), jnp.int32)
+    blocks = config.gen_length // config.block_length
+    count = config.gen_length // config.steps
+    with mesh.mesh_of(model.embedding[...]):
+        for block in range(blocks):
+            end = length + (block + 1) * config.block_length
+            for _ in range(config.steps // blocks):
+                canvas_BT = _plain_step(model, canvas_BT, end, count, mask_id)
+    return canvas_BT
+
+
+@functools.partial(jax.jit, static_argnames=("count", "mask_id"))
+def _plain_step(model: Transformer, canvas_BT: jax.Array, end: int, count: int, mask_id: int) -> jax.Array:
+    canvas_BT = jax.reshard(canvas_BT, mesh.TOKENS_BT)
+    logits_BTV = model.logits(model.trunk(canvas_BT))
+    token_BT, score_BT = choose(logits_BTV, None, jnp.arange(logits_BTV.shape[-1]) != mask_id)
+    open_BT = (canvas_BT == mask_id) & (jnp.arange(canvas_BT.shape[1]) < end)
+    order_BT = jnp.argsort(jnp.where(open_BT, -score_BT, jnp.inf), axis=1, stable=True)
+    rank_BT = jnp.argsort(order_BT, axis=1)
+    return jnp.where(rank_BT < count, token_BT, canvas_BT)
+
+
+@jax.jit
+def trunk_alone(model: Transformer, canvas_BT: jax.Array, steps: int) -> jax.Array:
+    """What no sampler without a cache can be faster than: the trunk, `steps` times."""
+    canvas_BT = jax.reshard(canvas_BT, mesh.TOKENS_BT)
+
+    def step(_, total):
+        h_BTD = model.trunk(canvas_BT + (total > 1e30))  # depends on the step before
+        return total + jnp.sum(h_BTD.astype(jnp.float32))
+
+    return jax.lax.fori_loop(0, steps, step, jnp.float32(0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sizes = {"layers": 8, "width": 512, "heads": 8, "feed_forward": 1536, "vocab_size": 32000, "batch_size": 1}
+    sizes |= {"prompt_length": 448, "gen_length": 64, "steps": 32, "block_length": 32, "repeats": 5, "unroll": 0}
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    args = parser.parse_args()
+
+    architecture = {name: getattr(args, name) for name in ("layers", "width", "heads", "feed_forward", "vocab_size")}
+    model_config = ModelConfig(**architecture, kv_heads=args.heads, mask_id=args.vocab_size - 1)
+    with jax.set_mesh(mesh.one_device_mesh()):
+        model = initialise(model_config, ComputeConfig(unroll=args.unroll), jax.random.key(0))
+    prompt_BT = np.random.default_rng(0).integers(0, args.vocab_size - 1, (args.batch_size, args.prompt_length))
+    config = SamplerConfig(args.steps, args.gen_length, args.block_length)
+    sampled = SamplerConfig(args.steps, args.gen_length, args.block_length, temperature=1.0)
+    key = jax.random.key(0)
+    canvas_BT = jnp.asarray(np.pad(prompt_BT, ((0, 0), (0, args.gen_length))), jnp.int32)
+
+    def trunk() -> jax.Array:
+        with mesh.mesh_of(model.embedding[...]):
+            return trunk_alone(model, canvas_BT, args.steps)
+
+    cases: dict[str, Callable[[], jax.Array]] = {
+        "generate": lambda: generate(model, prompt_BT, config, key),
+        "generate, temperature 1": lambda: generate(model, prompt_BT, sampled, key),
+        "plain: head on the whole canvas": lambda: plain(model, prompt_BT, config),
+        "trunk alone": trunk,
+    }
+    same = bool(jnp.all(cases["generate"]() == cases["plain: head on the whole canvas"]()))
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for repeat in range(args.repeats + 1):
+        for name, case in cases.items():
+            start = time.perf_counter()
+            jax.block_until_ready(case())
+            if repeat:  # the first compiles
+                seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, median in medians.items():
+        line = {
+            "benchmark": "sampler",
+            "case": name,
+            "seconds": round(median, 3),
+            "tokens_per_second": round(args.batch_size * args.gen_length / median, 1),
+            "ms_per_step": round(1000 * median / args.steps, 2),
+            "times_plain": round(medians["plain: head on the whole canvas"] / median, 2),
+            "same_tokens_as_plain": same,
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        }
+        print(json.dumps(line | vars(args)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
