@@ -4,16 +4,17 @@ A workdir holds config.json, tokenizer/ and checkpoints/STEP/. A checkpoint hold
 "run" record: the fingerprint of every array, by which a damaged one is recognised, and the metrics window.
 """
 
+import contextlib
+import copy
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -31,15 +32,30 @@ class Damaged(Exception):
     """A checkpoint that was read without error but does not hold what was saved."""
 
 
+class SaveFailed(Exception):
+    """A checkpoint could not be written, or must not be."""
+
+
 @jax.jit
-def fingerprint(tree: Any) -> jax.Array:
-    """uint32, one number per leaf: the sum of its bits modulo 2**32, the same on any mesh."""
+def _sums(tree: Any) -> tuple[jax.Array, jax.Array]:
+    """For each leaf the sum of its bits modulo 2**32, and whether all of it is finite; the same on any mesh."""
 
     def one(x: jax.Array) -> jax.Array:
         unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
         return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32), dtype=jnp.uint32)
 
-    return jnp.stack([one(x) for x in jax.tree.leaves(tree)])
+    leaves = jax.tree.leaves(tree)
+    return jnp.stack([one(x) for x in leaves]), jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])
+
+
+def fingerprint(tree: Any) -> tuple[dict[str, int], list[str]]:
+    """A number per array, by its name, that any flipped bit changes; and the names of those that are not finite."""
+    names = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+    sums, finite = jax.device_get(_sums(tree))
+    return dict(zip(names, sums.tolist(), strict=True)), [n for n, f in zip(names, finite, strict=True) if not f]
 
 
 def _as_dict(state: TrainState) -> dict:
@@ -82,27 +98,51 @@ class Checkpoints:
         """Complete checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, window: dict) -> None:
+    def save(self, state: TrainState, run: dict) -> None:
         """Starts saving; the arrays are copied off the device before this returns, files are written behind it.
 
         Args:
-          state: saved under its step.
-          window: JSON-able record of metrics.Window.
+          state: saved under its step; nothing happens if that is saved already.
+          run: JSON-able record that `restore` gives back.
+
+        Raises:
+          SaveFailed: this state is not finite, or the save before this one failed.
         """
         step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        prints = [int(x) for x in np.asarray(fingerprint(_as_dict(state)))]
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_dict(state)),
-                run=ocp.args.JsonSave({"fingerprint": prints, "window": window}),
-            ),
-        )
+        with self._failures():
+            if step in self._manager.all_steps():
+                return
+            prints, broken = fingerprint(_as_dict(state))
+            if broken:
+                raise SaveFailed(f"the state of step {step} is not saved: {broken[0]} is not finite")
+            # The record is written in the background: it must not be one that the caller goes on changing.
+            record = copy.deepcopy({**run, "fingerprint": prints})
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_as_dict(state)), run=ocp.args.JsonSave(record)
+                ),
+            )
+
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        try:
+            yield
+        except SaveFailed:
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many kinds, often those of a background thread
+            raise SaveFailed(
+                f"a checkpoint could not be written to {self.directory}: {_first_line(error)}; "
+                f"the same command goes on from the newest whole one"
+            ) from error
+
+    def check(self) -> None:
+        """Raises SaveFailed if the save in the background has failed by now."""
+        with self._failures():
+            self._manager.check_for_errors()
 
     def restore(self, config: Config, mesh: Mesh, report: Callable[[str], None]) -> tuple[TrainState, dict] | None:
-        """The newest checkpoint that is whole, on `mesh`; None if there is none at all.
+        """The newest checkpoint that is whole, on `mesh`, with the record saved beside it; None if there is none.
 
         A damaged one is reported, put aside as damaged-STEP, and the one before it is used.
 
@@ -113,13 +153,15 @@ class Checkpoints:
         problems = {}
         for step in reversed(self.steps()):
             try:
-                state, window = self._restore_step(step, target)
+                state, run = self._restore_step(step, target)
+            except (MemoryError, jax.errors.JaxRuntimeError):
+                raise  # out of memory, most likely: no fault of the files
             except Exception as error:  # any failure to read is damage: Orbax and TensorStore raise many kinds
                 problems[step] = _first_line(error)
                 report(f"checkpoint {step} is damaged ({problems[step]})")
                 continue
             self._put_aside(list(problems))
-            return TrainState(**state), window
+            return TrainState(**state), run
         if problems:
             raise UserError(
                 f"{self.directory}: none of the checkpoints {sorted(problems)} can be restored; "
@@ -130,10 +172,10 @@ class Checkpoints:
     def _restore_step(self, step: int, target: dict) -> tuple[dict, dict]:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=args)
-        _check(restored["state"], restored["run"]["fingerprint"])
+        _verify(restored["state"], restored["run"]["fingerprint"])
         if int(restored["state"]["step"]) != step:
             raise Damaged(f"it holds step {int(restored['state']['step'])}")
-        return restored["state"], restored["run"]["window"]
+        return restored["state"], restored["run"]
 
     def _put_aside(self, steps: list[int]) -> None:
         if not steps:
@@ -158,22 +200,21 @@ class Checkpoints:
         return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
     def wait(self) -> None:
-        """Until all that was started is on disk."""
-        self._manager.wait_until_finished()
+        """Until all that was started is on disk. SaveFailed if it cannot be written."""
+        with self._failures():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then frees what the manager holds."""
-        self._manager.close()
+        """Waits, then frees what the manager holds. SaveFailed as `wait`."""
+        with self._failures():
+            self._manager.close()
 
 
-def _check(state: Any, expected: list[int]) -> None:
-    found = np.asarray(fingerprint(state))
-    if len(found) != len(expected):
-        raise Damaged(f"it holds {len(found)} arrays instead of {len(expected)}")
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
-    for path, value, wanted in zip(paths, found, expected, strict=True):
-        if int(value) != wanted:
-            raise Damaged(f"the content of {path} is not what was saved")
+def _verify(tree: Any, expected: dict[str, int]) -> None:
+    """Damaged, unless every array of `tree` (a whole checkpoint or some of it) is what was saved under its name."""
+    for name, value in fingerprint(tree)[0].items():
+        if value != expected.get(name):
+            raise Damaged(f"the content of {name} is not what was saved")
 
 
 def _first_line(error: Exception) -> str:
@@ -197,14 +238,23 @@ def write_config(workdir: str | os.PathLike, config: Config, identity: dict) -> 
     """Writes config.json: the resolved config, and the identity of data and tokenizer (hashes) of the run."""
     path = Path(workdir) / "config.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"config": configs.to_dict(config), "identity": identity}, indent=2) + "\n")
+    with temporary.open("w") as file:
+        json.dump({"config": configs.to_dict(config), "identity": identity}, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())  # the checkpoints are worth nothing without it
     temporary.replace(path)
+
+
+def steps_in(workdir: str | os.PathLike) -> list[int]:
+    """Steps of the complete checkpoints of a workdir, ascending: one that is being written has another name."""
+    folder = Path(workdir) / FOLDER
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
 def saved_steps(workdir: str | os.PathLike) -> list[int]:
     """Steps of the complete checkpoints of a workdir, ascending. UserError if there are none."""
-    folder = Path(workdir) / FOLDER
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    steps = steps_in(workdir)
     if not steps:
         raise UserError(f"{workdir} has no checkpoint yet")
     return steps
@@ -237,7 +287,9 @@ def load_params(workdir: str | os.PathLike, step: int | None, config: Config, me
     target = _target(lambda: split(Transformer(config.model, config.compute, jax.random.key(0)))[1], mesh)
     if dtype is not None:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), target)
-    return _load(workdir, step, {"params": target})["params"]
+    # Cast while it is read: what was saved is then not there to be compared.
+    same = all(x.dtype == jnp.float32 for x in jax.tree.leaves(target))
+    return _load(workdir, step, {"params": target}, verify=same)["params"]
 
 
 def load_model(workdir: str | os.PathLike, step: int | None, mesh: Mesh, dtype: Any = None) -> Transformer:
@@ -251,13 +303,19 @@ def load_model(workdir: str | os.PathLike, step: int | None, mesh: Mesh, dtype: 
     return merge(graphdef, params)
 
 
-def _load(workdir: str | os.PathLike, step: int, target: dict) -> dict:
+def _load(workdir: str | os.PathLike, step: int, target: dict, verify: bool = True) -> dict:
     path = Path(workdir).absolute() / FOLDER / str(step)
     args = ocp.args.PyTreeRestore(
         item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
     )
     try:
         with ocp.PyTreeCheckpointer() as reader:
-            return reader.restore(path / "state", args=args)
+            tree = reader.restore(path / "state", args=args)
+        if verify:
+            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+                _verify(tree, reader.restore(path / "run", args=ocp.args.JsonRestore())["fingerprint"])
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
     except Exception as error:
-        raise UserError(f"checkpoint {step} of {workdir} cannot be restored: {_first_line(error)}") from None
+        raise UserError(f"checkpoint {step} of {workdir} cannot be restored: {_first_line(error)}") from error
+    return tree

@@ -5,34 +5,33 @@ device is touched, the data before the mesh, the mesh before the state, the stat
 compilation. The same command started again goes on from the newest whole checkpoint.
 """
 
+import dataclasses
+import errno
 import os
-import signal
-import sys
 from pathlib import Path
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import checkpoint, command_line, config_check, diffusion, likelihood, mesh, metrics, report, workdir
-from llada_jax import config as configs
+from llada_jax import checkpoint, command_line, config_check, diffusion, mesh, workdir
 from llada_jax.attention import KERNELS
-from llada_jax.config import Config, UserError
+from llada_jax.config import Config, ModelConfig, UserError
 from llada_jax.data import pipeline
-from llada_jax.data.manifest import TOKENIZER_FOLDER, load_manifest
+from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest, load_manifest
 from llada_jax.data.prepare import prepare
-from llada_jax.model import REMAT, abstract_model, parameter_count, split
+from llada_jax.loop import Loop, NonFinite, log
+from llada_jax.model import REMAT, parameter_count, split
 from llada_jax.optimizer import schedule_points
 from llada_jax.tokenizer import load_tokenizer
-from llada_jax.train_step import TrainState, make_state, make_train_step
+from llada_jax.train_step import TrainState, make_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
 
-
-class NonFinite(Exception):
-    """Too many steps in a row whose loss or gradients were not finite."""
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+_INIT = ("init_from", "init_step", "init_weights_only")
 
 
 def main() -> int:
@@ -51,10 +50,10 @@ def train(config: Config, folder: str | os.PathLike) -> int:
       folder: its workdir, made if needed.
 
     Returns:
-      0 finished, 1 stopped because of non-finite steps, 143 saved after SIGTERM.
+      0 finished; 1 stopped because of non-finite steps or a disk that cannot be written; 143 saved after SIGTERM.
 
     Raises:
-      UserError: a mistake of the user's, found before any training.
+      UserError: a mistake of the user's, found before any training, or a damaged row of the data.
     """
     config_check.validate(config)
     for name, value, known in (
@@ -67,24 +66,28 @@ def train(config: Config, folder: str | os.PathLike) -> int:
         if value not in known:
             raise UserError(f"config.{name}={value!r}: choose one of {', '.join(map(repr, known))}")
     schedule_points(config.optimizer, config.steps)
+    if "://" in os.fspath(folder):
+        raise UserError(f"--workdir={folder}: a local or mounted folder is needed")
     folder = Path(folder)
     with workdir.locked(folder):
         try:
             return _train(config, folder)
-        except NonFinite as error:
+        except (NonFinite, checkpoint.SaveFailed) as error:
             log(f"stopped: {error}")
-            return command_line.FAILURE
-
-
-def log(message: str) -> None:
-    """A line to stderr, from process 0 only."""
-    if jax.process_index() == 0:
-        print(message, file=sys.stderr, flush=True)
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            log(f"stopped: {error.filename or folder} cannot be written or read: {error.strerror}")
+    return command_line.FAILURE
 
 
 def _train(config: Config, folder: Path) -> int:
+    # What is there already. Without a checkpoint nothing binds this run to an earlier one.
+    stored = _stored_run(folder)
+    source = None if stored else _find_source(config)
+
     # Data first: the longest wait and the likeliest mistake, and nothing of it needs a device.
-    paths = _prepared_sets(config, folder)
+    paths = _prepared_sets(config, folder, stored[0] if stored else None)
     manifests = [load_manifest(path) for path in paths]
     tokenizer = load_tokenizer(os.path.join(paths[0], TOKENIZER_FOLDER))
     config_check.resolve_ids(config.model, tokenizer)
@@ -104,282 +107,160 @@ def _train(config: Config, folder: Path) -> int:
             paths, config.validation.rows, config.sequence_length, config.model.vocab_size
         )
     identity = workdir.identity(config, manifests, tokenizer.sha256)
-    resuming = (folder / "config.json").exists()
-    if resuming:
-        remedy = "take another --workdir, or set it back"
-        changed = workdir.check_same_run(checkpoint.read_config(folder), (config, identity), str(folder), remedy)
+    changed = _check_resume(stored, (config, identity), folder) if stored else {}
 
     # The mesh, and what must divide by it.
     device_mesh = mesh.make_mesh(config.mesh)
     sizes = tuple(device_mesh.shape.values())
     mesh.check_model(config.model, sizes)
     mesh.check_batch(config, sizes)
-    # From here on SIGTERM means: save and leave.
-    stop = _StopSignal()
     log(
         f"{parameter_count(config.model):,} parameters, {tokenizer.size:,} tokens in the vocabulary, "
         f"mesh {dict(device_mesh.shape)} of {jax.devices()[0].device_kind}"
     )
 
-    with jax.set_mesh(device_mesh), stop:
+    with jax.set_mesh(device_mesh):
         # The state: of this run, of another one, or new.
         saved = checkpoint.Checkpoints(folder, config.checkpoint)
         restored = saved.restore(config, device_mesh, log)
         if restored:
-            state, window_record = restored
+            state, record = restored
             log(f"resuming {folder} at step {int(state.step)}")
-            for name, (before, after) in changed.items() if resuming else ():
+            for name, (before, after) in changed.items():
                 log(f"  config.{name}: {before} -> {after}")
         else:
-            state, window_record = _first_state(config, identity, device_mesh), None
+            state, record = _first_state(config, identity, source, device_mesh), {}
         first_step = int(state.step)
         if first_step > config.steps:
-            raise UserError(f"{folder} is at step {first_step}, beyond config.steps={config.steps}")
+            where = folder if restored else config.init_from
+            raise UserError(f"{where} is at step {first_step}, beyond config.steps={config.steps}")
         if jax.process_index() == 0:
             workdir.keep_tokenizer(folder, Path(paths[0]) / TOKENIZER_FOLDER)
             checkpoint.write_config(folder, config, identity)
         workdir.record_start(folder, config, first_step)
 
-        loop = _Loop(config, folder, device_mesh, saved, tokenizer, held_out, window_record, first_step)
+        loop = Loop(config, folder, device_mesh, saved, tokenizer, held_out, state, record)
         try:
-            code = loop.run(state, data, stop)
+            code = loop.run(state, data)
         finally:
             loop.close()
     return code
 
 
-def _prepared_sets(config: Config, folder: Path) -> list[str]:
+def _stored_run(folder: Path) -> tuple[Config, dict] | None:
+    """Config and identity of the run that has checkpoints in `folder`, None if there are none."""
+    if not checkpoint.steps_in(folder):
+        return None
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} has checkpoints but no config.json that says of what: take another --workdir")
+    return checkpoint.read_config(folder)
+
+
+def _check_resume(stored: tuple[Config, dict], now: tuple[Config, dict], folder: Path) -> dict[str, tuple]:
+    """What has changed since the last start. UserError for what may not."""
+    remedy = "take another --workdir, or set it back"
+    changed = workdir.check_same_run(stored, now, str(folder), remedy)
+    for name in _INIT:
+        if name in changed:
+            before, after = changed[name]
+            raise UserError(f"config.{name} is {after!r}, but {folder} was started with {before!r}: {remedy}")
+    return changed
+
+
+def _prepared_sets(config: Config, folder: Path, stored: Config | None) -> list[str]:
     """Folders of the prepared sets; text given as config.data.input is prepared into the workdir first."""
     data = config.data
     if data.path:
         return [path.strip() for path in data.path.split(",") if path.strip()]
     target = folder / "data"
-    if not target.exists():
-        log(f"preparing {data.input} in {target}")
-        prepare(
-            [item.strip() for item in data.input.split(",") if item.strip()],
-            target,
-            tokenizer=data.tokenizer or None,
-            train_tokenizer=None if data.tokenizer else data.train_tokenizer,
-            sequence_length=config.sequence_length,
-            validation_fraction=data.validation_fraction,
-            workers=data.workers,
-        )
+    inputs = [item.strip() for item in data.input.split(",") if item.strip()]
+    if target.exists():
+        _check_prepared(config, inputs, target, load_manifest(target), stored)
+        return [str(target)]
+    if stored and stored.data.input != data.input:
+        before = stored.data.input or f"config.data.path={stored.data.path}"
+        raise UserError(f"config.data.input is {data.input}, but {folder} was trained on {before}: set it back")
+    log(f"preparing {data.input} in {target}")
+    prepare(
+        inputs,
+        target,
+        tokenizer=data.tokenizer or None,
+        train_tokenizer=None if data.tokenizer else data.train_tokenizer,
+        sequence_length=config.sequence_length,
+        validation_fraction=data.validation_fraction,
+        workers=data.workers,
+    )
     return [str(target)]
 
 
-def _first_state(config: Config, identity: dict, device_mesh: jax.sharding.Mesh) -> TrainState:
-    """A new state, or one taken from config.init_from."""
+def _check_prepared(config: Config, inputs: list[str], target: Path, manifest: Manifest, stored: Config | None) -> None:
+    """UserError if the set in the workdir was prepared with other settings than these."""
+    data = config.data
+    pairs = [
+        ("data.input", ",".join(inputs), ",".join(source.input for source in manifest.sources)),
+        ("data.validation_fraction", data.validation_fraction, manifest.validation_fraction),
+        ("sequence_length", config.sequence_length, manifest.sequence_length),
+    ]
+    if not data.tokenizer:
+        pairs.append(("data.train_tokenizer", data.train_tokenizer, manifest.tokenizer_size))
+        if stored:
+            pairs.append(("data.tokenizer", "''", repr(stored.data.tokenizer)))
+    elif not stored or stored.data.tokenizer != data.tokenizer:  # else the file may be gone: the set has its own
+        pairs.append(("data.tokenizer", load_tokenizer(data.tokenizer).sha256, manifest.tokenizer_sha256))
+    remedy = "set it back or take another --workdir"
+    for name, wanted, found in pairs:
+        if wanted != found:
+            raise UserError(
+                f"config.{name} is {wanted}, but {target} was prepared with {found}: {remedy}"
+                + ("" if stored else ", or remove that folder to prepare it anew")
+            )
+
+
+def _find_source(config: Config) -> int | None:
+    """The checkpoint's step in config.init_from; None for a published folder, or none at all. UserError if missing."""
+    if not config.init_from:
+        return None
+    source = Path(config.init_from)
+    if (source / checkpoint.FOLDER).is_dir():
+        return checkpoint.choose_step(source, config.init_step)
+    if not any(source.glob("*.safetensors*")):
+        raise UserError(
+            f"config.init_from={source} has no model: neither checkpoints (a training workdir) nor *.safetensors"
+        )
+    if config.init_step is not None:
+        raise UserError(f"config.init_step={config.init_step}: {source} is a published folder, it has no steps")
+    return None
+
+
+def _first_state(config: Config, identity: dict, step: int | None, device_mesh: jax.sharding.Mesh) -> TrainState:
+    """A new state, or one taken from config.init_from (at `step`, None = a published folder)."""
     if not config.init_from:
         return make_state(config)
-    source = Path(config.init_from)
-    if (source / "config.json").exists() and not (source / checkpoint.FOLDER).exists():
-        from llada_jax.huggingface import load_params as load_published
+    source = config.init_from
+    if step is None:
+        from llada_jax import huggingface
 
         log(f"starting from the weights of {source}")
-        return _with_params(make_state(config), load_published(source, config.model, device_mesh))
+        model = huggingface.load_model(source, jnp.float32, lambda model: _same_model(model, config.model, source))
+        return make_state(config, split(model)[1])
     parent, parent_identity = checkpoint.read_config(source)
-    step = checkpoint.choose_step(source, config.init_step)
     if config.init_weights_only:
-        if parent.model != config.model:
-            name, (before, after) = next(iter(configs.differences(parent, config).items()))
-            raise UserError(f"config.{name} is {after}, but {source} has {before}: its weights do not fit")
+        _same_model(parent.model, config.model, source)
         log(f"starting from the weights of {source} at step {step}")
-        params = checkpoint.load_params(source, step, config, device_mesh)
-        return _with_params(make_state(config), params)
+        return make_state(config, checkpoint.load_params(source, step, config, device_mesh))
     remedy = "set --config.init_weights_only to take its weights alone"
-    workdir.check_same_run((parent, parent_identity), (config, identity), str(source), remedy)
+    workdir.check_same_run((parent, parent_identity), (config, identity), source, remedy)
     log(f"branching from {source} at step {step}")
     return checkpoint.load_state(source, step, config, device_mesh)
 
 
-def _with_params(state: TrainState, params: dict) -> TrainState:
-    return TrainState(state.step, params, state.opt_state)
-
-
-class _StopSignal:
-    """Remembers SIGTERM, so that the loop can save and leave; a context manager that restores the handler."""
-
-    def __init__(self):
-        self.received = False
-
-    def __enter__(self) -> "_StopSignal":
-        self._before = signal.signal(signal.SIGTERM, self._receive)
-        return self
-
-    def _receive(self, *_: Any) -> None:
-        self.received = True
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-
-class _Loop:
-    """The steps, and what happens between them."""
-
-    def __init__(self, config, folder, device_mesh, saved, tokenizer, held_out, window_record, first_step):
-        self.config, self.folder, self.mesh = config, folder, device_mesh
-        self.saved, self.tokenizer, self.held_out = saved, tokenizer, held_out
-        self.graphdef, _ = split(abstract_model(config.model, config.compute))
-        self.window = metrics.Window(config.logging.buckets, window_record)
-        self.speed = metrics.Speed(config.model, config.sequence_length)
-        self.writer = metrics.Writer(folder, config.logging, first_step, configs.to_dict(config))
-        self.skipped_in_a_row = 0
-        self.steps_since_log = self.tokens_since_log = 0
-        self.bits_per_byte = float("nan")
-
-    def run(self, state: TrainState, data: pipeline.TrainingData, stop: _StopSignal) -> int:
-        """Trains to config.steps; returns the exit code."""
-        config, first_step = self.config, int(state.step)
-        train_step = make_train_step(config, self.graphdef)
-        batches = data.iterate(
-            first_step,
-            mesh.local_rows(self.mesh, config.batch_size),
-            prefetch=config.data.prefetch,
-            threads=config.data.read_threads,
-        )
-        pending = None  # (step, metrics) dispatched but not yet looked at: the host stays one step behind the device
-        done = first_step
-        try:
-            while done < config.steps:
-                if stop.received or self.saved.reached_preemption(done):
-                    self._settle(pending)
-                    return self._leave(state)
-                self._profile(done)
-                _, batch = next(batches)
-                batch = mesh.place_batch(batch, self.mesh, config.batch_size)
-                if done == first_step:
-                    log(report.first_batch(config, batch, self.tokenizer, done))
-                    log("compiling the train step ...")
-                state, device_metrics = train_step(state, batch)
-                self._settle(pending)
-                if done == first_step:
-                    self._settle((done + 1, device_metrics))
-                    pending = None
-                    self.speed.restart()  # the first step is mostly compilation
-                else:
-                    pending = (done + 1, device_metrics)
-                done += 1
-                pending = self._events(done, state, pending)
-        finally:
-            batches.close()
-        self._settle(pending)
-        if first_step == config.steps:
-            log(f"{self.folder} is finished: nothing to train up to step {config.steps}")
-            self._validate(state)
-        self.saved.save(state, self.window.sums)
-        self._sample(done, state)
-        self.saved.wait()
-        if config.report and self.held_out is not None and jax.process_index() == 0:
-            marks = report.yardsticks(self.held_out, self.tokenizer)
-            held_out_bytes = int(self.held_out[2].sum())
-            print(report.final_report(str(self.folder), self.bits_per_byte, marks, held_out_bytes))
-        return command_line.FINISHED
-
-    def _events(self, done: int, state: TrainState, pending):
-        """Validation, samples and checkpoints that fall on this step; settles `pending` if there are any."""
-        config, last = self.config, done == self.config.steps
-        validates = self.held_out is not None and _falls_on(done, config.validation.every, last)
-        samples = _falls_on(done, config.sampling.every, False)
-        saves = self.saved.due(done)
-        if not (validates or samples or saves):
-            return pending
-        extra = {}
-        if validates:
-            go_on = self.speed.pause()
-            jax.block_until_ready(state.step)
-            extra = self._validate(state)
-            go_on()
-        self._settle(pending, extra)
-        go_on = self.speed.pause()
-        if samples and not last:
-            self._sample(done, state)
-        if saves:
-            self.saved.save(state, self.window.sums)
-        go_on()
-        return None
-
-    def _settle(self, pending, extra: dict | None = None) -> None:
-        """Looks at a step's metrics: sums, one line and one record per log step, the count of skipped steps."""
-        if pending is None:
-            return
-        step, values = pending[0], metrics.fetch(pending[1])
-        self.window.add(values)
-        self.steps_since_log += 1
-        self.tokens_since_log += int(values["tokens"])
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if values["skipped"] else 0
-        record = dict(extra or {})
-        if step % self.config.logging.every == 0 or step == self.config.steps:
-            record |= self.window.summary()
-            record |= {name: float(values[name]) for name in ("learning_rate", "grad_norm")}
-            record |= self.speed.summary(self.steps_since_log, self.tokens_since_log, self.config.steps - step)
-            self.window = metrics.Window(self.config.logging.buckets)
-            self.steps_since_log = self.tokens_since_log = 0
-            log(metrics.log_line(step, self.config.steps, record))
-        if record:
-            self.writer.write(step, record)
-        if self.skipped_in_a_row >= self.config.optimizer.max_nonfinite:
-            raise NonFinite(
-                f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row, up to step {step}; "
-                "none of them was applied. Branch from an earlier checkpoint (--config.init_from, "
-                "--config.init_step) with a lower learning rate, or look at the data of these steps"
-            )
-
-    def _validate(self, state: TrainState) -> dict:
-        if self.held_out is None:
-            return {}
-        config = self.config
-        values = likelihood.validate(
-            self.graphdef,
-            state.params,
-            self.held_out,
-            config.validation,
-            batch_size=config.batch_size // config.accumulation,
-            chunk=config.compute.loss_chunk,
-            mask_id=config.model.mask_id,
-        )
-        self.bits_per_byte = values["bits_per_byte"]
-        log(
-            f"step {int(state.step)}  validation {values['nats_per_token']:.4f} nats/token  "
-            f"{values['bits_per_byte']:.4f} bits/byte  perplexity {values['perplexity']:.2f}"
-        )
-        return {f"validation/{name}": value for name, value in values.items()}
-
-    def _sample(self, step: int, state: TrainState) -> None:
-        if not self.config.sampling.prompts:
-            return
-        samples = report.sample_texts(
-            self.graphdef, state.params, self.tokenizer, self.config.sampling, self.config.seed
-        )
-        text = report.show_samples(samples)
-        log(f"samples at step {step}:\n{text}")
-        if jax.process_index() == 0:
-            with (self.folder / "samples.txt").open("a") as file:
-                file.write(f"--- step {step}\n{text}\n")
-            self.writer.text(step, "samples", text)
-
-    def _leave(self, state: TrainState) -> int:
-        self.saved.save(state, self.window.sums)
-        self.saved.wait()
-        log(f"stopped by SIGTERM: saved step {int(state.step)}; the same command goes on from there")
-        return command_line.PREEMPTED
-
-    def _profile(self, step: int) -> None:
-        profile = self.config.profile
-        if profile.steps and step == profile.first_step:
-            jax.profiler.start_trace(str(self.folder / "profile"))
-        elif profile.steps and step == profile.first_step + profile.steps:
-            jax.profiler.stop_trace()
-            log(f"profile of steps {profile.first_step}..{step - 1} in {self.folder / 'profile'}")
-
-    def close(self) -> None:
-        """Finishes what is being written."""
-        self.saved.close()
-        self.writer.close()
-
-
-def _falls_on(step: int, every: int, last: bool) -> bool:
-    return last or (every > 0 and step % every == 0)
+def _same_model(found: ModelConfig, wanted: ModelConfig, source: str) -> ModelConfig:
+    """`wanted`. UserError unless weights of `found` fit it; what `found` does not know (None) fits."""
+    for field in dataclasses.fields(ModelConfig):
+        ours, theirs = getattr(wanted, field.name), getattr(found, field.name)
+        if theirs is not None and theirs != ours and field.name != "token_count":
+            raise UserError(f"config.model.{field.name} is {ours}, but {source} has {theirs}: its weights do not fit")
+    return wanted
 
 
 if __name__ == "__main__":

@@ -27,9 +27,15 @@ class TrainState:
     opt_state: tuple
 
 
-def make_state(config: Config) -> TrainState:
-    """The state at step 0, sharded over the mesh in use. Trace it with jax.eval_shape for a restore target."""
-    params = split(initialise(config.model, config.compute, jax.random.key(config.seed)))[1]
+def make_state(config: Config, params: dict | None = None) -> TrainState:
+    """The state at step 0, sharded over the mesh in use. Trace it with jax.eval_shape for a restore target.
+
+    Args:
+      config: of the run.
+      params: weights to start from; None = freshly initialised.
+    """
+    if params is None:
+        params = split(initialise(config.model, config.compute, jax.random.key(config.seed)))[1]
     opt_state = jax.jit(make_optimizer(config.optimizer).init)(params)
     return TrainState(jnp.zeros((), jnp.int32, out_sharding=P()), params, opt_state)
 

@@ -110,11 +110,16 @@ def _commit() -> str | None:
 
 
 def keep_tokenizer(workdir: Path, source: Path) -> None:
-    """Copies the tokenizer's folder into the workdir, whole or not at all."""
-    target = workdir / "tokenizer"
+    """Copies the tokenizer's folder into the workdir, whole or not at all; a different one there is replaced."""
+    target, temporary = workdir / "tokenizer", workdir / "tokenizer.tmp"
     if target.exists():
-        return
-    temporary = workdir / "tokenizer.tmp"
+        if _contents(target) == _contents(source):
+            return
+        shutil.rmtree(target)  # of an earlier start that never came to its first checkpoint
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary)
     temporary.rename(target)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
