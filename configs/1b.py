@@ -8,7 +8,7 @@ The run is long (2.3 T tokens); for a shorter one set --config.steps and --confi
 Hardware: 24 GB of parameters, gradients and moments; not yet run by us at this size.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
 
 from llada_jax.config import Config
@@ -16,10 +16,7 @@ from llada_jax.config import Config
 
 def get_config() -> Config:
     """The paper's 1B run: configs/8b.py with a smaller model."""
-    spec = importlib.util.spec_from_file_location("config_8b", Path(__file__).with_name("8b.py"))
-    eight_b = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(eight_b)
-    config = eight_b.paper_recipe()
+    config = runpy.run_path(str(Path(__file__).with_name("8b.py")))["paper_recipe"]()
     config.model.layers = 22
     config.model.width = 2048
     config.model.heads = 32

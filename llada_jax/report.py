@@ -1,17 +1,20 @@
 """What a person reads of a run: the first batch decoded, samples, and the yardsticks at the end."""
 
+import dataclasses
 import lzma
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from llada_jax import diffusion, sampling
-from llada_jax.config import Config, SamplerConfig, SamplingConfig
-from llada_jax.model import Transformer, merge
-from llada_jax.tokenizer import Tokenizer
+from llada_jax import diffusion, mesh
+from llada_jax.completion import Options, complete
+from llada_jax.config import Config, SamplingConfig
+from llada_jax.model import merge
+from llada_jax.tokenizer import MASK_LITERAL, Tokenizer
 
 
 def first_batch(config: Config, batch: dict, tokenizer: Tokenizer, step: int, characters: int = 300) -> str:
@@ -20,7 +23,7 @@ def first_batch(config: Config, batch: dict, tokenizer: Tokenizer, step: int, ch
 
     @jax.jit
     def row_0(batch):
-        rows = jax.numpy.arange(config.batch_size, dtype=jax.numpy.int32, out_sharding=P(("data", "fsdp")))
+        rows = jnp.arange(config.batch_size, dtype=jnp.int32, out_sharding=mesh.ROWS_B)
         noisy = objective(
             diffusion.step_key(config.seed, step),
             batch["tokens"],
@@ -48,34 +51,14 @@ def _cut(text: str, characters: int) -> str:
 def sample_texts(
     graphdef: nnx.GraphDef, params: dict, tokenizer: Tokenizer, config: SamplingConfig, seed: int
 ) -> list[tuple[str, str]]:
-    """(prompt, whole text) of each of config.prompts, in one batch.
-
-    A prompt with [MASK] in it is filled in, any other continued by gen_length tokens; a text ends at EOS
-    beyond its prompt. An empty prompt becomes BOS.
-    """
-    model: Transformer = merge(graphdef, params)
-    rows = []
-    for prompt in config.prompts:
-        ids = tokenizer.encode(prompt, special=True) or [tokenizer.bos_id]
-        appended = 0 if tokenizer.mask_id in ids else config.gen_length
-        rows.append((ids, appended))
-    width = max(len(ids) + appended for ids, appended in rows)
-    canvas = np.full((len(rows), width), tokenizer.mask_id, np.int32)
-    real = np.zeros((len(rows), width), bool)
-    for i, (ids, appended) in enumerate(rows):
-        start = width - len(ids) - appended  # padding on the left
-        canvas[i, start : start + len(ids)] = ids
-        real[i, start:] = True
-    settings = SamplerConfig(
-        steps=config.steps, gen_length=0, block_length=config.block_length, temperature=config.temperature
-    )
-    tokens = np.asarray(sampling.generate(model, canvas, settings, jax.random.key(seed), real))
+    """(prompt, whole text) of each of config.prompts; one with [MASK] in it is filled in, not continued."""
+    options = Options(steps=config.steps, block_length=config.block_length, temperature=config.temperature)
     texts = []
-    for i, (ids, appended) in enumerate(rows):
-        row = tokens[i, real[i]].tolist()
-        if appended and tokenizer.eos_id in row[len(ids) :]:
-            row = row[: row.index(tokenizer.eos_id, len(ids))]
-        texts.append((config.prompts[i], tokenizer.decode(row, skip_special=True)))
+    for prompt in config.prompts:
+        fills = MASK_LITERAL in prompt
+        one = dataclasses.replace(options, gen_length=0 if fills else config.gen_length)
+        (text,) = complete(merge(graphdef, params), tokenizer, [prompt], one, jax.random.key(seed))
+        texts.append((prompt, text if fills else prompt + text))
     return texts
 
 
@@ -83,8 +66,8 @@ def show_samples(samples: list[tuple[str, str]]) -> str:
     """Samples for the console, each under its prompt."""
     blocks = []
     for prompt, text in samples:
-        kind = "infilling" if "[MASK]" in prompt else "completion"
-        shown = prompt.replace("[MASK]", "_") if kind == "infilling" else prompt
+        kind = "infilling" if MASK_LITERAL in prompt else "completion"
+        shown = prompt.replace(MASK_LITERAL, "_")
         body = "\n".join("  | " + line for line in text.split("\n"))
         blocks.append(f"{kind} of {_cut(shown, 120)!r}:\n{body}")
     return "\n".join(blocks)

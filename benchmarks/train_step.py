@@ -1,0 +1,113 @@
+"""Time of the train step: python benchmarks/train_step.py [--cases=cpu,150m,1b] [--steps=10]
+
+Prints one JSON line per case: median and range of the step time, tokens/s, FLOP/s by the model's count, MFU where
+the peak is known, peak device memory where the backend reports it. Random tokens: the time does not depend on them.
+"""
+
+import json
+import runpy
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from llada_jax import command_line, mesh, metrics
+from llada_jax.config import Config, UserError
+from llada_jax.model import abstract_model, split
+from llada_jax.train_step import make_state, make_train_step
+
+_CASES = flags.DEFINE_list("cases", ["cpu"], "Which of: cpu, quickstart, 150m, 1b.")
+_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps, after two that are not.")
+
+
+def _config(batch_size: int, sequence_length: int, vocabulary: int, **model) -> Config:
+    config = Config(steps=1000, batch_size=batch_size, sequence_length=sequence_length)
+    config.model.vocab_size, config.model.mask_id = vocabulary, vocabulary - 1
+    for name, value in model.items():
+        setattr(config.model, name, value)
+    return config
+
+
+def cpu() -> Config:
+    """8 layers of width 512: large enough for matmuls to dominate on a CPU."""
+    config = _config(8, 512, 32_000, layers=8, width=512, heads=8, kv_heads=8, feed_forward=1536)
+    config.compute.unroll, config.compute.remat = 0, "none"
+    return config
+
+
+def quickstart() -> Config:
+    """The quickstart's model and batch."""
+    config = runpy.run_path(str(Path(__file__).parent.parent / "configs" / "quickstart.py"))["get_config"]()
+    config.model.vocab_size = -(-config.data.train_tokenizer // 128) * 128
+    config.model.mask_id = config.model.vocab_size - 1
+    return config
+
+
+def gpu_150m() -> Config:
+    """configs/150m.py, one micro-batch."""
+    config = _config(32, 1024, 32_000, layers=12, width=768, heads=12, kv_heads=12, feed_forward=2688)
+    config.compute.remat = "dots"
+    return config
+
+
+def gpu_1b() -> Config:
+    """configs/1b.py, 4 sequences."""
+    return _config(4, 4096, 126_464, layers=22, width=2048, heads=32, kv_heads=4, feed_forward=5634)
+
+
+CASES = {"cpu": cpu, "quickstart": quickstart, "150m": gpu_150m, "1b": gpu_1b}
+
+
+def measure(name: str, config: Config, steps: int) -> dict:
+    """One case's record."""
+    config.mesh.fsdp = -1
+    device_mesh = mesh.make_mesh(config.mesh)
+    shape = (config.batch_size, config.sequence_length)
+    rng = np.random.default_rng(0)
+    with jax.set_mesh(device_mesh):
+        graphdef, _ = split(abstract_model(config.model, config.compute))
+        state, train_step = make_state(config), make_train_step(config, graphdef)
+        batch = {
+            "tokens": rng.integers(0, config.model.mask_id, shape).astype(np.int32),
+            "length": np.full(config.batch_size, config.sequence_length, np.int32),
+        }
+        batch = mesh.place_batch(batch, device_mesh, config.batch_size)
+        started, seconds = time.perf_counter(), []
+        for _ in range(steps + 2):
+            state, values = train_step(state, batch)
+            jax.block_until_ready((state, values))
+            seconds.append(time.perf_counter() - started)
+            started = time.perf_counter()
+    compile_seconds, timed = seconds[0], np.array(seconds[2:])
+    tokens = config.batch_size * config.sequence_length
+    flops = metrics.flops_per_token(config.model, config.sequence_length) * tokens
+    device = jax.devices()[0]
+    peak, memory = metrics.peak_flops(device.device_kind), device.memory_stats() or {}
+    return {
+        "benchmark": "train_step",
+        "case": name,
+        "jax": jax.__version__,
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "batch": shape,
+        "first_step_seconds": round(compile_seconds, 2),
+        "step_ms": round(float(np.median(timed)) * 1e3, 2),
+        "step_ms_range": [round(float(x) * 1e3, 2) for x in (timed.min(), timed.max())],
+        "tokens_per_second": round(tokens / float(np.median(timed))),
+        "gflops_per_second": round(flops / float(np.median(timed)) / 1e9, 1),
+        "mfu": round(flops / float(np.median(timed)) / peak / jax.device_count(), 4) if peak else None,
+        "peak_gib": round(memory["peak_bytes_in_use"] / 2**30, 2) if "peak_bytes_in_use" in memory else None,
+    }
+
+
+def main() -> None:
+    """Prints one line per case."""
+    for name in _CASES.value:
+        if name not in CASES:
+            raise UserError(f"--cases={name}: choose from {', '.join(CASES)}")
+        print(json.dumps(measure(name, CASES[name](), _STEPS.value)), flush=True)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
