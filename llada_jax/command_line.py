@@ -18,13 +18,16 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
     in 130; any other exception keeps its traceback (exit code 1). --help prints the entry point's own flags.
     """
     logging.use_absl_handler()
-    logging.set_verbosity(logging.WARNING)
+    # Silent while flags are parsed: ml_collections would warn of a mistake that is reported here in one line.
+    logging.set_verbosity(logging.FATAL)
     argv = list(sys.argv if argv is None else argv)
     if {"--help", "-h"} & set(argv[1:]):
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=FINISHED)
     try:
         # A config file is executed while its flag is parsed: its own mistakes surface here too.
         rest = flags.FLAGS(argv)
+        if logging.get_verbosity() == logging.FATAL:  # --verbosity was not given
+            logging.set_verbosity(logging.WARNING)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: every setting is a flag, --name=value")
         sys.exit(main())
@@ -50,13 +53,14 @@ def config_of(holder: flags.FlagHolder) -> Config:
     config = holder.value
     if isinstance(config, Config):
         return config
-    if config is None:
+    flag = flags.FLAGS[holder.name]
+    if not flag.present:
         raise UserError("--config=FILE is missing, e.g. --config=configs/quickstart.py")
     try:
         # For a file it could not read ml_collections hands out a stand-in, any use of which raises why.
         _ = config.steps
     except OSError as error:
-        raise UserError(f"--config={flags.FLAGS[holder.name].config_filename}: {error.__cause__}") from None
+        raise UserError(f"--config={flag.config_filename}: {error.__cause__}") from None
     except AttributeError:
         pass
     raise UserError("get_config() in the file of --config must return a llada_jax.config.Config")

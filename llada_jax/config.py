@@ -200,7 +200,7 @@ def to_dict(config: Config) -> dict:
 
 
 def from_dict(record: dict, kind: type = Config):
-    """The inverse of `to_dict`. Raises TypeError on an unknown key or a value of another type."""
+    """The inverse of `to_dict`. Raises TypeError on an unknown key; types of values are config_check's matter."""
     hints = typing.get_type_hints(kind)
     values = {}
     for name, value in record.items():
@@ -220,7 +220,12 @@ def _as_tuples(value):
 def differences(old: Config, new: Config) -> dict[str, tuple]:
     """Dotted name -> (old, new) of the leaves that differ."""
     after = dict(leaves(new))
-    return {name: (value, after[name]) for name, value in leaves(old) if value != after[name]}
+    return {name: (value, after[name]) for name, value in leaves(old) if not _same(value, after[name])}
+
+
+def _same(one, other) -> bool:
+    # 1 and 1.0 are equal numbers, but in a schedule a step and a fraction of the run.
+    return one == other and (not isinstance(one, tuple) or repr(one) == repr(other))
 
 
 def leaves(node, prefix: str = "") -> Iterator[tuple[str, typing.Any]]:

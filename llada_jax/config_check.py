@@ -14,7 +14,8 @@ def validate(config: Config) -> None:
     positive = ("steps", "batch_size", "sequence_length", "accumulation", "model.layers", "model.width", "model.heads",
                 "model.kv_heads", "model.feed_forward", "compute.query_chunk", "compute.loss_chunk", "checkpoint.every",
                 "checkpoint.keep", "logging.every", "logging.buckets", "optimizer.max_nonfinite", "sampling.steps",
-                "sampling.block_length", "validation.samples", "data.prefetch", "data.read_threads")  # fmt: skip
+                "sampling.block_length", "validation.samples", "data.prefetch", "data.read_threads",
+                "data.train_tokenizer")  # fmt: skip
     values = dict(leaves(config))
     for name in positive:
         _require(values[name] >= 1, name, values[name], "must be at least 1")
@@ -25,6 +26,8 @@ def validate(config: Config) -> None:
                     "model.vocab_size")  # fmt: skip
     for name in not_negative:
         _require(values[name] >= 0, name, values[name], "must not be negative")
+    for name in ("optimizer.adam_eps", "model.norm_eps", "model.rope_theta"):
+        _require(values[name] > 0, name, values[name], "must be positive")
     for name in ("seed", "validation.seed"):
         _require(values[name] < 2**32, name, values[name], "must be below 2**32")
     model = config.model
