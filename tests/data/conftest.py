@@ -1,6 +1,7 @@
 """Small text of the tests' own, and a tokenizer trained on it."""
 
 import gzip
+import io
 import json
 import random
 from pathlib import Path
@@ -63,3 +64,24 @@ def tokenizer_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer([story(i) for i in range(1000, 1100)], 400, folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def prefixing_model(tmp_path_factory) -> str:
+    """A SentencePiece model that puts a space in front of every text, as most published ones do."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(story(i) for i in range(1000, 1100)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("prefixing") / "prefixing.model"
+    path.write_bytes(model.getvalue())
+    return str(path)

@@ -55,8 +55,9 @@ def test_bytes_add_up_whatever_the_tokenizer_does(tokenizer_folder):
             start += length
 
 
-def test_long_text_is_one_text(tokenizer_folder):
-    tokenizer = load_tokenizer(tokenizer_folder)
+@pytest.mark.parametrize("kind", ["tokenizer_folder", "prefixing_model"])
+def test_long_text_is_one_text(request, kind):
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
     text = "".join(story(i, words=400) for i in range(30))
     assert len(text) > 3 * PIECE_CHARACTERS
     tokens = tokenize(tokenizer, tokenizer.token_bytes(), Batch([text, "x"], [False, False]))

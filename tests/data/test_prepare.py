@@ -184,6 +184,22 @@ def test_training_the_tokenizer(corpus, tmp_path):
     assert split_documents(tmp_path / "a", first, "train")[0] in STORIES
 
 
+def test_tokenizer_is_not_trained_on_held_out_text(tmp_path):
+    documents = {word: story(i) + f" {word}" * 500 for i, word in enumerate(("zqzqzqzq", "xjxjxjxj"))}
+    source = write_jsonl(tmp_path / "a.jsonl", list(documents.values()))
+    manifest = small([source], tmp_path / "set", train_tokenizer=310, validation_fraction=0.01)
+    (out,) = split_documents(tmp_path / "set", manifest, "validation")
+    tokenizer = load_tokenizer(tmp_path / "set" / "tokenizer")
+    for word, text in documents.items():
+        tokens = len(tokenizer.encode(f" {word}"))
+        assert tokens == 9 if text == out else tokens <= 2
+
+
+def test_long_txt_with_a_prefixing_tokenizer(corpus, prefixing_model, tmp_path):
+    manifest = small(corpus[1:], tmp_path / "set", tokenizer=prefixing_model, validation_fraction=0)
+    assert split_documents(tmp_path / "set", manifest, "train") == [Path(corpus[1]).read_bytes().decode()]
+
+
 def test_large_vocabulary_is_stored_in_32_bits(tmp_path, tokenizer_folder, monkeypatch):
     from llada_jax import tokenizer
 
