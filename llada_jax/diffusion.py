@@ -34,8 +34,8 @@ def row_keys(key: jax.Array, row_B: jax.Array) -> jax.Array:
 
 
 def unit_interval(bits: jax.Array) -> jax.Array:
-    """fp32 in (0, 1), the mid-points of 2**24 equal bins, from uint32 bits."""
-    return ((bits >> 8).astype(jnp.float32) + 0.5) * 2.0**-24
+    """fp32 in (0, 1) from uint32 bits: mid-points of 2**23 equal bins. With 2**24 the last would be rounded to 1."""
+    return ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
 
 
 def low_discrepancy(key: jax.Array, row_B: jax.Array) -> jax.Array:

@@ -10,11 +10,15 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "llada_jax_test_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import pytest
 
 from llada_jax import mesh
+from llada_jax.config import ComputeConfig, ModelConfig
+from llada_jax.model import Transformer, initialise
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +35,32 @@ def make_mesh():
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+class Toy(NamedTuple):
+    """A model so small that every masking of its one text can be enumerated."""
+
+    config: ModelConfig
+    compute: ComputeConfig
+    model: Transformer
+    x_0: np.ndarray  # int32 (6,)
+    # For lengths 6 and 3: float64 (2**length, length), nll of token i when the bits of the row's number are masked.
+    nll: dict[int, np.ndarray]
+
+
+@pytest.fixture(scope="session")
+def toy(make_mesh) -> Toy:
+    config = ModelConfig(layers=2, width=16, heads=2, kv_heads=2, feed_forward=32, vocab_size=16, mask_id=15)
+    compute = ComputeConfig(dtype="float32", unroll=0, loss_chunk=64)
+    with jax.set_mesh(make_mesh()):
+        model = initialise(config, compute, jax.random.key(3))
+    x_0 = np.array([3, 1, 4, 1, 5, 9], np.int32)
+    nll = {}
+    for length in (6, 3):
+        # A short text is seen alone here, without any padding.
+        masked = (np.arange(2**length)[:, None] >> np.arange(length)) & 1 == 1
+        logits = np.asarray(model(np.where(masked, config.mask_id, x_0[:length]).astype(np.int32)), np.float64)
+        log_z = np.log(np.exp(logits).sum(axis=-1))
+        nll[length] = log_z - logits[:, np.arange(length), x_0[:length]]
+        assert nll[length].std(axis=0).min() > 0.01  # it matters what else is masked, or nothing would be tested
+    return Toy(config, compute, model, x_0, nll)
