@@ -1,0 +1,128 @@
+"""The chunked kernel against the plain one, and the plain one against the definition, written out in numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax import mesh
+from llada_jax.attention import attention, reference_attention, xla_attention
+from llada_jax.config import UserError
+
+B, T, H, G, K = 8, 11, 8, 4, 6
+
+
+def case(rng, groups=G, keys=T):
+    q = rng.normal(size=(B, T, H, K)).astype(np.float32)
+    k = rng.normal(size=(B, keys, groups, K)).astype(np.float32)
+    v = rng.normal(size=(B, keys, groups, K)).astype(np.float32)
+    mask = rng.uniform(size=(B, keys)) < 0.6
+    mask[:, 0] = True
+    mask[2] = True
+    return q, k, v, mask
+
+
+def definition(q, k, v, mask):
+    """softmax(q k^T / sqrt(K)) v in float64, head by head."""
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        seen = slice(None) if mask is None else mask[b]
+        for h in range(q.shape[2]):
+            keys, values = k[b, seen, h // group].astype(np.float64), v[b, seen, h // group].astype(np.float64)
+            scores = q[b, :, h].astype(np.float64) @ keys.T / np.sqrt(q.shape[3])
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[b, :, h] = weights / weights.sum(axis=1, keepdims=True) @ values
+    return out
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("groups", [8, 4, 1])
+def test_reference_is_the_definition(rng, groups, masked):
+    q, k, v, mask = case(rng, groups, keys=9)
+    mask = mask if masked else None
+    np.testing.assert_allclose(reference_attention(q, k, v, mask), definition(q, k, v, mask), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("chunk", "masked"), [(4, False), (4, True), (512, True)])  # 4 does not divide 11
+def test_chunks_equal_the_reference_in_values_and_gradients(rng, chunk, masked):
+    q, k, v, mask = case(rng)
+    mask = mask if masked else None
+    cotangent = rng.normal(size=(B, T, H, K)).astype(np.float32)
+
+    def run(function, *inputs):
+        loss = lambda q, k, v: (out := function(q, k, v), (out * cotangent).sum())[::-1]  # noqa: E731
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+        return out, *gradients
+
+    chunked = run(lambda q, k, v: xla_attention(q, k, v, mask, query_chunk=chunk), q, k, v)
+    for a, b in zip(chunked, run(lambda q, k, v: reference_attention(q, k, v, mask), q, k, v), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_scores_of_all_queries_are_never_held(rng):
+    """What the chunks are for: neither the forward nor the backward pass has a (T, T) array."""
+    length, chunk = 96, 8
+    q = jnp.zeros((1, length, 1, 4))
+    loss = lambda q: xla_attention(q, q, q, None, query_chunk=chunk).sum()  # noqa: E731
+    assert "96,96" not in str(jax.make_jaxpr(jax.grad(loss))(q))
+    plain = lambda q: reference_attention(q, q, q, None).sum()  # noqa: E731
+    assert "96,96" in str(jax.make_jaxpr(jax.grad(plain))(q))
+    compiled = [jax.jit(jax.grad(f)).lower(q).compile().memory_analysis().temp_size_in_bytes for f in (loss, plain)]
+    assert compiled[0] < compiled[1]
+
+
+@pytest.mark.parametrize("kernel", [functools.partial(xla_attention, query_chunk=4), reference_attention])
+def test_masked_keys_have_no_influence(rng, kernel):
+    q, k, v, mask = case(rng)
+    run = jax.jit(lambda k, v: kernel(q, k, v, mask))
+    changed = [np.where(mask[:, :, None, None], x, other).astype(np.float32) for x, other in ((k, 100), (v, -100))]
+    np.testing.assert_array_equal(np.asarray(run(k, v)), np.asarray(run(*changed)))
+    moved = np.asarray(run(k + 0.1 * mask[:, :, None, None] * rng.normal(size=k.shape).astype(np.float32), v))
+    assert (np.abs(moved - np.asarray(run(k, v))).max(axis=(1, 2, 3)) > 1e-4).all()
+
+
+@pytest.mark.parametrize("kernel", [functools.partial(xla_attention, query_chunk=4), reference_attention])
+def test_row_without_any_real_key_is_finite(rng, kernel):
+    q, k, v, mask = case(rng)
+    mask[3] = False
+    loss = lambda q, k, v: (kernel(q, k, v, mask) ** 2).sum()  # noqa: E731
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_same_on_any_mesh(rng, make_mesh, sizes, masked):
+    q, k, v, mask = case(rng)
+    cotangent = rng.normal(size=(B, T, H, K)).astype(np.float32)
+
+    def run(sizes):
+        with jax.set_mesh(make_mesh(*sizes)):
+            put = lambda x: jax.device_put(x, mesh.HEADS_BTHK)  # noqa: E731
+            key_mask = jax.device_put(mask, mesh.TOKENS_BT) if masked else None
+            loss = lambda q, k, v: (attention(q, k, v, key_mask, query_chunk=4) * put(cotangent)).sum()  # noqa: E731
+            value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(put(q), put(k), put(v))
+            return [np.asarray(x) for x in (value, *gradients)]
+
+    for a, b in zip(run(sizes), run((1, 1, 1)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_softmax_is_fp32_for_bfloat16_inputs(rng):
+    q, k, v, mask = case(rng)
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    out = reference_attention(*low, mask)
+    assert out.dtype == jnp.bfloat16
+    exact = definition(*(np.asarray(x, np.float64) for x in low), mask)
+    assert np.abs(np.asarray(out, np.float64) - exact).max() < 0.02
+    text = str(jax.make_jaxpr(lambda q, k, v: reference_attention(q, k, v, mask))(*low))
+    assert not any("exp" in line.split() and "bf16" in line for line in text.splitlines())
+
+
+def test_unknown_kernel():
+    x = jnp.zeros((1, 2, 2, 4))
+    with pytest.raises(UserError, match="config.compute.attention='flash'.* xla, reference"):
+        attention(x, x, x, None, kernel="flash")
