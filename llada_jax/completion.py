@@ -88,7 +88,7 @@ def make_batches(prompts: Sequence[Prompt], options: Options, batch_size: int) -
 
 def row_keys(key: jax.Array, rows: Sequence[int]) -> jax.Array:
     """The keys (B,) of the prompts at these places: a completion does not depend on how prompts are batched."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, np.asarray(rows))
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jax.device_put(np.asarray(rows)))
 
 
 def finished_text(tokens_T: np.ndarray, prompt: Prompt, model: Transformer, tokenizer: Tokenizer) -> str:

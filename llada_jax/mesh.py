@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -128,7 +129,9 @@ def place_rows(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
     def place(array):
         missing = -len(array) % batch_shards()
         if missing:
-            array = jnp.concatenate([jnp.asarray(array), jnp.repeat(jnp.asarray(array)[-1:], missing, axis=0)])
+            # On the host if it lies there: an implicit transfer may be disallowed.
+            xp = np if isinstance(array, np.ndarray) else jnp
+            array = xp.concatenate([xp.asarray(array), xp.repeat(xp.asarray(array)[-1:], missing, axis=0)])
         spec = P(BATCH, *(None,) * (array.ndim - 1))
         if isinstance(array, jax.core.Tracer):
             return jax.reshard(array, spec)

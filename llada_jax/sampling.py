@@ -15,7 +15,7 @@ Letters in names, beside those of model.py: K slots of the active block, C slots
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -217,11 +217,24 @@ def _start(
 
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
-    key_B = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-    if key_B.shape != (batch,):
+    if key.shape not in ((), (batch,)):
         raise UserError(f"key has shape {key.shape}: give one key, or one for each of the {batch} rows")
-    fields = mesh.place_rows(order_BT, fill_BT.sum(axis=1, dtype=np.int32), shift_B, real_BT, key_B)
-    return Rows(*fields), jax.reshard(mesh.place_rows(tokens_BT)[0], P(None, None))
+    # By way of the host: the key's device need not be one of the mesh, nor all of the mesh be here.
+    key_data = jax.device_put(jax.device_get(jax.random.key_data(key)), P())
+    *fields, row_B = mesh.place_rows(
+        order_BT, fill_BT.sum(axis=1, dtype=np.int32), shift_B, real_BT, np.arange(batch, dtype=np.int32)
+    )
+    rows = Rows(*fields, _row_keys(key_data, row_B, jax.random.key_impl(key)))
+    return rows, jax.reshard(mesh.place_rows(tokens_BT)[0], P(None, None))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _row_keys(key_data: jax.Array, row_B: jax.Array, kind: Hashable) -> jax.Array:
+    """The keys (B,) of the rows, split over the mesh as row_B is."""
+    key = jax.random.wrap_key_data(key_data, impl=kind)
+    if key.ndim:
+        return key.at[row_B].get(out_sharding=mesh.ROWS_B)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
 
 
 def _arguments(config: SamplerConfig) -> tuple[jax.Array, jax.Array, SamplerConfig]:
@@ -268,7 +281,7 @@ def generate(
             tokens_BT, _, _ = denoise(
                 model, rows, tokens_BT, _scalar(0), _scalar(TO_THE_END), steps, temperature, config=static
             )
-        return tokens_BT[: len(prompt_BT)]
+        return jax.lax.slice_in_dim(tokens_BT, 0, len(prompt_BT))
 
 
 def denoise_steps(
