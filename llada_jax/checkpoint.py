@@ -6,9 +6,11 @@ A workdir holds config.json, tokenizer/ and checkpoints/STEP/. A checkpoint hold
 
 import contextlib
 import copy
-import json
+import functools
+import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
-from llada_jax import config as configs
+from llada_jax import workdir as workdirs
 from llada_jax.config import CheckpointConfig, Config, UserError
 from llada_jax.model import Transformer, abstract_model, merge, split
 from llada_jax.train_step import TrainState, make_state
@@ -80,6 +82,7 @@ class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig):
+        _quiet()
         self.directory = Path(workdir).absolute() / FOLDER
         self._every = config.every
         policies = [preservation_policy.LatestN(config.keep)]
@@ -132,7 +135,7 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds, often those of a background thread
             raise SaveFailed(
-                f"a checkpoint could not be written to {self.directory}: {_first_line(error)}; "
+                f"a checkpoint could not be written to {self.directory}: {_reason(error)}; "
                 f"the same command goes on from the newest whole one"
             ) from error
 
@@ -157,7 +160,7 @@ class Checkpoints:
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise  # out of memory, most likely: no fault of the files
             except Exception as error:  # any failure to read is damage: Orbax and TensorStore raise many kinds
-                problems[step] = _first_line(error)
+                problems[step] = _reason(error)
                 report(f"checkpoint {step} is damaged ({problems[step]})")
                 continue
             self._put_aside(list(problems))
@@ -217,33 +220,29 @@ def _verify(tree: Any, expected: dict[str, int]) -> None:
             raise Damaged(f"the content of {name} is not what was saved")
 
 
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 300 else text[:300] + "..."
+def _reason(error: BaseException) -> str:
+    """One line that says what is behind an exception of Orbax or TensorStore."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split("\n")[0].split())
+    if len(text) > 300:
+        text = f"{text[:100]} ... {text[-195:]}"  # TensorStore starts with what it did and ends with the cause
+    return text if isinstance(error, Damaged | UserError) else f"{type(error).__name__}: {text}"
 
 
-def read_config(workdir: str | os.PathLike) -> tuple[Config, dict]:
-    """The resolved config of a workdir and its identity record (see `write_config`). UserError if there is none."""
-    path = Path(workdir) / "config.json"
-    try:
-        record = json.loads(path.read_text())
-        return configs.from_dict(record["config"]), record["identity"]
-    except FileNotFoundError:
-        raise UserError(f"{workdir} is not a training workdir: it has no config.json") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {_first_line(error)}") from None
+@functools.cache
+def _quiet() -> None:
+    """Keeps Orbax from telling of a failure itself, in dozens of tracebacks from its threads: we say it in a line."""
+    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
+    before = sys.unraisablehook
 
+    def hook(event: Any) -> None:
+        # Reads and writes that were still under way when one of them failed.
+        if "Event loop is closed" not in str(event.exc_value) and "_read_array_index" not in repr(event.object):
+            before(event)
 
-def write_config(workdir: str | os.PathLike, config: Config, identity: dict) -> None:
-    """Writes config.json: the resolved config, and the identity of data and tokenizer (hashes) of the run."""
-    path = Path(workdir) / "config.json"
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump({"config": configs.to_dict(config), "identity": identity}, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())  # the checkpoints are worth nothing without it
-    temporary.replace(path)
+    sys.unraisablehook = hook
 
 
 def steps_in(workdir: str | os.PathLike) -> list[int]:
@@ -276,6 +275,7 @@ def load_state(workdir: str | os.PathLike, step: int | None, config: Config, mes
     Raises:
       UserError: no such checkpoint, or it cannot be restored into this config.
     """
+    _quiet()
     step = choose_step(workdir, step)
     target = _as_dict(_target(lambda: make_state(config), mesh))
     return TrainState(**_load(workdir, step, target))
@@ -294,7 +294,7 @@ def load_params(workdir: str | os.PathLike, step: int | None, config: Config, me
 
 def load_model(workdir: str | os.PathLike, step: int | None, mesh: Mesh, dtype: Any = None) -> Transformer:
     """The model of a workdir at a step (None = the newest), its parameters in `dtype` (None = fp32), on `mesh`."""
-    config, _ = read_config(workdir)
+    config, _ = workdirs.read_config(workdir)
     if dtype is not None:
         config.compute.dtype = jnp.dtype(dtype).name
     params = load_params(workdir, step, config, mesh, dtype)
@@ -317,5 +317,5 @@ def _load(workdir: str | os.PathLike, step: int, target: dict, verify: bool = Tr
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        raise UserError(f"checkpoint {step} of {workdir} cannot be restored: {_first_line(error)}") from error
+        raise UserError(f"checkpoint {step} of {workdir} cannot be restored: {_reason(error)}") from error
     return tree

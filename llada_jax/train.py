@@ -136,7 +136,7 @@ def _train(config: Config, folder: Path) -> int:
             raise UserError(f"{where} is at step {first_step}, beyond config.steps={config.steps}")
         if jax.process_index() == 0:
             workdir.keep_tokenizer(folder, Path(paths[0]) / TOKENIZER_FOLDER)
-            checkpoint.write_config(folder, config, identity)
+            workdir.write_config(folder, config, identity)
         workdir.record_start(folder, config, first_step)
 
         loop = Loop(config, folder, device_mesh, saved, tokenizer, held_out, state, record)
@@ -153,7 +153,7 @@ def _stored_run(folder: Path) -> tuple[Config, dict] | None:
         return None
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has checkpoints but no config.json that says of what: take another --workdir")
-    return checkpoint.read_config(folder)
+    return workdir.read_config(folder)
 
 
 def _check_resume(stored: tuple[Config, dict], now: tuple[Config, dict], folder: Path) -> dict[str, tuple]:
@@ -243,7 +243,7 @@ def _first_state(config: Config, identity: dict, step: int | None, device_mesh: 
         log(f"starting from the weights of {source}")
         model = huggingface.load_model(source, jnp.float32, lambda model: _same_model(model, config.model, source))
         return make_state(config, split(model)[1])
-    parent, parent_identity = checkpoint.read_config(source)
+    parent, parent_identity = workdir.read_config(source)
     if config.init_weights_only:
         _same_model(parent.model, config.model, source)
         log(f"starting from the weights of {source} at step {step}")

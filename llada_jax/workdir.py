@@ -68,6 +68,30 @@ def check_same_run(old: tuple[Config, dict], new: tuple[Config, dict], where: st
     return {name: values for name, values in changed.items() if name not in FIXED}
 
 
+def read_config(workdir: str | os.PathLike) -> tuple[Config, dict]:
+    """The resolved config of a workdir and its identity record (see `write_config`). UserError if there is none."""
+    path = Path(workdir) / "config.json"
+    try:
+        record = json.loads(path.read_text())
+        return configs.from_dict(record["config"]), record["identity"]
+    except FileNotFoundError:
+        raise UserError(f"{workdir} is not a training workdir: it has no config.json") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+
+
+def write_config(workdir: str | os.PathLike, config: Config, identity: dict) -> None:
+    """Writes config.json: the resolved config, and the identity of data and tokenizer (hashes) of the run."""
+    path = Path(workdir) / "config.json"
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        json.dump({"config": configs.to_dict(config), "identity": identity}, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())  # the checkpoints are worth nothing without it
+    temporary.replace(path)
+
+
 def record_start(workdir: Path, config: Config, step: int) -> None:
     """Appends to starts.jsonl: when, from which step, command, config, commit, versions, hardware."""
     if jax.process_index():
