@@ -91,8 +91,9 @@ class MeshConfig:
 
 @dataclasses.dataclass(slots=True)
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """AdamW or Muon, and the schedule."""
 
+    name: str = "adamw"  # adamw (the paper) | muon (matrices inside the layers by Muon, the rest by AdamW)
     peak_learning_rate: float = 4e-4
     # Polyline of (position, factor of the peak): an int position counts steps, a float one is a
     # fraction of `steps`; linear in between, the same position twice is a jump, flat at both ends.

@@ -1,15 +1,18 @@
-"""AdamW as an optax chain without a learning rate, and the schedule, applied to the step by the trainer.
+"""AdamW or Muon as an optax chain without a learning rate, and the schedule, applied by the train step.
 
 Kept apart because a skipped step must still advance the schedule, while Adam's moments and its bias
 correction must not see it: the schedule counts steps of the run, Adam counts updates.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
+from llada_jax import mesh
 from llada_jax.config import OptimizerConfig, UserError
 
 
@@ -56,15 +59,75 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam, decoupled weight decay; updates still to be multiplied by -learning rate."""
+    """Clipping by global norm, Adam or Muon, decoupled weight decay; updates still to be multiplied by -learning rate.
+
+    With config.name "muon" the matrices inside the layers go to Muon, all else (embedding, head, norms) to Adam.
+    Raises UserError: no such optimiser.
+    """
+    if config.name not in NAMES:
+        raise UserError(f"config.optimizer.name={config.name!r}: choose one of {', '.join(NAMES)}")
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(
-        clip,
-        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.adam_eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
-    )
+    rule = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.adam_eps)
+    if config.name == "muon":
+        muon = optax.chain(optax.trace(MUON_MOMENTUM, nesterov=True), optax.stateless(_orthogonalise_all))
+        rule = optax.partition({"adam": rule, "muon": muon}, _muon_or_adam)
+    return optax.chain(clip, rule, optax.add_decayed_weights(config.weight_decay, mask=decayed))
 
 
 def decayed(params: dict) -> dict:
     """True for matrices, False for norm weights, which set a scale rather than a direction."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith("norm"), params)
+
+
+NAMES = ("adamw", "muon")
+MUON_MOMENTUM = 0.95
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, chosen for its slope at zero
+# Root mean square of an AdamW update, about; with it Muon takes AdamW's learning rates and weight decay.
+UPDATE_RMS = 0.2
+# Each layer and each head is a matrix of its own: leading axes are batch axes, the last two rows and columns.
+_HEADS_BEHIND_WIDTH = ("q_proj", "k_proj", "v_proj")  # LDHK, while attn_out is LHKD and the others have no heads
+
+
+def _muon_or_adam(params: dict) -> dict:
+    def choose(path, _):
+        return "muon" if path[0].key == "blocks" and not path[-1].key.endswith("norm") else "adam"
+
+    return jax.tree_util.tree_map_with_path(choose, params)
+
+
+def _orthogonalise_all(updates: dict, _: dict | None = None) -> dict:
+    return jax.tree_util.tree_map_with_path(lambda path, x: _orthogonalise_stack(path[-1].key, x), updates)
+
+
+def _orthogonalise_stack(name: str, x: jax.Array) -> jax.Array:
+    """`orthogonalise` for each layer, and each head of an attention matrix, of a stacked parameter's update.
+
+    The iteration needs whole matrices. So the shards are exchanged for whole layers, as many devices as
+    divide L taking a share of them, and the result goes back to where the parameter lives.
+    """
+    spec = jax.typeof(x).sharding.spec
+    shape = jax.sharding.get_abstract_mesh().shape
+    shares = [axes for axes in (mesh.AXES, ("fsdp", "tensor"), ("fsdp",)) if not x.shape[0] % _size(shape, axes)]
+    x = jax.reshard(x, P(shares[0] if shares else None, *(None,) * (x.ndim - 1)))
+    if name in _HEADS_BEHIND_WIDTH:
+        x = orthogonalise(x.swapaxes(1, 2)).swapaxes(1, 2)
+    else:
+        x = orthogonalise(x)
+    return jax.reshard(x, spec)
+
+
+def _size(shape: dict[str, int], axes: tuple[str, ...]) -> int:
+    return math.prod(shape[axis] for axis in axes)
+
+
+def orthogonalise(x: jax.Array) -> jax.Array:
+    """Five Newton-Schulz steps on the last two axes: singular values to about one (0.7 to 1.2), then RMS UPDATE_RMS."""
+    rows, columns = x.shape[-2:]
+    if rows > columns:
+        return orthogonalise(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+    a, b, c = NEWTON_SCHULZ
+    x = x / (jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)) + 1e-8)
+    for _ in range(5):
+        gram = x @ x.swapaxes(-1, -2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return UPDATE_RMS * columns**0.5 * x
