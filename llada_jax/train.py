@@ -23,6 +23,7 @@ from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest, load_manifest
 from llada_jax.data.prepare import prepare
 from llada_jax.loop import Loop, NonFinite, log
 from llada_jax.model import REMAT, parameter_count, split
+from llada_jax.optimizer import NAMES as OPTIMIZERS
 from llada_jax.optimizer import schedule_points
 from llada_jax.tokenizer import load_tokenizer
 from llada_jax.train_step import TrainState, make_state
@@ -62,6 +63,7 @@ def train(config: Config, folder: str | os.PathLike) -> int:
         ("compute.remat", config.compute.remat, REMAT),
         ("compute.attention", config.compute.attention, KERNELS),
         ("compute.dtype", config.compute.dtype, ("", "float32", "bfloat16")),
+        ("optimizer.name", config.optimizer.name, OPTIMIZERS),
     ):
         if value not in known:
             raise UserError(f"config.{name}={value!r}: choose one of {', '.join(map(repr, known))}")
