@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: bash benchmarks/gpu.sh OUTPUT_DIR
+# The test suite on the GPU, the train step at 150M and 1B, the sampler, and a short real run whose samples one can read.
+# Needs: pip install -e ".[test,gpu]". Each part writes a file into OUTPUT_DIR; one that fails does not stop the others.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?usage: bash benchmarks/gpu.sh OUTPUT_DIR}
+mkdir -p "$out"
+export JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
+failed=0
+part() {
+    local name=$1
+    shift
+    echo "== $name: $*"
+    "$@" >"$out/$name.log" 2>&1 || { failed=1; echo "   failed, see $out/$name.log"; }
+    tail -n 3 "$out/$name.log"
+}
+
+part devices python -c 'import jax; print(jax.__version__, jax.devices())'
+part tests python -m pytest -q
+part train_step python benchmarks/train_step.py --cases=150m,1b
+part sampler python benchmarks/sampler.py
+part quickstart python -m llada_jax.train --config=configs/quickstart.py --workdir="$out/quickstart"
+part sample python -m llada_jax.sample --model="$out/quickstart" --prompt="import " --gen_length=64
+exit "$failed"
