@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 import llada_jax
-from llada_jax.config import ModelConfig, UserError
+from llada_jax.checkpoint import Checkpoints
+from llada_jax.config import Config, ModelConfig, UserError
 from llada_jax.loading import with_tokenizer
+from llada_jax.model import split
+from llada_jax.tokenizer import train_tokenizer
+from llada_jax.train_step import make_state
+from llada_jax.workdir import write_config
 
 PARITY = Path(__file__).parent / "parity"
 
@@ -46,6 +51,24 @@ def test_mesh_and_dtype(make_mesh):
     with jax.set_mesh(mesh):
         assert llada_jax.load(PARITY / "gqa")[0].embedding[...].sharding.mesh == mesh
     assert jax.sharding.get_abstract_mesh().empty, "nothing stays set"
+
+
+def test_a_training_workdir(make_mesh, tmp_path):
+    tokenizer = train_tokenizer([Path(__file__).read_text()], 380, tmp_path / "tokenizer")
+    sizes = ModelConfig(layers=1, width=16, heads=2, kv_heads=2, feed_forward=16, vocab_size=tokenizer.vocab_size)
+    config = Config(model=with_tokenizer(sizes, tokenizer))
+    with jax.set_mesh(make_mesh(1, 2, 1)):
+        state = make_state(config)
+        checkpoints = Checkpoints(tmp_path, config.checkpoint)
+        checkpoints.save(state, {})
+        checkpoints.close()
+    write_config(tmp_path, config, {})
+    model, found = llada_jax.load(tmp_path)
+    assert found.sha256 == tokenizer.sha256 and model.config == config.model
+    jax.tree.map(np.testing.assert_array_equal, split(model)[1], state.params)
+    assert llada_jax.load(tmp_path, dtype=jnp.bfloat16, step=0)[0].embedding[...].dtype == jnp.bfloat16
+    with pytest.raises(UserError, match="no checkpoint of step 7"):
+        llada_jax.load(tmp_path, step=7)
 
 
 class Tokenizer:
