@@ -19,7 +19,7 @@ from llada_jax import config as configs
 from llada_jax.config import Config, UserError
 
 # Settings a run keeps for life, beside the hashes of its data and tokenizer.
-FIXED = ("seed", "batch_size", "sequence_length")
+FIXED = ("seed", "batch_size", "sequence_length", "optimizer.name")
 FIXED_GROUPS = ("model.", "diffusion.")
 
 
