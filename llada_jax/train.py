@@ -92,6 +92,8 @@ def _train(config: Config, folder: Path) -> int:
     paths = _prepared_sets(config, folder, stored[0] if stored else None)
     manifests = [load_manifest(path) for path in paths]
     tokenizer = load_tokenizer(os.path.join(paths[0], TOKENIZER_FOLDER))
+    if tokenizer.sha256 != manifests[0].tokenizer_sha256:
+        raise UserError(f"{paths[0]}/{TOKENIZER_FOLDER} is not the tokenizer that the set was prepared with")
     config_check.resolve_ids(config.model, tokenizer)
     config_check.validate(config)
     data = pipeline.TrainingData(
