@@ -142,7 +142,8 @@ class Checkpoints:
     def check(self) -> None:
         """Raises SaveFailed if the save in the background has failed by now."""
         with self._failures():
-            self._manager.check_for_errors()
+            if not self._manager.is_saving_in_progress():
+                self._manager.wait_until_finished()  # at once; its own check_for_errors does not see all of them
 
     def restore(self, config: Config, mesh: Mesh, report: Callable[[str], None]) -> tuple[TrainState, dict] | None:
         """The newest checkpoint that is whole, on `mesh`, with the record saved beside it; None if there is none.
@@ -156,7 +157,8 @@ class Checkpoints:
         problems = {}
         for step in reversed(self.steps()):
             try:
-                state, run = self._restore_step(step, target)
+                with jax.set_mesh(mesh):
+                    state, run = self._restore_step(step, target)
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise  # out of memory, most likely: no fault of the files
             except Exception as error:  # any failure to read is damage: Orbax and TensorStore raise many kinds
@@ -278,7 +280,8 @@ def load_state(workdir: str | os.PathLike, step: int | None, config: Config, mes
     _quiet()
     step = choose_step(workdir, step)
     target = _as_dict(_target(lambda: make_state(config), mesh))
-    return TrainState(**_load(workdir, step, target))
+    with jax.set_mesh(mesh):
+        return TrainState(**_load(workdir, step, target))
 
 
 def load_params(workdir: str | os.PathLike, step: int | None, config: Config, mesh: Mesh, dtype: Any = None) -> dict:
@@ -289,7 +292,8 @@ def load_params(workdir: str | os.PathLike, step: int | None, config: Config, me
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), target)
     # Cast while it is read: what was saved is then not there to be compared.
     same = all(x.dtype == jnp.float32 for x in jax.tree.leaves(target))
-    return _load(workdir, step, {"params": target}, verify=same)["params"]
+    with jax.set_mesh(mesh):
+        return _load(workdir, step, {"params": target}, verify=same)["params"]
 
 
 def load_model(workdir: str | os.PathLike, step: int | None, mesh: Mesh, dtype: Any = None) -> Transformer:
