@@ -20,7 +20,7 @@ def get_config() -> Config:
     c.compute.remat = "none"
     c.diffusion.random_length_every = 5
     c.optimizer.peak_learning_rate = 3e-3
-    c.optimizer.schedule = ((0, 0.0), (4, 1.0), (1.0, 0.1))
+    c.optimizer.schedule = ((0.0, 0.0), (0.2, 1.0), (1.0, 0.1))
     c.validation.every, c.validation.rows = 7, 8
     c.checkpoint.every, c.checkpoint.keep = 5, 2
     c.logging.every, c.logging.buckets = 3, 4
