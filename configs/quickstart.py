@@ -1,10 +1,58 @@
+"""A small LLaDA trained in minutes on two CPU cores, with nothing to download.
+
+    python -m llada_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
+
+Text: the source files of the running interpreter's standard library (about 10 MB; tests and generated tables
+are left out), some whole files held out. --config.data.input=FILES takes any other text.
+
+Why these settings: trials of 2026-11-22 on one core of a 2-core AMD EPYC (Zen 5), JAX 0.10.2. Bits per byte are the
+likelihood bound on 141 kB of held-out files (on which xz -9 reaches 1.99); the tokenizers were trained for the trials.
+
+    optimiser      AdamW 1e-3 2.81, 3e-3 2.93, 1e-2 3.14; Muon 2e-3 2.69, 5e-3 2.75, 2e-2 3.12
+                   (3 layers of width 128, vocabulary 2,048, rows of 64, 0.8 M tokens, constant rate)
+    size           4 layers of 192: 2.51 after 261 s; 3 of 128: 2.34 after 211 s  (vocabulary 2,048, rows of 128)
+    vocabulary     2,048: 2.34 after 211 s; 4,096: 2.16 after 253 s, both 2.9 M tokens; 8,192: 2.11 after 2.0 M tokens
+    learning rate  4e-3: 2.33, 8e-3: 2.40  (vocabulary 4,096, half way through the schedule)
+    loss_chunk     128: 130 ms per step, 1,024: 153 ms  (both cores)
+"""
+
 from llada_jax.config import Config
 
+
 def get_config() -> Config:
-    c = Config(steps=300, batch_size=16, sequence_length=128)
-    c.model.layers, c.model.width, c.model.heads, c.model.kv_heads, c.model.feed_forward = 4, 192, 4, 4, 512
-    c.data.input = "stdlib"; c.data.train_tokenizer=1024; c.report=True
-    c.compute.unroll=0; c.compute.remat="none"
-    c.optimizer.schedule=((0.0,0.0),(0.05,1.0),(1.0,0.1))
-    c.validation.every=100; c.checkpoint.every=50; c.sampling.every=100; c.sampling.prompts=("def main():\n","for i in [MASK][MASK][MASK]:\n")
-    return c
+    """A model of 2.7 million parameters, 0.6 million of them in its layers."""
+    config = Config(steps=2_800, batch_size=16, sequence_length=128, report=True)
+    config.model.layers = 3
+    config.model.width = 128
+    config.model.heads = 4
+    config.model.kv_heads = 4
+    config.model.feed_forward = 320
+    config.model.rope_theta = 10_000.0
+
+    config.data.input = "stdlib"
+    config.data.train_tokenizer = 8_192
+
+    # On a CPU: unrolled layers are faster, and memory suffices to keep all activations.
+    config.compute.unroll = 0
+    config.compute.remat = "none"
+    config.compute.loss_chunk = 128  # logits of a chunk fit the cache
+
+    config.optimizer.name = "muon"
+    config.optimizer.peak_learning_rate = 4e-3
+    config.optimizer.schedule = ((0.0, 0.0), (0.05, 1.0), (1.0, 0.02))
+    config.optimizer.beta2 = 0.99
+    config.optimizer.weight_decay = 0.01
+
+    config.logging.every = 50
+    config.checkpoint.every = 500
+    config.validation.every = 500
+    config.validation.samples = 4
+    config.sampling.every = 500
+    config.sampling.steps = 48
+    config.sampling.gen_length = 48
+    config.sampling.block_length = 8
+    config.sampling.prompts = (
+        "class Queue:\n    def __init__(self",
+        "    if not isinstance(value,[MASK]):\n        raise[MASK][MASK][MASK][MASK]\n    return[MASK]",
+    )
+    return config

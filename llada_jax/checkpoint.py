@@ -122,9 +122,7 @@ class Checkpoints:
             record = copy.deepcopy({**run, "fingerprint": prints})
             self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_as_dict(state)), run=ocp.args.JsonSave(record)
-                ),
+                args=ocp.args.Composite(state=ocp.args.StandardSave(_as_dict(state)), run=ocp.args.JsonSave(record)),
             )
 
     @contextlib.contextmanager

@@ -72,9 +72,7 @@ def gumbel(key_BC: jax.Array, vocab_size: int) -> jax.Array:
     return -jnp.log(-jnp.log1p(-jnp.minimum(uniform_BCV, 1 - 2.0**-24)))
 
 
-def choose(
-    logits_BCV: jax.Array, noise_BCV: jax.Array | None, allowed_V: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def choose(logits_BCV: jax.Array, noise_BCV: jax.Array | None, allowed_V: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The tokens drawn (Gumbel-max; the most probable where noise is None) and how sure the model is of them.
 
     Args:

@@ -102,8 +102,8 @@ held-out text, {held_out_bytes:,} bytes, bits per byte (lower is better):
   xz -9                                 {marks["xz_bits_per_byte"]:6.3f}
 
 next:
-  python -m llada_jax.sample --model={workdir} --prompt="def main():" --show
-  python -m llada_jax.sample --model={workdir} --prompt="for i in [MASK][MASK][MASK][MASK]:" --gen_length=0
+  python -m llada_jax.sample --model={workdir} --prompt="class Queue:" --block_length=8 --show
+  python -m llada_jax.sample --model={workdir} --prompt="if not isinstance(value,[MASK]):"
   the same training command with --config.steps=N (more than before) goes on from here
   --config.data.input=FILES (and a new --workdir) trains on your own text
   tensorboard --logdir={workdir}/tensorboard    curves; {workdir}/metrics.jsonl has the numbers

@@ -89,9 +89,7 @@ def _report(total: int):
     return report
 
 
-def show(
-    model: Transformer, tokenizer: Tokenizer, texts: list[str], options: Options, key: jax.Array
-) -> list[str]:
+def show(model: Transformer, tokenizer: Tokenizer, texts: list[str], options: Options, key: jax.Array) -> list[str]:
     """`complete`, one prompt after the other, each drawn on stderr while its tokens appear."""
     prompts = [encode_prompt(text, model, tokenizer, options) for text in texts]
     mask_id = model.config.mask_id

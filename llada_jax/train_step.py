@@ -65,9 +65,7 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef) -> Callable:
 
     def loss_of(params, key, tokens_BT, length_B, row_B):
         noisy = objective(key, tokens_BT, length_B, row_B, config.diffusion, config.model.mask_id)
-        total, nll_BT = masked_loss(
-            merge(graphdef, params), noisy, tokens_BT, length_B, config.compute.loss_chunk
-        )
+        total, nll_BT = masked_loss(merge(graphdef, params), noisy, tokens_BT, length_B, config.compute.loss_chunk)
         bucket_B = jnp.minimum((noisy.t_B * config.logging.buckets).astype(jnp.int32), config.logging.buckets - 1)
         member_BK = (bucket_B[:, None] == jnp.arange(config.logging.buckets)).astype(jnp.float32)
         sums = {

@@ -55,9 +55,7 @@ def open_checkpoints(one_device):
 
 def at(state: TrainState, step: int) -> TrainState:
     """Another state, which belongs to `step` and to no other."""
-    return TrainState(
-        jnp.full_like(state.step, step), jax.tree.map(lambda x: x + step, state.params), state.opt_state
-    )
+    return TrainState(jnp.full_like(state.step, step), jax.tree.map(lambda x: x + step, state.params), state.opt_state)
 
 
 def same(a, b) -> bool:

@@ -50,9 +50,7 @@ def test_equals_plain_form(rng, make_mesh, sizes, density):
     arrays = case(rng, density)
     with jax.enable_x64(True):
         wide = [jnp.asarray(x, jnp.float64 if x.dtype == np.float32 else x.dtype) for x in arrays]
-        (total, nll), grads = jax.value_and_grad(
-            lambda h, w: plain(h, w, *wide[2:]), (0, 1), has_aux=True
-        )(*wide[:2])
+        (total, nll), grads = jax.value_and_grad(lambda h, w: plain(h, w, *wide[2:]), (0, 1), has_aux=True)(*wide[:2])
         expected = [np.asarray(x) for x in (total, nll * (arrays[3] > 0), *grads)]
     for chunk in (5, 1000):  # one that does not divide, one larger than all positions
         for got, wanted in zip(ours(make_mesh(*sizes), arrays, chunk), expected, strict=True):
@@ -83,8 +81,6 @@ def test_large_logits_do_not_overflow(make_mesh):
     h = np.full((1, 1, D), 50.0, np.float32)
     head = np.zeros((D, V), np.float32)
     head[:, 3] = 1.0
-    total, nll, dh, dhead = ours(
-        make_mesh(), (h, head, np.array([[4]], np.int32), np.ones((1, 1), np.float32)), 4
-    )
+    total, nll, dh, dhead = ours(make_mesh(), (h, head, np.array([[4]], np.int32), np.ones((1, 1), np.float32)), 4)
     assert total == pytest.approx(50.0 * D)
     assert np.isfinite(dh).all() and np.isfinite(dhead).all()

@@ -84,9 +84,7 @@ def test_loss_of_the_whole_road_is_unbiased(toy, make_mesh, kind):
     """The same through noise, model, padding and masked cross-entropy as the train step runs them, on 8 devices."""
     config, rows, steps = DiffusionConfig(t_sampling=kind), 1024, 24
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
-        params = jax.tree.map(
-            lambda x: jax.device_put(np.asarray(x), jax.typeof(x).sharding.spec), split(toy.model)[1]
-        )
+        params = jax.tree.map(lambda x: jax.device_put(np.asarray(x), jax.typeof(x).sharding.spec), split(toy.model)[1])
         graphdef = split(toy.model)[0]
 
         @jax.jit

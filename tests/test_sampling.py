@@ -169,9 +169,7 @@ def test_step_by_step_is_one_call(model, prompts):
     np.testing.assert_array_equal(steps[-1][0], one_call_BT)
     expected = [plain_schedule(masks, config.steps, config.block_length) for masks in (17, 16, 19)]
     counts = [revealed_BT.sum(axis=1).tolist() for _, revealed_BT in steps[1:]]
-    assert counts == [
-        [step[2] if step else 0 for step in row] for row in itertools.zip_longest(*expected)
-    ]
+    assert counts == [[step[2] if step else 0 for step in row] for row in itertools.zip_longest(*expected)]
     for (before_BT, _), (after_BT, revealed_BT) in itertools.pairwise(steps):
         assert (before_BT == after_BT)[~revealed_BT].all() and (before_BT == MASK)[revealed_BT].all()
 

@@ -499,7 +499,8 @@ def test_what_a_resume_may_change(run, copy, capfd):
     folder = copy(10)
     settings = {
         "steps": 16, "accumulation": 2, "mesh__fsdp": 2, "optimizer__schedule": ((0, 0.5),),
-        "optimizer__peak_learning_rate": 1e-3, "logging__every": 2, "logging__buckets": 3, "logging__tensorboard": False,
+        "optimizer__peak_learning_rate": 1e-3, "logging__every": 2, "logging__buckets": 3,
+        "logging__tensorboard": False,
         "checkpoint__every": 4, "checkpoint__keep": 1, "validation__every": 3, "validation__rows": 4,
         "sampling__every": 0, "compute__remat": "full", "optimizer__clip_norm": 0.5,
     }  # fmt: skip
@@ -520,7 +521,7 @@ def test_text_prepared_in_the_workdir(run, corpus, tmp_path):
     base = {"data__path": "", "data__input": corpus, "steps": 2, "validation__rows": 0}
     run(folder, **base)
     cases = [
-        ({"data__input": str(other)}, "config.data.input is .*other.jsonl, but .*data was prepared with .*corpus.jsonl"),
+        ({"data__input": str(other)}, "config.data.input is .*other.jsonl, but .* was prepared with .*corpus.jsonl"),
         ({"data__train_tokenizer": 300}, "config.data.train_tokenizer is 300, but .* was prepared with 320"),
         ({"data__validation_fraction": 0.1}, "config.data.validation_fraction is 0.1, but .* prepared with 0.02"),
         ({"sequence_length": 64}, "config.sequence_length is 64, but .* was prepared with 32"),
