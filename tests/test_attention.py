@@ -1,6 +1,8 @@
 """The chunked kernel against the plain one, and the plain one against the definition, written out in numpy."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -62,16 +64,17 @@ def test_chunks_equal_the_reference_in_values_and_gradients(rng, chunk, masked):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_scores_of_all_queries_are_never_held(rng):
-    """What the chunks are for: neither the forward nor the backward pass has a (T, T) array."""
+def test_scores_of_all_queries_are_never_held():
+    """What the chunks are for: neither the forward nor the backward pass has T * T numbers, in whatever shape."""
     length, chunk = 96, 8
     q = jnp.zeros((1, length, 1, 4))
-    loss = lambda q: xla_attention(q, q, q, None, query_chunk=chunk).sum()  # noqa: E731
-    assert "96,96" not in str(jax.make_jaxpr(jax.grad(loss))(q))
-    plain = lambda q: reference_attention(q, q, q, None).sum()  # noqa: E731
-    assert "96,96" in str(jax.make_jaxpr(jax.grad(plain))(q))
-    compiled = [jax.jit(jax.grad(f)).lower(q).compile().memory_analysis().temp_size_in_bytes for f in (loss, plain)]
-    assert compiled[0] < compiled[1]
+
+    def largest(function):
+        text = str(jax.make_jaxpr(jax.grad(lambda q: function(q).sum()))(q))
+        return max(math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text))
+
+    assert largest(lambda q: xla_attention(q, q, q, None, query_chunk=chunk)) < length * length / 4
+    assert largest(lambda q: reference_attention(q, q, q, None)) == length * length
 
 
 @pytest.mark.parametrize("kernel", [functools.partial(xla_attention, query_chunk=4), reference_attention])
@@ -93,8 +96,7 @@ def test_row_without_any_real_key_is_finite(rng, kernel):
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in gradients)
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("sizes", "masked"), [((2, 2, 2), True), ((1, 2, 4), False)])
 def test_same_on_any_mesh(rng, make_mesh, sizes, masked):
     q, k, v, mask = case(rng)
     cotangent = rng.normal(size=(B, T, H, K)).astype(np.float32)

@@ -44,13 +44,11 @@ def start(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
     ("arguments", "named"),
     [
         (["--config=good.py", "--config.optimizer.lr=1", "--workdir=w"], "lr"),
-        (["--config=name.py", "--workdir=w"], "name.py, line 2"),
         (["--config=good.py", "--config.model.heads=3", "--workdir=w"], "config.model.heads=3"),
     ],
 )
 def test_the_real_command(tmp_path, arguments, named):
     (tmp_path / "good.py").write_text(GOOD)
-    (tmp_path / "name.py").write_text(BAD["name.py"][0])
     result = start(*arguments, folder=tmp_path)
     assert result.returncode == command_line.USER_ERROR == 2
     assert result.stdout == ""

@@ -107,14 +107,11 @@ def validate(toy, device_mesh, rows, batch_size, **settings):
 
 
 def test_validation_is_the_same_number_again_and_anywhere(toy, make_mesh):
-    rows = held_out(toy, 21)
+    rows = held_out(toy, 21)  # the last batch of 8 is not full
     first = validate(toy, make_mesh(), rows, 8)
     assert validate(toy, make_mesh(), rows, 8) == first  # bitwise
-    for batch_size in (3, 21, 32):  # the last batch is not full, or there is only one
-        other = validate(toy, make_mesh(), rows, batch_size)
-        assert other["nats_per_token"] == pytest.approx(first["nats_per_token"], rel=1e-5)
-    for sizes in ((2, 2, 2), (1, 8, 1)):
-        other = validate(toy, make_mesh(*sizes), rows, 8)
+    for device_mesh, batch_size in ((make_mesh(), 32), (make_mesh(2, 2, 2), 8)):
+        other = validate(toy, device_mesh, rows, batch_size)
         assert other["nats_per_token"] == pytest.approx(first["nats_per_token"], rel=1e-5)
     assert validate(toy, make_mesh(), rows, 8, seed=1)["nats_per_token"] != first["nats_per_token"]
 
@@ -122,7 +119,7 @@ def test_validation_is_the_same_number_again_and_anywhere(toy, make_mesh):
 def test_validation_is_the_mean_of_its_bounds(toy, make_mesh):
     """Sums over all rows, once each, over all tokens; the samples of a row have noise of their own."""
     tokens, length, size = rows = held_out(toy, 13)
-    got = validate(toy, make_mesh(), rows, 4, samples=3, seed=9)
+    got = validate(toy, make_mesh(), rows, 8, samples=3, seed=9)
     with jax.set_mesh(make_mesh()):
         graphdef, params = split(toy.model)
         placed = mesh.place_rows(tokens, length, np.arange(13, dtype=np.int32))
@@ -140,5 +137,5 @@ def test_validation_is_the_mean_of_its_bounds(toy, make_mesh):
 
 def test_rows_without_bytes_do_not_divide_by_zero(toy, make_mesh):
     tokens, length, _ = held_out(toy, 3)
-    got = validate(toy, make_mesh(), (tokens, length, np.zeros(3, np.int64)), 4)
+    got = validate(toy, make_mesh(), (tokens, length, np.zeros(3, np.int64)), 8)
     assert all(math.isfinite(value) for value in got.values())
