@@ -255,7 +255,13 @@ def interrupted(tmp_path, tokenizer_folder, number: int) -> tuple[int, list[int]
         " workers=2)"
     )
     root = Path(__file__).parents[2]
-    process = subprocess.Popen([sys.executable, "-c", command], cwd=root, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", command],
+        cwd=root,
+        stderr=subprocess.PIPE,
+        # A job in the background of a shell starts with SIGINT ignored, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".set.preparing-*/train-*")):
         assert process.poll() is None and time.monotonic() < deadline
