@@ -203,6 +203,7 @@ class Loop:
         go_on()
 
     def _save(self, state: TrainState) -> None:
+        self.writer.sync()
         self.saved.save(state, {"window": self.window.sums, "skipped_in_a_row": self.skipped_in_a_row})
 
     def _leave(self, state: TrainState) -> int:
