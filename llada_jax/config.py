@@ -69,7 +69,7 @@ class DiffusionConfig:
 class DataConfig:
     """What is trained on: prepared sets, or text that is prepared on first use."""
 
-    path: str = ""  # prepared sets: comma-separated folders written by llada_jax.prepare (gs:// allowed)
+    path: str = ""  # prepared sets: comma-separated folders written by llada_jax.prepare
     weights: tuple[float, ...] = ()  # mixture weights in the order of path; () = by number of rows
     input: str = ""  # text to prepare into the workdir: comma-separated files or globs, or "stdlib"
     tokenizer: str = ""  # SentencePiece .model, tokenizer.json or a folder for `input`; "" = train one
@@ -111,7 +111,7 @@ class CheckpointConfig:
     """When the state is saved and how much of it stays."""
 
     every: int = 1000  # steps between rolling checkpoints
-    keep: int = 3  # newest rolling checkpoints kept
+    keep: int = 3  # newest checkpoints kept, permanent ones among them counted
     permanent_every: int = 0  # steps between checkpoints that are never removed; 0 = none
 
 
@@ -145,8 +145,6 @@ class SamplerConfig:
     temperature: float = 0.0  # 0 = greedy
     remasking: str = "low_confidence"  # low_confidence | random
     mask_id: int | None = None  # None = the model's own
-    eos_id: int | None = None
-    eot_id: int | None = None
 
 
 @dataclasses.dataclass(slots=True)

@@ -1,6 +1,7 @@
 """What is wrong with a config, said in one line before any device work."""
 
 import dataclasses
+import importlib.util
 import math
 import types
 import typing
@@ -58,9 +59,22 @@ def validate(config: Config) -> None:
         f"does not divide batch_size={config.batch_size}",
     )
     if bool(config.data.path) == bool(config.data.input):
-        raise UserError("set exactly one of config.data.path (prepared sets) and config.data.input (text to prepare)")
-    if config.init_step is not None and not config.init_from:
-        raise UserError("config.init_step is set without config.init_from")
+        raise UserError(
+            "set exactly one of config.data.path (prepared sets) and config.data.input (text to prepare); "
+            "what the config file sets is taken back by --config.data.input= or --config.data.path="
+        )
+    for name in ("init_step", "init_weights_only"):
+        if values[name] not in (None, False) and not config.init_from:
+            raise UserError(f"config.{name} is set without config.init_from")
+    for name in ("data", "fsdp", "tensor"):
+        value = getattr(config.mesh, name)
+        _require(value == -1 or value >= 1, f"mesh.{name}", value, "must be positive, or -1 for what is left")
+    tensor = config.mesh.tensor
+    for name in ("heads", "kv_heads", "feed_forward", "vocab_size"):
+        value = getattr(model, name)
+        _require(tensor < 1 or value % tensor == 0, f"model.{name}", value, f"is not divisible by mesh.tensor={tensor}")
+    if config.logging.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise UserError("config.logging.wandb_project needs wandb: pip install 'llada_jax[wandb]'")
     if config.checkpoint.permanent_every % config.checkpoint.every:
         raise UserError(
             f"config.checkpoint.permanent_every={config.checkpoint.permanent_every} is not a multiple of "
@@ -120,4 +134,7 @@ def resolve_ids(model: ModelConfig, tokenizer) -> None:
         if getattr(model, name) is None:
             setattr(model, name, value)
         elif getattr(model, name) != value:
-            raise UserError(f"config.model.{name}={getattr(model, name)}, but the tokenizer has {value}")
+            raise UserError(
+                f"config.model.{name}={getattr(model, name)}, but the tokenizer has {value}: take the tokenizer that "
+                "belongs to the config, or delete the setting from the config file"
+            )

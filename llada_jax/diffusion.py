@@ -20,7 +20,7 @@ class Corrupted(NamedTuple):
     tokens_BT: jax.Array  # int32, x_t: MASK where masked
     mask_BT: jax.Array  # bool, where the loss is taken
     weight_BT: jax.Array  # fp32, of each position's nll in the loss of its row; 0 where not masked
-    t_B: jax.Array  # fp32, the mask ratio in (0, 1)
+    p_mask_B: jax.Array  # fp32, the mask ratio of each row: t, moved away from 0 by eps
 
 
 def step_key(seed: int, step: jax.Array) -> jax.Array:

@@ -45,7 +45,7 @@ class StopSignal:
         self._before: Any = None
 
     def listen(self) -> None:
-        """From here on the signal is only remembered. On several hosts jax.distributed listens instead."""
+        """From here on the signal is only remembered. Several processes would listen through jax.distributed."""
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._receive)
 
@@ -79,7 +79,7 @@ class Loop:
           config, folder, device_mesh, saved, tokenizer: of the run.
           held_out: rows for validation as `pipeline.validation_rows` gives them, None = no validation.
           state: where it starts; given to `run` next.
-          record: what a checkpoint keeps of a loop, see `_record`; {} at the start of a run.
+          record: what a checkpoint keeps of a loop, see `_save`; {} at the start of a run.
         """
         self.config, self.folder, self.mesh = config, folder, device_mesh
         self.saved, self.tokenizer, self.held_out = saved, tokenizer, held_out
@@ -254,7 +254,7 @@ class Loop:
         text = report.show_samples(samples)
         log(f"samples at step {self.done}:\n{text}")
         if jax.process_index() == 0:
-            with (self.folder / "samples.txt").open("a") as file:
+            with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
                 file.write(f"--- step {self.done}\n{text}\n")
             self.writer.text(self.done, "samples", text)
 
@@ -291,8 +291,8 @@ def drop_samples(path: Path, step: int) -> None:
     """Removes from a samples.txt what lies beyond `step`: the run is resumed there."""
     if not path.exists():
         return
-    blocks = re.split(r"^(?=--- step \d+$)", path.read_text(), flags=re.MULTILINE)
+    blocks = re.split(r"^(?=--- step \d+$)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     kept = [block for block in blocks if (found := re.match(r"--- step (\d+)\n", block)) and int(found[1]) <= step]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)

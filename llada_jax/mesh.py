@@ -1,4 +1,4 @@
-"""The device mesh, the one table of PartitionSpecs, and start-up on several hosts.
+"""The device mesh, the one table of PartitionSpecs, and how rows are placed on it.
 
 The mesh has three axes: 'data' (replicas of the parameters), 'fsdp' (batch and parameters
 sharded) and 'tensor' (heads, feed-forward and vocabulary sharded). All are Explicit: every

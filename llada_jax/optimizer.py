@@ -102,8 +102,9 @@ def _orthogonalise_all(updates: dict, _: dict | None = None) -> dict:
 def _orthogonalise_stack(name: str, x: jax.Array) -> jax.Array:
     """`orthogonalise` for each layer, and each head of an attention matrix, of a stacked parameter's update.
 
-    The iteration needs whole matrices. So the shards are exchanged for whole layers, as many devices as
-    divide L taking a share of them, and the result goes back to where the parameter lives.
+    The iteration needs whole matrices. So the shards are exchanged for whole layers, shared out over all devices,
+    over fsdp and tensor, or over fsdp, whichever first divides L; where none does every device works on all of
+    them. The result goes back to where the parameter lives.
     """
     spec = jax.typeof(x).sharding.spec
     shape = jax.sharding.get_abstract_mesh().shape

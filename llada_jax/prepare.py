@@ -60,7 +60,7 @@ def main() -> None:
 def _next_command(output: str, sequence_length: int) -> str:
     return (
         "python -m llada_jax.train --config=configs/quickstart.py --workdir=runs/first "
-        f"--config.data.path={output} --config.sequence_length={sequence_length}"
+        f"--config.data.input= --config.data.path={output} --config.sequence_length={sequence_length}"
     )
 
 

@@ -32,13 +32,14 @@ def first_batch(config: Config, batch: dict, tokenizer: Tokenizer, step: int, ch
             config.diffusion,
             config.model.mask_id,
         )
-        whole = (batch["tokens"], noisy.tokens_BT, noisy.mask_BT, noisy.t_B, batch["length"])
+        whole = (batch["tokens"], noisy.tokens_BT, noisy.mask_BT, noisy.p_mask_B, batch["length"])
         return [jax.reshard(x, P(*(None,) * x.ndim))[0] for x in whole]
 
-    clean_T, noisy_T, mask_T, t, length = jax.device_get(row_0(batch))
+    clean_T, noisy_T, mask_T, p_mask, length = jax.device_get(row_0(batch))
+    t = (p_mask - config.diffusion.eps) / (1 - config.diffusion.eps)
     clean, masked = (tokenizer.decode(x[:length]) for x in (clean_T, noisy_T))
     return (
-        f"first row of step {step}: {length} tokens, mask ratio {t:.3f}, {int(mask_T.sum())} masked\n"
+        f"first row of step {step}: {length} tokens, t = {t:.3f}, {int(mask_T.sum())} masked\n"
         f"  text:   {_cut(clean, characters)!r}\n"
         f"  masked: {_cut(masked, characters)!r}"
     )

@@ -33,7 +33,7 @@ _GEN_LENGTH = flags.DEFINE_integer("gen_length", None, "Tokens to append; defaul
 _BLOCK_LENGTH = flags.DEFINE_integer("block_length", DEFAULTS.block_length, "Tokens per block, left to right.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the most probable token.")
 _REMASKING = flags.DEFINE_string("remasking", "low_confidence", "Which predictions stay: low_confidence or random.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the noise.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0, upper_bound=2**32 - 1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts at once; changes no completion.")
 _SHOW = flags.DEFINE_boolean("show", False, "Show in the terminal how the text appears.")
 
@@ -119,7 +119,7 @@ def show(model: Transformer, tokenizer: Tokenizer, texts: list[str], options: Op
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file, each with a "prompt". UserError names the line that has none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts={path}: {error}") from error
     records = []

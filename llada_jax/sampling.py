@@ -161,8 +161,8 @@ def denoise(
 def check_settings(config: SamplerConfig) -> SamplerConfig:
     """The settings themselves. UserError names what is impossible with any model."""
     for name, least in (("steps", 1), ("block_length", 1), ("gen_length", 0)):
-        if getattr(config, name) < least:
-            raise UserError(f"{name}={getattr(config, name)}: it must be at least {least}")
+        if not least <= getattr(config, name) < TO_THE_END:
+            raise UserError(f"{name}={getattr(config, name)}: it must be at least {least} and below 2**31 - 1")
     if not 0 <= config.temperature < math.inf:
         raise UserError(f"temperature={config.temperature}: it must be 0 (greedy) or a positive number")
     if config.remasking not in REMASKING:

@@ -110,6 +110,8 @@ def _train(config: Config, folder: Path) -> int:
         held_out = pipeline.validation_rows(
             paths, config.validation.rows, config.sequence_length, config.model.vocab_size
         )
+    if held_out is None and config.validation.rows:
+        log("no validation: the prepared sets hold no rows out")
     identity = workdir.identity(config, manifests, tokenizer.sha256)
     changed = _check_resume(stored, (config, identity), folder) if stored else {}
 
@@ -250,6 +252,8 @@ def _first_state(config: Config, identity: dict, step: int | None, device_mesh: 
     parent, parent_identity = workdir.read_config(source)
     if config.init_weights_only:
         _same_model(parent.model, config.model, source)
+        if parent_identity["tokenizer"] != identity["tokenizer"]:
+            raise UserError(f"the tokenizer differs from that of {source}: its weights know other tokens")
         log(f"starting from the weights of {source} at step {step}")
         return make_state(config, checkpoint.load_params(source, step, config, device_mesh))
     remedy = "set --config.init_weights_only to take its weights alone"

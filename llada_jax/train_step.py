@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -66,7 +65,7 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef) -> Callable:
     def loss_of(params, key, tokens_BT, length_B, row_B):
         noisy = objective(key, tokens_BT, length_B, row_B, config.diffusion, config.model.mask_id)
         total, nll_BT = masked_loss(merge(graphdef, params), noisy, tokens_BT, length_B, config.compute.loss_chunk)
-        bucket_B = jnp.minimum((noisy.t_B * config.logging.buckets).astype(jnp.int32), config.logging.buckets - 1)
+        bucket_B = jnp.minimum((noisy.p_mask_B * config.logging.buckets).astype(jnp.int32), config.logging.buckets - 1)
         member_BK = (bucket_B[:, None] == jnp.arange(config.logging.buckets)).astype(jnp.float32)
         sums = {
             "bucket_nll": jnp.einsum("b,bk->k", nll_BT.sum(axis=1), member_BK, out_sharding=P(None)),
@@ -125,9 +124,3 @@ def micro_batches(x: jax.Array, count: int) -> jax.Array:
     x = jax.lax.reshape(x, (shards, count, micro // shards, *rest), out_sharding=P(mesh.BATCH, None, None, *none))
     x = x.swapaxes(0, 1)
     return jax.lax.reshape(x, (count, micro, *rest), out_sharding=P(None, mesh.BATCH, *none))
-
-
-def matmul_parameters(params: dict) -> tuple[int, int]:
-    """Parameters that take part in matmuls within the layers, and in the head."""
-    blocks = sum(math.prod(x.shape) for name, x in params["blocks"].items() if not name.endswith("norm"))
-    return blocks, math.prod(params["head" if "head" in params else "embedding"].shape)

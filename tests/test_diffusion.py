@@ -110,9 +110,9 @@ def test_low_discrepancy_lowers_the_variance(many_steps):
     spread = {}
     for kind in KINDS:
         noisy = many_steps(DiffusionConfig(t_sampling=kind), np.zeros(128, np.int32), [128] * 32, 500)
-        losses = noisy.weight_BT.sum(axis=-1, dtype=np.float64) * (1 + 2 * noisy.t_B)
+        losses = noisy.weight_BT.sum(axis=-1, dtype=np.float64) * (1 + 2 * noisy.p_mask_B)
         spread[kind] = losses.mean(axis=1).var()
-        spread[kind, "t"] = noisy.t_B.mean(axis=1).var()
+        spread[kind, "t"] = noisy.p_mask_B.mean(axis=1).var()
     assert spread["low_discrepancy"] < 0.5 * spread["independent"]
     assert spread["low_discrepancy", "t"] < 0.15 * spread["independent", "t"]
 
@@ -186,7 +186,7 @@ def test_mask_rate_and_weight_of_each_row(rng, kind):
     noisy = diffusion.Corrupted(*map(np.asarray, diffusion.pretrain(key, tokens, length, rows, config, 50)))
     real = np.arange(width) < length[:, None]
     t = np.asarray(diffusion.sample_t(key, rows, kind))
-    p = noisy.t_B.astype(np.float64)
+    p = noisy.p_mask_B.astype(np.float64)
     np.testing.assert_allclose(p, (1 - eps) * t + eps, rtol=1e-6)
     assert not noisy.mask_BT[~real].any()
     np.testing.assert_array_equal(noisy.tokens_BT, np.where(noisy.mask_BT, 50, tokens))
@@ -195,7 +195,7 @@ def test_mask_rate_and_weight_of_each_row(rng, kind):
     deviation = (noisy.mask_BT.sum(axis=1) / length - p) / np.sqrt(p * (1 - p) / length)
     assert np.abs(deviation).max() < 4
     assert 0.5 < (deviation**2).mean() < 2  # neither clumped nor stratified within a row
-    assert noisy.tokens_BT.dtype == np.int32 and noisy.weight_BT.dtype == noisy.t_B.dtype == np.float32
+    assert noisy.tokens_BT.dtype == np.int32 and noisy.weight_BT.dtype == noisy.p_mask_B.dtype == np.float32
 
 
 def test_smallest_mask_ratio_is_eps():
@@ -203,7 +203,7 @@ def test_smallest_mask_ratio_is_eps():
     config = DiffusionConfig(eps=0.25)
     rows = jnp.arange(2000, dtype=jnp.int32)
     tokens, length = np.zeros((2000, 2), np.int32), np.full(2000, 2, np.int32)
-    p = np.asarray(diffusion.pretrain(diffusion.step_key(0, 0), tokens, length, rows, config, 1).t_B)
+    p = np.asarray(diffusion.pretrain(diffusion.step_key(0, 0), tokens, length, rows, config, 1).p_mask_B)
     assert 0.25 <= p.min() < 0.251 and 0.999 < p.max() <= 1
 
 
@@ -216,7 +216,7 @@ def test_noise_of_places_rows_and_steps_is_independent():
         noisy = diffusion.pretrain(
             diffusion.step_key(seed, step), np.zeros((16, width), np.int32), np.full(16, width), rows, config, 1
         )
-        p = np.asarray(noisy.t_B, np.float64)[:, None]
+        p = np.asarray(noisy.p_mask_B, np.float64)[:, None]
         return (np.asarray(noisy.mask_BT) - p) / np.sqrt(p * (1 - p)), p[:, 0]
 
     (a, p), (b, _), (c, _) = centred(0, 0), centred(0, 1), centred(1, 0)

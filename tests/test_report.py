@@ -37,8 +37,9 @@ def test_first_batch_is_what_the_step_sees(make_mesh, sizes):
     mask = np.asarray(noisy.mask_BT)[0]
     masked = "".join("[MASK]" if m else chr(97 + i) for i, m in zip(range(14), mask, strict=False))
     head, clean, corrupted = text.split("\n")
-    ratio = float(noisy.t_B[0])
-    assert head == f"first row of step 6: 14 tokens, mask ratio {ratio:.3f}, {mask.sum()} masked"
+    eps = config.diffusion.eps
+    t = (float(noisy.p_mask_B[0]) - eps) / (1 - eps)
+    assert head == f"first row of step 6: 14 tokens, t = {t:.3f}, {mask.sum()} masked"
     assert clean == "  text:   'abcdefghijklmn'" and corrupted == f"  masked: {masked!r}"
     with jax.set_mesh(device_mesh):
         short = report.first_batch(config, batch, Letters(), step=6, characters=5)
