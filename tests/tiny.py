@@ -46,6 +46,7 @@ def command(workdir: Path, *overrides: str) -> list[str]:
 def start(arguments: list[str], devices: int = 1, **options) -> subprocess.Popen:
     """A process of its own: `python ARGUMENTS`, by default with one device; its stderr is readable text."""
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # no two of these share a memory
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
