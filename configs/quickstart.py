@@ -13,6 +13,9 @@ likelihood bound on 141 kB of held-out files (on which xz -9 reaches 1.99); the 
     size           4 layers of 192: 2.51 after 261 s; 3 of 128: 2.34 after 211 s  (vocabulary 2,048, rows of 128)
     vocabulary     2,048: 2.34 after 211 s; 4,096: 2.16 after 253 s, both 2.9 M tokens; 8,192: 2.11 after 2.0 M tokens
     learning rate  4e-3: 2.33, 8e-3: 2.40  (vocabulary 4,096, half way through the schedule)
+    rows           64 tokens: 2.42; 128: 2.48; 256: 2.49  (vocabulary 4,096, 1.0 M tokens, whole schedule); 128 kept for
+                   the context that samples have
+    t sampling     low discrepancy 2.48, independent 2.45  (as rows of 128): no more apart than seeds may be
     loss_chunk     128: 130 ms per step, 1,024: 153 ms  (both cores)
 """
 

@@ -144,7 +144,7 @@ def test_equals_a_plain_step(curve, trainer, first_state, make_mesh):
             logits = model.logits(model.trunk(noisy.tokens_BT, jnp.arange(T) < length[:, None]))
             logits = jax.reshard(logits, mesh.HIDDEN_BTD)
             nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
-            p_mask = noisy.t_B[:, None]
+            p_mask = noisy.p_mask_B[:, None]
             # Eq. 3, per row divided by its length, mean over rows; weights written out anew.
             return (jnp.where(noisy.mask_BT, nll / p_mask, 0).sum(axis=1) / length).mean(), nll
 
@@ -170,7 +170,7 @@ def test_equals_a_plain_step(curve, trainer, first_state, make_mesh):
         assert metrics["learning_rate"] == pytest.approx(float(schedule(jnp.int32(i))), rel=1e-6)
         assert metrics["tokens"] == batch_of(i)["length"].sum()
         # Sums by mask ratio, a bin of a quarter each.
-        mask, ratio = np.asarray(noisy.mask_BT), np.asarray(noisy.t_B)
+        mask, ratio = np.asarray(noisy.mask_BT), np.asarray(noisy.p_mask_B)
         for k in range(4):
             rows = (ratio >= k / 4) & ((ratio < (k + 1) / 4) | (k == 3))
             assert metrics["bucket_tokens"][k] == mask[rows].sum()
