@@ -697,17 +697,22 @@ def test_nothing_crosses_unasked(run, tmp_path, monkeypatch):
 
 def test_the_host_stays_one_step_behind(run, tmp_path, monkeypatch):
     dispatched, looks = [], []
-    place, fetch = meshes.place_batch, metrics.fetch
+    make, fetch = loop.make_train_step, metrics.fetch
 
-    def note_place(*args):
-        dispatched.append(None)
-        return place(*args)
+    def make_noting(*args):
+        step = make(*args)
+
+        def noting(*args):
+            dispatched.append(None)
+            return step(*args)
+
+        return noting
 
     def note_fetch(values):
         looks.append(len(dispatched))
         return fetch(values)
 
-    monkeypatch.setattr(loop.mesh, "place_batch", note_place)
+    monkeypatch.setattr(loop, "make_train_step", make_noting)
     monkeypatch.setattr(loop.metrics, "fetch", note_fetch)
     assert run(tmp_path, logging__every=1, validation__rows=0, sampling__every=0, checkpoint__every=5) == 0
     # Step s is looked at once s + 1 is under way, but for those that end in a checkpoint.
