@@ -7,6 +7,7 @@ A workdir holds config.json, tokenizer/ and checkpoints/STEP/. A checkpoint hold
 import contextlib
 import copy
 import functools
+import json
 import logging
 import os
 import shutil
@@ -18,10 +19,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
+from llada_jax import distributed
 from llada_jax import workdir as workdirs
 from llada_jax.config import CheckpointConfig, Config, UserError
 from llada_jax.model import Transformer, abstract_model, merge, split
@@ -113,7 +116,7 @@ class Checkpoints:
         """
         step = int(state.step)
         with self._failures():
-            if step in self._manager.all_steps():
+            if distributed.first_decides("saved already", lambda: step in self._manager.all_steps()):
                 return
             prints, broken = fingerprint(_as_dict(state))
             if broken:
@@ -153,18 +156,29 @@ class Checkpoints:
         """
         target = _as_dict(_target(lambda: make_state(config), mesh))
         problems = {}
-        for step in reversed(self.steps()):
+        # All processes look at the same ones: one may see a file that another does not see yet.
+        for step in distributed.first_decides("checkpoints", lambda: self.steps()[::-1]):
+            state, run, problem = None, None, None
             try:
                 with jax.set_mesh(mesh):
-                    state, run = self._restore_step(step, target)
+                    state, run = self._read(step, target)
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise  # out of memory, most likely: no fault of the files
             except Exception as error:  # any failure to read is damage: Orbax and TensorStore raise many kinds
-                problems[step] = _reason(error)
-                report(f"checkpoint {step} is damaged ({problems[step]})")
-                continue
-            self._put_aside(list(problems))
-            return TrainState(**state), run
+                problem = _reason(error)
+            # Each process reads its own part: what is damaged for one of them is damaged for all.
+            problem = distributed.first_problem("checkpoint read", problem)
+            if problem is None:
+                try:
+                    with jax.set_mesh(mesh):
+                        self._check(step, state, run)
+                except Damaged as error:
+                    problem = str(error)
+            if problem is None:
+                self._put_aside(list(problems))
+                return TrainState(**state), run
+            problems[step] = problem
+            report(f"checkpoint {step} is damaged ({problem})")
         if problems:
             raise UserError(
                 f"{self.directory}: none of the checkpoints {sorted(problems)} can be restored; "
@@ -172,35 +186,29 @@ class Checkpoints:
             )
         return None
 
-    def _restore_step(self, step: int, target: dict) -> tuple[dict, dict]:
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(target), run=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        _verify(restored["state"], restored["run"]["fingerprint"])
-        if int(restored["state"]["step"]) != step:
-            raise Damaged(f"it holds step {int(restored['state']['step'])}")
-        return restored["state"], restored["run"]
+    def _read(self, step: int, target: dict) -> tuple[dict, dict]:
+        path = self.directory / str(step)
+        return _read_arrays(path, target, partial=False), _read_run(path)
+
+    def _check(self, step: int, state: dict, run: dict) -> None:
+        _verify(state, run["fingerprint"])
+        if int(state["step"]) != step:
+            raise Damaged(f"it holds step {int(state['step'])}")
 
     def _put_aside(self, steps: list[int]) -> None:
         if not steps:
             return
-        if jax.process_index() == 0:
+        if distributed.index() == 0:
             for step in steps:
                 aside = self.directory / f"damaged-{step}"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.directory / str(step)).rename(aside)
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            multihost_utils.sync_global_devices("damaged checkpoints put aside")
+        distributed.barrier("damaged checkpoints put aside")
         self._manager.reload()
 
     def due(self, step: int) -> bool:
         """Whether a rolling or a permanent checkpoint falls on this step."""
         return step % self._every == 0
-
-    def reached_preemption(self, step: int) -> bool:
-        """Whether any host of several was told to stop; all hosts agree on the step."""
-        return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
     def wait(self) -> None:
         """Until all that was started is on disk. SaveFailed if it cannot be written."""
@@ -211,6 +219,22 @@ class Checkpoints:
         """Waits, then frees what the manager holds. SaveFailed as `wait`."""
         with self._failures():
             self._manager.close()
+
+
+def _read_arrays(path: Path, target: dict, partial: bool = True) -> dict:
+    """What `target` describes of a checkpoint (all of it, unless `partial`); each process reads what it needs.
+
+    By Orbax's handler alone: its managers wait for all processes to have read, for ever where one of them fails.
+    """
+    restore_args = ocp.checkpoint_utils.construct_restore_args(target)
+    args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        return handler.restore(epath.Path(path) / "state", args=args)
+
+
+def _read_run(path: Path) -> dict:
+    """The record beside it."""
+    return json.loads((path / "run" / "metadata").read_text())
 
 
 def _verify(tree: Any, expected: dict[str, int]) -> None:
@@ -307,15 +331,10 @@ def load_model(workdir: str | os.PathLike, step: int | None, mesh: Mesh, dtype: 
 
 def _load(workdir: str | os.PathLike, step: int, target: dict, verify: bool = True) -> dict:
     path = Path(workdir).absolute() / FOLDER / str(step)
-    args = ocp.args.PyTreeRestore(
-        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
-    )
     try:
-        with ocp.PyTreeCheckpointer() as reader:
-            tree = reader.restore(path / "state", args=args)
+        tree = _read_arrays(path, target)
         if verify:
-            with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-                _verify(tree, reader.restore(path / "run", args=ocp.args.JsonRestore())["fingerprint"])
+            _verify(tree, _read_run(path)["fingerprint"])
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:

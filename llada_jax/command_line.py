@@ -8,7 +8,7 @@ from absl import app, flags, logging
 
 from llada_jax.config import Config, UserError
 
-FINISHED, FAILURE, USER_ERROR, PREEMPTED = 0, 1, 2, 143
+FINISHED, FAILURE, USER_ERROR, INTERRUPTED, PREEMPTED = 0, 1, 2, 130, 143
 
 
 def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> None:
@@ -35,7 +35,7 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
         _fail(str(error))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if isinstance(error, flags.Error) and "Traceback" not in str(error):
             _fail(str(error))
@@ -66,8 +66,13 @@ def config_of(holder: flags.FlagHolder) -> Config:
     raise UserError("get_config() in the file of --config must return a llada_jax.config.Config")
 
 
+def print_error(message: str) -> None:
+    """Tells of a user's mistake in one line."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
 def _fail(message: str) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print_error(message)
     sys.exit(USER_ERROR)
 
 

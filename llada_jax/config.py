@@ -69,7 +69,8 @@ class DiffusionConfig:
 class DataConfig:
     """What is trained on: prepared sets, or text that is prepared on first use."""
 
-    path: str = ""  # prepared sets: comma-separated folders written by llada_jax.prepare
+    path: str = ""  # prepared sets: comma-separated folders written by llada_jax.prepare, or gs://BUCKET/SET
+    cache: str = ""  # folder where each host keeps copies of remote sets; "" = ~/.cache/llada_jax
     weights: tuple[float, ...] = ()  # mixture weights in the order of path; () = by number of rows
     input: str = ""  # text to prepare into the workdir: comma-separated files or globs, or "stdlib"
     tokenizer: str = ""  # SentencePiece .model, tokenizer.json or a folder for `input`; "" = train one
@@ -168,6 +169,15 @@ class ProfileConfig:
 
 
 @dataclasses.dataclass(slots=True)
+class DistributedConfig:
+    """How long the processes of a run wait for one another; without effect on a run of one process."""
+
+    initialization_timeout: int = 300  # seconds until all must have started
+    heartbeat_timeout: int = 30  # seconds of silence after which a process counts as dead, and the others end
+    shutdown_timeout: int = 10  # seconds that a process which failed gives the others to leave with it
+
+
+@dataclasses.dataclass(slots=True)
 class Config:
     """One training run."""
 
@@ -191,6 +201,7 @@ class Config:
     logging: LoggingConfig = dataclasses.field(default_factory=LoggingConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
 
 
 def to_dict(config: Config) -> dict:

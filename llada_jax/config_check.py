@@ -6,7 +6,17 @@ import math
 import types
 import typing
 
-from llada_jax.config import Config, ModelConfig, UserError, leaves
+from llada_jax.config import Config, DistributedConfig, ModelConfig, UserError, leaves
+
+DISTRIBUTED = tuple(f"distributed.{field.name}" for field in dataclasses.fields(DistributedConfig))
+
+
+def check_distributed(config: Config) -> None:
+    """UserError for a timeout that is none: before the processes meet, which these settings are for."""
+    _check_types(config.distributed, "config.distributed")
+    values = dict(leaves(config))
+    for name in DISTRIBUTED:
+        _require(values[name] >= 1, name, values[name], "must be at least 1")
 
 
 def validate(config: Config) -> None:
@@ -16,7 +26,7 @@ def validate(config: Config) -> None:
                 "model.kv_heads", "model.feed_forward", "compute.query_chunk", "compute.loss_chunk", "checkpoint.every",
                 "checkpoint.keep", "logging.every", "logging.buckets", "optimizer.max_nonfinite", "sampling.steps",
                 "sampling.block_length", "validation.samples", "data.prefetch", "data.read_threads",
-                "data.train_tokenizer")  # fmt: skip
+                "data.train_tokenizer", *DISTRIBUTED)  # fmt: skip
     values = dict(leaves(config))
     for name in positive:
         _require(values[name] >= 1, name, values[name], "must be at least 1")

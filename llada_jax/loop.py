@@ -6,57 +6,23 @@ checkpoint never runs ahead of metrics.jsonl and never holds a state that was no
 """
 
 import re
-import signal
-import sys
-import threading
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from llada_jax import checkpoint, command_line, likelihood, mesh, metrics, report
+from llada_jax import checkpoint, command_line, distributed, likelihood, mesh, metrics, report
 from llada_jax import config as configs
 from llada_jax.config import Config
 from llada_jax.data import pipeline
+from llada_jax.distributed import log
 from llada_jax.model import abstract_model, split
+from llada_jax.preemption import StopSignal
 from llada_jax.tokenizer import Tokenizer
 from llada_jax.train_step import TrainState, make_train_step
 
 
 class NonFinite(Exception):
     """Too many steps in a row whose loss or gradients were not finite."""
-
-
-def log(message: str) -> None:
-    """A line to stderr, from process 0 only."""
-    if jax.process_index() == 0:
-        print(message, file=sys.stderr, flush=True)
-
-
-class StopSignal:
-    """Remembers SIGTERM, so that the loop can save and leave.
-
-    Until `listen` the signal ends the process at once, as it should while there is nothing to save: a long
-    compilation would otherwise outlast the patience of whoever sent it.
-    """
-
-    def __init__(self):
-        self.received = False
-        self._before: Any = None
-
-    def listen(self) -> None:
-        """From here on the signal is only remembered. Several processes would listen through jax.distributed."""
-        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, *_: Any) -> None:
-        self.received = True
-
-    def close(self) -> None:
-        """Restores what was there before."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
 
 
 class Loop:
@@ -94,7 +60,7 @@ class Loop:
         self.tracing = False
         self.stop = StopSignal()
         self.writer = metrics.Writer(folder, config.logging, self.first_step, configs.to_dict(config))
-        if jax.process_index() == 0:
+        if distributed.index() == 0:
             finished = self.first_step == config.steps  # its last samples are then written anew
             drop_samples(folder / "samples.txt", self.first_step - finished)
         profile = config.profile
@@ -122,7 +88,7 @@ class Loop:
         )
         try:
             while self.done < config.steps:
-                if self.stop.received or self.saved.reached_preemption(self.done):
+                if self.stop.received(self.done):
                     return self._leave(state)
                 self._profile(state)
                 state = self._step(train_step, state, batches)
@@ -221,7 +187,7 @@ class Loop:
         self._save(state)
         self._sample(state)
         self.saved.wait()
-        if self.config.report and self.held_out is not None and jax.process_index() == 0:
+        if self.config.report and self.held_out is not None and distributed.index() == 0:
             marks = report.yardsticks(self.held_out, self.tokenizer)
             held_out_bytes = int(self.held_out[2].sum())
             print(report.final_report(str(self.folder), self.bits_per_byte, marks, held_out_bytes))
@@ -253,13 +219,15 @@ class Loop:
         )
         text = report.show_samples(samples)
         log(f"samples at step {self.done}:\n{text}")
-        if jax.process_index() == 0:
+        if distributed.index() == 0:
             with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
                 file.write(f"--- step {self.done}\n{text}\n")
             self.writer.text(self.done, "samples", text)
 
     def _profile(self, state: TrainState) -> None:
         profile = self.config.profile
+        if distributed.index() != 0:
+            return  # all do the same: one trace tells it
         if profile.steps and self.done == profile.first_step:
             jax.profiler.start_trace(str(self.folder / "profile"))
             self.tracing = True
@@ -273,11 +241,16 @@ class Loop:
             jax.profiler.stop_trace()
             log(f"profile from step {self.config.profile.first_step} to {self.done} in {self.folder / 'profile'}")
 
-    def close(self) -> None:
-        """Finishes what is being written. SaveFailed if a checkpoint could not be."""
+    def close(self, whole: bool = True) -> None:
+        """Finishes what is being written. SaveFailed if a checkpoint could not be.
+
+        Args:
+          whole: False if only this process may have come here: it does not wait for what takes all of them.
+        """
         try:
             self._end_profile()
-            self.saved.close()
+            if whole or distributed.count() == 1:
+                self.saved.close()
         finally:
             self.writer.close()
             self.stop.close()

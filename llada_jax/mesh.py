@@ -147,7 +147,9 @@ def place_batch(batch: dict, mesh: Mesh, batch_size: int) -> dict:
         spec = P(BATCH, *(None,) * (x.ndim - 1))
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x, (batch_size, *x.shape[1:]))
 
-    return {name: place(x) for name, x in batch.items()}
+    # JAX counts this as an unasked transfer where other processes hold rows too.
+    with jax.transfer_guard_host_to_device("allow"):
+        return {name: place(x) for name, x in batch.items()}
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from llada_jax import distributed
 from llada_jax.config import LoggingConfig, ModelConfig, UserError
 
 # Dense bf16 peak of one chip in FLOP/s, by a part of jax.Device.device_kind; the first match counts.
@@ -120,7 +121,7 @@ class Writer:
     """metrics.jsonl, TensorBoard and Weights & Biases of one workdir; only process 0 writes."""
 
     def __init__(self, workdir: Path, config: LoggingConfig, first_step: int, run_config: dict):
-        self._on = jax.process_index() == 0
+        self._on = distributed.index() == 0
         self._board = self._wandb = None
         if not self._on:
             return

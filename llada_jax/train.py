@@ -8,6 +8,7 @@ compilation. The same command started again goes on from the newest whole checkp
 import dataclasses
 import errno
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -15,13 +16,15 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import checkpoint, command_line, config_check, diffusion, mesh, workdir
+from llada_jax import checkpoint, command_line, config_check, diffusion, distributed, mesh, workdir
+from llada_jax import config as configs
 from llada_jax.attention import KERNELS
 from llada_jax.config import Config, ModelConfig, UserError
-from llada_jax.data import pipeline
+from llada_jax.data import pipeline, remote
 from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest, load_manifest
 from llada_jax.data.prepare import prepare
-from llada_jax.loop import Loop, NonFinite, log
+from llada_jax.distributed import log
+from llada_jax.loop import Loop, NonFinite
 from llada_jax.model import REMAT, parameter_count, split
 from llada_jax.optimizer import NAMES as OPTIMIZERS
 from llada_jax.optimizer import schedule_points
@@ -30,6 +33,12 @@ from llada_jax.train_step import TrainState, make_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
+
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where several processes meet and no cluster announces them."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many they are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 _INIT = ("init_from", "init_step", "init_weights_only")
@@ -40,7 +49,9 @@ def main() -> int:
     config = command_line.config_of(_CONFIG)
     if not _WORKDIR.value:
         raise UserError("--workdir=DIR is missing: checkpoints, metrics and samples are written there")
-    return train(config, _WORKDIR.value)
+    config_check.check_distributed(config)
+    others = (_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    return distributed.run(lambda: train(config, _WORKDIR.value), config.distributed, *others)
 
 
 def train(config: Config, folder: str | os.PathLike) -> int:
@@ -71,25 +82,42 @@ def train(config: Config, folder: str | os.PathLike) -> int:
     if "://" in os.fspath(folder):
         raise UserError(f"--workdir={folder}: a local or mounted folder is needed")
     folder = Path(folder)
+    distributed.check_same(
+        "config", configs.to_dict(config), lambda first: _difference(config, configs.from_dict(first))
+    )
     with workdir.locked(folder):
         try:
             return _train(config, folder)
         except (NonFinite, checkpoint.SaveFailed) as error:
-            log(f"stopped: {error}")
+            reason = str(error)
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
-            log(f"stopped: {error.filename or folder} cannot be written or read: {error.strerror}")
+            reason = f"{error.filename or folder} cannot be written or read: {error.strerror}"
+    if distributed.announce(command_line.FAILURE):
+        print(f"stopped: {reason}", file=sys.stderr, flush=True)
     return command_line.FAILURE
+
+
+def _difference(config: Config, first: Config) -> str:
+    name, (theirs, ours) = next(iter(configs.differences(first, config).items()))
+    return f"config.{name} is {ours}, in process 0 it is {theirs}: start all with the same command"
 
 
 def _train(config: Config, folder: Path) -> int:
     # What is there already. Without a checkpoint nothing binds this run to an earlier one.
-    stored = _stored_run(folder)
-    source = None if stored else _find_source(config)
+    stored = distributed.first_decides("stored run", lambda: _stored_run(folder))
+    if stored:
+        stored = configs.from_dict(stored[0]), stored[1]
+    source = None if stored else distributed.first_decides("source", lambda: _find_source(config))
 
     # Data first: the longest wait and the likeliest mistake, and nothing of it needs a device.
-    paths = _prepared_sets(config, folder, stored[0] if stored else None)
+    paths = distributed.first_decides(
+        "prepared sets", lambda: _prepared_sets(config, folder, stored[0] if stored else None)
+    )
+    if any(map(remote.is_remote, paths)):
+        paths = [remote.local_copy(path, config.data.cache, log) for path in paths]
+        distributed.barrier("copied")  # some hosts are faster; nothing further on waits as long
     manifests = [load_manifest(path) for path in paths]
     tokenizer = load_tokenizer(os.path.join(paths[0], TOKENIZER_FOLDER))
     if tokenizer.sha256 != manifests[0].tokenizer_sha256:
@@ -113,6 +141,7 @@ def _train(config: Config, folder: Path) -> int:
     if held_out is None and config.validation.rows:
         log("no validation: the prepared sets hold no rows out")
     identity = workdir.identity(config, manifests, tokenizer.sha256)
+    distributed.check_same("data", identity, lambda _: f"{', '.join(paths)} is not what process 0 has under that name")
     changed = _check_resume(stored, (config, identity), folder) if stored else {}
 
     # The mesh, and what must divide by it.
@@ -140,26 +169,33 @@ def _train(config: Config, folder: Path) -> int:
         if first_step > config.steps:
             where = folder if restored else config.init_from
             raise UserError(f"{where} is at step {first_step}, beyond config.steps={config.steps}")
-        if jax.process_index() == 0:
-            workdir.keep_tokenizer(folder, Path(paths[0]) / TOKENIZER_FOLDER)
+        if distributed.index() == 0:
+            workdir.keep_tokenizer(folder, os.path.join(paths[0], TOKENIZER_FOLDER))
             workdir.write_config(folder, config, identity)
-        workdir.record_start(folder, config, first_step)
+            workdir.record_start(folder, config, first_step)
+        distributed.barrier("workdir is ready")  # no checkpoint without its config
 
         loop = Loop(config, folder, device_mesh, saved, tokenizer, held_out, state, record)
+        whole = False
         try:
             code = loop.run(state, data)
+            whole = True
+        except NonFinite:
+            whole = True  # all processes have seen the same losses
+            raise
         finally:
-            loop.close()
+            loop.close(whole)
     return code
 
 
-def _stored_run(folder: Path) -> tuple[Config, dict] | None:
-    """Config and identity of the run that has checkpoints in `folder`, None if there are none."""
+def _stored_run(folder: Path) -> tuple[dict, dict] | None:
+    """Config (as a dict) and identity of the run that has checkpoints in `folder`, None if there are none."""
     if not checkpoint.steps_in(folder):
         return None
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has checkpoints but no config.json that says of what: take another --workdir")
-    return workdir.read_config(folder)
+    config, identity = workdir.read_config(folder)
+    return configs.to_dict(config), identity
 
 
 def _check_resume(stored: tuple[Config, dict], now: tuple[Config, dict], folder: Path) -> dict[str, tuple]:

@@ -10,35 +10,73 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from etils import epath
 
 from llada_jax import config as configs
+from llada_jax import distributed
 from llada_jax.config import Config, UserError
 
 # Settings a run keeps for life, beside the hashes of its data and tokenizer.
 FIXED = ("seed", "batch_size", "sequence_length", "optimizer.name")
 FIXED_GROUPS = ("model.", "diffusion.")
 
+_SHARED_SECONDS = 20  # until what one host has written must be seen by the others
+
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Makes `workdir` and owns it until the end, even an end by kill -9. UserError if another process does."""
+    """Makes `workdir` and owns it until the end, even an end by kill -9.
+
+    Of several processes the first owns it for all; each of the others checks that it sees the same folder.
+
+    Raises:
+      UserError: another run owns it, it cannot be written, or it is not the same folder everywhere.
+    """
+    with contextlib.ExitStack() as owned:
+        mark = distributed.first_decides("workdir", lambda: _own(workdir, owned))
+        if distributed.index():
+            _check_shared(workdir, mark)
+        yield
+
+
+def _own(workdir: Path, owned: contextlib.ExitStack) -> str:
+    """Takes the lock, which `owned` gives back; returns what the other processes, if any, will find in its file."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / "lock").open("a")
+        lock = owned.enter_context((workdir / "lock").open("a"))
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--workdir={workdir} is in use by another process") from None
-        except OSError:
-            pass  # a file system without locks: nothing to hold on to
-        yield
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--workdir={workdir} is in use by another process") from None
+    except OSError:
+        pass  # a file system without locks: nothing to hold on to
+    mark = f"{platform.node()} {os.getpid()} {time.time_ns()}"
+    if distributed.count() > 1:
+        lock.truncate(0)
+        lock.write(mark)
+        lock.flush()
+        os.fsync(lock.fileno())
+    return mark
+
+
+def _check_shared(workdir: Path, mark: str) -> None:
+    """UserError unless process 0 has written `mark` into this very folder; a network file system may be late."""
+    for _ in range(_SHARED_SECONDS):
+        with contextlib.suppress(OSError):
+            if (workdir / "lock").read_text() == mark:
+                return
+        time.sleep(1)
+    raise UserError(
+        f"--workdir={workdir} is not the same folder on {platform.node()} as where process 0 runs: "
+        "several hosts need one that all have mounted"
+    )
 
 
 def identity(config: Config, manifests: list, tokenizer_sha256: str) -> dict:
@@ -94,8 +132,6 @@ def write_config(workdir: str | os.PathLike, config: Config, identity: dict) -> 
 
 def record_start(workdir: Path, config: Config, step: int) -> None:
     """Appends to starts.jsonl: when, from which step, command, config, commit, versions, hardware."""
-    if jax.process_index():
-        return
     devices = jax.devices()
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "numpy")
     record = {
@@ -133,17 +169,25 @@ def _commit() -> str | None:
         return None
 
 
-def keep_tokenizer(workdir: Path, source: Path) -> None:
-    """Copies the tokenizer's folder into the workdir, whole or not at all; a different one there is replaced."""
+def keep_tokenizer(workdir: Path, source: str | os.PathLike) -> None:
+    """Copies the tokenizer's folder into the workdir, whole or not at all; a different one there is replaced.
+
+    Args:
+      workdir: local or mounted.
+      source: anything etils.epath opens, such as gs://.
+    """
     target, temporary = workdir / "tokenizer", workdir / "tokenizer.tmp"
+    contents = _contents(source)
     if target.exists():
-        if _contents(target) == _contents(source):
+        if _contents(target) == contents:
             return
         shutil.rmtree(target)  # of an earlier start that never came to its first checkpoint
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary)
+    temporary.mkdir()
+    for name, content in contents.items():
+        (temporary / name).write_bytes(content)
     temporary.rename(target)
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def _contents(folder: str | os.PathLike) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in epath.Path(folder).iterdir()}

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from llada_jax import metrics
+from llada_jax import distributed, metrics
 from llada_jax.config import LoggingConfig, ModelConfig, UserError
 from llada_jax.metrics import Speed, Window, Writer
 
@@ -203,7 +203,7 @@ def test_tensorboard_files(tmp_path):
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed, "index", lambda: 1)
     writer = Writer(tmp_path, LoggingConfig(), 0, {})
     writer.write(1, {"loss": 1.0})
     writer.text(1, "samples", "x")

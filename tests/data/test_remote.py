@@ -1,0 +1,135 @@
+"""Sets in a bucket, by way of a file system in memory that answers to gs://."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import fsspec
+import pytest
+import tiny
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
+
+from llada_jax import train
+from llada_jax.config import UserError
+from llada_jax.data.prepare import prepare
+from llada_jax.data.remote import local_copy
+from llada_jax.tokenizer import load_tokenizer
+
+
+class Bucket(MemoryFileSystem):
+    """gs:// in memory. `opened` are the files that were read."""
+
+    protocol = ("gs", "gcs")
+    store, pseudo_dirs, opened = {}, [""], []
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).removeprefix("gs://").removeprefix("gcs://").strip("/")
+
+    def _open(self, path, mode="rb", **options):
+        self.opened.append(path.rsplit("/", 1)[-1])
+        return super()._open(path, mode, **options)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    corpus = tiny.write_corpus(folder / "corpus.jsonl")
+    prepare([corpus], folder / "set", train_tokenizer=320, sequence_length=32, workers=1, shard_rows=200,
+            progress=False)  # fmt: skip
+    return folder / "set"
+
+
+@pytest.fixture
+def bucket(prepared, monkeypatch):
+    """gs://bucket/set is the prepared set."""
+    for name in Bucket.protocol:
+        monkeypatch.setitem(_registry, name, Bucket)
+    forget = backend._FileSystemSpecBackend._get_filesystem.cache_clear
+    forget()
+    Bucket.store.clear(), Bucket.pseudo_dirs.clear(), Bucket.opened.clear()
+    system = fsspec.filesystem("gs")
+    system.put(str(prepared), "gs://bucket/set", recursive=True)
+    Bucket.opened.clear()
+    yield system
+    forget()
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_set_is_copied_whole_and_once(bucket, prepared, tmp_path):
+    lines = []
+    folder = local_copy("gs://bucket/set", str(tmp_path), lines.append)
+    assert Path(folder).parent == tmp_path and files(Path(folder)) == files(prepared)
+    shards = len(list(prepared.glob("*.arrayrecord")))
+    assert shards > 3 and len(lines) == 1 and f"copying {shards} shards" in lines[0]
+    Bucket.opened.clear()
+    assert local_copy("gs://bucket/set", str(tmp_path), lines.append) == folder
+    assert Bucket.opened == ["manifest.json"] and len(lines) == 1
+
+
+def test_a_copy_that_was_broken_off_goes_on(bucket, prepared, tmp_path):
+    folder = Path(local_copy("gs://bucket/set", str(tmp_path), lambda line: None))
+    (folder / "manifest.json").unlink()
+    (folder / "train-00001.arrayrecord").write_bytes(b"half")
+    (folder / "train-00002.arrayrecord").rename(folder / "train-00002.arrayrecord.tmp")
+    shutil.rmtree(folder / "tokenizer")
+    Bucket.opened.clear()
+    local_copy("gs://bucket/set", str(tmp_path), lambda line: None)
+    assert {name for name in Bucket.opened if "arrayrecord" in name} == {
+        "train-00001.arrayrecord", "train-00002.arrayrecord"
+    }  # fmt: skip
+    assert files(folder) == files(prepared)
+
+
+def test_a_run_reads_from_a_bucket(bucket, prepared, tmp_path):
+    config = tiny.get_config()
+    config.steps, config.validation.rows, config.sampling.prompts = 2, 0, ()
+    config.data.path, config.data.cache = "gs://bucket/set", str(tmp_path / "cache")
+    assert train.train(config, tmp_path / "bucket") == 0
+    config = tiny.get_config()
+    config.steps, config.validation.rows, config.sampling.prompts = 2, 0, ()
+    config.data.path = str(prepared)
+    assert train.train(config, tmp_path / "folder") == 0
+    assert tiny.records(tmp_path / "bucket") == tiny.records(tmp_path / "folder")
+    tokenizer = load_tokenizer(tmp_path / "bucket" / "tokenizer")
+    assert tokenizer.sha256 == load_tokenizer(prepared / "tokenizer").sha256
+
+
+def test_what_is_wrong_with_a_remote_set(bucket, tmp_path, monkeypatch):
+    def copy():
+        local_copy("gs://bucket/set", str(tmp_path / "cache"), lambda line: None)
+
+    with pytest.raises(UserError, match="gs://bucket/none is not a prepared set"):
+        local_copy("gs://bucket/none", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be copied to .*file.*: config.data.cache names another|data.cache"):
+        local_copy("gs://bucket/set", str(tmp_path / "file"), lambda line: None)
+    name = "/bucket/set/train-00000.arrayrecord"
+    content = bucket.cat(name)
+    bucket.pipe(name, content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(UserError, match="train-00000.arrayrecord is not what the manifest says"):
+        copy()
+    bucket.rm(name)
+    with pytest.raises(UserError, match="train-00000.arrayrecord is missing"):
+        copy()
+    assert not list((tmp_path / "cache").rglob("manifest.json")), "half a copy looks like a set"
+    bucket.pipe(name, content)
+    copy()
+
+    def no_network(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(Bucket, "_open", no_network)
+    with pytest.raises(UserError, match="gs://bucket/set cannot be read: ConnectionError: no route to host"):
+        local_copy("gs://bucket/set", str(tmp_path / "other"))
+
+
+def test_without_gcsfs(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"gs://bucket/set: .*pip install 'llada_jax\[gcs\]'"):
+        local_copy("gs://bucket/set", str(tmp_path))

@@ -1,0 +1,64 @@
+"""A training process that does something at a chosen point: python tests/several.py POINT WHO STEP -- FLAGS OF TRAIN
+
+Only process WHO of several does it, as soon as step STEP is dispatched: "kill" (kill -9 of itself), "raise" (an
+exception), "terminate" (SIGTERM to itself). "saving": it is killed while it writes its part of checkpoint STEP.
+"other": it has another seed than the others. "nothing": nothing.
+
+Every process tells which rows it reads, "rows STEP [...]", and which files of the workdir it opens to write,
+"writes NAME".
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import dying
+
+
+def main() -> None:
+    """Arms the chosen point, then trains."""
+    point, who, step = sys.argv[1 : sys.argv.index("--")]
+    sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
+    folder = next(a.split("=", 1)[1] for a in sys.argv if a.startswith("--workdir="))
+    if f"--process_id={who}" not in sys.argv:
+        point = "nothing"
+    from llada_jax import checkpoint, command_line, loop, train
+    from llada_jax.data import pipeline
+
+    dispatch, batch = loop.Loop._step, pipeline.TrainingData.batch
+
+    def told_batch(self, at, rows):
+        print("rows", at, list(rows), flush=True)
+        return batch(self, at, rows)
+
+    def step_and_act(self, *args):
+        state = dispatch(self, *args)
+        if self.done == int(step):
+            if point == "kill":
+                dying.die()
+            elif point == "raise":
+                raise RuntimeError("a step that fails")
+            elif point == "terminate":
+                os.kill(os.getpid(), signal.SIGTERM)
+        if point == "terminate" and self.done >= int(step):
+            time.sleep(1)  # small steps would be over before the processes have agreed on one
+        return state
+
+    def told_open(event, args):
+        if event == "open" and isinstance(args[0], str) and args[0].startswith(folder) and args[2] & os.O_ACCMODE:
+            print("writes", os.path.relpath(args[0], folder), flush=True)
+
+    pipeline.TrainingData.batch = told_batch
+    loop.Loop._step = step_and_act
+    sys.addaudithook(told_open)
+    if point == "saving":
+        dying.die_when_written(Path(folder) / checkpoint.FOLDER, int(step))
+    if point == "other":
+        sys.argv.append("--config.seed=5")
+    command_line.run(train.main)
+
+
+if __name__ == "__main__":
+    main()
