@@ -6,6 +6,7 @@ from types import FrameType
 
 from absl import app, flags, logging
 
+from llada_jax import compilation_cache
 from llada_jax.config import Config, UserError
 
 FINISHED, FAILURE, USER_ERROR, INTERRUPTED, PREEMPTED = 0, 1, 2, 130, 143
@@ -30,6 +31,7 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
             logging.set_verbosity(logging.WARNING)
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: every setting is a flag, --name=value")
+        compilation_cache.enable()
         sys.exit(main())
     except UserError as error:
         _fail(str(error))
