@@ -256,10 +256,13 @@ def _cluster() -> type[clusters.ClusterEnv] | None:
     for kind in clusters.ClusterEnv._cluster_types:
         if kind.opt_in_only_method or not _may_ask(kind):
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if kind.is_env_present():
-                return kind if kind.get_process_count() > 1 else None
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if kind.is_env_present():
+                    return kind if kind.get_process_count() > 1 else None
+        except (ImportError, OSError):
+            pass  # a TPU machine without the metadata server that would know of others, or without a way to ask it
     return None
 
 

@@ -1,7 +1,7 @@
 """A training process that does something at a chosen point: python tests/several.py POINT WHO STEP -- FLAGS OF TRAIN
 
-Only process WHO of several does it, as soon as step STEP is dispatched: "kill" (kill -9 of itself), "raise" (an
-exception), "terminate" (SIGTERM to itself). "saving": it is killed while it writes its part of checkpoint STEP.
+Only process WHO of several does it, as soon as step STEP is dispatched: "raise" (an exception), "terminate"
+(SIGTERM to itself). "saving": kill -9 while it writes its part of checkpoint STEP.
 "other": it has another seed than the others. "nothing": nothing.
 
 Every process tells which rows it reads, "rows STEP [...]", and which files of the workdir it opens to write,
@@ -36,9 +36,7 @@ def main() -> None:
     def step_and_act(self, *args):
         state = dispatch(self, *args)
         if self.done == int(step):
-            if point == "kill":
-                dying.die()
-            elif point == "raise":
+            if point == "raise":
                 raise RuntimeError("a step that fails")
             elif point == "terminate":
                 os.kill(os.getpid(), signal.SIGTERM)
