@@ -15,6 +15,7 @@ from absl import flags
 
 from llada_jax import command_line, mesh, metrics
 from llada_jax.config import Config, UserError
+from llada_jax.hardware import compiler_options
 from llada_jax.model import abstract_model, split
 from llada_jax.train_step import make_state, make_train_step
 
@@ -68,7 +69,10 @@ def measure(name: str, config: Config, steps: int) -> dict:
     rng = np.random.default_rng(0)
     with jax.set_mesh(device_mesh):
         graphdef, _ = split(abstract_model(config.model, config.compute))
-        state, train_step = make_state(config), make_train_step(config, graphdef)
+        state, train_step = (
+            make_state(config),
+            make_train_step(config, graphdef, compiler_options(jax.devices()[0].device_kind)),
+        )
         batch = {
             "tokens": rng.integers(0, config.model.mask_id, shape).astype(np.int32),
             "length": np.full(config.batch_size, config.sequence_length, np.int32),

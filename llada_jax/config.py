@@ -48,9 +48,13 @@ class ComputeConfig:
     """How the model is computed; changes speed and memory, not the mathematics."""
 
     dtype: str = ""  # of activations and matmul operands; "" = bfloat16 on accelerators, float32 on CPU
-    remat: str = "full"  # none | full | dots: what the backward pass recomputes within a layer
+    # What the backward pass keeps of a layer: none (of it is recomputed) | dots (matmuls and attention are kept) |
+    # attention (its output is kept) | full (nothing is kept: all of it is recomputed).
+    remat: str = "full"
     unroll: int = 1  # layers unrolled per iteration of the scan over layers; 0 = all (fastest on CPU, slow to compile)
-    attention: str = "xla"  # kernel: xla (chunked over queries) | reference (plain, holds (T, T) scores)
+    # Kernel: auto (splash on TPU, cudnn on GPU in bfloat16, else xla) | splash | cudnn | xla (chunked over
+    # queries) | reference (plain, holds (T, T) scores) | splash_interpreted (for tests).
+    attention: str = "auto"
     query_chunk: int = 512  # tokens: queries per chunk of the xla kernel
     loss_chunk: int = 2048  # masked tokens per chunk of the loss (per device): logits held at once
 
@@ -104,6 +108,8 @@ class OptimizerConfig:
     beta2: float = 0.95
     adam_eps: float = 1e-8
     clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
+    # Of the moments between steps: float32 | bfloat16 (half the memory; updates are computed in float32 all the same).
+    state_dtype: str = "float32"
     max_nonfinite: int = 10  # non-finite steps in a row (each is skipped) that end the run
 
 

@@ -63,8 +63,7 @@ def bound(
     width = tokens_BT.shape[1]
     mask_BT = exact_mask(row_keys(jax.random.fold_in(key, 1), row_B), length_B, masked_B, width)
     weight_BT = jnp.where(mask_BT, (length_B / masked_B)[:, None], 0.0)
-    padding_mask_BT = jnp.arange(width) < length_B[:, None]
-    h_BTD = model.trunk(jnp.where(mask_BT, mask_id, tokens_BT), padding_mask_BT)
+    h_BTD = model.trunk(jnp.where(mask_BT, mask_id, tokens_BT), length_B)
     _, nll_BT = linear_cross_entropy(h_BTD, model.head_weight(), tokens_BT, weight_BT, chunk)
     return jax.reshard((nll_BT * weight_BT).sum(axis=1), P(None))
 

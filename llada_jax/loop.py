@@ -15,7 +15,8 @@ from llada_jax import config as configs
 from llada_jax.config import Config
 from llada_jax.data import pipeline
 from llada_jax.distributed import log
-from llada_jax.model import abstract_model, split
+from llada_jax.hardware import compiler_options
+from llada_jax.model import abstract_model, resolve_compute, split
 from llada_jax.preemption import StopSignal
 from llada_jax.tokenizer import Tokenizer
 from llada_jax.train_step import TrainState, make_train_step
@@ -49,7 +50,9 @@ class Loop:
         """
         self.config, self.folder, self.mesh = config, folder, device_mesh
         self.saved, self.tokenizer, self.held_out = saved, tokenizer, held_out
-        self.graphdef, _ = split(abstract_model(config.model, config.compute))
+        self.graphdef, _ = split(
+            abstract_model(config.model, resolve_compute(config.compute, device_mesh.devices.flat[0]))
+        )
         self.first_step = self.done = int(state.step)
         self.pending: tuple[int, dict] | None = None  # (step, metrics): dispatched, not looked at yet
         self.window = metrics.Window(config.logging.buckets, record.get("window"))
@@ -79,7 +82,7 @@ class Loop:
           UserError: a damaged row of the data.
         """
         config = self.config
-        train_step = make_train_step(config, self.graphdef)
+        train_step = make_train_step(config, self.graphdef, compiler_options(self.mesh.devices.flat[0].device_kind))
         batches = data.iterate(
             self.first_step,
             mesh.local_rows(self.mesh, config.batch_size),

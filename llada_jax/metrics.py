@@ -11,23 +11,14 @@ import jax
 import numpy as np
 
 from llada_jax import distributed
-from llada_jax.config import LoggingConfig, ModelConfig, UserError
-
-# Dense bf16 peak of one chip in FLOP/s, by a part of jax.Device.device_kind; the first match counts.
-PEAK_FLOPS = {
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "TPU v5": 459e12,
-    "H100": 989e12,
-    "H200": 989e12,
-}
+from llada_jax.config import ComputeConfig, LoggingConfig, ModelConfig, UserError
+from llada_jax.hardware import chip_of
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak FLOP/s of one device, None if it is not known (a CPU, say)."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
+    """Dense bfloat16 peak of one device in FLOP/s, None if it is not known (a CPU, say)."""
+    chip = chip_of(device_kind)
+    return chip.peak_flops if chip else None
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int, head_share: float = 0.5) -> float:
@@ -42,6 +33,20 @@ def flops_per_token(model: ModelConfig, sequence_length: int, head_share: float 
     layer = attention + 3 * model.width * model.feed_forward
     head = head_share * model.width * model.vocab_size
     return 6 * (model.layers * layer + head) + 12 * model.layers * sequence_length * model.width
+
+
+def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, compute: ComputeConfig) -> float:
+    """FLOPs per token that a training step executes beyond `flops_per_token`, by compute.remat and the kernel.
+
+    Counted: the layers' matmuls, but not ff_out, on whose output no gradient depends, and attention.
+    """
+    attention = 4 * sequence_length * model.width
+    # Every kernel but the plain one holds no scores for the backward pass: it makes them again, one matmul of two.
+    again = 0 if compute.attention == "reference" else attention / 2
+    projections = 2 * model.width * (model.heads + model.kv_heads) * model.head_width
+    matmuls = 2 * (projections + 2 * model.width * model.feed_forward)
+    again += {"none": 0, "dots": 0, "attention": matmuls, "full": matmuls + attention}[compute.remat]
+    return model.layers * again
 
 
 class Window:

@@ -13,25 +13,53 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llada_jax import mesh
-from llada_jax.attention import attention
+from llada_jax.attention import SAVED_NAME, attention, choose_kernel
 from llada_jax.config import ComputeConfig, ModelConfig, UserError
+from llada_jax.cpu import project
 
+
+def _save_attention(primitive, *_, **params) -> bool:
+    """Remat policy: keep what the attention kernels' backward passes need, so that no kernel runs twice."""
+    # cuDNN's primitive gives no name to its softmax statistics: it is known by its own.
+    return primitive.name.startswith("dot_product_attention_fwd") or (
+        primitive.name == "name" and params["name"] == SAVED_NAME
+    )
+
+
+# What the backward pass keeps of a layer's forward pass, beside the layer's input; the rest is computed again.
 REMAT = {
-    "none": None,
+    "none": None,  # all of it is kept
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": _save_attention,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _save_attention
+    ),
 }
 
 
-def compute_dtype(compute: ComputeConfig) -> jnp.dtype:
-    """dtype of activations and matmul operands: bfloat16 on accelerators, float32 on CPU, unless set."""
-    name = compute.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+def compute_dtype(compute: ComputeConfig, platform: str | None = None) -> jnp.dtype:
+    """dtype of activations and matmul operands: bfloat16 on accelerators, float32 on CPU, unless set.
+
+    platform: of the devices that compute; None = the default backend's.
+    """
+    name = compute.dtype or ("float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16")
     if name not in ("float32", "bfloat16"):
         raise UserError(f"config.compute.dtype={name!r}: choose float32 or bfloat16")
     return jnp.dtype(name)
+
+
+def resolve_compute(compute: ComputeConfig, device: jax.Device | None = None) -> ComputeConfig:
+    """A copy in which dtype and attention kernel are decided for this kind of device (None = the default one).
+
+    Raises UserError: a kernel or dtype that does not exist, or a kernel that cannot run there.
+    """
+    device = device or jax.devices()[0]
+    dtype = compute_dtype(compute, device.platform)
+    return dataclasses.replace(compute, dtype=dtype.name, attention=choose_kernel(compute, dtype, device))
 
 
 def _parameter(name: str, key: jax.Array, shape: tuple[int, ...], sigma) -> nnx.Param:
@@ -65,6 +93,10 @@ def apply_rope(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.A
     return rotated.astype(x_BTHK.dtype)
 
 
+def _einsum(equation: str, x: jax.Array, weight: jax.Array, out_sharding: P) -> jax.Array:
+    return jnp.einsum(equation, x, weight, out_sharding=out_sharding)
+
+
 class Block(nnx.Module):
     """One layer. Built under vmap, so that its parameters are stacked along L."""
 
@@ -81,7 +113,7 @@ class Block(nnx.Module):
         self.up_proj = make("up_proj", shape=(c.width, c.feed_forward), sigma=inner)
         self.ff_out = make("ff_out", shape=(c.feed_forward, c.width), sigma=c.feed_forward**-0.5 * outer)
 
-    def __call__(self, x_BTD, rope, mask_BT, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
+    def __call__(self, x_BTD, rope, real, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
         """x_BTD plus attention plus feed-forward, in the dtype of x_BTD."""
 
         def use(name: str) -> jax.Array:
@@ -89,25 +121,28 @@ class Block(nnx.Module):
             weight = getattr(self, name)[...].astype(x_BTD.dtype)
             return jax.reshard(weight, mesh.gathered(mesh.PARAMETERS[name]))
 
+        # The kernel is decided for the devices in use: "cpu" says what they are.
+        product = project if compute.attention == "cpu" else _einsum
         h_BTD = rms_norm(x_BTD, self.attn_norm[...], config.norm_eps)
-        q_BTHK = jnp.einsum("btd,dhk->bthk", h_BTD, use("q_proj"), out_sharding=mesh.HEADS_BTHK)
-        k_BTGK = jnp.einsum("btd,dgk->btgk", h_BTD, use("k_proj"), out_sharding=mesh.HEADS_BTHK)
-        v_BTGK = jnp.einsum("btd,dgk->btgk", h_BTD, use("v_proj"), out_sharding=mesh.HEADS_BTHK)
+        q_BTHK = product("btd,dhk->bthk", h_BTD, use("q_proj"), mesh.HEADS_BTHK)
+        k_BTGK = product("btd,dgk->btgk", h_BTD, use("k_proj"), mesh.HEADS_BTHK)
+        v_BTGK = product("btd,dgk->btgk", h_BTD, use("v_proj"), mesh.HEADS_BTHK)
         o_BTHK = attention(
             apply_rope(q_BTHK, *rope),
             apply_rope(k_BTGK, *rope),
             v_BTGK,
-            mask_BT,
+            real,
             kernel=compute.attention,
             query_chunk=compute.query_chunk,
         )
-        x_BTD += jnp.einsum("bthk,hkd->btd", o_BTHK, use("attn_out"), out_sharding=mesh.HIDDEN_BTD)
+        o_BTHK = checkpoint_name(o_BTHK, SAVED_NAME)
+        x_BTD += product("bthk,hkd->btd", o_BTHK, use("attn_out"), mesh.HIDDEN_BTD)
 
         h_BTD = rms_norm(x_BTD, self.ff_norm[...], config.norm_eps)
-        gate_BTF = jnp.einsum("btd,df->btf", h_BTD, use("ff_proj"), out_sharding=mesh.FEED_FORWARD_BTF)
-        up_BTF = jnp.einsum("btd,df->btf", h_BTD, use("up_proj"), out_sharding=mesh.FEED_FORWARD_BTF)
+        gate_BTF = product("btd,df->btf", h_BTD, use("ff_proj"), mesh.FEED_FORWARD_BTF)
+        up_BTF = product("btd,df->btf", h_BTD, use("up_proj"), mesh.FEED_FORWARD_BTF)
         f_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        return x_BTD + jnp.einsum("btf,fd->btd", f_BTF, use("ff_out"), out_sharding=mesh.HIDDEN_BTD)
+        return x_BTD + product("btf,fd->btd", f_BTF, use("ff_out"), mesh.HIDDEN_BTD)
 
 
 class Transformer(nnx.Module):
@@ -131,17 +166,20 @@ class Transformer(nnx.Module):
         self.final_norm = _parameter("final_norm", key, (config.width,), None)
         self.head = None if config.tied_embeddings else _parameter("head", head_key, shape[::-1], sigma)
 
-    def trunk(self, tokens_BT: jax.Array, padding_mask_BT: jax.Array | None = None) -> jax.Array:
+    def trunk(self, tokens_BT: jax.Array, real: jax.Array | None = None) -> jax.Array:
         """Hidden states (B, T, D) in the compute dtype, after the final norm, before the head.
 
-        Runs under `jax.set_mesh` with B divisible by the mesh's data x fsdp.
+        real says which tokens may be attended to: None = all, bool (B, T), or int32 (B,), how many at the
+        start of each row. Runs under `jax.set_mesh` with B divisible by the mesh's data x fsdp.
         """
         compute, config = self.compute, self.config
+        if not compute.dtype or compute.attention == "auto":
+            compute = resolve_compute(compute)
         rope = rope_table(tokens_BT.shape[1], config.head_width, config.rope_theta)
-        x_BTD = embed(self.embedding[...], tokens_BT, compute_dtype(compute))
+        x_BTD = embed(self.embedding[...], tokens_BT, jnp.dtype(compute.dtype))
 
         def layer(x_BTD, block):
-            return block(x_BTD, rope, padding_mask_BT, config, compute), None
+            return block(x_BTD, rope, real, config, compute), None
 
         if (policy := REMAT[compute.remat]) is not None:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
@@ -44,10 +45,11 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
     The update of step s uses the value at s + 1, so that a warm-up from (0, 0) does not waste its first step.
     """
     points = schedule_points(config, steps)
-    positions = jnp.array([p for p, _ in points], jnp.float32)
-    factors = jnp.array([f for _, f in points], jnp.float32)
+    # On the host: a mesh of described devices (llada_jax.plan) cannot compute.
+    on_host = np.array(points, np.float32)
 
     def schedule(step: jax.Array) -> jax.Array:
+        positions, factors = jnp.asarray(on_host[:, 0]), jnp.asarray(on_host[:, 1])
         x = step.astype(jnp.float32) + 1
         right = jnp.clip(jnp.searchsorted(positions, x, side="left"), 1, len(points) - 1) if len(points) > 1 else 0
         left = jnp.maximum(right - 1, 0)
@@ -71,7 +73,27 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     if config.name == "muon":
         muon = optax.chain(optax.trace(MUON_MOMENTUM, nesterov=True), optax.stateless(_orthogonalise_all))
         rule = optax.partition({"adam": rule, "muon": muon}, _muon_or_adam)
+    if config.state_dtype not in STATE_DTYPES:
+        raise UserError(f"config.optimizer.state_dtype={config.state_dtype!r}: choose one of {', '.join(STATE_DTYPES)}")
+    if config.state_dtype != "float32":
+        rule = stored_as(rule, jnp.dtype(config.state_dtype))
     return optax.chain(clip, rule, optax.add_decayed_weights(config.weight_decay, mask=decayed))
+
+
+def stored_as(rule: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
+    """`rule` with its fp32 state kept in `dtype` between updates, which are computed in fp32.
+
+    In bfloat16 a moment forgets changes below 1/256 of itself: config_check asks for beta2 <= 0.99.
+    """
+
+    def cast(state, source, target):
+        return jax.tree.map(lambda x: x.astype(target) if x.dtype == source else x, state)
+
+    def update(updates, state, params=None):
+        updates, state = rule.update(updates, cast(state, dtype, jnp.float32), params)
+        return updates, cast(state, jnp.float32, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(rule.init(params), jnp.float32, dtype), update)
 
 
 def decayed(params: dict) -> dict:
@@ -80,6 +102,7 @@ def decayed(params: dict) -> dict:
 
 
 NAMES = ("adamw", "muon")
+STATE_DTYPES = ("float32", "bfloat16")
 MUON_MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, chosen for its slope at zero
 # Root mean square of an AdamW update, about; with it Muon takes AdamW's learning rates and weight decay.

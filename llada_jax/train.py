@@ -18,16 +18,16 @@ from ml_collections import config_flags
 
 from llada_jax import checkpoint, command_line, config_check, diffusion, distributed, mesh, workdir
 from llada_jax import config as configs
-from llada_jax.attention import KERNELS
+from llada_jax.attention import CHOICES
 from llada_jax.config import Config, ModelConfig, UserError
 from llada_jax.data import pipeline, remote
 from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest, load_manifest
 from llada_jax.data.prepare import prepare
 from llada_jax.distributed import log
 from llada_jax.loop import Loop, NonFinite
-from llada_jax.model import REMAT, parameter_count, split
+from llada_jax.model import REMAT, parameter_count, resolve_compute, split
 from llada_jax.optimizer import NAMES as OPTIMIZERS
-from llada_jax.optimizer import schedule_points
+from llada_jax.optimizer import STATE_DTYPES, schedule_points
 from llada_jax.tokenizer import load_tokenizer
 from llada_jax.train_step import TrainState, make_state
 
@@ -72,9 +72,10 @@ def train(config: Config, folder: str | os.PathLike) -> int:
         ("diffusion.objective", config.diffusion.objective, diffusion.OBJECTIVES),
         ("diffusion.t_sampling", config.diffusion.t_sampling, diffusion.T_SAMPLING),
         ("compute.remat", config.compute.remat, REMAT),
-        ("compute.attention", config.compute.attention, KERNELS),
+        ("compute.attention", config.compute.attention, CHOICES),
         ("compute.dtype", config.compute.dtype, ("", "float32", "bfloat16")),
         ("optimizer.name", config.optimizer.name, OPTIMIZERS),
+        ("optimizer.state_dtype", config.optimizer.state_dtype, STATE_DTYPES),
     ):
         if value not in known:
             raise UserError(f"config.{name}={value!r}: choose one of {', '.join(map(repr, known))}")
@@ -149,9 +150,11 @@ def _train(config: Config, folder: Path) -> int:
     sizes = tuple(device_mesh.shape.values())
     mesh.check_model(config.model, sizes)
     mesh.check_batch(config, sizes)
+    compute = resolve_compute(config.compute, jax.devices()[0])
     log(
         f"{parameter_count(config.model):,} parameters, {tokenizer.size:,} tokens in the vocabulary, "
-        f"mesh {dict(device_mesh.shape)} of {jax.devices()[0].device_kind}"
+        f"mesh {dict(device_mesh.shape)} of {jax.devices()[0].device_kind}, "
+        f"{compute.dtype}, attention {compute.attention}, remat {compute.remat}"
     )
 
     with jax.set_mesh(device_mesh):

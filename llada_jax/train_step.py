@@ -41,13 +41,14 @@ def make_state(config: Config, params: dict | None = None) -> TrainState:
 
 def masked_loss(model: Transformer, noisy: diffusion.Corrupted, tokens_BT, length_B, chunk: int):
     """Sum over rows of sum(weight * nll), and nll_BT in nats, 0 where not masked."""
-    padding_mask_BT = jnp.arange(tokens_BT.shape[1]) < length_B[:, None]
-    h_BTD = model.trunk(noisy.tokens_BT, padding_mask_BT)
+    h_BTD = model.trunk(noisy.tokens_BT, length_B)
     return linear_cross_entropy(h_BTD, model.head_weight(), tokens_BT, noisy.weight_BT, chunk)
 
 
-def make_train_step(config: Config, graphdef: nnx.GraphDef) -> Callable:
+def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, bool | int] | None = None) -> Callable:
     """train_step(state, batch) -> state, metrics; jitted, donating state; call it under `jax.set_mesh`.
+
+    options go to the compiler, see `hardware.compiler_options`.
 
     batch holds "tokens" int32 (B, T) and "length" int32 (B,), rows split over the batch axes.
     metrics are scalars on the device, except the two vectors over mask-ratio buckets:
@@ -113,7 +114,7 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef) -> Callable:
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=options or None)
 
 
 def micro_batches(x: jax.Array, count: int) -> jax.Array:

@@ -1,4 +1,8 @@
-"""The chunked kernel against the plain one, and the plain one against the definition, written out in numpy."""
+"""All kernels against the plain one, and the plain one against the definition, written out in numpy.
+
+splash runs interpreted. cuDNN's call cannot run without a GPU: a plain one that takes the same arguments stands in for
+it, so that what is done around it is tested here, and the call itself by the same tests on a GPU.
+"""
 
 import functools
 import math
@@ -8,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from llada_jax import attention as kernels
 from llada_jax import mesh
-from llada_jax.attention import attention, reference_attention, xla_attention
-from llada_jax.config import UserError
+from llada_jax.attention import attention, choose_kernel, cudnn_attention, reference_attention, xla_attention
+from llada_jax.config import ComputeConfig, UserError
 
 B, T, H, G, K = 8, 11, 8, 4, 6
 
@@ -64,6 +70,120 @@ def test_chunks_equal_the_reference_in_values_and_gradients(rng, chunk, masked):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+REAL = ("all", "mask", "lengths")
+
+
+def real_of(kind, rng, batch, keys):
+    if kind == "all":
+        return None
+    if kind == "lengths":
+        return np.concatenate([[keys, 1], rng.integers(1, keys + 1, batch - 2)]).astype(np.int32)
+    mask = rng.uniform(size=(batch, keys)) < 0.6  # with holes, as a prompt padded on the left and a canvas have
+    mask[:, 3] = True
+    return mask
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Without a GPU, cuDNN's call is made of XLA's plain one; nothing but lengths gets through."""
+    if jax.default_backend() == "gpu":
+        return
+    plain = jax.nn.dot_product_attention
+
+    def call(q, k, v, *, key_value_seq_lengths, implementation):
+        assert implementation == "cudnn"
+        assert key_value_seq_lengths is None or key_value_seq_lengths.dtype == jnp.int32
+        return plain(q, k, v, key_value_seq_lengths=key_value_seq_lengths, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", call)
+
+
+@pytest.mark.parametrize("kind", REAL)
+@pytest.mark.parametrize(
+    ("kernel", "length", "heads", "groups", "width"),
+    [
+        ("splash_interpreted", 200, 4, 2, 64),  # filled up to 256
+        ("splash_interpreted", 128, 2, 2, 128),
+        ("splash_interpreted", 640, 2, 1, 64),  # blocks of 128 divide it, 512 does not
+        ("cudnn", 50, 4, 2, 64),
+        ("cudnn", 33, 2, 2, 128),
+        ("cpu", 50, 4, 2, 64),
+        ("xla", 1100, 2, 1, 64),
+    ],
+)
+def test_kernels_equal_the_reference(rng, stand_in, kernel, length, heads, groups, width, kind):
+    dtype = jnp.bfloat16 if kernel == "cudnn" and jax.default_backend() == "gpu" else jnp.float32
+    q, k, v, dout = (jnp.asarray(rng.normal(size=(3, length, n, width)), dtype) for n in (heads, groups, groups, heads))
+    rows = real_of(kind, rng, 3, length)
+
+    def run(name):
+        def loss(q, k, v):
+            real = None if rows is None else jax.reshard(jnp.asarray(rows), P(mesh.BATCH, *(None,) * (rows.ndim - 1)))
+            out = attention(q, k, v, real, kernel=name)
+            return (out * jax.reshard(dout, mesh.HEADS_BTHK)).astype(jnp.float32).sum(), out
+
+        with jax.set_mesh(mesh.one_device_mesh()):
+            placed = [jax.device_put(x, mesh.HEADS_BTHK) for x in (q, k, v)]
+            (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*placed)
+        return [np.asarray(x, np.float32) for x in (out, *gradients)]
+
+    tolerance = 2e-5 if dtype == jnp.float32 else 4e-2
+    for a, b in zip(run(kernel), run("reference"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def test_cudnn_is_given_the_real_keys_first(rng, stand_in):
+    """Keys that are not real have no influence, wherever they lie: what cuDNN takes are lengths only."""
+    q, k, v, mask = case(rng)
+    run = jax.jit(lambda k, v: cudnn_attention(q, k, v, mask))
+    far = [np.where(mask[:, :, None, None], x, 100).astype(np.float32) for x in (k, v)]
+    np.testing.assert_array_equal(np.asarray(run(k, v)), np.asarray(run(*far)))
+
+
+class Device:
+    def __init__(self, platform, capability=None):
+        self.platform = platform
+        if capability:
+            self.compute_capability = capability
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "kernel"),
+    [
+        (Device("tpu"), "bfloat16", "splash"),
+        (Device("gpu", "9.0"), "bfloat16", "cudnn"),
+        (Device("gpu"), "bfloat16", "cudnn"),  # only described
+        (Device("gpu", "9.0"), "float32", "xla"),
+        (Device("gpu", "7.5"), "bfloat16", "xla"),
+        (Device("cpu"), "float32", "cpu"),
+    ],
+)
+def test_kernel_is_chosen_by_device(device, dtype, kernel):
+    assert choose_kernel(ComputeConfig(), jnp.dtype(dtype), device) == kernel
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "problem"),
+    [
+        ("splash", Device("cpu"), "float32", "runs on TPU, not on cpu"),
+        ("splash", Device("gpu"), "bfloat16", "runs on TPU, not on gpu"),
+        ("cudnn", Device("cpu"), "bfloat16", "runs on GPU, not on cpu"),
+        ("cudnn", Device("gpu"), "float32", "--config.compute.dtype=bfloat16"),
+        ("cudnn", Device("gpu", "7.5"), "bfloat16", "capability 8.0"),
+        ("flash", Device("gpu"), "bfloat16", "choose one of auto, xla"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_an_error(name, device, dtype, problem):
+    with pytest.raises(UserError, match=problem):
+        choose_kernel(ComputeConfig(attention=name), jnp.dtype(dtype), device)
+
+
+@pytest.mark.parametrize("name", ["splash_interpreted", "xla", "reference", "cpu"])
+def test_a_kernel_that_can_run_is_taken(name):
+    assert choose_kernel(ComputeConfig(attention=name), jnp.dtype("float32"), Device("cpu")) == name
+    assert set(kernels.KERNELS) | {"auto"} == set(kernels.CHOICES)
+
+
 def test_scores_of_all_queries_are_never_held():
     """What the chunks are for: neither the forward nor the backward pass has T * T numbers, in whatever shape."""
     length, chunk = 96, 8
@@ -96,8 +216,11 @@ def test_row_without_any_real_key_is_finite(rng, kernel):
     assert np.isfinite(value) and all(np.isfinite(g).all() for g in gradients)
 
 
+@pytest.mark.parametrize("kernel", ["xla", "cpu", "cudnn", "splash_interpreted"])
 @pytest.mark.parametrize(("sizes", "masked"), [((2, 2, 2), True), ((1, 2, 4), False)])
-def test_same_on_any_mesh(rng, make_mesh, sizes, masked):
+def test_same_on_any_mesh(rng, make_mesh, stand_in, kernel, sizes, masked):
+    if kernel == "cudnn" and jax.default_backend() == "gpu":
+        pytest.skip("cuDNN computes in bfloat16, this compares fp32")
     q, k, v, mask = case(rng)
     cotangent = rng.normal(size=(B, T, H, K)).astype(np.float32)
 
@@ -105,7 +228,7 @@ def test_same_on_any_mesh(rng, make_mesh, sizes, masked):
         with jax.set_mesh(make_mesh(*sizes)):
             put = lambda x: jax.device_put(x, mesh.HEADS_BTHK)  # noqa: E731
             key_mask = jax.device_put(mask, mesh.TOKENS_BT) if masked else None
-            loss = lambda q, k, v: (attention(q, k, v, key_mask, query_chunk=4) * put(cotangent)).sum()  # noqa: E731
+            loss = lambda q, k, v: (attention(q, k, v, key_mask, kernel=kernel, query_chunk=4) * put(cotangent)).sum()  # noqa: E731
             value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(put(q), put(k), put(v))
             return [np.asarray(x) for x in (value, *gradients)]
 

@@ -1,0 +1,183 @@
+"""The collectives of a compiled program, read from its text: how often each runs and how many bytes it moves."""
+
+import dataclasses
+import math
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|[^\s(]+) ([\w\-]+)\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation|called_computations)=\{?%?([\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of the program."""
+
+    kind: str  # a name in KINDS
+    size: int  # bytes of its whole operand or result, whichever is larger, on one device
+    group: int  # devices that take part
+    slices: int  # slices (or nodes) that they are on
+    count: float  # runs per call of the program
+
+    def link_bytes(self) -> float:
+        """Bytes that each device must receive within its slice, all runs together, at the least."""
+        return self._moved(self.group // self.slices) * self.count
+
+    def network_bytes(self) -> float:
+        """Bytes that each device must receive from other slices, if those of one slice share out the work."""
+        return self._moved(self.slices) / (self.group // self.slices) * self.count
+
+    def _moved(self, parties: int) -> float:
+        if self.kind == "collective-permute":
+            return self.size if parties > 1 else 0
+        rounds = 2 if self.kind == "all-reduce" else 1  # to reduce, and to hand the result back
+        return rounds * self.size * (parties - 1) / parties
+
+
+def collectives(text: str, devices: int, slices: int, unknown_trips: float) -> list[Collective]:
+    """All collectives of an optimised HLO module, those in loops counted as often as the loop runs.
+
+    Args:
+      text: of the module, as `compiled.as_text()` gives it.
+      devices: that the program runs on, the same number on each slice, those of a slice one after the other.
+      slices: TPU slices, or GPU nodes.
+      unknown_trips: how often a loop runs whose trip count depends on data.
+    """
+    computations, entry = _computations(text)
+    runs = _runs(computations, entry, unknown_trips)
+    found = []
+    for name, lines in computations.items():
+        if not runs[name]:
+            continue
+        seen = set()
+        for line in _with_fused(name, lines, computations):
+            if " recv(" in line and "xla_megascale" in line:
+                # What crosses TPU slices is handed to the hosts, which reduce it with their peers.
+                found.append(Collective("all-reduce", _shapes(line.split(" recv(")[0])[0], slices, slices, runs[name]))
+                continue
+            kind = next((kind for kind in KINDS if f" {kind}(" in line or f" {kind}-start(" in line), None)
+            if kind is None:
+                continue
+            # An asynchronous gather stands in the fusions that start it, run beside it and await it.
+            channel = re.search(r"channel_id=\d+", line)
+            if line not in lines:
+                key = (kind, channel and channel[0], _groups_text(line))
+                if key in seen:
+                    continue
+                seen.add(key)
+            groups = _groups(line)
+            crossed = len({partition // (devices // slices) for partition in groups} or {0})
+            found.append(Collective(kind, _size(line, kind), max(len(groups), 1), crossed, runs[name]))
+    return found
+
+
+def totals(found: list[Collective]) -> dict[str, dict[str, float]]:
+    """Per kind: runs, and bytes received per device over links and over the network."""
+    sums: dict[str, Counter] = defaultdict(Counter)
+    for one in found:
+        sums[one.kind].update(runs=one.count, link_bytes=one.link_bytes(), network_bytes=one.network_bytes())
+    return {kind: dict(values) for kind, values in sums.items()}
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    computations: dict[str, list[str]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            current = computations.setdefault(header[1], [])
+            if line.startswith("ENTRY"):
+                entry = header[1]
+        elif line.rstrip() == "}":  # not just any line that starts so: a kernel's description may be several lines long
+            current = None
+        elif current is not None:
+            current.append(line)
+    return computations, entry
+
+
+def _runs(computations: dict[str, list[str]], entry: str, unknown_trips: float) -> dict[str, float]:
+    """How often each computation that is not a fusion's runs."""
+    runs: dict[str, float] = defaultdict(float)
+
+    def visit(name: str, times: float) -> None:
+        runs[name] += times
+        for line in computations.get(name, ()):
+            found = _INSTRUCTION.match(line)
+            if not found or found[2] in ("fusion", *KINDS, "reduce", "scatter", "sort", "custom-call"):
+                continue
+            inner = _trips(line, computations, unknown_trips) if found[2] == "while" else 1
+            for called in _CALLED.findall(line):
+                visit(called, times * inner)
+
+    visit(entry, 1.0)
+    return runs
+
+
+def _trips(line: str, computations: dict[str, list[str]], unknown_trips: float) -> float:
+    """Trip count of a while instruction: as annotated, or the constant that its condition compares with."""
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    condition = computations[re.search(r"condition=%?([\w.\-]+)", line)[1]]
+    limits = [int(n) for line in condition for n in re.findall(r"= s32\[\]\S* constant\((\d+)\)", line)]
+    return max(limits) if limits else unknown_trips
+
+
+def _with_fused(name: str, lines: list[str], computations: dict[str, list[str]]):
+    """The instructions of a computation and of the fusions and asynchronous wrappers in it."""
+    for line in lines:
+        yield line
+        if " fusion(" in line:
+            for called in _CALLED.findall(line):
+                yield from _with_fused(called, computations.get(called, []), computations)
+
+
+def _size(line: str, kind: str) -> int:
+    """Bytes of the larger of result and operand: what a gather ends with, what a scatter starts from."""
+    result = re.match(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) (?:all-|reduce-scatter|collective-permute)", line)[1]
+    shapes = _shapes(result)
+    if kind == "reduce-scatter":
+        return sum(shapes) * max(len(_groups(line)), 1)
+    if "-start(" in line:  # operands and results stand side by side
+        return max(shapes)
+    return sum(shapes)
+
+
+def _shapes(text: str) -> list[int]:
+    """Bytes of the arrays in a type."""
+    return [
+        math.prod(int(n) for n in dims.split(",") if n) * _BYTES.get(dtype, 4)
+        for dtype, dims in re.findall(r"\b([a-z]+\d+|pred)\[([\d,]*)\]", text)
+    ]
+
+
+def _groups_text(line: str) -> str:
+    found = re.search(r"replica_groups=(.*?)(?:, use_global|, dimensions|, metadata|, to_apply|$)", line)
+    return found[1] if found else ""
+
+
+def _groups(line: str) -> list[int]:
+    """The partitions of the first group of a collective."""
+    text = _groups_text(line)
+    if found := re.match(r"\{\{([\d,]+)\}", text):
+        return [int(n) for n in found[1].split(",")]
+    if found := re.match(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        return _iota(found[2], found[3]).reshape([int(n) for n in found[1].split(",")])[0].tolist()
+    if found := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        ids = _iota(found[2], found[3]) if found[2] else np.arange(math.prod(sizes.values()))
+        named = re.findall(r"'(\w+)'", found[4])
+        index = tuple(slice(None) if name in named else 0 for name in sizes)
+        return ids.reshape(list(sizes.values()))[index].ravel().tolist()
+    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
+        return [int(found[1]), int(found[2])]
+    return []
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    dims = [int(n) for n in shape.split(",")]
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    return (ids.transpose([int(n) for n in order.split(",")]) if order else ids).ravel()
