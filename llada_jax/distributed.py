@@ -35,6 +35,7 @@ from llada_jax.config import DistributedConfig, UserError
 
 _LONG_MS = 24 * 3600 * 1000  # text may take hours to prepare; a process that fails ends the waiting anyway
 _LOOK_SECONDS = 2.0  # between two looks at whether some process has failed
+_TELL_SECONDS = 15.0  # of waiting at the start before it is told
 _FAILED = "llada_jax/failed/"
 _TPU_CLUSTERS = ("gcetpu", "gketpu")
 
@@ -143,7 +144,7 @@ def run(
       not return: all processes leave with the exit code of the first that failed, and one message.
 
     Raises:
-      UserError: the three arguments do not fit together, or nobody answers at the address.
+      UserError: the three arguments do not fit together.
     """
     _start(settings, coordinator_address, num_processes, process_id)
     if count() == 1:
@@ -229,14 +230,13 @@ def _start(
         options = {"local_device_ids": _slurm_devices()} if cluster.name == "slurm" else {}
     # Started by the first step, see preemption.py: until then SIGTERM ends a process at once.
     jax.config.update("jax_enable_preemption_service", False)
-    try:
-        jax.distributed.initialize(*flags, **options, **timeouts)
-    except jax.errors.JaxRuntimeError as error:
-        reason = " ".join(str(error).split("\n")[0].split())
-        raise UserError(
-            f"not all processes have met at {where} within config.distributed.initialization_timeout="
-            f"{settings.initialization_timeout} seconds: {reason}"
-        ) from None
+    # JAX waits without a word, and aborts (134) when the time is over.
+    late = f"waiting for the other processes at {where}, {settings.initialization_timeout} seconds at most"
+    waiting = threading.Timer(_TELL_SECONDS, lambda: print(late, file=sys.stderr, flush=True))
+    waiting.daemon = True
+    waiting.start()
+    jax.distributed.initialize(*flags, **options, **timeouts)
+    waiting.cancel()
 
 
 def _check_flags(address: str | None, processes: int | None, process: int | None) -> str:

@@ -26,6 +26,7 @@ from llada_jax.config import UserError
 from llada_jax.data.prepare import prepare
 
 GONE = 60  # seconds: once one process has ended none may be left after that; the launcher would kill it
+ALL = 300  # seconds: a start that ends at no time is killed
 FAST = ("distributed.heartbeat_timeout=10", "logging.every=2", "checkpoint.keep=9")
 ABORTED = (134, -signal.SIGABRT)
 
@@ -58,7 +59,10 @@ def launch(local):
             patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
             patch.setattr(local, "print", lambda *line, **_: lines.append(*line), raising=False)
             job = local.Job(local.parse([*flags, *command]))
+            hanging = threading.Timer(ALL, job.send, (signal.SIGKILL,))
+            hanging.start()
             job.wait(threading.Event())
+            hanging.cancel()
         return End([process.returncode for process in job.processes], "".join(lines))
 
     return start
