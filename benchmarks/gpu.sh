@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: bash benchmarks/gpu.sh OUTPUT_DIR
-# The test suite on the GPU, the train step at 150M and 1B, the sampler, and a short real run whose samples one can read.
+# The test suite on the GPU, the train step at 150M and 1B, the sampler, the cross-entropy,
+# the start-up, and a short real run whose samples one can read.
 # Needs: pip install -e ".[test,gpu]". Each part writes a file into OUTPUT_DIR; one that fails does not stop the others.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -20,6 +21,10 @@ part devices python -c 'import jax; print(jax.__version__, jax.devices())'
 part tests python -m pytest -q
 part train_step python benchmarks/train_step.py --cases=150m,1b
 part sampler python benchmarks/sampler.py
+# Four processes share the GPU: none may take all of its memory.
+part cross_entropy env XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/cross_entropy.py \
+    --tokens=16384 --rows=4 --width=4096 --chunk=2048 --dtype=bfloat16
+part startup python benchmarks/startup.py
 part quickstart python -m llada_jax.train --config=configs/quickstart.py --workdir="$out/quickstart"
 part sample python -m llada_jax.sample --model="$out/quickstart" --prompt="import " --gen_length=64
 exit "$failed"

@@ -273,6 +273,7 @@ def compare(name: str, case: Case, threads: int, rounds: int) -> dict:
         here, there = context.Pipe()
         process = context.Process(target=_worker, args=(there, make, case, threads), daemon=True)
         process.start()
+        there.close()  # a worker that dies is then noticed
         names, found = here.recv()
         owners |= dict.fromkeys(names, here)
         workers.append((process, here))
