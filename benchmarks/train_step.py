@@ -71,7 +71,7 @@ def measure(name: str, config: Config, steps: int) -> dict:
         graphdef, _ = split(abstract_model(config.model, config.compute))
         state, train_step = (
             make_state(config),
-            make_train_step(config, graphdef, compiler_options(jax.devices()[0].device_kind)),
+            make_train_step(config, graphdef, compiler_options(jax.devices()[0])),
         )
         batch = {
             "tokens": rng.integers(0, config.model.mask_id, shape).astype(np.int32),

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from llada_jax import mesh
 from llada_jax.config import ComputeConfig, UserError
 from llada_jax.cpu import MASKED_OUT, SAVED_NAME, cpu_attention
+from llada_jax.hardware import GPU
 
 
 def attention(
@@ -192,7 +193,6 @@ def _block(length: int) -> int:
 
 
 LANES = 128  # of a TPU's vector unit: the blocks of splash attention are multiples of it
-GPU = ("gpu", "cuda", "rocm")
 KERNELS = {
     "xla": xla_attention,
     "reference": reference_attention,

@@ -139,11 +139,12 @@ def _size(line: str, kind: str) -> int:
     """Bytes of the larger of result and operand: what a gather ends with, what a scatter starts from."""
     result = re.match(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) (?:all-|reduce-scatter|collective-permute)", line)[1]
     shapes = _shapes(result)
-    if kind == "reduce-scatter":
-        return sum(shapes) * max(len(_groups(line)), 1)
-    if "-start(" in line:  # operands and results stand side by side
-        return max(shapes)
-    return sum(shapes)
+    parties = max(len(_groups(line)), 1)
+    if f" {kind}-start(" in line and kind in ("all-gather", "reduce-scatter"):
+        return sum(shapes) * parties // (parties + 1)  # operands and results stand side by side
+    if kind == "collective-permute":
+        return shapes[0]
+    return sum(shapes) * (parties if kind == "reduce-scatter" else 1)
 
 
 def _shapes(text: str) -> list[int]:

@@ -6,6 +6,8 @@ what a chip can receive per second, half of the "bidirectional" figure in those 
 
 import dataclasses
 
+import jax
+
 from llada_jax.config import UserError
 
 # TPU. The latency-hiding scheduler is on by default there; these let it overlap more.
@@ -58,6 +60,7 @@ class Chip:
 
 
 GIB = 2**30
+GPU = ("gpu", "cuda", "rocm")  # names of the platform
 CHIPS = (
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 200e9, 3.1e9, _TPU),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 400e9, 12.5e9,
@@ -82,7 +85,13 @@ def chip_named(name: str) -> Chip:
     raise UserError(f"--topology: no chip {name!r}: choose from {', '.join(chip.name for chip in CHIPS)}")
 
 
-def compiler_options(device_kind: str) -> dict[str, bool | int]:
-    """What to give the compiler for this kind of device; {} where nothing is known."""
-    chip = chip_of(device_kind)
-    return dict(chip.compiler_options) if chip else {}
+def compiler_options(device: jax.Device, deterministic: bool = False) -> dict[str, bool | int]:
+    """What to give the compiler for this kind of device; {} where nothing is known.
+
+    deterministic: the same program gives bitwise the same results every time; only GPUs need to be told.
+    """
+    chip = chip_of(device.device_kind)
+    options = dict(chip.compiler_options) if chip else {}
+    if deterministic and device.platform in GPU:
+        options["xla_gpu_exclude_nondeterministic_ops"] = True
+    return options

@@ -82,7 +82,9 @@ class Loop:
           UserError: a damaged row of the data.
         """
         config = self.config
-        train_step = make_train_step(config, self.graphdef, compiler_options(self.mesh.devices.flat[0].device_kind))
+        train_step = make_train_step(
+            config, self.graphdef, compiler_options(self.mesh.devices.flat[0], config.compute.deterministic)
+        )
         batches = data.iterate(
             self.first_step,
             mesh.local_rows(self.mesh, config.batch_size),

@@ -70,7 +70,12 @@ def axis_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
 
 
 def mesh_over(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh of these axis sizes over these devices, laid out so that neighbours on an axis are near each other.
+    """The mesh of these axis sizes over these devices, see `device_grid`."""
+    return Mesh(device_grid(sizes, devices), AXES, axis_types=(AxisType.Explicit,) * 3)
+
+
+def device_grid(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """The devices in an array of these axis sizes, neighbours on an axis near each other.
 
     Devices of several TPU slices are joined over the slower network: only the 'data' axis crosses it.
     UserError if 'data' is not a multiple of the number of slices.
@@ -79,14 +84,12 @@ def mesh_over(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> Mes
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     # An axis may take parts of a torus dimension: some shapes could not be laid out otherwise.
     split = {"devices": devices, "allow_split_physical_axes": True}
-    if slices > 1:
-        data, fsdp, tensor = sizes
-        if data % slices:
-            raise UserError(f"config.mesh.data={data} is not a multiple of the {slices} slices: only it may cross them")
-        grid = mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), **split)
-    else:
-        grid = mesh_utils.create_device_mesh(sizes, **split)
-    return Mesh(grid, AXES, axis_types=(AxisType.Explicit,) * 3)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, **split)
+    data, fsdp, tensor = sizes
+    if data % slices:
+        raise UserError(f"config.mesh.data={data} is not a multiple of the {slices} slices: only it may cross them")
+    return mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), **split)
 
 
 def make_mesh(config: MeshConfig) -> Mesh:

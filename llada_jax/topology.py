@@ -71,8 +71,17 @@ def prepare_environment() -> None:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
+def installed(chip: str) -> bool:
+    """Whether the compiler for a chip of this name is installed."""
+    return any(importlib.util.find_spec(package) for package in _compilers(chip))
+
+
+def _compilers(chip: str) -> tuple[str, ...]:
+    return ("libtpu",) if chip.startswith("v") else ("jax_cuda13_plugin", "jax_cuda12_plugin")
+
+
 def _tpu(text: str, chip: Chip, shape: str, slices: int) -> list:
-    if importlib.util.find_spec("libtpu") is None:
+    if not installed(chip.name):
         raise UserError(f'--topology={text} needs the TPU compiler: pip install "jax[tpu]" (no TPU is needed)')
     from jax.experimental import topologies
 
@@ -85,8 +94,7 @@ def _tpu(text: str, chip: Chip, shape: str, slices: int) -> list:
 
 
 def _gpu(text: str, chip: Chip, count: int, nodes: int) -> list:
-    plugin = next((p for p in ("jax_cuda13_plugin", "jax_cuda12_plugin") if importlib.util.find_spec(p)), None)
-    if plugin is None:
+    if not installed(chip.name):
         raise UserError(f'--topology={text} needs the GPU compiler: pip install "jax[cuda13]" (no GPU is needed)')
     from jax.experimental import topologies
 

@@ -98,6 +98,11 @@ HEADER = "HloModule m\n\nENTRY %main (p: f32[8,16]) -> f32[64,16] {\n"
             Collective("all-reduce", 16 * 4 + 16 * 2, 2, 2, 1.0),
         ),
         (
+            "  %s = ((f32[64,16], bf16[8]), (f32[8,16], bf16[1])) reduce-scatter-start(%p, %q), "
+            "replica_groups=mesh['a'=8] {'a'}, use_global_device_ids=true, dimensions={0}, to_apply=%add",
+            Collective("reduce-scatter", 64 * 16 * 4 + 8 * 2, 8, 2, 1.0),
+        ),
+        (
             "  %r = f32[2,16]{1,0} reduce-scatter(%p), replica_groups={{0,1,2,3}}, dimensions={0}, to_apply=%add",
             Collective("reduce-scatter", 8 * 16 * 4, 4, 1, 1.0),
         ),

@@ -135,3 +135,23 @@ def test_mesh_of_enters_the_mesh_of_an_array(make_mesh):
         assert jax.sharding.get_mesh().size == 1  # one that is set stays
     with mesh.mesh_of(jnp.zeros(4)):
         assert jax.sharding.get_abstract_mesh().empty
+
+
+class Chip:
+    """What mesh_utils looks at in a TPU."""
+
+    platform, device_kind = "tpu", "TPU v5 lite"
+
+    def __init__(self, number, slice_index):
+        self.id = self.process_index = number
+        self.slice_index, self.core_on_chip = slice_index, 0
+        self.coords = (number % 4 % 2, number % 4 // 2, 0)
+
+
+def test_only_the_data_axis_crosses_slices():
+    chips = [Chip(number, number // 4) for number in (5, 0, 7, 2, 1, 4, 3, 6)]
+    grid = mesh.device_grid((2, 2, 2), chips)
+    assert [{chip.slice_index for chip in part.flat} for part in grid] == [{0}, {1}]
+    assert mesh.device_grid((4, 2, 1), chips).shape == (4, 2, 1)
+    with pytest.raises(UserError, match="config.mesh.data=1 is not a multiple of the 2 slices"):
+        mesh.device_grid((1, 8, 1), chips)

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from llada_jax import distributed, metrics
-from llada_jax.config import LoggingConfig, ModelConfig, UserError
+from llada_jax import distributed, mesh, metrics
+from llada_jax.config import ComputeConfig, LoggingConfig, ModelConfig, UserError
 from llada_jax.metrics import Speed, Window, Writer
+from llada_jax.model import abstract_model, merge, split
 
 EIGHT = ModelConfig(vocab_size=126464)
 
@@ -243,3 +244,25 @@ def test_fetch():
     got = metrics.fetch({"loss": jax.numpy.float32(1.5), "bucket_nll": jax.numpy.ones(3)})
     assert isinstance(got["loss"], np.float32) and got["loss"] == 1.5
     np.testing.assert_array_equal(got["bucket_nll"], np.ones(3))
+
+
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
+def test_recomputed_flops_are_what_the_compiler_counts(remat):
+    """The gradient's FLOPs with each remat policy less those without, layers unrolled so that all are counted."""
+    config = ModelConfig(layers=2, width=256, heads=4, kv_heads=2, feed_forward=512, vocab_size=128, mask_id=127)
+    length = 256
+
+    def counted(remat):
+        compute = ComputeConfig(dtype="float32", remat=remat, unroll=0, attention="reference")
+        with jax.set_mesh(mesh.one_device_mesh()):
+            graphdef, params = split(abstract_model(config, compute))
+            tokens = jax.ShapeDtypeStruct((1, length), "int32", sharding=jax.P(mesh.BATCH, None))
+            loss = lambda params, tokens: merge(graphdef, params).trunk(tokens).sum()  # noqa: E731
+            return jax.jit(jax.grad(loss)).lower(params, tokens).compile().cost_analysis()["flops"] / length
+
+    compute = ComputeConfig(remat=remat, attention="reference")
+    expected = metrics.recomputed_flops_per_token(config, length, compute)
+    extra = counted(remat) - counted("none")
+    assert abs(extra - expected) < 0.06 * metrics.flops_per_token(config, length, head_share=0) / 3
+    again = metrics.recomputed_flops_per_token(config, length, ComputeConfig(remat=remat, attention="splash"))
+    assert again - expected == 2 * 2 * length * 256  # scores made once more in the backward pass

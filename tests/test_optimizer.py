@@ -175,3 +175,29 @@ def test_muon_is_for_matrices_within_layers(rng):
     for name in ("attn_norm", "ff_norm"):
         np.testing.assert_allclose(ours["blocks"][name], theirs["blocks"][name], rtol=1e-5)
     np.testing.assert_allclose(ours["blocks"]["q_proj"], np.stack(expected).swapaxes(1, 2), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_moments_in_bfloat16_take_half_the_memory_and_move_little(make_mesh, rng, name):
+    params = {"blocks": {"up_proj": jnp.asarray(rng.normal(size=(2, 8, 16)), jnp.float32)}}
+    with jax.set_mesh(make_mesh()):
+        ends = {}
+        for dtype in ("float32", "bfloat16"):
+            optimizer = make_optimizer(OptimizerConfig(name=name, state_dtype=dtype, clip_norm=0.0))
+            state = jax.jit(optimizer.init)(params)
+            kinds = {x.dtype.name for x in jax.tree.leaves(state) if x.ndim}
+            assert kinds == {dtype}
+            update = jax.jit(optimizer.update)
+            for step in range(5):
+                grads = jax.tree.map(lambda p, step=step: jnp.sin(p * (step + 1)), params)
+                updates, state = update(grads, state, params)
+            assert {x.dtype.name for x in jax.tree.leaves(state) if x.ndim} == {dtype}
+            assert updates["blocks"]["up_proj"].dtype == jnp.float32
+            ends[dtype] = np.asarray(updates["blocks"]["up_proj"])
+    difference = np.abs(ends["bfloat16"] - ends["float32"]).max() / np.abs(ends["float32"]).max()
+    assert 0 < difference < 0.02
+
+
+def test_unknown_state_dtype():
+    with pytest.raises(UserError, match="config.optimizer.state_dtype='float16': choose one of float32, bfloat16"):
+        make_optimizer(OptimizerConfig(state_dtype="float16"))
