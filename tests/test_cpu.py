@@ -84,7 +84,8 @@ def test_project_equals_einsum(rng, make_mesh, sizes, dtype, equation, x, weight
         x = jax.device_put(x, x_spec)
         weight = jax.device_put(weight, mesh.gathered(mesh.PARAMETERS[weight_spec]))
 
-        dy = jnp.asarray(rng.normal(size=jax.eval_shape(lambda: jnp.einsum(equation, x, weight, out_sharding=spec)).shape))
+        y = jax.eval_shape(lambda: jnp.einsum(equation, x, weight, out_sharding=spec))
+        dy = jnp.asarray(rng.normal(size=y.shape))
 
         def run(function):
             def loss(x, weight):
