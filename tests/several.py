@@ -17,6 +17,11 @@ from pathlib import Path
 import dying
 
 
+def tell(line: str) -> None:
+    """A line to stdout in one piece: `print` of two threads may mix theirs."""
+    os.write(1, f"{line}\n".encode())
+
+
 def main() -> None:
     """Arms the chosen point, then trains."""
     point, who, step = sys.argv[1 : sys.argv.index("--")]
@@ -30,7 +35,7 @@ def main() -> None:
     dispatch, batch = loop.Loop._step, pipeline.TrainingData.batch
 
     def told_batch(self, at, rows):
-        print("rows", at, list(rows), flush=True)
+        tell(f"rows {at} {list(rows)}")
         return batch(self, at, rows)
 
     def step_and_act(self, *args):
@@ -46,7 +51,7 @@ def main() -> None:
 
     def told_open(event, args):
         if event == "open" and isinstance(args[0], str) and args[0].startswith(folder) and args[2] & os.O_ACCMODE:
-            print("writes", os.path.relpath(args[0], folder), flush=True)
+            tell(f"writes {os.path.relpath(args[0], folder)}")
 
     pipeline.TrainingData.batch = told_batch
     loop.Loop._step = step_and_act
