@@ -4,8 +4,8 @@ Only process WHO of several does it, as soon as step STEP is dispatched: "raise"
 (SIGTERM to itself). "saving": kill -9 while it writes its part of checkpoint STEP.
 "other": it has another seed than the others. "nothing": nothing.
 
-Every process tells which rows it reads, "rows STEP [...]", and which files of the workdir it opens to write,
-"writes NAME".
+Every process notes in WORKDIR.PROCESS which rows it reads, "rows STEP [...]", and which files of the workdir it opens
+to write, "writes NAME".
 """
 
 import os
@@ -17,22 +17,22 @@ from pathlib import Path
 import dying
 
 
-def tell(line: str) -> None:
-    """A line to stdout in one piece: `print` of two threads may mix theirs."""
-    os.write(1, f"{line}\n".encode())
-
-
 def main() -> None:
     """Arms the chosen point, then trains."""
     point, who, step = sys.argv[1 : sys.argv.index("--")]
     sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
     folder = next(a.split("=", 1)[1] for a in sys.argv if a.startswith("--workdir="))
-    if f"--process_id={who}" not in sys.argv:
+    process = next(a.split("=", 1)[1] for a in sys.argv if a.startswith("--process_id="))
+    if process != who:
         point = "nothing"
+    notes = os.open(f"{folder}.{process}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     from llada_jax import checkpoint, command_line, loop, train
     from llada_jax.data import pipeline
 
     dispatch, batch = loop.Loop._step, pipeline.TrainingData.batch
+
+    def tell(line: str) -> None:
+        os.write(notes, f"{line}\n".encode())  # in one piece, whatever other threads do
 
     def told_batch(self, at, rows):
         tell(f"rows {at} {list(rows)}")
@@ -50,7 +50,7 @@ def main() -> None:
         return state
 
     def told_open(event, args):
-        if event == "open" and isinstance(args[0], str) and args[0].startswith(folder) and args[2] & os.O_ACCMODE:
+        if event == "open" and isinstance(args[0], str) and args[0].startswith(folder + "/") and args[2] & os.O_ACCMODE:
             tell(f"writes {os.path.relpath(args[0], folder)}")
 
     pipeline.TrainingData.batch = told_batch

@@ -151,18 +151,19 @@ def test_the_losses_of_one_process_with_as_many_devices(whole, alone, tmp_path):
 
 
 def test_each_process_reads_only_its_rows(whole):
-    read = re.findall(r"\[(\d)\] rows (\d+) (\[.*\])", whole[1])
-    for process, rows in (("0", [0, 1, 2, 3]), ("1", [4, 5, 6, 7])):
-        own = {int(step): json.loads(which) for who, step, which in read if who == process}
-        assert set(range(20)) <= own.keys() and all(which == rows for which in own.values())
+    for process, rows in ((0, [0, 1, 2, 3]), (1, [4, 5, 6, 7])):
+        read = re.findall(r"^rows (\d+) (\[.*\])$", Path(f"{whole[0]}.{process}").read_text(), re.MULTILINE)
+        assert set(range(20)) <= {int(step) for step, _ in read}
+        assert all(json.loads(which) == rows for _, which in read)
 
 
 def test_only_one_process_writes_and_speaks(whole):
-    written = {(who, name) for who, name in re.findall(r"\[(\d)\] writes (\S+)", whole[1])}
-    assert {("0", name) for name in ("lock", "metrics.jsonl", "starts.jsonl", "samples.txt", "config.tmp")} <= written
-    assert [name for who, name in written if who == "1" and not name.startswith("checkpoints/")] == []
-    spoken = [line for line in whole[1].splitlines() if not re.match(r"\[\d\] (rows|writes) ", line)]
-    assert [line for line in spoken if line.startswith("[1]")] == []
+    written = [set(re.findall(r"^writes (.*)$", Path(f"{whole[0]}.{i}").read_text(), re.MULTILINE)) for i in (0, 1)]
+    assert {"lock", "metrics.jsonl", "starts.jsonl", "samples.txt", "config.tmp"} <= written[0]
+    assert [name for name in written[1] if not name.startswith("checkpoints/")] == []
+    # The collectives of simulated devices print, in pieces.
+    spoken = re.sub(r"\[1\] (.*Gloo.*|.*connected peer ranks.*|[\d :]*)\n", "", whole[1])
+    assert [line for line in spoken.splitlines() if line.startswith("[1]")] == []
     assert len((whole[0] / "starts.jsonl").read_text().splitlines()) == 1
 
 
