@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: bash benchmarks/gpu.sh OUTPUT_DIR
-# The test suite on the GPU, the train step at 150M and 1B, the sampler, the cross-entropy,
+# The test suite on the GPU, attention kernels and the train step at 150M, 1B and 8B, with profiles, the sampler, the cross-entropy,
 # the start-up, and a short real run whose samples one can read.
 # Needs: pip install -e ".[test,gpu]". Each part writes a file into OUTPUT_DIR; one that fails does not stop the others.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 out=${1:?usage: bash benchmarks/gpu.sh OUTPUT_DIR}
 mkdir -p "$out"
 export JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
@@ -19,7 +19,12 @@ part() {
 
 part devices python -c 'import jax; print(jax.__version__, jax.devices())'
 part tests python -m pytest -q
-part train_step python benchmarks/train_step.py --cases=150m,1b
+part attention python benchmarks/attention.py --shapes=4x4096x32x4x64,2x4096x32x32x128 --rounds=10
+part train_step python benchmarks/train_step.py --cases=150m,1b,8b --profile="$out/profile"
+# The plain form: all scores in memory. Fewer sequences, or they would not fit.
+part train_step_plain python benchmarks/train_step.py --cases=150m,1b --attention=reference --remat=full --batch_size=2
+part train_step_same python benchmarks/train_step.py --cases=150m,1b --remat=full --batch_size=2
+part train_step_xla python benchmarks/train_step.py --cases=1b,8b --attention=xla
 part sampler python benchmarks/sampler.py
 # Four processes share the GPU: none may take all of its memory.
 part cross_entropy env XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/cross_entropy.py \

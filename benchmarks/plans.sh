@@ -3,7 +3,7 @@
 # Writes NAME.json into OUTPUT_DIR (benchmarks/plans), for all names in HARDWARE of configs/8b.py or those given.
 # Needs pip install "jax[tpu]" and, for the h200 plan, "jax[cuda13]"; no accelerator. A plan takes 2 to 4 CPU minutes.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 out=${1:-benchmarks/plans}
 shift || true
 mkdir -p "$out"

@@ -1,4 +1,4 @@
-"""Time of the train step: python benchmarks/train_step.py [--cases=cpu,150m,1b] [--steps=10]
+"""Time of the train step: python benchmarks/train_step.py [--cases=cpu,150m,1b,8b] [--steps=10] [--attention=xla]
 
 Prints one JSON line per case: median and range of the step time, tokens/s, FLOP/s by the model's count, MFU where
 the peak is known, peak device memory where the backend reports it. Random tokens: the time does not depend on them.
@@ -16,10 +16,14 @@ from absl import flags
 from llada_jax import command_line, mesh, metrics
 from llada_jax.config import Config, UserError
 from llada_jax.hardware import compiler_options
-from llada_jax.model import abstract_model, split
+from llada_jax.model import abstract_model, resolve_compute, split
 from llada_jax.train_step import make_state, make_train_step
 
-_CASES = flags.DEFINE_list("cases", ["cpu"], "Which of: cpu, quickstart, 150m, 1b.")
+_CASES = flags.DEFINE_list("cases", ["cpu"], "Which of: cpu, quickstart, 150m, 1b, 8b.")
+_ATTENTION = flags.DEFINE_string("attention", None, "Kernel instead of the one that is chosen for the device.")
+_REMAT = flags.DEFINE_string("remat", None, "Instead of the case's own.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sequences, instead of the case's own number.")
+_PROFILE = flags.DEFINE_string("profile", None, "Folder that a profiler trace of three more steps is written to.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps, after two that are not.")
 
 
@@ -54,16 +58,29 @@ def gpu_150m() -> Config:
 
 
 def gpu_1b() -> Config:
-    """configs/1b.py, 4 sequences."""
-    return _config(4, 4096, 126_464, layers=22, width=2048, heads=32, kv_heads=4, feed_forward=5634)
+    """configs/1b.py, 8 sequences."""
+    config = _config(8, 4096, 126_464, layers=22, width=2048, heads=32, kv_heads=4, feed_forward=5634)
+    config.compute.remat = "dots"
+    return config
 
 
-CASES = {"cpu": cpu, "quickstart": quickstart, "150m": gpu_150m, "1b": gpu_1b}
+def gpu_8b() -> Config:
+    """configs/8b.py, 4 sequences, on one card of 141 GB: parameters in fp32, moments in bfloat16 to fit."""
+    config = _config(4, 4096, 126_464, layers=32, width=4096, heads=32, kv_heads=32, feed_forward=12_288)
+    config.optimizer.state_dtype = "bfloat16"
+    return config
+
+
+CASES = {"cpu": cpu, "quickstart": quickstart, "150m": gpu_150m, "1b": gpu_1b, "8b": gpu_8b}
 
 
 def measure(name: str, config: Config, steps: int) -> dict:
     """One case's record."""
     config.mesh.fsdp = -1
+    config.batch_size = _BATCH_SIZE.value or config.batch_size
+    config.compute.remat = _REMAT.value or config.compute.remat
+    config.compute.attention = _ATTENTION.value or config.compute.attention
+    config.compute = resolve_compute(config.compute)
     device_mesh = mesh.make_mesh(config.mesh)
     shape = (config.batch_size, config.sequence_length)
     rng = np.random.default_rng(0)
@@ -84,9 +101,15 @@ def measure(name: str, config: Config, steps: int) -> dict:
             jax.block_until_ready((state, values))
             seconds.append(time.perf_counter() - started)
             started = time.perf_counter()
+        if _PROFILE.value:
+            with jax.profiler.trace(f"{_PROFILE.value}/{name}"):
+                for _ in range(3):
+                    state, values = train_step(state, batch)
+                jax.block_until_ready((state, values))
     compile_seconds, timed = seconds[0], np.array(seconds[2:])
     tokens = config.batch_size * config.sequence_length
     flops = metrics.flops_per_token(config.model, config.sequence_length) * tokens
+    full = metrics.flops_per_token(config.model, config.sequence_length, head_share=1.0) * tokens
     device = jax.devices()[0]
     peak, memory = metrics.peak_flops(device.device_kind), device.memory_stats() or {}
     return {
@@ -95,12 +118,16 @@ def measure(name: str, config: Config, steps: int) -> dict:
         "jax": jax.__version__,
         "device": f"{jax.device_count()} x {device.device_kind}",
         "batch": shape,
+        "dtype": config.compute.dtype,
+        "attention": config.compute.attention,
+        "remat": config.compute.remat,
         "first_step_seconds": round(compile_seconds, 2),
         "step_ms": round(float(np.median(timed)) * 1e3, 2),
         "step_ms_range": [round(float(x) * 1e3, 2) for x in (timed.min(), timed.max())],
         "tokens_per_second": round(tokens / float(np.median(timed))),
         "gflops_per_second": round(flops / float(np.median(timed)) / 1e9, 1),
         "mfu": round(flops / float(np.median(timed)) / peak / jax.device_count(), 4) if peak else None,
+        "mfu_full_head": round(full / float(np.median(timed)) / peak / jax.device_count(), 4) if peak else None,
         "peak_gib": round(memory["peak_bytes_in_use"] / 2**30, 2) if "peak_bytes_in_use" in memory else None,
     }
 

@@ -10,25 +10,31 @@ import jax
 
 from llada_jax.config import UserError
 
-# TPU. The latency-hiding scheduler is on by default there; these let it overlap more.
+# TPU. The latency-hiding scheduler is on by default there; these give it something to hide.
 _TPU = {
-    # Gathers of the next weights become part of the matmuls running meanwhile, over several steps of them.
-    "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-    # The tensor core computes while a fused collective is under way.
-    "xla_tpu_overlap_compute_collective_tc": True,
     "xla_enable_async_all_gather": True,
-    # Reductions over the 'data' axis (slices) may be put off and merged, whatever their sizes.
+    # Reductions over the 'data' axis (slices) may be put off out of the loop over layers and merged, whatever
+    # their sizes.
     "xla_tpu_enable_data_parallel_all_reduce_opt": True,
     "xla_tpu_data_parallel_opt_different_sized_ops": True,
 }
-# SparseCore could take all-reduces over (xla_tpu_enable_sparse_core_collective_offload_all_reduce): it stays off,
-# said here so that no later default turns it on, as training losses were reported to suffer from it.
-_SPARSE_CORE_OFF = {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": False}
-
+# On v5e the tensor core itself carries a gather of the next weights on, in steps between those of a matmul. The
+# compiler warns of wrong results and hangs on any other chip; newer ones refuse.
+_FUSED = {
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+}
+# v5p and v6e have SparseCores, which gather and scatter beside the tensor core. They could take all-reduces over,
+# too: that stays off, said here so that no later default turns it on, as training losses were reported to suffer.
+_SPARSE_CORE = {
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": False,
+}
 # Without these two a gather over all three axes of a v5p torus is compiled into an all-reduce of zeros and the
-# shard: twice the bytes, and nothing overlaps with it. (Seen in the compiled text of libtpu 0.0.42.)
+# shard: twice the bytes, and nothing runs beside it. (Seen in the compiled text of libtpu 0.0.42 and 0.0.50.)
 _TORUS_3D = {
     "xla_enable_all_gather_3d_emitter": True,
     "xla_tpu_prefer_async_allgather_to_allreduce": True,
@@ -62,11 +68,11 @@ class Chip:
 GIB = 2**30
 GPU = ("gpu", "cuda", "rocm")  # names of the platform
 CHIPS = (
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 200e9, 3.1e9, _TPU),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 200e9, 3.1e9, _TPU | _FUSED),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 400e9, 12.5e9,
          # Half of v6e's vector memory for fusions instead of an eighth: larger matmul tiles.
-         _TPU | _SPARSE_CORE_OFF | {"xla_tpu_scoped_vmem_limit_kib": 65536}),
-    Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 600e9, 6.25e9, _TPU | _SPARSE_CORE_OFF | _TORUS_3D),
+         _TPU | _SPARSE_CORE | {"xla_tpu_scoped_vmem_limit_kib": 65536}),
+    Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 600e9, 6.25e9, _TPU | _SPARSE_CORE | _TORUS_3D),
     Chip("h100", ("H100",), 989e12, 80e9, 450e9, 50e9, _HOPPER),
     Chip("h200", ("H200",), 989e12, 141e9, 450e9, 50e9, _HOPPER),
 )  # fmt: skip

@@ -113,6 +113,7 @@ class Speed:
         result = {
             "step_seconds": elapsed / max(steps, 1),
             "tokens_per_second": rate,
+            "tokens_per_second_per_device": rate / self._devices,
             "seconds_left": steps_left * elapsed / max(steps, 1),
         }
         if self._peak:

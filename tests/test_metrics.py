@@ -123,6 +123,7 @@ def test_speed_and_mfu(monkeypatch):
     clock.now += 10
     got = speed.summary(steps=5, tokens=100_000, steps_left=20)
     assert got["step_seconds"] == pytest.approx(2) and got["tokens_per_second"] == pytest.approx(10_000)
+    assert got["tokens_per_second_per_device"] == pytest.approx(10_000 / jax.device_count())
     assert got["seconds_left"] == pytest.approx(40)
     assert got["mfu"] == pytest.approx(1e4 * metrics.flops_per_token(EIGHT, 4096) / 4 / 459e12)
     assert got["mfu_full_head"] == pytest.approx(1e4 * 51.4e9 / 4 / 459e12, rel=2e-3)

@@ -1,0 +1,101 @@
+"""Attention kernels against each other: python benchmarks/attention.py [--shapes=BxTxHxGxK,...] [--rounds=5]
+
+Forward and backward pass of all kernels that run on this device, in turns, and of `jax.nn.dot_product_attention` as it
+is called without a choice (dense). One JSON line per shape and kernel: median time, the ratio to the plain reference,
+temporary memory as the compiler plans it, and the largest difference from the reference in the output.
+"""
+
+import functools
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from llada_jax import command_line, mesh
+from llada_jax.attention import KERNELS, attention, choose_kernel
+from llada_jax.config import ComputeConfig, UserError
+from llada_jax.model import compute_dtype
+
+_SHAPES = flags.DEFINE_list("shapes", ["2x1024x8x8x64"], "Of batch x tokens x heads x key/value heads x head width.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed turns of each kernel, after one that is not.")
+_DTYPE = flags.DEFINE_string("dtype", "", "float32 or bfloat16; default: the device's.")
+
+
+def _runs(dtype: jnp.dtype) -> dict:
+    """Kernel -> function of q, k, v; those that cannot run here are left out."""
+    runs = {"jax.nn": lambda q, k, v: jax.nn.dot_product_attention(q, k, v)}
+    for name in KERNELS:
+        if name == "splash_interpreted":
+            continue
+        try:
+            choose_kernel(ComputeConfig(attention=name), dtype, jax.devices()[0])
+        except UserError:
+            continue
+        runs[name] = functools.partial(attention, real=None, kernel=name)
+    return runs
+
+
+def measure(shape: tuple[int, ...], dtype: jnp.dtype, rounds: int) -> list[dict]:
+    """One record per kernel."""
+    batch, length, heads, groups, width = shape
+    keys = jax.random.split(jax.random.key(0), 4)
+    with jax.set_mesh(mesh.one_device_mesh()):
+        q, k, v, dout = (
+            jax.device_put(jax.random.normal(key, (batch, length, n, width), dtype), mesh.HEADS_BTHK)
+            for key, n in zip(keys, (heads, groups, groups, heads), strict=True)
+        )
+        steps, outs, memory = {}, {}, {}
+        for name, run in _runs(dtype).items():
+
+            def loss(q, k, v, run=run):
+                out = run(q, k, v)
+                return jnp.sum((out * dout).astype(jnp.float32)), out
+
+            steps[name] = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True)).lower(q, k, v).compile()
+            memory[name] = steps[name].memory_analysis().temp_size_in_bytes
+            outs[name] = np.asarray(steps[name](q, k, v)[0][1], np.float32)
+        seconds = {name: [] for name in steps}
+        for _ in range(rounds):
+            for name, step in steps.items():
+                started = time.perf_counter()
+                jax.block_until_ready(step(q, k, v))
+                seconds[name].append(time.perf_counter() - started)
+    median = {name: float(np.median(values)) for name, values in seconds.items()}
+    # Two matmuls forward, four backward, as MFU counts them: what a kernel computes again is not counted.
+    flops = 12 * batch * length * length * heads * width
+    device = jax.devices()[0]
+    return [
+        {
+            "benchmark": "attention",
+            "shape_BTHGK": shape,
+            "dtype": dtype.name,
+            "kernel": name,
+            "jax": jax.__version__,
+            "device": device.device_kind,
+            "ms": round(median[name] * 1e3, 3),
+            "ms_range": [round(f(seconds[name]) * 1e3, 3) for f in (min, max)],
+            "time_over_reference": round(median[name] / median["reference"], 3),
+            "tflops_per_second": round(flops / median[name] / 1e12, 3),
+            "temporary_mib": round(memory[name] / 2**20, 1),
+            "largest_difference": float(f"{np.abs(outs[name] - outs['reference']).max():.2g}"),
+        }
+        for name in steps
+    ]
+
+
+def main() -> None:
+    """Prints the records."""
+    dtype = compute_dtype(ComputeConfig(dtype=_DTYPE.value))
+    for text in _SHAPES.value:
+        parts = text.split("x")
+        if len(parts) != 5 or not all(part.isdigit() for part in parts):
+            raise UserError(f"--shapes={text}: write five numbers, as in 2x1024x8x8x64")
+        for record in measure(tuple(map(int, parts)), dtype, _ROUNDS.value):
+            print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
