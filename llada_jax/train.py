@@ -1,7 +1,7 @@
 """Pre-training: python -m llada_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
 One run that reads from top to bottom. The order matters: what a user can get wrong is checked before a
-device is touched, the data before the mesh, the mesh before the state, the state before the first
+device computes, the mesh before the data, the data before the state, the state before the first
 compilation. The same command started again goes on from the newest whole checkpoint.
 """
 
@@ -21,8 +21,8 @@ from llada_jax import config as configs
 from llada_jax.attention import CHOICES
 from llada_jax.config import Config, ModelConfig, UserError
 from llada_jax.data import pipeline, remote
-from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest, load_manifest
-from llada_jax.data.prepare import prepare
+from llada_jax.data.manifest import TOKENIZER_FOLDER, load_manifest
+from llada_jax.data.sets import prepared_sets
 from llada_jax.distributed import log
 from llada_jax.loop import Loop, NonFinite
 from llada_jax.model import REMAT, parameter_count, resolve_compute, split
@@ -112,10 +112,13 @@ def _train(config: Config, folder: Path) -> int:
         stored = configs.from_dict(stored[0]), stored[1]
     source = None if stored else distributed.first_decides("source", lambda: _find_source(config))
 
-    # Data first: the longest wait and the likeliest mistake, and nothing of it needs a device.
-    paths = distributed.first_decides(
-        "prepared sets", lambda: _prepared_sets(config, folder, stored[0] if stored else None)
-    )
+    # What the devices can do, before the longest wait: text may have to be prepared.
+    sizes = mesh.axis_sizes(config.mesh, jax.device_count())
+    mesh.check_model(config.model, sizes)
+    mesh.check_batch(config, sizes)
+    compute = resolve_compute(config.compute, jax.devices()[0])
+
+    paths = distributed.first_decides("prepared sets", lambda: prepared_sets(config, folder, stored and stored[0]))
     if any(map(remote.is_remote, paths)):
         paths = [remote.local_copy(path, config.data.cache, log) for path in paths]
         distributed.barrier("copied")  # some hosts are faster; nothing further on waits as long
@@ -145,12 +148,8 @@ def _train(config: Config, folder: Path) -> int:
     distributed.check_same("data", identity, lambda _: f"{', '.join(paths)} is not what process 0 has under that name")
     changed = _check_resume(stored, (config, identity), folder) if stored else {}
 
-    # The mesh, and what must divide by it.
-    device_mesh = mesh.make_mesh(config.mesh)
-    sizes = tuple(device_mesh.shape.values())
-    mesh.check_model(config.model, sizes)
-    mesh.check_batch(config, sizes)
-    compute = resolve_compute(config.compute, jax.devices()[0])
+    mesh.check_model(config.model, sizes)  # once more: now the vocabulary is known
+    device_mesh = mesh.mesh_over(sizes, jax.devices())
     log(
         f"{parameter_count(config.model):,} parameters, {tokenizer.size:,} tokens in the vocabulary, "
         f"mesh {dict(device_mesh.shape)} of {jax.devices()[0].device_kind}, "
@@ -210,55 +209,6 @@ def _check_resume(stored: tuple[Config, dict], now: tuple[Config, dict], folder:
             before, after = changed[name]
             raise UserError(f"config.{name} is {after!r}, but {folder} was started with {before!r}: {remedy}")
     return changed
-
-
-def _prepared_sets(config: Config, folder: Path, stored: Config | None) -> list[str]:
-    """Folders of the prepared sets; text given as config.data.input is prepared into the workdir first."""
-    data = config.data
-    if data.path:
-        return [path.strip() for path in data.path.split(",") if path.strip()]
-    target = folder / "data"
-    inputs = [item.strip() for item in data.input.split(",") if item.strip()]
-    if target.exists():
-        _check_prepared(config, inputs, target, load_manifest(target), stored)
-        return [str(target)]
-    if stored and stored.data.input != data.input:
-        before = stored.data.input or f"config.data.path={stored.data.path}"
-        raise UserError(f"config.data.input is {data.input}, but {folder} was trained on {before}: set it back")
-    log(f"preparing {data.input} in {target}")
-    prepare(
-        inputs,
-        target,
-        tokenizer=data.tokenizer or None,
-        train_tokenizer=None if data.tokenizer else data.train_tokenizer,
-        sequence_length=config.sequence_length,
-        validation_fraction=data.validation_fraction,
-        workers=data.workers,
-    )
-    return [str(target)]
-
-
-def _check_prepared(config: Config, inputs: list[str], target: Path, manifest: Manifest, stored: Config | None) -> None:
-    """UserError if the set in the workdir was prepared with other settings than these."""
-    data = config.data
-    pairs = [
-        ("data.input", ",".join(inputs), ",".join(source.input for source in manifest.sources)),
-        ("data.validation_fraction", data.validation_fraction, manifest.validation_fraction),
-        ("sequence_length", config.sequence_length, manifest.sequence_length),
-    ]
-    if not data.tokenizer:
-        pairs.append(("data.train_tokenizer", data.train_tokenizer, manifest.tokenizer_size))
-        if stored:
-            pairs.append(("data.tokenizer", "''", repr(stored.data.tokenizer)))
-    elif not stored or stored.data.tokenizer != data.tokenizer:  # else the file may be gone: the set has its own
-        pairs.append(("data.tokenizer", load_tokenizer(data.tokenizer).sha256, manifest.tokenizer_sha256))
-    remedy = "set it back or take another --workdir"
-    for name, wanted, found in pairs:
-        if wanted != found:
-            raise UserError(
-                f"config.{name} is {wanted}, but {target} was prepared with {found}: {remedy}"
-                + ("" if stored else ", or remove that folder to prepare it anew")
-            )
 
 
 def _find_source(config: Config) -> int | None:

@@ -87,7 +87,8 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, b
             (loss, sums), grads = gradient(state.params, key, *inputs)
         else:
             # Micro-batches are summed in fp32; the loss is a sum over rows over the batch size, so this is
-            # the large batch's gradient. Zeros as the start keep one program, not a first case of its own.
+            # the large batch's gradient. Zeros as the start keep one program, not a first case of its own. The sums
+            # are a second (sharded) copy of the gradients: a scan over layers gives its gradients as new arrays.
             def add(total, micro):
                 return jax.tree.map(jnp.add, total, gradient(state.params, key, *micro)), None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from llada_jax.config import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMED = ("step_seconds", "tokens_per_second", "seconds_left")  # what no two runs share
+TIMED = ("step_seconds", "tokens_per_second", "tokens_per_second_per_device", "seconds_left")  # what no two runs share
 
 
 def get_config() -> Config:
