@@ -45,6 +45,7 @@ HARDWARE = {
     "v5p-4x8x8": Hardware(accumulation=1, remat="dots"),  # 5
     "2xv5p-4x4x8": Hardware(accumulation=1, remat="dots", data=2),  # 5; two slices
     "h200-8": Hardware(accumulation=40, remat="dots"),  # 4
+    "16xh100-8": Hardware(accumulation=5, remat="dots"),  # 2; parameters sharded over all 16 nodes
 }
 
 

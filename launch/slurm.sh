@@ -48,7 +48,7 @@
 
 set -euo pipefail
 
-CONFIG=${CONFIG:-configs/8b.py}
+CONFIG=${CONFIG:-configs/8b.py:16xh100-8}
 WORKDIR=${WORKDIR:?the folder of the run, shared by all nodes}
 PYTHON=${PYTHON:-python}
 MAX_CRASHES=${MAX_CRASHES:-5}

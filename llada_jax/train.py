@@ -113,11 +113,13 @@ def _train(config: Config, folder: Path) -> int:
     source = None if stored else distributed.first_decides("source", lambda: _find_source(config))
 
     # What the devices can do, before the longest wait: text may have to be prepared.
-    sizes = mesh.axis_sizes(config.mesh, jax.device_count())
+    device_mesh = mesh.make_mesh(config.mesh)
+    sizes = tuple(device_mesh.shape.values())
     mesh.check_model(config.model, sizes)
     mesh.check_batch(config, sizes)
-    compute = resolve_compute(config.compute, jax.devices()[0])
+    compute = resolve_compute(config.compute, device_mesh.devices.flat[0])
 
+    # The data: nothing of it needs a device.
     paths = distributed.first_decides("prepared sets", lambda: prepared_sets(config, folder, stored and stored[0]))
     if any(map(remote.is_remote, paths)):
         paths = [remote.local_copy(path, config.data.cache, log) for path in paths]
@@ -149,10 +151,9 @@ def _train(config: Config, folder: Path) -> int:
     changed = _check_resume(stored, (config, identity), folder) if stored else {}
 
     mesh.check_model(config.model, sizes)  # once more: now the vocabulary is known
-    device_mesh = mesh.mesh_over(sizes, jax.devices())
     log(
         f"{parameter_count(config.model):,} parameters, {tokenizer.size:,} tokens in the vocabulary, "
-        f"mesh {dict(device_mesh.shape)} of {jax.devices()[0].device_kind}, "
+        f"mesh {dict(device_mesh.shape)} of {device_mesh.devices.flat[0].device_kind}, "
         f"{compute.dtype}, attention {compute.attention}, remat {compute.remat}"
     )
 

@@ -248,7 +248,7 @@ def test_slurm_requeues_by_exit_code(slurm, tmp_path, tasks, code, again):
     assert _lines(tmp_path / "scontrol") == ["requeue 42"] * again
     (command,) = _lines(tmp_path / "srun")
     assert command.endswith(
-        f"python -u -m llada_jax.train --config=configs/8b.py --workdir={tmp_path / 'run'} --config.steps=7"
+        f"python -u -m llada_jax.train --config=configs/8b.py:16xh100-8 --workdir={tmp_path / 'run'} --config.steps=7"
     )
     assert "--cpus-per-task=3" in command and "--kill-on-bad-exit=0" in command
 
