@@ -137,9 +137,10 @@ def costs(config: Config, hardware: topology.Topology, text: str) -> dict:
 def page(record: dict) -> str:
     """The plan for a reader."""
     compute, chips = record["compute"], record["chips"]
+    place = "slice" if "libtpu" in record["versions"] else "node"
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     lines = [
-        f"{record['topology']}: {chips} chips, {record['slices']} {'slice' if 'tpu' in str(record['versions']) else 'node'}(s), mesh {record['mesh']} ({versions})",
+        f"{record['topology']}: {chips} chips, {record['slices']} {place}(s), mesh {record['mesh']} ({versions})",
         f"{record['parameters']:,} parameters; {record['sequences_per_step']} x {record['sequence_length']} tokens per "
         f"step, {record['sequences_per_chip']:g} sequences per chip x {record['accumulation']}",
         f"{compute['dtype']}, attention {compute['attention']}, remat {compute['remat']}, optimizer state "
