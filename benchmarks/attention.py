@@ -24,14 +24,14 @@ _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed turns of each kernel, after o
 _DTYPE = flags.DEFINE_string("dtype", "", "float32 or bfloat16; default: the device's.")
 
 
-def _runs(dtype: jnp.dtype) -> dict:
+def _runs(dtype: jnp.dtype, width: int) -> dict:
     """Kernel -> function of q, k, v; those that cannot run here are left out."""
     runs = {"jax.nn": lambda q, k, v: jax.nn.dot_product_attention(q, k, v)}
     for name in KERNELS:
         if name == "splash_interpreted":
             continue
         try:
-            choose_kernel(ComputeConfig(attention=name), dtype, jax.devices()[0])
+            choose_kernel(name, dtype, width, jax.devices()[0])
         except UserError:
             continue
         runs[name] = functools.partial(attention, real=None, kernel=name)
@@ -48,7 +48,7 @@ def measure(shape: tuple[int, ...], dtype: jnp.dtype, rounds: int) -> list[dict]
             for key, n in zip(keys, (heads, groups, groups, heads), strict=True)
         )
         steps, outs, memory = {}, {}, {}
-        for name, run in _runs(dtype).items():
+        for name, run in _runs(dtype, width).items():
 
             def loss(q, k, v, run=run):
                 out = run(q, k, v)

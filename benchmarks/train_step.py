@@ -80,7 +80,7 @@ def measure(name: str, config: Config, steps: int) -> dict:
     config.batch_size = _BATCH_SIZE.value or config.batch_size
     config.compute.remat = _REMAT.value or config.compute.remat
     config.compute.attention = _ATTENTION.value or config.compute.attention
-    config.compute = resolve_compute(config.compute)
+    config.compute = resolve_compute(config.model, config.compute)
     device_mesh = mesh.make_mesh(config.mesh)
     shape = (config.batch_size, config.sequence_length)
     rng = np.random.default_rng(0)

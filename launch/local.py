@@ -16,7 +16,7 @@ save together.
 
 Exit code: 0 if all finished; 2 if any found a mistake of the user's; 143 if they were told to stop and saved; otherwise
 that of the first that failed. A run whose processes left with 143 or 134 (what JAX does when another process died) or
-died of a signal is started again, unless the launcher itself was told to stop; a 2 never is.
+died of a signal is started again, unless the launcher itself was told to stop or one left with 1 or 2.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 
-USER_ERROR, ABORTED, PREEMPTED = 2, 134, 143
+FAILED, USER_ERROR, ABORTED, PREEMPTED = 1, 2, 134, 143
 DEVICE_COUNT = "--xla_force_host_platform_device_count"
 
 
@@ -136,7 +136,7 @@ def verdict(codes: list[int]) -> int:
 
 def starts_again(codes: list[int]) -> bool:
     """Whether it is worth another try: some process was stopped or killed, none found a mistake."""
-    return USER_ERROR not in codes and any(code < 0 or code in (ABORTED, PREEMPTED) for code in codes)
+    return not {FAILED, USER_ERROR} & set(codes) and any(code < 0 or code in (ABORTED, PREEMPTED) for code in codes)
 
 
 def main(argv: list[str]) -> int:

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from llada_jax import mesh
-from llada_jax.config import ComputeConfig, UserError
+from llada_jax.config import UserError
 from llada_jax.cpu import MASKED_OUT, SAVED_NAME, cpu_attention
-from llada_jax.hardware import GPU
 
 
 def attention(
@@ -57,39 +56,40 @@ def attention(
     return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(*inputs)
 
 
-def choose_kernel(compute: ComputeConfig, dtype: jnp.dtype, device: jax.Device) -> str:
+def choose_kernel(name: str, dtype: jnp.dtype, head_width: int, device: jax.Device) -> str:
     """The kernel that config.compute.attention means on this kind of device, decided once per run.
 
-    "auto" is splash on TPU, cuDNN's flash attention on GPU for bfloat16 (Ampere or newer), cpu on a CPU, else xla.
+    "auto" is the first that can run of: splash (TPU), cuDNN's flash attention (GPU), the CPU's own, xla.
 
     Raises:
       UserError: no such kernel, or it cannot run here. There is no silent fall-back to a dense one.
     """
-    name, platform = compute.attention, device.platform
     if name not in CHOICES:
         raise UserError(f"config.compute.attention={name!r}: choose one of {', '.join(CHOICES)}")
-    # A device that is only described (llada_jax.plan) has no capability to ask for.
-    ampere = float(getattr(device, "compute_capability", None) or 9.0) >= 8.0
     if name == "auto":
-        if platform == "tpu":
-            return "splash"
-        if platform == "cpu":
-            return "cpu"
-        return "cudnn" if platform in GPU and dtype == jnp.bfloat16 and ampere else "xla"
-    problem = None
-    if name == "splash" and platform != "tpu":
-        problem = f"splash attention runs on TPU, not on {platform}"
-    elif name == "cpu" and platform != "cpu":
-        problem = f"cpu is made for CPUs, this is {platform}"
-    elif name == "cudnn" and platform not in GPU:
-        problem = f"cuDNN attention runs on GPU, not on {platform}"
-    elif name == "cudnn" and dtype != jnp.bfloat16:
-        problem = "cuDNN attention computes in bfloat16: set --config.compute.dtype=bfloat16"
-    elif name == "cudnn" and not ampere:
-        problem = f"cuDNN attention needs compute capability 8.0, this device has {device.compute_capability}"
-    if problem:
-        raise UserError(f"config.compute.attention={name}: {problem}; 'auto' takes what runs here")
+        order = ("splash", "cudnn", "cpu", "xla")
+        return next(kernel for kernel in order if _obstacle(kernel, dtype, head_width, device) is None)
+    if obstacle := _obstacle(name, dtype, head_width, device):
+        raise UserError(f"config.compute.attention={name}: {obstacle}; 'auto' takes what runs here")
     return name
+
+
+def _obstacle(name: str, dtype: jnp.dtype, head_width: int, device: jax.Device) -> str | None:
+    """Why a kernel cannot run on this kind of device; None if it can."""
+    home = {"splash": "tpu", "cudnn": "gpu", "cpu": "cpu"}.get(name, device.platform)
+    if device.platform != home:
+        return f"it runs on {home}, this is {device.platform}"
+    if name != "cudnn":
+        return None
+    # A device that is only described (llada_jax.plan) has no capability to ask for; AMD's are no numbers.
+    capability = str(getattr(device, "compute_capability", None) or "9.0")
+    if not capability.replace(".", "", 1).isdigit() or float(capability) < 8.0:
+        return f"cuDNN attention needs compute capability 8.0, this device has {capability}"
+    if dtype != jnp.bfloat16:
+        return "cuDNN attention computes in bfloat16: set --config.compute.dtype=bfloat16"
+    if head_width % 8 or head_width > 128:
+        return f"cuDNN attention takes heads of up to 128 in steps of 8, these have a width of {head_width}"
+    return None
 
 
 def real_mask(real: jax.Array, keys: int) -> jax.Array:

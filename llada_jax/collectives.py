@@ -10,8 +10,8 @@ import numpy as np
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|[^\s(]+) ([\w\-]+)\(")
-_CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation|called_computations)=\{?%?([\w.\-]+)")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def collectives(text: str, devices: int, slices: int, unknown_trips: float) -> l
         if not runs[name]:
             continue
         seen = set()
-        for line in _with_fused(name, lines, computations):
+        for place, line in _with_fused(name, lines, computations):
             if " recv(" in line and "xla_megascale" in line:
                 # What crosses TPU slices is handed to the hosts, which reduce it with their peers.
                 found.append(Collective("all-reduce", _shapes(line.split(" recv(")[0])[0], slices, slices, runs[name]))
@@ -70,9 +70,12 @@ def collectives(text: str, devices: int, slices: int, unknown_trips: float) -> l
                 if key in seen:
                     continue
                 seen.add(key)
-            groups = _groups(line)
-            crossed = len({partition // (devices // slices) for partition in groups} or {0})
-            found.append(Collective(kind, _size(line, kind), max(len(groups), 1), crossed, runs[name]))
+            groups = _groups(line, devices, devices // slices)
+            crossed = len({partition // (devices // slices) for partition in groups})
+            size = _size(line, kind, len(groups))
+            if "all-reduce-scatter" in place:
+                kind = "reduce-scatter"  # a TPU writes it as an all-reduce of which only a slice is made
+            found.append(Collective(kind, size, len(groups), crossed, runs[name]))
     return found
 
 
@@ -110,7 +113,7 @@ def _runs(computations: dict[str, list[str]], entry: str, unknown_trips: float) 
             if not found or found[2] in ("fusion", *KINDS, "reduce", "scatter", "sort", "custom-call"):
                 continue
             inner = _trips(line, computations, unknown_trips) if found[2] == "while" else 1
-            for called in _CALLED.findall(line):
+            for called in _called(line):
                 visit(called, times * inner)
 
     visit(entry, 1.0)
@@ -126,20 +129,24 @@ def _trips(line: str, computations: dict[str, list[str]], unknown_trips: float) 
     return max(limits) if limits else unknown_trips
 
 
+def _called(line: str) -> list[str]:
+    """Names of the computations that an instruction calls."""
+    return [name for names in _CALLED.findall(line) for name in re.findall(r"[\w.\-]+", names)]
+
+
 def _with_fused(name: str, lines: list[str], computations: dict[str, list[str]]):
-    """The instructions of a computation and of the fusions and asynchronous wrappers in it."""
+    """The instructions of a computation and of the fusions in it, each with the name of where it stands."""
     for line in lines:
-        yield line
+        yield name, line
         if " fusion(" in line:
-            for called in _CALLED.findall(line):
+            for called in _called(line):
                 yield from _with_fused(called, computations.get(called, []), computations)
 
 
-def _size(line: str, kind: str) -> int:
+def _size(line: str, kind: str, parties: int) -> int:
     """Bytes of the larger of result and operand: what a gather ends with, what a scatter starts from."""
     result = re.match(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) (?:all-|reduce-scatter|collective-permute)", line)[1]
     shapes = _shapes(result)
-    parties = max(len(_groups(line)), 1)
     if f" {kind}-start(" in line and kind in ("all-gather", "reduce-scatter"):
         return sum(shapes) * parties // (parties + 1)  # operands and results stand side by side
     if kind == "collective-permute":
@@ -160,8 +167,8 @@ def _groups_text(line: str) -> str:
     return found[1] if found else ""
 
 
-def _groups(line: str) -> list[int]:
-    """The partitions of the first group of a collective."""
+def _groups(line: str, devices: int, per_slice: int) -> list[int]:
+    """The partitions of the first group of a collective; of a permutation a pair that crosses slices, if one does."""
     text = _groups_text(line)
     if found := re.match(r"\{\{([\d,]+)\}", text):
         return [int(n) for n in found[1].split(",")]
@@ -173,9 +180,10 @@ def _groups(line: str) -> list[int]:
         named = re.findall(r"'(\w+)'", found[4])
         index = tuple(slice(None) if name in named else 0 for name in sizes)
         return ids.reshape(list(sizes.values()))[index].ravel().tolist()
-    if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
-        return [int(found[1]), int(found[2])]
-    return []
+    if found := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", line):
+        pairs = [[int(a), int(b)] for a, b in re.findall(r"(\d+),(\d+)", found[1])]
+        return max(pairs, key=lambda pair: pair[0] // per_slice != pair[1] // per_slice)
+    return list(range(devices))  # none are named: all take part
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:

@@ -55,7 +55,7 @@ class ComputeConfig:
     # Kernel: auto (splash on TPU, cudnn on GPU in bfloat16, else xla) | splash | cudnn | xla (chunked over
     # queries) | reference (plain, holds (T, T) scores) | splash_interpreted (for tests).
     attention: str = "auto"
-    deterministic: bool = False  # on GPU: bitwise the same results every time, slower; elsewhere it is so anyway
+    deterministic: bool = False  # on GPU: the train step gives bitwise the same every time, slower; elsewhere it does
     query_chunk: int = 512  # tokens: queries per chunk of the xla kernel
     loss_chunk: int = 2048  # masked tokens per chunk of the loss (per device): logits held at once
 

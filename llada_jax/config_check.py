@@ -53,10 +53,10 @@ def validate(config: Config) -> None:
             limit = model.vocab_size + (name == "token_count")
             _require(0 <= value < limit, f"model.{name}", value, f"does not fit model.vocab_size={model.vocab_size}")
     _require(
-        config.optimizer.state_dtype == "float32" or config.optimizer.beta2 <= 0.99,
+        config.optimizer.state_dtype == "float32" or max(config.optimizer.beta1, config.optimizer.beta2) <= 0.99,
         "optimizer.state_dtype",
         config.optimizer.state_dtype,
-        f"needs optimizer.beta2 <= 0.99, not {config.optimizer.beta2}: smaller changes would be rounded away",
+        "needs optimizer.beta1 and beta2 of at most 0.99: smaller changes of the moments would be rounded away",
     )
     _require(0 < config.diffusion.eps < 1, "diffusion.eps", config.diffusion.eps, "must lie between 0 and 1")
     _require(

@@ -227,7 +227,9 @@ def _start(
         return
     else:
         where, flags = f"the coordinator that {cluster.name} announces", (None, None, None)
-        options = {"local_device_ids": _slurm_devices()} if cluster.name == "slurm" else {}
+        options = {"cluster_detection_method": cluster.name}
+        if cluster.name == "slurm":
+            options["local_device_ids"] = _slurm_devices()
     # Started by the first step, see preemption.py: until then SIGTERM ends a process at once.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX waits without a word, and aborts (134) when the time is over.
@@ -244,8 +246,10 @@ def _check_flags(address: str | None, processes: int | None, process: int | None
     if address is None or processes is None or process is None:
         raise UserError("--coordinator_address=HOST:PORT, --num_processes and --process_id belong together: give all")
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise UserError(f"--coordinator_address={address}: HOST:PORT is needed, where process 0 will listen")
+    if processes < 1:
+        raise UserError(f"--num_processes={processes}: at least one is needed")
     if not 0 <= process < processes:
         raise UserError(f"--process_id={process}: with --num_processes={processes} it is 0 to {processes - 1}")
     return address

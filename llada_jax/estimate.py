@@ -14,7 +14,7 @@ from llada_jax import collectives, config_check, mesh, metrics, topology
 from llada_jax.config import Config, UserError
 from llada_jax.hardware import GIB, GPU, compiler_options
 from llada_jax.model import abstract_model, parameter_count, resolve_compute, split
-from llada_jax.train_step import make_state, make_train_step
+from llada_jax.train_step import check_choices, make_state, make_train_step
 
 COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
 GPU_SHARE = 0.9  # of a GPU's memory: what XLA_PYTHON_CLIENT_MEM_FRACTION can be set to beside CUDA's own needs
@@ -34,6 +34,7 @@ def plan(config: Config, target: str) -> tuple[dict, str]:
       UserError: a mistake in config or target, or a missing compiler.
     """
     config_check.validate(config)
+    check_choices(config)
     if not config.model.vocab_size:
         raise UserError("config.model.vocab_size is 0: a plan reads no tokenizer, so it must be set")
     if config.model.mask_id is None:
@@ -44,7 +45,7 @@ def plan(config: Config, target: str) -> tuple[dict, str]:
     mesh.check_model(config.model, sizes)
     mesh.check_batch(config, sizes)
     device_mesh = mesh.mesh_over(sizes, hardware.devices)
-    config.compute = resolve_compute(config.compute, device)
+    config.compute = resolve_compute(config.model, config.compute, device)
     record = {
         "topology": target,
         "chips": chips,
@@ -107,9 +108,7 @@ def costs(config: Config, hardware: topology.Topology, text: str) -> dict:
     tokens = config.batch_size * config.sequence_length
     per_token = metrics.flops_per_token(config.model, config.sequence_length)
     executed = per_token + metrics.recomputed_flops_per_token(config.model, config.sequence_length, config.compute)
-    positions = tokens / chips / config.accumulation
-    turns = max(1, math.ceil(positions / 2 / min(config.compute.loss_chunk, positions)))
-    found = collectives.collectives(text, chips, hardware.slices, unknown_trips=turns)
+    found = collectives.collectives(text, chips, hardware.slices, unknown_trips=loss_turns(config, chips))
     floors = {
         "compute": executed * tokens / chips / chip.peak_flops,
         "links": sum(one.link_bytes() for one in found) / chip.link,
@@ -132,6 +131,16 @@ def costs(config: Config, hardware: topology.Topology, text: str) -> dict:
         "recipe_days_at_floor": hours / 24,
         "recipe_chip_hours_at_floor": hours * chips,
     }
+
+
+def loss_turns(config: Config, chips: int) -> int:
+    """How often the loop of the loss runs on each device if half of its positions are masked.
+
+    The devices of a tensor group share their rows, and in this loop they communicate.
+    """
+    data, fsdp, _ = mesh.axis_sizes(config.mesh, chips)
+    positions = config.batch_size * config.sequence_length // (data * fsdp * config.accumulation)
+    return max(1, math.ceil(positions / 2 / min(config.compute.loss_chunk, positions)))
 
 
 def page(record: dict) -> str:
@@ -169,6 +178,8 @@ def page(record: dict) -> str:
             f"recipe at that floor: {record['recipe_steps']:,} steps, {record['recipe_tokens'] / 1e12:.2f} T tokens, "
             f"{record['recipe_days_at_floor']:.1f} days, {record['recipe_chip_hours_at_floor']:,.0f} chip hours",
         ]
+    if record["fits"] and place == "node":
+        lines.append(f"memory is {GPU_SHARE:.0%} of the card: export XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}")
     lines.append("fits" if record["fits"] else f"does not fit: {record['why']}; more accumulation, chips or remat help")
     return "\n".join(lines)
 

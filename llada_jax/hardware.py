@@ -1,7 +1,8 @@
 """What is known of each kind of chip: peaks, memory, links, and the compiler options it is driven with.
 
 Figures are the makers' (Cloud TPU documentation and NVIDIA data sheets, read 2026-11). Links count one direction:
-what a chip can receive per second, half of the "bidirectional" figure in those sheets.
+what a chip can receive per second, half of the "bidirectional" figure in those sheets; the network's figure is the
+pod's or the host's, shared out over its chips (GPUs: one 400 Gbit/s adapter each).
 """
 
 import dataclasses
@@ -26,17 +27,20 @@ _FUSED = {
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,
 }
-# v5p and v6e have SparseCores, which gather and scatter beside the tensor core. They could take all-reduces over,
-# too: that stays off, said here so that no later default turns it on, as training losses were reported to suffer.
+# v5p and v6e have SparseCores, which gather weights and scatter gradients beside the tensor core; each shape of the
+# torus needs its own word. Without, gradients are all-reduced and sliced, and on v5p a gather over the whole torus is
+# an all-reduce of zeros and the shard: twice the bytes, and nothing runs beside it. (So the compiled text of libtpu
+# 0.0.42 and 0.0.50.) They could take all-reduces over, too: that stays off, said here so that no later default turns
+# it on, as training losses were reported to suffer.
 _SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": True,
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": False,
 }
-# Without these two a gather over all three axes of a v5p torus is compiled into an all-reduce of zeros and the
-# shard: twice the bytes, and nothing runs beside it. (Seen in the compiled text of libtpu 0.0.42 and 0.0.50.)
+_TORUS_2D = {"xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": True}
 _TORUS_3D = {
-    "xla_enable_all_gather_3d_emitter": True,
+    "xla_tpu_enable_sparse_core_collective_offload_3d_all_gather": True,
     "xla_tpu_prefer_async_allgather_to_allreduce": True,
 }
 
@@ -70,10 +74,10 @@ GPU = ("gpu", "cuda", "rocm")  # names of the platform
 CHIPS = (
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 200e9, 3.1e9, _TPU | _FUSED),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 400e9, 12.5e9,
-         # Half of v6e's vector memory for fusions instead of an eighth: larger matmul tiles.
-         _TPU | _SPARSE_CORE | {"xla_tpu_scoped_vmem_limit_kib": 65536}),
+         # More of the vector memory for fusions than by default, so that matmul tiles are larger; not measured by us.
+         _TPU | _SPARSE_CORE | _TORUS_2D | {"xla_tpu_scoped_vmem_limit_kib": 65536}),
     Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 600e9, 6.25e9, _TPU | _SPARSE_CORE | _TORUS_3D),
-    Chip("h100", ("H100",), 989e12, 80e9, 450e9, 50e9, _HOPPER),
+    Chip("h100", ("H100 80GB HBM3",), 989e12, 80e9, 450e9, 50e9, _HOPPER),
     Chip("h200", ("H200",), 989e12, 141e9, 450e9, 50e9, _HOPPER),
 )  # fmt: skip
 
@@ -94,10 +98,11 @@ def chip_named(name: str) -> Chip:
 def compiler_options(device: jax.Device, deterministic: bool = False) -> dict[str, bool | int]:
     """What to give the compiler for this kind of device; {} where nothing is known.
 
-    deterministic: the same program gives bitwise the same results every time; only GPUs need to be told.
+    deterministic: the program gives bitwise the same results every time, and is chosen without timing anything; only
+      GPUs need to be told.
     """
     chip = chip_of(device.device_kind)
     options = dict(chip.compiler_options) if chip else {}
     if deterministic and device.platform in GPU:
-        options["xla_gpu_exclude_nondeterministic_ops"] = True
+        options["xla_gpu_deterministic_ops"] = True
     return options

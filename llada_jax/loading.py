@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from llada_jax import mesh as meshes
 from llada_jax.config import ComputeConfig, ModelConfig, UserError
-from llada_jax.model import Transformer, compute_dtype
+from llada_jax.model import Transformer, compute_dtype, resolve_compute
 from llada_jax.tokenizer import Tokenizer, find_tokenizer
 
 
@@ -41,12 +41,17 @@ def load(
         mesh = meshes.one_device_mesh()
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         if (path / "checkpoints").is_dir():
-            return _from_workdir(path, dtype, step)
-        if any(path.glob("*.safetensors*")):
-            if step is not None:
-                raise UserError(f"{path} is a published folder: it has no step {step}")
-            return _from_published(path, dtype)
-    raise UserError(f"{path} has no model: neither checkpoints/ (a training workdir) nor *.safetensors are in it")
+            model, tokenizer = _from_workdir(path, dtype, step)
+        elif not any(path.glob("*.safetensors*")):
+            raise UserError(f"{path} has no model: neither checkpoints/ (a training workdir) nor *.safetensors in it")
+        elif step is not None:
+            raise UserError(f"{path} is a published folder: it has no step {step}")
+        else:
+            model, tokenizer = _from_published(path, dtype)
+        # For the devices it lies on, whatever the default ones are, or those that it was trained on.
+        compute = dataclasses.replace(model.compute, attention="auto")
+        model.compute = resolve_compute(model.config, compute, jax.sharding.get_mesh().devices.flat[0])
+        return model, tokenizer
 
 
 def _from_workdir(path: Path, dtype: jnp.dtype, step: int | None) -> tuple[Transformer, Tokenizer | None]:

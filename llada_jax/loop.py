@@ -51,7 +51,7 @@ class Loop:
         self.config, self.folder, self.mesh = config, folder, device_mesh
         self.saved, self.tokenizer, self.held_out = saved, tokenizer, held_out
         self.graphdef, _ = split(
-            abstract_model(config.model, resolve_compute(config.compute, device_mesh.devices.flat[0]))
+            abstract_model(config.model, resolve_compute(config.model, config.compute, device_mesh.devices.flat[0]))
         )
         self.first_step = self.done = int(state.step)
         self.pending: tuple[int, dict] | None = None  # (step, metrics): dispatched, not looked at yet

@@ -52,14 +52,15 @@ def compute_dtype(compute: ComputeConfig, platform: str | None = None) -> jnp.dt
     return jnp.dtype(name)
 
 
-def resolve_compute(compute: ComputeConfig, device: jax.Device | None = None) -> ComputeConfig:
-    """A copy in which dtype and attention kernel are decided for this kind of device (None = the default one).
+def resolve_compute(model: ModelConfig, compute: ComputeConfig, device: jax.Device | None = None) -> ComputeConfig:
+    """A copy of `compute` in which dtype and attention kernel are decided for a device (None = the default one).
 
     Raises UserError: a kernel or dtype that does not exist, or a kernel that cannot run there.
     """
     device = device or jax.devices()[0]
     dtype = compute_dtype(compute, device.platform)
-    return dataclasses.replace(compute, dtype=dtype.name, attention=choose_kernel(compute, dtype, device))
+    kernel = choose_kernel(compute.attention, dtype, model.head_width, device)
+    return dataclasses.replace(compute, dtype=dtype.name, attention=kernel)
 
 
 def _parameter(name: str, key: jax.Array, shape: tuple[int, ...], sigma) -> nnx.Param:
@@ -174,7 +175,7 @@ class Transformer(nnx.Module):
         """
         compute, config = self.compute, self.config
         if not compute.dtype or compute.attention == "auto":
-            compute = resolve_compute(compute)
+            compute = resolve_compute(config, compute)
         rope = rope_table(tokens_BT.shape[1], config.head_width, config.rope_theta)
         x_BTD = embed(self.embedding[...], tokens_BT, jnp.dtype(compute.dtype))
 

@@ -83,7 +83,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def stored_as(rule: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
     """`rule` with its fp32 state kept in `dtype` between updates, which are computed in fp32.
 
-    In bfloat16 a moment forgets changes below 1/256 of itself: config_check asks for beta2 <= 0.99.
+    In bfloat16 a moment forgets changes below 1/256 of itself: config_check asks for betas <= 0.99.
     """
 
     def cast(state, source, target):

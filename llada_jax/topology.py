@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 
@@ -27,6 +28,7 @@ gpu_device_info {{
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
 }}
 """
+LARGEST = {"v5e": 256, "v6e": 256, "v5p": 6144}  # chips of one slice
 _GPU_BANDWIDTH = {"h100": 3_350_000_000_000, "h200": 4_800_000_000_000}  # bytes/s of its memory
 
 
@@ -54,7 +56,12 @@ def describe(text: str) -> Topology:
       UserError: the compiler for it is not installed, or there is no such shape.
     """
     slices, chip, shape = parse(text)
+    lengths = [int(n) for n in shape.split("x")]
+    if min(lengths) < 1 or slices > 1024 or math.prod(lengths) > LARGEST.get(chip.name, 1024):
+        raise UserError(f"--topology={text}: there is no such number of chips")
     if chip.name.startswith("v"):
+        if len(lengths) != (dimensions := 3 if chip.name == "v5p" else 2):
+            raise UserError(f"--topology={text}: a slice of {chip.name} has {dimensions} dimensions")
         return Topology(chip, slices, _tpu(text, chip, shape, slices))
     if "x" in shape:
         raise UserError(f"--topology={text}: GPUs are counted, as in {chip.name}:8, or 2x{chip.name}:8 for two nodes")
@@ -103,6 +110,6 @@ def _gpu(text: str, chip: Chip, count: int, nodes: int) -> list:
         topology_name=chip.name,
         topology=f"1x{nodes}x{count}",
         target_config=_HOPPER.format(
-            name=f"NVIDIA {chip.name.upper()}", memory=int(chip.memory), bandwidth=_GPU_BANDWIDTH[chip.name]
+            name="NVIDIA " + chip.kinds[0], memory=int(chip.memory), bandwidth=_GPU_BANDWIDTH[chip.name]
         ),
     ).devices

@@ -16,20 +16,17 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import checkpoint, command_line, config_check, diffusion, distributed, mesh, workdir
+from llada_jax import checkpoint, command_line, config_check, distributed, mesh, workdir
 from llada_jax import config as configs
-from llada_jax.attention import CHOICES
 from llada_jax.config import Config, ModelConfig, UserError
 from llada_jax.data import pipeline, remote
 from llada_jax.data.manifest import TOKENIZER_FOLDER, load_manifest
 from llada_jax.data.sets import prepared_sets
 from llada_jax.distributed import log
 from llada_jax.loop import Loop, NonFinite
-from llada_jax.model import REMAT, parameter_count, resolve_compute, split
-from llada_jax.optimizer import NAMES as OPTIMIZERS
-from llada_jax.optimizer import STATE_DTYPES, schedule_points
+from llada_jax.model import parameter_count, resolve_compute, split
 from llada_jax.tokenizer import load_tokenizer
-from llada_jax.train_step import TrainState, make_state
+from llada_jax.train_step import TrainState, check_choices, make_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
@@ -68,18 +65,7 @@ def train(config: Config, folder: str | os.PathLike) -> int:
       UserError: a mistake of the user's, found before any training, or a damaged row of the data.
     """
     config_check.validate(config)
-    for name, value, known in (
-        ("diffusion.objective", config.diffusion.objective, diffusion.OBJECTIVES),
-        ("diffusion.t_sampling", config.diffusion.t_sampling, diffusion.T_SAMPLING),
-        ("compute.remat", config.compute.remat, REMAT),
-        ("compute.attention", config.compute.attention, CHOICES),
-        ("compute.dtype", config.compute.dtype, ("", "float32", "bfloat16")),
-        ("optimizer.name", config.optimizer.name, OPTIMIZERS),
-        ("optimizer.state_dtype", config.optimizer.state_dtype, STATE_DTYPES),
-    ):
-        if value not in known:
-            raise UserError(f"config.{name}={value!r}: choose one of {', '.join(map(repr, known))}")
-    schedule_points(config.optimizer, config.steps)
+    check_choices(config)
     if "://" in os.fspath(folder):
         raise UserError(f"--workdir={folder}: a local or mounted folder is needed")
     folder = Path(folder)
@@ -117,7 +103,7 @@ def _train(config: Config, folder: Path) -> int:
     sizes = tuple(device_mesh.shape.values())
     mesh.check_model(config.model, sizes)
     mesh.check_batch(config, sizes)
-    compute = resolve_compute(config.compute, device_mesh.devices.flat[0])
+    compute = resolve_compute(config.model, config.compute, device_mesh.devices.flat[0])
 
     # The data: nothing of it needs a device.
     paths = distributed.first_decides("prepared sets", lambda: prepared_sets(config, folder, stored and stored[0]))

@@ -10,10 +10,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from llada_jax import diffusion, mesh
-from llada_jax.config import Config
+from llada_jax.attention import CHOICES
+from llada_jax.config import Config, UserError
 from llada_jax.cross_entropy import linear_cross_entropy
-from llada_jax.model import Transformer, initialise, merge, split
-from llada_jax.optimizer import make_optimizer, make_schedule
+from llada_jax.model import REMAT, Transformer, initialise, merge, split
+from llada_jax.optimizer import NAMES as OPTIMIZERS
+from llada_jax.optimizer import STATE_DTYPES, make_optimizer, make_schedule, schedule_points
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
@@ -24,6 +26,22 @@ class TrainState:
     step: jax.Array  # int32, steps done, skipped ones included
     params: dict  # fp32
     opt_state: tuple
+
+
+def check_choices(config: Config) -> None:
+    """UserError if a setting that names something names what there is not, or the schedule is none."""
+    for name, value, known in (
+        ("diffusion.objective", config.diffusion.objective, diffusion.OBJECTIVES),
+        ("diffusion.t_sampling", config.diffusion.t_sampling, diffusion.T_SAMPLING),
+        ("compute.remat", config.compute.remat, REMAT),
+        ("compute.attention", config.compute.attention, CHOICES),
+        ("compute.dtype", config.compute.dtype, ("", "float32", "bfloat16")),
+        ("optimizer.name", config.optimizer.name, OPTIMIZERS),
+        ("optimizer.state_dtype", config.optimizer.state_dtype, STATE_DTYPES),
+    ):
+        if value not in known:
+            raise UserError(f"config.{name}={value!r}: choose one of {', '.join(map(repr, known))}")
+    schedule_points(config.optimizer, config.steps)
 
 
 def make_state(config: Config, params: dict | None = None) -> TrainState:

@@ -22,7 +22,7 @@ from llada_jax import distributed
 from llada_jax.config import Config, UserError
 
 # Settings a run keeps for life, beside the hashes of its data and tokenizer.
-FIXED = ("seed", "batch_size", "sequence_length", "optimizer.name")
+FIXED = ("seed", "batch_size", "sequence_length", "optimizer.name", "optimizer.state_dtype")
 FIXED_GROUPS = ("model.", "diffusion.")
 
 _SHARED_SECONDS = 20  # until what one host has written must be seen by the others

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from llada_jax import attention as kernels
 from llada_jax import mesh
 from llada_jax.attention import attention, choose_kernel, cudnn_attention, reference_attention, xla_attention
-from llada_jax.config import ComputeConfig, UserError
+from llada_jax.config import UserError
 
 B, T, H, G, K = 8, 11, 8, 4, 6
 
@@ -155,32 +155,37 @@ class Device:
         (Device("gpu"), "bfloat16", "cudnn"),  # only described
         (Device("gpu", "9.0"), "float32", "xla"),
         (Device("gpu", "7.5"), "bfloat16", "xla"),
+        (Device("gpu", "gfx942"), "bfloat16", "xla"),
         (Device("cpu"), "float32", "cpu"),
     ],
 )
 def test_kernel_is_chosen_by_device(device, dtype, kernel):
-    assert choose_kernel(ComputeConfig(), jnp.dtype(dtype), device) == kernel
+    assert choose_kernel("auto", jnp.dtype(dtype), 64, device) == kernel
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "dtype", "problem"),
+    ("name", "device", "dtype", "width", "problem"),
     [
-        ("splash", Device("cpu"), "float32", "runs on TPU, not on cpu"),
-        ("splash", Device("gpu"), "bfloat16", "runs on TPU, not on gpu"),
-        ("cudnn", Device("cpu"), "bfloat16", "runs on GPU, not on cpu"),
-        ("cudnn", Device("gpu"), "float32", "--config.compute.dtype=bfloat16"),
-        ("cudnn", Device("gpu", "7.5"), "bfloat16", "capability 8.0"),
-        ("flash", Device("gpu"), "bfloat16", "choose one of auto, xla"),
+        ("splash", Device("cpu"), "float32", 64, "runs on tpu, this is cpu"),
+        ("splash", Device("gpu"), "bfloat16", 64, "runs on tpu, this is gpu"),
+        ("cpu", Device("tpu"), "bfloat16", 64, "runs on cpu, this is tpu"),
+        ("cudnn", Device("cpu"), "bfloat16", 64, "runs on gpu, this is cpu"),
+        ("cudnn", Device("gpu"), "float32", 64, "--config.compute.dtype=bfloat16"),
+        ("cudnn", Device("gpu", "7.5"), "bfloat16", 64, "capability 8.0"),
+        ("cudnn", Device("gpu", "gfx942"), "bfloat16", 64, "capability 8.0, this device has gfx942"),
+        ("cudnn", Device("gpu", "9.0"), "bfloat16", 512, "a width of 512"),
+        ("cudnn", Device("gpu", "9.0"), "bfloat16", 12, "a width of 12"),
+        ("flash", Device("gpu"), "bfloat16", 64, "choose one of auto, xla"),
     ],
 )
-def test_a_kernel_that_cannot_run_is_an_error(name, device, dtype, problem):
+def test_a_kernel_that_cannot_run_is_an_error(name, device, dtype, width, problem):
     with pytest.raises(UserError, match=problem):
-        choose_kernel(ComputeConfig(attention=name), jnp.dtype(dtype), device)
+        choose_kernel(name, jnp.dtype(dtype), width, device)
 
 
 @pytest.mark.parametrize("name", ["splash_interpreted", "xla", "reference", "cpu"])
 def test_a_kernel_that_can_run_is_taken(name):
-    assert choose_kernel(ComputeConfig(attention=name), jnp.dtype("float32"), Device("cpu")) == name
+    assert choose_kernel(name, jnp.dtype("float32"), 64, Device("cpu")) == name
     assert set(kernels.KERNELS) | {"auto"} == set(kernels.CHOICES)
 
 

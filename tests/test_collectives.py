@@ -112,6 +112,14 @@ HEADER = "HloModule m\n\nENTRY %main (p: f32[8,16]) -> f32[64,16] {\n"
             Collective("all-reduce", 8 * 16 * 2, 2, 2, 1.0),
         ),
         (
+            "  %r = f32[16]{0:T(128)} all-reduce(%p), replica_groups={}, to_apply=%add",
+            Collective("all-reduce", 16 * 4, 8, 2, 1.0),
+        ),
+        (
+            "  %c = f32[8]{0} collective-permute(%p), source_target_pairs={{0,1},{3,4}}",
+            Collective("collective-permute", 32, 2, 2, 1.0),
+        ),
+        (
             "  %c = (f32[8], f32[8], u32[], u32[]) collective-permute-start(%p), source_target_pairs={{0,1},{1,0}}",
             Collective("collective-permute", 32, 2, 1, 1.0),
         ),
@@ -129,6 +137,26 @@ def test_an_asynchronous_gather_in_fusions_counts_once():
     calls = "".join(f"  %c{i} = f32[64,16] fusion(%p), kind=kCustom, calls=%f{i}\n" for i in range(3))
     found = collectives(f"HloModule m\n\n{fused}{HEADER.removeprefix('HloModule m')}{kernel}{calls}}}\n", 8, 2, 1)
     assert found == [Collective("all-gather", 64 * 16 * 4, 4, 1, 1.0)]
+
+
+def test_a_reduce_scatter_in_the_form_of_a_fused_all_reduce():
+    reduce = "  %r = f32[64] all-reduce(%p), replica_groups={{0,1,2,3}}\n"
+    fused = f"%all-reduce-scatter.1 (p: f32[64]) -> f32[16] {{\n{reduce}}}\n\n"
+    call = "  %c = f32[16]{0:T(128)} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1\n"
+    text = f"HloModule m\n\n{fused}{HEADER.removeprefix('HloModule m')}{call}}}\n"
+    assert collectives(text, 4, 1, 1) == [Collective("reduce-scatter", 64 * 4, 4, 1, 1.0)]
+
+
+def test_branches_and_calls_are_followed():
+    """Also where the result has a layout with parentheses in it."""
+    reduce = "  %r = f32[8]{0:T(128)} all-reduce(%p), replica_groups={}, to_apply=%add\n"
+    inner = "".join(f"%{name} (p: f32[8]) -> f32[8] {{\n{reduce}}}\n\n" for name in ("one", "two"))
+    lines = (
+        "  %x = f32[8]{0:T(128)} call(%p), to_apply=%one\n"
+        "  %y = f32[8]{0:T(128)} conditional(%p, %p, %p), branch_computations={%one, %two}\n"
+    )
+    text = f"HloModule m\n\n{inner}{HEADER.removeprefix('HloModule m')}{lines}}}\n"
+    assert sum(one.count for one in collectives(text, 4, 1, 1)) == 3
 
 
 def test_totals_add_up():

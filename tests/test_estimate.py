@@ -115,6 +115,27 @@ def test_compiler_options_are_known_to_the_compiler(name):
         jax.jit(lambda x: x + 1, compiler_options=options | {"xla_no_such_option": True}).lower(x).compile()
 
 
+def test_turns_of_the_loss_are_those_of_a_device():
+    config = small()  # 16 x 256 positions, chunks of 128
+    assert estimate.loss_turns(config, 4) == 4  # 512 of 1024 positions
+    config.accumulation = 2
+    assert estimate.loss_turns(config, 4) == 2
+    config.mesh.tensor = 2  # two devices share the rows of one
+    assert estimate.loss_turns(config, 4) == 4
+    config.compute.loss_chunk = 10_000
+    assert estimate.loss_turns(config, 4) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [("compute", "remat"), ("diffusion", "objective"), ("compute", "attention")]
+)
+def test_names_are_checked_as_in_training(group, name):
+    config = small()
+    setattr(getattr(config, group), name, "bogus")
+    with pytest.raises(UserError, match=f"config.{group}.{name}='bogus': choose one of"):
+        estimate.plan(config, "v5e:2x2")
+
+
 def test_vocabulary_must_be_known():
     config = small()
     config.model.vocab_size = 0
@@ -129,6 +150,10 @@ def test_vocabulary_must_be_known():
         ("0xv5p:2x2x1", r"write \[SLICESx\]CHIP:SHAPE"),
         ("v9:2x2", "no chip 'v9': choose from v5e"),
         ("h200:2x2", "GPUs are counted"),
+        ("h200:0", "no such number of chips"),
+        ("99999xv5p:4x4x8", "no such number of chips"),
+        ("v5e:16x16x2", "no such number of chips"),
+        ("v5e:2x2x2", "v5e has 2 dimensions"),
         pytest.param("v5e:3x3", "no such slice", marks=needs_tpu_compiler),
     ],
 )

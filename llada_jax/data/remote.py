@@ -101,6 +101,10 @@ def _copy(source: epath.Path, folder: Path, shard: Shard) -> None:
                 write.write(chunk)
     except FileNotFoundError as error:
         raise UserError(f"{source} is missing: copy the whole folder there, or prepare the set again") from error
+    except OSError:
+        raise
+    except Exception as error:  # every remote file system has its own
+        raise UserError(f"{source} cannot be copied to {folder}: {type(error).__name__}: {error}") from error
     if digest.hexdigest() != shard.sha256:
         temporary.unlink()
         raise UserError(f"{source} is not what the manifest says: copy it there again, or prepare the set again")
