@@ -123,6 +123,7 @@ def test_sources_that_do_not_fit(run, reference, tmp_path):
         ({"model__kv_heads": 2}, "config.model.kv_heads is 2, but .* was trained with 4"),
         ({"model__tied_embeddings": True}, "config.model.tied_embeddings is True"),
         ({"diffusion__t_sampling": "independent"}, "config.diffusion.t_sampling is independent"),
+        ({"optimizer__state_dtype": "bfloat16"}, "config.optimizer.state_dtype is bfloat16"),
         ({"data__weights": (1.0,)}, "the weights differs"),
         ({"init_from": "elsewhere"}, "config.init_from is 'elsewhere', but .* was started with ''"),
         ({"steps": 10}, "is at step 20, beyond config.steps=10"),
