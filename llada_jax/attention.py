@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from llada_jax import mesh
 from llada_jax.config import UserError
-from llada_jax.cpu import MASKED_OUT, SAVED_NAME, cpu_attention
+from llada_jax.cpu import MASKED_OUT, SAVED_NAME, cpu_attention, real_mask
 
 
 def attention(
@@ -90,11 +90,6 @@ def _obstacle(name: str, dtype: jnp.dtype, head_width: int, device: jax.Device) 
     if head_width % 8 or head_width > 128:
         return f"cuDNN attention takes heads of up to 128 in steps of 8, these have a width of {head_width}"
     return None
-
-
-def real_mask(real: jax.Array, keys: int) -> jax.Array:
-    """`real` as bool (B, S)."""
-    return real if real.ndim == 2 else jnp.arange(keys) < real[:, None]
 
 
 def reference_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None) -> jax.Array:

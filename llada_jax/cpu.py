@@ -18,6 +18,11 @@ SAVED_NAME = "attention"  # of what the backward pass of attention needs; a rema
 SCORES = 2**19  # scores worked on at a time: with what is made of them they stay in the caches
 
 
+def real_mask(real: jax.Array, keys: int) -> jax.Array:
+    """Which keys may be attended to as bool (B, S): given so, or as int32 (B,), how many at each row's start."""
+    return real if real.ndim == 2 else jnp.arange(keys) < real[:, None]
+
+
 @jax.custom_vjp
 def cpu_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v on one device, never more than about SCORES scores at a time.
@@ -76,9 +81,7 @@ class _Tiles:
         """(Z, N, S), added to the scores."""
         if real is None:
             return jnp.zeros((self.batch * self.kv_heads // self.heads, self.heads, self.keys), jnp.float32)
-        if real.ndim == 1:
-            real = jnp.arange(self.keys) < real[:, None]
-        bias_BS = jnp.where(real, 0.0, MASKED_OUT)
+        bias_BS = jnp.where(real_mask(real, self.keys), 0.0, MASKED_OUT)
         return jnp.repeat(bias_BS, self.kv_heads, axis=0).reshape(-1, self.heads, self.keys)
 
 
