@@ -152,7 +152,14 @@ class SamplerConfig:
     block_length: int = 32  # MASK tokens per block; blocks are finished left to right
     temperature: float = 0.0  # 0 = greedy
     remasking: str = "low_confidence"  # low_confidence | random
-    mask_id: int | None = None  # None = the model's own
+    cfg_scale: float = 0.0  # w of Eq. 16, guidance away from what comes without the prompt; 0 = none
+    logits_eos_inf: bool = False  # EOS is never chosen: its logit is -inf
+    confidence_eos_eot_inf: bool = False  # EOS and end of turn stay only when nothing else can: least confident of all
+    stop_at_end: bool = False  # blocks after one with EOS or end of turn in it are not computed: all of them is EOS
+    # Ids; None = the model's own.
+    mask_id: int | None = None
+    eos_id: int | None = None
+    eot_id: int | None = None
 
 
 @dataclasses.dataclass(slots=True)

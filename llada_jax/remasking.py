@@ -72,19 +72,24 @@ def gumbel(key_BC: jax.Array, vocab_size: int) -> jax.Array:
     return -jnp.log(-jnp.log1p(-jnp.minimum(uniform_BCV, 1 - 2.0**-24)))
 
 
-def choose(logits_BCV: jax.Array, noise_BCV: jax.Array | None, allowed_V: jax.Array) -> tuple[jax.Array, jax.Array]:
+def choose(
+    logits_BCV: jax.Array, noise_BCV: jax.Array | None, allowed_V: jax.Array, unsure_V: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """The tokens drawn (Gumbel-max; the most probable where noise is None) and how sure the model is of them.
 
     Args:
-      logits_BCV: fp32.
+      logits_BCV: fp32; -inf for what is impossible.
       noise_BCV: fp32, Gumbel noise times the temperature.
       allowed_V: bool, tokens that may be chosen. The others keep their part of the softmax.
+      unsure_V: bool, tokens that may be chosen but have no part in the softmax, and so a probability of 0.
 
     Returns:
       int32 (B, C) tokens; fp32 (B, C) their probability, at temperature 1 whatever the temperature of the draw.
     """
     noisy_BCV = logits_BCV if noise_BCV is None else logits_BCV + noise_BCV
     token_BC = jnp.argmax(jnp.where(allowed_V, noisy_BCV, -jnp.inf), axis=-1)
+    if unsure_V is not None:
+        logits_BCV = jnp.where(unsure_V, -jnp.inf, logits_BCV)
     # A masked sum instead of a lookup, which a vocabulary split over devices does not allow.
     is_token_BCV = jnp.arange(logits_BCV.shape[-1]) == token_BC[..., None]
     chosen_BC = jnp.sum(jnp.where(is_token_BCV, logits_BCV, 0.0), axis=-1)

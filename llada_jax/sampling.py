@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from llada_jax import mesh
 from llada_jax.config import SamplerConfig, UserError
+from llada_jax.guidance import guided_trunk
 from llada_jax.model import Transformer, compute_dtype
 from llada_jax.remasking import REMASKING, choose, gumbel, schedule
 
@@ -39,9 +40,30 @@ class Rows:
 
     order_BT: jax.Array  # int32: positions of the MASK tokens to fill, ascending, then all others
     masks_B: jax.Array  # int32: how many there are to fill
+    own_B: jax.Array  # int32: how many of them are the prompt's own
     shift_B: jax.Array  # int32: padding tokens in front
     real_BT: jax.Array | None  # bool: True = a real token; None = all are
+    given_BT: jax.Array | None  # bool: tokens of the prompt, which guidance takes away; None = no guidance
     key_B: jax.Array  # keys: the row's noise
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Dials:
+    """Settings that are traced: trying other values compiles nothing new."""
+
+    steps: jax.Array  # int32
+    temperature: jax.Array  # fp32
+    cfg_scale: jax.Array  # fp32
+
+
+def _is_end(ids: jax.Array, config: SamplerConfig) -> jax.Array:
+    """bool of the shape of ids: EOS or end of turn."""
+    return functools.reduce(jnp.logical_or, (ids == end for end in _ends(config)))
+
+
+def _ends(config: SamplerConfig) -> tuple[int, ...]:
+    return tuple(i for i in (config.eos_id, config.eot_id) if i is not None)
 
 
 def _predict(
@@ -57,12 +79,33 @@ def _predict(
     logits_BCV = model.logits(h_BCD)
     vocabulary = jnp.arange(model.config.vocab_size)
     allowed_V = (vocabulary != config.mask_id) & (vocabulary < (model.config.token_count or model.config.vocab_size))
+    if config.logits_eos_inf:
+        logits_BCV = jnp.where(vocabulary == config.eos_id, -jnp.inf, logits_BCV)
+    unsure_V = _is_end(vocabulary, config) if config.confidence_eos_eot_inf else None
     key_BC2 = jax.vmap(jax.vmap(jax.random.split))(key_BC)
     noise_BCV = None
     if config.temperature:
         noise_BCV = temperature * gumbel(key_BC2[:, :, 0], model.config.vocab_size)
-    token_BC, probability_BC = choose(logits_BCV, noise_BCV, allowed_V)
-    return token_BC, REMASKING[config.remasking](probability_BC, key_BC2[:, :, 1])
+    token_BC, probability_BC = choose(logits_BCV, noise_BCV, allowed_V, unsure_V)
+    score_BC = REMASKING[config.remasking](probability_BC, key_BC2[:, :, 1])
+    if config.confidence_eos_eot_inf:  # below all other scores, whatever the strategy
+        score_BC = jnp.where(_is_end(token_BC, config), -1.0, score_BC)
+    return token_BC, score_BC
+
+
+def _plan(
+    rows: Rows, tokens_BT: jax.Array, step: jax.Array, steps: jax.Array, config: SamplerConfig
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`schedule`, in which a row that needs no further block takes no step any more."""
+    block_B, inner_B, count_B, total_B = schedule(rows.masks_B, steps, config.block_length, step)
+    if not config.stop_at_end:
+        return block_B, inner_B, count_B, total_B
+    slot_T = jnp.arange(tokens_BT.shape[1])
+    # Among the appended tokens of finished blocks: the prompt's own MASK tokens come first.
+    look_BT = (slot_T >= rows.own_B[:, None]) & (slot_T < (block_B * config.block_length)[:, None])
+    in_order_BT = jnp.take_along_axis(tokens_BT, rows.order_BT, axis=1)
+    ended_B = jnp.any(_is_end(in_order_BT, config) & look_BT, axis=1)
+    return block_B, inner_B, jnp.where(ended_B, 0, count_B), jnp.where(ended_B, 0, total_B)
 
 
 def _reverse_step(
@@ -70,12 +113,11 @@ def _reverse_step(
     rows: Rows,
     tokens_BT: jax.Array,
     step: jax.Array,
-    steps: jax.Array,
-    temperature: jax.Array,
+    dials: Dials,
     config: SamplerConfig,
 ) -> jax.Array:
     """The canvas after one more reverse step of every row."""
-    block_B, inner_B, count_B, _ = schedule(rows.masks_B, steps, config.block_length, step)
+    block_B, inner_B, count_B, _ = _plan(rows, tokens_BT, step, dials.steps, config)
     batch, length = tokens_BT.shape
     width = min(config.block_length, length)
     chunk = min(width, HEAD_CHUNK)
@@ -92,7 +134,10 @@ def _reverse_step(
         jnp.take_along_axis(x, first_BK, axis=1) for x in (index_BK, position_BK, masked_BK)
     )
 
-    h_BTD = model.trunk(tokens_BT, rows.real_BT)
+    if rows.given_BT is None:
+        h_BTD = model.trunk(tokens_BT, rows.real_BT)
+    else:
+        h_BTD = guided_trunk(model, tokens_BT, rows.given_BT, rows.real_BT, dials.cfg_scale, config.mask_id)
     key_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.fold_in)(rows.key_B, block_B), inner_B)
 
     def predict_chunk(i, predicted):
@@ -101,7 +146,7 @@ def _reverse_step(
 
         # One key per slot of the block: the noise of a slot does not depend on how slots are grouped.
         key_BC = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_B, part(index_BK))
-        new = _predict(model, h_BTD, part(position_BK), key_BC, temperature, config)
+        new = _predict(model, h_BTD, part(position_BK), key_BC, dials.temperature, config)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(old_BK, new_BC, i * chunk, axis=1)
             for old_BK, new_BC in zip(predicted, new, strict=True)
@@ -137,25 +182,41 @@ def denoise(
     tokens_BT: jax.Array,
     step: jax.Array,
     stop: jax.Array,
-    steps: jax.Array,
-    temperature: jax.Array,
+    dials: Dials,
     config: SamplerConfig,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs reverse steps from `step` up to `stop` or the end.
 
-    Returns the canvas int32 (B, T), whole on every device; the steps done by now; the steps there are in all.
+    Returns the canvas int32 (B, T), whole on every device; the steps done by now; how many there are in all, as far
+    as that is known by now (stop_at_end makes them fewer).
     """
     # Once, not in every step: master weights in fp32 would be cast again and again.
     model = jax.tree.map(lambda p: p.astype(compute_dtype(model.compute)), model)
-    total = jnp.max(schedule(rows.masks_B, steps, config.block_length, step)[3])
     tokens_BT = _roll(jax.reshard(tokens_BT, mesh.TOKENS_BT), rows.shift_B)
 
-    def advance(carry):
-        step, tokens_BT = carry
-        return step + 1, _reverse_step(model, rows, tokens_BT, step, steps, temperature, config)
+    def steps_in_all(step, tokens_BT):
+        return jnp.max(_plan(rows, tokens_BT, step, dials.steps, config)[3])
 
-    step, tokens_BT = jax.lax.while_loop(lambda c: c[0] < jnp.minimum(stop, total), advance, (step, tokens_BT))
+    def advance(carry):
+        step, _, tokens_BT = carry
+        tokens_BT = _reverse_step(model, rows, tokens_BT, step, dials, config)
+        return step + 1, steps_in_all(step + 1, tokens_BT), tokens_BT
+
+    step, total, tokens_BT = jax.lax.while_loop(
+        lambda carry: carry[0] < jnp.minimum(stop, carry[1]), advance, (step, steps_in_all(step, tokens_BT), tokens_BT)
+    )
+    if config.stop_at_end:
+        tokens_BT = _fill_with_end(rows, tokens_BT, step, dials, config)
     return jax.reshard(_roll(tokens_BT, -rows.shift_B), P(None, None)), step, total
+
+
+def _fill_with_end(rows: Rows, tokens_BT: jax.Array, step: jax.Array, dials: Dials, config: SamplerConfig) -> jax.Array:
+    """The canvas with EOS for the MASK tokens of blocks that rows do not need any more."""
+    ended_B = _plan(rows, tokens_BT, step, dials.steps, config)[3] == 0
+    # Its masks_B are the first in a row's order: no other MASK, such as one in the padding, is touched.
+    rank_BT = jnp.argsort(rows.order_BT, axis=1)
+    fill_BT = ended_B[:, None] & (rank_BT < rows.masks_B[:, None]) & (tokens_BT == config.mask_id)
+    return jnp.where(fill_BT, _ends(config)[0], tokens_BT)
 
 
 def check_settings(config: SamplerConfig) -> SamplerConfig:
@@ -163,23 +224,28 @@ def check_settings(config: SamplerConfig) -> SamplerConfig:
     for name, least in (("steps", 1), ("block_length", 1), ("gen_length", 0)):
         if not least <= getattr(config, name) < TO_THE_END:
             raise UserError(f"{name}={getattr(config, name)}: it must be at least {least} and below 2**31 - 1")
-    if not 0 <= config.temperature < math.inf:
-        raise UserError(f"temperature={config.temperature}: it must be 0 (greedy) or a positive number")
+    for name, none in (("temperature", "greedy"), ("cfg_scale", "no guidance")):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{name}={getattr(config, name)}: it must be 0 ({none}) or a positive number")
     if config.remasking not in REMASKING:
         raise UserError(f"remasking={config.remasking!r}: choose one of {', '.join(REMASKING)}")
     return config
 
 
 def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
-    """The settings, checked, with the model's own mask_id where they name none. UserError as `check_settings`."""
+    """The settings, checked, with the model's own ids where they name none. UserError as `check_settings`."""
     check_settings(config)
-    if config.mask_id is None:
-        config = dataclasses.replace(config, mask_id=model.config.mask_id)
-    if config.mask_id is None:
+    ids = {name: getattr(config, name) for name in ("mask_id", "eos_id", "eot_id")}
+    ids = {name: getattr(model.config, name) if i is None else i for name, i in ids.items()}
+    if ids["mask_id"] is None:
         raise UserError("the model does not say which token is MASK: set mask_id in SamplerConfig")
-    if not 0 <= config.mask_id < model.config.vocab_size:
-        raise UserError(f"mask_id={config.mask_id} is not in the model's vocabulary of {model.config.vocab_size}")
-    return config
+    for name, i in ids.items():
+        if i is not None and not 0 <= i < model.config.vocab_size:
+            raise UserError(f"{name}={i} is not in the model's vocabulary of {model.config.vocab_size}")
+    for name in ("logits_eos_inf", "confidence_eos_eot_inf", "stop_at_end"):
+        if getattr(config, name) and ids["eos_id"] is None:
+            raise UserError(f"{name}: the model does not say which token is EOS: set eos_id in SamplerConfig")
+    return dataclasses.replace(config, **ids)
 
 
 def _check_prompt(prompt_BT: np.ndarray, real_BT: np.ndarray | None, vocab_size: int) -> None:
@@ -214,6 +280,7 @@ def _start(
         aligned_BT, real_BT = (np.take_along_axis(x, at_BT, axis=1) for x in (tokens_BT, real_BT))
         fill_BT = (aligned_BT == config.mask_id) & real_BT
     order_BT = np.argsort(~fill_BT, axis=1, kind="stable").astype(np.int32)
+    masks_B = fill_BT.sum(axis=1, dtype=np.int32)
 
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
@@ -221,8 +288,9 @@ def _start(
         raise UserError(f"key has shape {key.shape}: give one key, or one for each of the {batch} rows")
     # By way of the host: the key's device need not be one of the mesh, nor all of the mesh be here.
     key_data = jax.device_put(jax.device_get(jax.random.key_data(key)), P())
+    given_BT = ~fill_BT if config.cfg_scale else None
     *fields, row_B = mesh.place_rows(
-        order_BT, fill_BT.sum(axis=1, dtype=np.int32), shift_B, real_BT, np.arange(batch, dtype=np.int32)
+        order_BT, masks_B, masks_B - config.gen_length, shift_B, real_BT, given_BT, np.arange(batch, dtype=np.int32)
     )
     rows = Rows(*fields, _row_keys(key_data, row_B, jax.random.key_impl(key)))
     return rows, jax.reshard(mesh.place_rows(tokens_BT)[0], P(None, None))
@@ -237,10 +305,12 @@ def _row_keys(key_data: jax.Array, row_B: jax.Array, kind: Hashable) -> jax.Arra
     return jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
 
 
-def _arguments(config: SamplerConfig) -> tuple[jax.Array, jax.Array, SamplerConfig]:
-    """steps and temperature as arrays, and the rest as static data: trying other values compiles nothing new."""
-    static = dataclasses.replace(config, steps=1, gen_length=0, temperature=float(config.temperature > 0))
-    return _scalar(config.steps), jax.device_put(np.float32(config.temperature), P()), static
+def _arguments(config: SamplerConfig) -> tuple[Dials, SamplerConfig]:
+    """The settings that are traced as arrays, and the rest as static data."""
+    on_or_off = {name: float(getattr(config, name) > 0) for name in ("temperature", "cfg_scale")}
+    static = dataclasses.replace(config, steps=1, gen_length=0, **on_or_off)
+    temperature, cfg_scale = (jax.device_put(np.float32(x), P()) for x in (config.temperature, config.cfg_scale))
+    return Dials(_scalar(config.steps), temperature, cfg_scale), static
 
 
 def _scalar(value: int) -> jax.Array:
@@ -256,8 +326,8 @@ def generate(
 ) -> jax.Array:
     """Fills the MASK tokens of the prompts and gen_length appended ones, all rows in one compiled program.
 
-    It compiles once per shape (B, T), block_length, remasking and greedy or not; steps, temperature and
-    key are traced. No mesh needs to be set; on a mesh the rows are split over its batch axes.
+    It compiles once per shape (B, T), block_length, remasking, greedy or not, guided or not; steps, temperature,
+    cfg_scale and key are traced. No mesh needs to be set; on a mesh the rows are split over its batch axes.
 
     Args:
       model: the mask predictor.
@@ -277,10 +347,8 @@ def generate(
     with mesh.mesh_of(model.embedding[...]):
         rows, tokens_BT = _start(model, prompt_BT, config, key, prompt_mask_BT)
         if tokens_BT.shape[1]:
-            steps, temperature, static = _arguments(config)
-            tokens_BT, _, _ = denoise(
-                model, rows, tokens_BT, _scalar(0), _scalar(TO_THE_END), steps, temperature, config=static
-            )
+            dials, static = _arguments(config)
+            tokens_BT, _, _ = denoise(model, rows, tokens_BT, _scalar(0), _scalar(TO_THE_END), dials, config=static)
         return jax.lax.slice_in_dim(tokens_BT, 0, len(prompt_BT))
 
 
@@ -300,16 +368,15 @@ def denoise_steps(
     batch = len(prompt_BT)
     with mesh.mesh_of(model.embedding[...]):
         rows, tokens_BT = _start(model, prompt_BT, config, key, prompt_mask_BT)
-        arguments = _arguments(config)
+        dials, static = _arguments(config)
     shown_BT = np.asarray(tokens_BT)[:batch]
     yield shown_BT, np.zeros(shown_BT.shape, bool)
-    steps, temperature, static = arguments
     done, total = 0, int(shown_BT.shape[1] > 0)
     while done < total:
         # The mesh is entered for each step alone: whoever consumes this runs in between.
         with mesh.mesh_of(model.embedding[...]):
             tokens_BT, step, all_steps = denoise(
-                model, rows, tokens_BT, _scalar(done), _scalar(done + 1), steps, temperature, config=static
+                model, rows, tokens_BT, _scalar(done), _scalar(done + 1), dials, config=static
             )
         before_BT, shown_BT = shown_BT, np.asarray(tokens_BT)[:batch]
         done, total = int(step), int(all_steps)

@@ -1,15 +1,18 @@
 import dataclasses
 import itertools
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_sampler
 import pytest
 
+import llada_jax
 from llada_jax import sampling
 from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig, UserError
 from llada_jax.model import initialise, merge, split
-from llada_jax.remasking import choose, gumbel, schedule
 from llada_jax.sampling import denoise, denoise_steps, generate
 
 MASK = 60
@@ -17,6 +20,8 @@ SIZES = ModelConfig(
     layers=2, width=32, heads=4, kv_heads=2, feed_forward=96, vocab_size=64, mask_id=MASK, token_count=62
 )
 PROMPT_LENGTH, GEN_LENGTH = 9, 16
+ENDS = {"eos_id": 22, "eot_id": 11}  # tokens that this model likes
+PARITY = Path(__file__).parent / "parity"
 
 
 def make_model(mesh):
@@ -47,78 +52,8 @@ jax.monitoring.register_event_duration_secs_listener(
 )
 
 
-def plain_schedule(masks: int, steps: int, block_length: int) -> list[tuple[int, int, int]]:
-    """(block, step within it, tokens unmasked) of every reverse step that unmasks something."""
-    sizes = [min(block_length, masks - start) for start in range(0, masks, block_length)]
-    result = []
-    for block, size in enumerate(sizes):
-        block_steps = max(1, steps // len(sizes) + (1 if block < steps % len(sizes) else 0))
-        for step in range(block_steps):
-            count = size // block_steps + (1 if step < size % block_steps else 0)
-            if count:
-                result.append((block, step, count))
-    return result
-
-
-def plain_gumbel(key, size: int) -> np.ndarray:
-    uniform = (np.asarray(jax.random.bits(key, (size,), jnp.uint32)).astype(np.float64) + 0.5) / 2**32
-    return -np.log(-np.log1p(-uniform))
-
-
-def plain_row(model, prompt_T, real_T, config: SamplerConfig, key) -> np.ndarray:
-    """The sampler as DESIGN says it, one row, one position at a time, logits for the whole canvas."""
-    canvas = np.concatenate([prompt_T, np.full(config.gen_length, MASK)]).astype(np.int32)
-    real = np.concatenate([real_T, np.ones(config.gen_length, bool)])
-    todo = [i for i in range(len(canvas)) if canvas[i] == MASK and real[i]]
-    blocks = [todo[i : i + config.block_length] for i in range(0, len(todo), config.block_length)]
-    for block, step, count in plain_schedule(len(todo), config.steps, config.block_length):
-        logits_TV = np.asarray(model(canvas[None], real[None])[0]).astype(np.float64)
-        step_key = jax.random.fold_in(jax.random.fold_in(key, block), step)
-        candidates = []
-        for index, position in enumerate(blocks[block]):
-            if canvas[position] != MASK:
-                continue
-            draw_key, score_key = jax.random.split(jax.random.fold_in(step_key, index))
-            logits = logits_TV[position]
-            noisy = logits.copy()
-            if config.temperature:
-                noisy += config.temperature * plain_gumbel(draw_key, len(logits))
-            noisy[[MASK, *range(SIZES.token_count, len(noisy))]] = -np.inf
-            token = int(noisy.argmax())
-            score = np.exp(logits[token]) / np.exp(logits).sum()
-            if config.remasking == "random":
-                score = float(jax.random.uniform(score_key))
-            candidates.append((-score, position, token))
-        for _, position, token in sorted(candidates)[:count]:
-            canvas[position] = token
-    return canvas
-
-
-def plain(model, prompts, config, key) -> np.ndarray:
-    return np.stack(
-        [plain_row(model, *row, config, jax.random.fold_in(key, i)) for i, row in enumerate(zip(*prompts, strict=True))]
-    )
-
-
 def settings(**changes) -> SamplerConfig:
     return SamplerConfig(**({"steps": 11, "gen_length": GEN_LENGTH, "block_length": 6} | changes))
-
-
-@pytest.mark.parametrize("block_length", [1, 3, 6, 64])
-def test_schedule_is_the_plain_one(block_length):
-    """Every number of masks and of steps: uneven, short last block, fewer steps than blocks, surplus steps."""
-    masks_B = jnp.arange(40)
-    compiled = jax.jit(lambda steps, step: schedule(masks_B, steps, block_length, step))
-    for steps in (1, 2, 3, 5, 7, 11, 16, 39, 64, 200):
-        expected = [plain_schedule(int(masks), steps, block_length) for masks in masks_B]
-        for step in range(max(map(len, expected)) + 2):
-            block_B, inner_B, count_B, total_B = map(np.asarray, compiled(steps, step))
-            assert total_B.tolist() == [len(row) for row in expected]
-            for i, row in enumerate(expected):
-                if step < len(row):
-                    assert (block_B[i], inner_B[i], count_B[i]) == row[step], (i, steps, step)
-                else:
-                    assert count_B[i] == 0
 
 
 @pytest.mark.parametrize(
@@ -130,13 +65,21 @@ def test_schedule_is_the_plain_one(block_length):
         {"temperature": 0.7, "remasking": "random"},
         {"temperature": 1.3},
         {"gen_length": 0, "steps": 2, "block_length": 2},
+        {"cfg_scale": 1.5},
+        {"cfg_scale": 0.5, "temperature": 0.7, "remasking": "random"},
+        {"logits_eos_inf": True, **ENDS},
+        {"confidence_eos_eot_inf": True, **ENDS},
+        {"confidence_eos_eot_inf": True, "temperature": 1.3, **ENDS},
+        {"confidence_eos_eot_inf": True, "temperature": 0.7, "remasking": "random", **ENDS},
+        {"stop_at_end": True, "block_length": 4, **ENDS},
     ],
-    ids=["uneven", "surplus", "fewer-than-blocks", "random", "sampled", "infilling"],
+    ids="uneven surplus fewer-than-blocks random sampled infilling guided guided-random no-eos late-eos "
+    "late-eos-sampled late-eos-random stop".split(),
 )
 def test_generate_is_the_plain_sampler(model, prompts, changes):
     config, key = settings(**changes), jax.random.key(3)
     out_BT = np.asarray(generate(model, prompts[0], config, key, prompts[1]))
-    np.testing.assert_array_equal(out_BT, plain(model, prompts, config, key))
+    np.testing.assert_array_equal(out_BT, plain_sampler.generate(model, prompts, config, key))
     prompt_BT = out_BT[:, :PROMPT_LENGTH]
     kept_BT = (prompts[0] != MASK) | ~prompts[1]
     assert (prompt_BT == prompts[0])[kept_BT].all() and (prompt_BT != MASK)[~kept_BT].all()
@@ -160,6 +103,54 @@ def test_a_row_is_the_same_alone_as_in_a_batch(model, prompts, temperature):
         assert (same_BT[0] != same_BT[1]).any(), "rows of one key must not share their noise"
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"logits_eos_inf": True}, {"confidence_eos_eot_inf": True}, {"confidence_eos_eot_inf": True, "temperature": 1.3}],
+    ids=["never", "late", "late-sampled"],
+)
+def test_rules_for_eos_change_what_comes_out(model, prompts, changes):
+    key, without = jax.random.key(3), {name: 0.0 if name == "temperature" else False for name in changes}
+    ruled, free = settings(**ENDS, **changes), settings(**ENDS, **(changes | without | {"temperature": 0.0}))
+    free = dataclasses.replace(free, temperature=ruled.temperature)
+    ruled_BT, free_BT = (np.asarray(generate(model, prompts[0], c, key, prompts[1])) for c in (ruled, free))
+    assert (ruled_BT != free_BT).any()
+    assert 22 in free_BT[:, PROMPT_LENGTH:]
+    if "logits_eos_inf" in changes:
+        assert 22 not in ruled_BT[:, PROMPT_LENGTH:]
+
+
+def test_blocks_after_the_end_are_not_computed(model, prompts):
+    """Both rows end; the program stops with the later one, and the rest is EOS."""
+    rows, key = np.array([1, 2]), jax.random.key(3)
+    prompt_BT, real_BT = (x[rows] for x in prompts)
+    config = settings(block_length=4, steps=19, **ENDS)
+    whole_BT = np.asarray(generate(model, prompt_BT, config, key, real_BT))
+    stopping = dataclasses.replace(config, stop_at_end=True)
+    stopped_BT = np.asarray(generate(model, prompt_BT, stopping, key, real_BT))
+    steps = list(denoise_steps(model, prompt_BT, stopping, key, real_BT))
+    np.testing.assert_array_equal(steps[-1][0], stopped_BT)
+    assert len(steps) < len(list(denoise_steps(model, prompt_BT, config, key, real_BT)))
+    for whole_T, stopped_T in zip(whole_BT[:, PROMPT_LENGTH:], stopped_BT[:, PROMPT_LENGTH:], strict=True):
+        end = int(np.isin(whole_T, (22, 11)).argmax())
+        np.testing.assert_array_equal(stopped_T[: end + 1], whole_T[: end + 1])
+        assert (stopped_T[end + 8 :] == 22).all() and MASK not in stopped_T
+    assert (stopped_BT != whole_BT).any()
+
+
+@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("name", ["mha", "gqa"])
+def test_tokens_are_those_of_the_published_code(name, case):
+    """Also guided, and with EOS and EoT least confident; left-padded, steps that do not divide evenly."""
+    model, _ = llada_jax.load(PARITY / name)
+    cases = np.load(PARITY / name / "cases.npz")
+    config = llada_jax.SamplerConfig(**json.loads(str(cases["settings"]))[case], eot_id=501)
+    key = jax.random.key(0)
+    out_BT = generate(model, cases["prompt"], config, key, cases["prompt_mask"])
+    np.testing.assert_array_equal(out_BT, cases[f"gen{case}"])
+    alone_BT = generate(model, cases["prompt"][1:, 9:], config, key)  # no padding, no mask
+    np.testing.assert_array_equal(alone_BT[0], cases[f"gen{case}"][1, 9:])
+
+
 def test_step_by_step_is_one_call(model, prompts):
     config, key = settings(temperature=0.7, remasking="random"), jax.random.key(3)
     one_call_BT = np.asarray(generate(model, prompts[0], config, key, prompts[1]))
@@ -167,7 +158,7 @@ def test_step_by_step_is_one_call(model, prompts):
     steps = list(denoise_steps(model, prompts[0], config, key, prompts[1]))
     assert not COMPILED
     np.testing.assert_array_equal(steps[-1][0], one_call_BT)
-    expected = [plain_schedule(masks, config.steps, config.block_length) for masks in (17, 16, 19)]
+    expected = [plain_sampler.schedule(masks, config.steps, config.block_length) for masks in (17, 16, 19)]
     counts = [revealed_BT.sum(axis=1).tolist() for _, revealed_BT in steps[1:]]
     assert counts == [[step[2] if step else 0 for step in row] for row in itertools.zip_longest(*expected)]
     for (before_BT, _), (after_BT, revealed_BT) in itertools.pairwise(steps):
@@ -233,9 +224,9 @@ def test_the_head_sees_the_active_block_only(model, prompts):
     config = sampling.resolve(settings(), model)
     with sampling.mesh.mesh_of(model.embedding[...]):
         rows, tokens_BT = sampling._start(model, prompts[0], config, jax.random.key(0), prompts[1])
-        steps, temperature, static = sampling._arguments(config)
+        dials, static = sampling._arguments(config)
         zero = sampling._scalar(0)
-        closed = jax.make_jaxpr(lambda m, r, t: denoise(m, r, t, zero, zero, steps, temperature, config=static))(
+        closed = jax.make_jaxpr(lambda m, r, t: denoise(m, r, t, zero, zero, dials, config=static))(
             model, rows, tokens_BT
         )
     logits = {shape for shape in shapes_in(closed.jaxpr) if shape[:1] == (3,) and shape[-1] == SIZES.vocab_size}
@@ -251,21 +242,6 @@ def test_equal_scores_go_to_the_lowest_position(model):
     assert (steps[-1][0] == 0).all()
 
 
-def test_choose_leaves_out_what_is_not_allowed_but_not_from_the_softmax():
-    logits = jnp.array([[[5.0, 1.0, 2.0, 9.0]]])
-    allowed = jnp.array([False, True, True, False])
-    token, probability = choose(logits, None, allowed)
-    assert token.tolist() == [[2]]
-    np.testing.assert_allclose(probability, jax.nn.softmax(logits)[:, :, 2], rtol=1e-6)
-    noise = jnp.array([[[0.0, 3.0, 0.0, 0.0]]])
-    token, probability = choose(logits, noise, allowed)
-    assert token.tolist() == [[1]]
-    np.testing.assert_allclose(probability, jax.nn.softmax(logits)[:, :, 1], rtol=1e-6)
-    near_one = jnp.zeros((1, 2, 300)).at[0, :, 7].set(jnp.array([30.0, 31.0]))
-    scores = choose(near_one, None, jnp.ones(300, bool))[1][0]
-    np.testing.assert_allclose(scores, 1 / (1 + 299 * np.exp([-30.0, -31.0])), rtol=1.2e-7)
-
-
 def test_never_a_token_that_is_none(model, prompts):
     """MASK and the ids that fill up the vocabulary, at a temperature at which all tokens are alike."""
     few = merge(*split(model))
@@ -273,37 +249,6 @@ def test_never_a_token_that_is_none(model, prompts):
     prompt_BT = prompts[0] * 0
     out_BT = np.asarray(generate(few, prompt_BT, settings(temperature=50.0), jax.random.key(0)))
     assert set(out_BT[:, PROMPT_LENGTH:].ravel().tolist()) == {0, 1, 2, 3, 4, 6, 7}
-
-
-@pytest.fixture(scope="module")
-def on_one_device(make_mesh):
-    with jax.set_mesh(make_mesh()):
-        yield
-
-
-def test_draws_have_the_frequencies_of_the_softmax(on_one_device):
-    """Each of 10 tokens of probability 0.53 to 1e-4, at temperature 0.8."""
-    draws, temperature = 200_000, 0.8
-    logits = jnp.array([0.0, -0.5, -1, -2, -3, -4, -5, -6, -6.5, -7])
-    keys = jax.random.split(jax.random.key(0), (1, draws))
-    noise = temperature * jax.jit(gumbel, static_argnums=1)(keys, 10)
-    tokens, _ = choose(jnp.broadcast_to(logits, noise.shape), noise, jnp.ones(10, bool))
-    counts = np.bincount(np.asarray(tokens[0]), minlength=10)
-    expected = draws * np.asarray(jax.nn.softmax(logits / temperature), np.float64)
-    assert ((counts - expected) ** 2 / expected).sum() < 27.9  # chi square, 9 degrees of freedom, 0.1 %
-
-
-def test_rare_noise_is_there(on_one_device):
-    """Beyond 16 lies 1.1e-7 of the Gumbel distribution, beyond what 23-bit uniforms can give.
-
-    With a vocabulary of 10^5 such noise decides every hundredth draw.
-    """
-    bounds = (10.0, 16.0, 18.0)
-    draw = jax.jit(lambda key: jnp.stack([jnp.sum(gumbel(key, 2**20) > x, dtype=jnp.int32) for x in bounds]))
-    many, few, very_few = np.sum([draw(jax.random.split(jax.random.key(i), (1, 8))) for i in range(16)], axis=0)
-    drawn = 2**27
-    assert abs(many / (drawn * -np.expm1(-np.exp(-10.0))) - 1) < 0.05  # 6,093 expected, 4 sigma
-    assert 5 <= few <= 29 and very_few <= 9  # 15.1 and 2.0 expected
 
 
 @pytest.mark.parametrize(
@@ -316,6 +261,10 @@ def test_rare_noise_is_there(on_one_device):
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"remasking": "best"}, "choose one of low_confidence, random"),
         ({"mask_id": 64}, "mask_id=64"),
+        ({"eot_id": -1}, "eot_id=-1"),
+        ({"cfg_scale": -1.0}, "cfg_scale=-1.0"),
+        ({"logits_eos_inf": True}, "does not say which token is EOS"),
+        ({"stop_at_end": True}, "does not say which token is EOS"),
     ],
 )
 def test_impossible_settings_are_named(model, changes, words):
