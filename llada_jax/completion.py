@@ -24,13 +24,17 @@ class Options:
     block_length: int = DEFAULTS.block_length
     temperature: float = 0.0
     remasking: str = "low_confidence"
+    cfg_scale: float = 0.0
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
 
     def sampler(self, masks: int, gen_length: int) -> SamplerConfig:
         """The sampler's settings for prompts with up to `masks` MASK tokens of their own."""
         # Not just as many steps as tokens: the last block may be short, and shares the steps evenly with the others.
         blocks = -(-(masks + gen_length) // max(self.block_length, 1))
         steps = max(1, blocks * self.block_length) if self.steps is None else self.steps
-        return SamplerConfig(steps, gen_length, self.block_length, self.temperature, self.remasking)
+        same = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return SamplerConfig(**(same | {"steps": steps, "gen_length": gen_length}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +58,15 @@ class Batch:
 
 def encode_prompt(text: str, model: Transformer, tokenizer: Tokenizer, options: Options) -> Prompt:
     """A prompt in tokens, "[MASK]" and other control tokens written as their literals being one each."""
+    return make_prompt(tokenizer.encode(text, special=True), model, tokenizer, options)
+
+
+def make_prompt(ids: Sequence[int], model: Transformer, tokenizer: Tokenizer, options: Options) -> Prompt:
+    """A prompt from the tokenizer's ids. UserError if the model does not say which token is MASK."""
     mask_id = model.config.mask_id
     if mask_id is None:
         raise UserError("the model does not say which token is MASK")
-    ids = [mask_id if i == tokenizer.mask_id else i for i in tokenizer.encode(text, special=True)]
+    ids = [mask_id if i == tokenizer.mask_id else i for i in map(int, ids)]
     masks = ids.count(mask_id)
     gen_length = options.gen_length
     if gen_length is None:
@@ -65,8 +74,11 @@ def encode_prompt(text: str, model: Transformer, tokenizer: Tokenizer, options: 
     return Prompt(np.asarray(ids, np.int32), masks, gen_length)
 
 
-def make_batches(prompts: Sequence[Prompt], options: Options, batch_size: int) -> Iterator[Batch]:
-    """All prompts in batches of like length and equal gen_length; if they take several, all of batch_size rows."""
+def make_batches(model: Transformer, prompts: Sequence[Prompt], options: Options, batch_size: int) -> Iterator[Batch]:
+    """All prompts in batches of like length and equal gen_length; if they take several, all of batch_size rows.
+
+    Where the model knows an EOS, blocks after it are not computed: the text is cut there.
+    """
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].gen_length, len(prompts[i].ids_T)))
     several = len(prompts) > batch_size
     while order:
@@ -83,12 +95,13 @@ def make_batches(prompts: Sequence[Prompt], options: Options, batch_size: int) -
             start = length - len(prompts[i].ids_T)
             prompt_BT[row, start:], real_BT[row, start:] = prompts[i].ids_T, True
         masks = max(prompts[i].masks for i in rows)
-        yield Batch(rows, prompt_BT, real_BT, options.sampler(masks, gen_length))
+        config = options.sampler(masks, gen_length)
+        yield Batch(rows, prompt_BT, real_BT, dataclasses.replace(config, stop_at_end=model.config.eos_id is not None))
 
 
-def row_keys(key: jax.Array, rows: Sequence[int]) -> jax.Array:
-    """The keys (B,) of the prompts at these places: a completion does not depend on how prompts are batched."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jax.device_put(np.asarray(rows)))
+def row_keys(key: jax.Array, numbers: Sequence[int]) -> jax.Array:
+    """The keys (B,) of prompts with these numbers: a completion does not depend on how prompts are batched."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jax.device_put(np.asarray(numbers, np.uint32)))
 
 
 def finished_text(tokens_T: np.ndarray, prompt: Prompt, model: Transformer, tokenizer: Tokenizer) -> str:
@@ -118,15 +131,35 @@ def complete(
     batch_size: int = 8,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Completes or fills in prompts.
+    """Completes or fills in prompts, in which "[MASK]" and other control tokens may be written as their literals.
+
+    Arguments, result and errors are those of `complete_ids`.
+    """
+    prompts = [tokenizer.encode(text, special=True) for text in texts]
+    return complete_ids(model, tokenizer, prompts, options, key, batch_size, report)
+
+
+def complete_ids(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    options: Options,
+    key: jax.Array,
+    batch_size: int = 8,
+    report: Callable[[int], None] = lambda done: None,
+    numbers: Sequence[int] | None = None,
+) -> list[str]:
+    """Completes or fills in prompts given in tokens.
 
     Args:
       model, tokenizer: from `llada_jax.load`.
-      texts: prompts; one with [MASK] in it is filled in.
+      prompts: the tokenizer's ids; a prompt with MASK in it is filled in.
       options: how.
-      key: of the noise; prompt i uses fold_in(key, i).
+      key: of the noise; prompt i uses fold_in(key, numbers[i]).
       batch_size: prompts at once.
       report: told after each batch how many prompts are done.
+      numbers: one for each prompt, from 0 to 2**32 - 1; None = their places. Numbers that come from the
+        prompts themselves make a completion independent of what else is completed.
 
     Returns:
       For each prompt its continuation, cut at EOS, or the whole text if it was filled in.
@@ -134,12 +167,13 @@ def complete(
     Raises:
       UserError: impossible settings, a prompt with tokens that the model does not know.
     """
-    prompts = [encode_prompt(text, model, tokenizer, options) for text in texts]
+    made = [make_prompt(ids, model, tokenizer, options) for ids in prompts]
+    numbers = range(len(made)) if numbers is None else numbers
     done: dict[int, str] = {}
-    for batch in make_batches(prompts, options, batch_size):
-        keys_B = row_keys(key, batch.rows)
+    for batch in make_batches(model, made, options, batch_size):
+        keys_B = row_keys(key, [numbers[i] for i in batch.rows])
         tokens_BT = np.asarray(generate(model, batch.prompt_BT, batch.config, keys_B, batch.real_BT))
         for i, row_T, real_T in zip(batch.rows, tokens_BT, batch.real_BT, strict=True):
-            done[i] = finished_text(row_T[np.sum(~real_T) :], prompts[i], model, tokenizer)
+            done[i] = finished_text(row_T[np.sum(~real_T) :], made[i], model, tokenizer)
         report(len(done))
-    return [done[i] for i in range(len(prompts))]
+    return [done[i] for i in range(len(made))]

@@ -33,6 +33,11 @@ _GEN_LENGTH = flags.DEFINE_integer("gen_length", None, "Tokens to append; defaul
 _BLOCK_LENGTH = flags.DEFINE_integer("block_length", DEFAULTS.block_length, "Tokens per block, left to right.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the most probable token.")
 _REMASKING = flags.DEFINE_string("remasking", "low_confidence", "Which predictions stay: low_confidence or random.")
+_CFG_SCALE = flags.DEFINE_float("cfg_scale", 0.0, "Guidance towards the prompt; doubles the time. 0 = none.")
+_LOGITS_EOS_INF = flags.DEFINE_boolean("logits_eos_inf", False, "Never choose EOS: all of gen_length becomes text.")
+_CONFIDENCE_EOS_EOT_INF = flags.DEFINE_boolean(
+    "confidence_eos_eot_inf", False, "EOS and end of turn stay only where nothing else can."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the noise.", lower_bound=0, upper_bound=2**32 - 1)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Prompts at once; changes no completion.")
 _SHOW = flags.DEFINE_boolean("show", False, "Show in the terminal how the text appears.")
@@ -46,6 +51,9 @@ def main() -> None:
         block_length=_BLOCK_LENGTH.value,
         temperature=_TEMPERATURE.value,
         remasking=_REMASKING.value,
+        cfg_scale=_CFG_SCALE.value,
+        logits_eos_inf=_LOGITS_EOS_INF.value,
+        confidence_eos_eot_inf=_CONFIDENCE_EOS_EOT_INF.value,
     )
     check_settings(options.sampler(0, DEFAULTS.gen_length if options.gen_length is None else options.gen_length))
     if _BATCH_SIZE.value < 1:
@@ -94,7 +102,7 @@ def show(model: Transformer, tokenizer: Tokenizer, texts: list[str], options: Op
     prompts = [encode_prompt(text, model, tokenizer, options) for text in texts]
     mask_id = model.config.mask_id
     completions = {}
-    for batch in make_batches(prompts, options, batch_size=1):
+    for batch in make_batches(model, prompts, options, batch_size=1):
         (i,) = batch.rows
         prompt, start = prompts[i], int(np.sum(~batch.real_BT))
         with terminal.Screen(sys.stderr) as screen:

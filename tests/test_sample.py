@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 import llada_jax
 from llada_jax import completion, terminal
 from llada_jax.completion import Options
+from llada_jax.model import merge, split
 from llada_jax.tokenizer import train_tokenizer
 
 PARITY = Path(__file__).parent / "parity"
@@ -50,6 +52,31 @@ def test_a_completion_does_not_depend_on_the_batch(loaded, temperature):
     assert done == [3, 4]
 
 
+def test_stopping_at_the_end_changes_no_text(loaded):
+    model, tokenizer = loaded
+    options, key = Options(gen_length=24, block_length=4, confidence_eos_eot_inf=True), jax.random.key(0)
+    (batch,) = completion.make_batches(
+        model, [completion.encode_prompt(text, model, tokenizer, options) for text in TEXTS[::2]], options, 8
+    )
+    assert batch.config.stop_at_end and batch.config.confidence_eos_eot_inf
+    whole = dataclasses.replace(batch.config, stop_at_end=False, confidence_eos_eot_inf=False)
+    tokens_BT = np.asarray(llada_jax.generate(model, batch.prompt_BT, whole, key, batch.real_BT))
+    liked = int(tokens_BT[0, -20])  # takes the role of EOS: it stands in the second of six blocks
+    ending = merge(*split(model))
+    ending.config = dataclasses.replace(model.config, eos_id=liked)
+    for rules in ({}, {"cfg_scale": 0.5}):
+        options = Options(gen_length=24, block_length=4, **rules)
+        prompts = [completion.encode_prompt(text, ending, tokenizer, options) for text in TEXTS]
+        numbers = [5, 9, 2, 2**32 - 1]
+        ids = [tokenizer.encode(text, special=True) for text in TEXTS]
+        texts = completion.complete_ids(ending, tokenizer, ids, options, key, numbers=numbers)
+        for prompt, number, text in zip(prompts, numbers, texts, strict=True):
+            config = options.sampler(prompt.masks, prompt.gen_length)
+            keys_B = completion.row_keys(key, [number])
+            tokens_BT = np.asarray(llada_jax.generate(ending, prompt.ids_T[None], config, keys_B))
+            assert text == completion.finished_text(tokens_BT[0], prompt, ending, tokenizer)
+
+
 def test_what_is_left_open_depends_on_the_prompt(loaded):
     model, tokenizer = loaded
     fill = completion.encode_prompt("a [MASK] b", model, tokenizer, Options())
@@ -77,11 +104,13 @@ def test_many_prompts_into_a_file(folder, loaded, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"prompt": text, "id": i}) + "\n\n" for i, text in enumerate(TEXTS)))
     flags = [f"--model={folder}", f"--prompts={source}", f"--output={target}", "--temperature=0.8", "--seed=3"]
+    flags += ["--cfg_scale=0.5", "--logits_eos_inf", "--confidence_eos_eot_inf"]
     many = run(*flags, "--gen_length=6", "--block_length=4", "--batch_size=3", "--show")
     assert many.returncode == 0 and many.stdout == "", many.stderr
     assert "\x1b" not in many.stderr, "no terminal: nothing is drawn"
     records = [json.loads(line) for line in target.read_text().splitlines()]
-    options = Options(gen_length=6, block_length=4, temperature=0.8)
+    rules = {"cfg_scale": 0.5, "logits_eos_inf": True, "confidence_eos_eot_inf": True}
+    options = Options(gen_length=6, block_length=4, temperature=0.8, **rules)
     expected = completion.complete(*loaded, TEXTS, options, jax.random.key(3))
     pairs = zip(TEXTS, expected, strict=True)
     assert records == [{"prompt": text, "id": i, "completion": done} for i, (text, done) in enumerate(pairs)]
