@@ -6,6 +6,7 @@ the L tokens masked, without replacement. Its variance is far below that of the 
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from llada_jax import mesh
 from llada_jax.config import ValidationConfig
 from llada_jax.cross_entropy import linear_cross_entropy
 from llada_jax.diffusion import low_discrepancy, row_keys, unit_interval
-from llada_jax.model import merge
+from llada_jax.model import Transformer, merge
 
 
 def exact_mask(key_B: jax.Array, length_B: jax.Array, masked_B: jax.Array, width: int) -> jax.Array:
@@ -38,6 +39,32 @@ def exact_mask(key_B: jax.Array, length_B: jax.Array, masked_B: jax.Array, width
         return jnp.zeros(width, bool).at[order_T].set(position_T < masked)
 
     return jax.vmap(one_row)(key_B, length_B, masked_B)
+
+
+def masked_nats(
+    model: Transformer,
+    trunk: Callable[[jax.Array], jax.Array],
+    tokens_BT: jax.Array,
+    mask_BT: jax.Array,
+    weight_B: jax.Array,
+    chunk: int,
+    mask_id: int,
+) -> jax.Array:
+    """weight * sum of the masked tokens' -log p(x_0^i | x_l) of each row: fp32 nats (B,), whole on every device.
+
+    Args:
+      model: gives the head.
+      trunk: hidden states of a canvas in which tokens are masked.
+      tokens_BT: int32 x_0.
+      mask_BT: bool, the tokens that are masked.
+      weight_B: fp32, L / l.
+      chunk: positions per chunk of the head; those that are not masked cost nothing.
+      mask_id: id of MASK.
+    """
+    weight_BT = jnp.where(mask_BT, weight_B[:, None], 0.0)
+    h_BTD = trunk(jnp.where(mask_BT, mask_id, tokens_BT))
+    _, nll_BT = linear_cross_entropy(h_BTD, model.head_weight(), tokens_BT, weight_BT, chunk)
+    return jax.reshard((nll_BT * weight_BT).sum(axis=1), P(None))
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "chunk", "mask_id"))
@@ -62,10 +89,9 @@ def bound(
     masked_B = jnp.minimum((unit_B * length_B).astype(jnp.int32) + 1, length_B)
     width = tokens_BT.shape[1]
     mask_BT = exact_mask(row_keys(jax.random.fold_in(key, 1), row_B), length_B, masked_B, width)
-    weight_BT = jnp.where(mask_BT, (length_B / masked_B)[:, None], 0.0)
-    h_BTD = model.trunk(jnp.where(mask_BT, mask_id, tokens_BT), length_B)
-    _, nll_BT = linear_cross_entropy(h_BTD, model.head_weight(), tokens_BT, weight_BT, chunk)
-    return jax.reshard((nll_BT * weight_BT).sum(axis=1), P(None))
+    return masked_nats(
+        model, lambda x_l_BT: model.trunk(x_l_BT, length_B), tokens_BT, mask_BT, length_B / masked_B, chunk, mask_id
+    )
 
 
 def validate(
