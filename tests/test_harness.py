@@ -1,0 +1,253 @@
+"""The model of lm_eval: what reaches the scores and the sampler, and what comes back."""
+
+import math
+
+import bench
+import jax
+import lm_eval
+import numpy as np
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
+
+import llada_jax
+from llada_jax import harness, scoring
+from llada_jax.config import UserError
+from llada_jax.scoring import Score
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return bench.write_model(tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return llada_jax.load(folder)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return TaskManager(include_path=str(bench.write_tasks(tmp_path_factory.mktemp("t"))), include_defaults=False)
+
+
+def instances(kind, arguments):
+    return [Instance(kind, {}, given, 0) for given in arguments]
+
+
+class Told:
+    """Stands in for scores and sampler: notes what it is asked, and answers what it was told to."""
+
+    def __init__(self, monkeypatch, tokenizer, score=lambda prompt, answer: -1.0, text=lambda prompt: ""):
+        self.pairs, self.calls = [], []
+
+        def log_likelihoods(model, requests, report=lambda done: None, **settings):
+            decoded = [(tokenizer.decode(prompt), tokenizer.decode(answer)) for prompt, answer in requests]
+            self.pairs += decoded
+            self.calls.append(settings)
+            report(len(requests))
+            return [Score(score(*pair), 0.0) for pair in decoded]
+
+        def greedy_matches(model, requests, **settings):
+            return [score(tokenizer.decode(p), tokenizer.decode(a)) > -1.5 for p, a in requests]
+
+        def complete_ids(model, tokenizer, prompts, options, key, batch_size, report, numbers):
+            self.calls.append((options, [tokenizer.decode(prompt) for prompt in prompts], list(numbers)))
+            return [text(tokenizer.decode(prompt)) for prompt in prompts]
+
+        monkeypatch.setattr(scoring, "log_likelihoods", log_likelihoods)
+        monkeypatch.setattr(scoring, "greedy_matches", greedy_matches)
+        monkeypatch.setattr(harness, "complete_ids", complete_ids)
+
+
+def test_known_answers_give_known_figures(monkeypatch, loaded, tasks):
+    model, tokenizer = loaded
+    right = {record["question"]: record["choices"][record["gold"]] for record in bench.DATA["choice"]}
+    right |= {record["text"].rsplit(" ", 1)[0]: record["text"].split(" ")[-1] for record in bench.DATA["cloze"]}
+    right.pop("After nine comes")
+
+    def score(prompt, answer):
+        return -1.0 if right.get(prompt.split("\n")[-1].strip()) == answer.strip() else -2.0
+
+    def text(prompt):
+        number = 2 * int(prompt.split("What is ")[-1].split()[0])
+        return f" Well. #### {number if number != 8 else 7}\n\n#### 99"
+
+    told = Told(monkeypatch, tokenizer, score, text)
+    lm = harness.LLaDA(model, tokenizer, mc_samples=7, cfg_scale=0.5, batch_size=3)
+    names = ["choice", "cloze", "sums"]
+    found = lm_eval.simple_evaluate(lm, tasks=names, task_manager=tasks, bootstrap_iters=10)["results"]
+    # Of nine questions one is unknown: then all choices are equal and the first one is taken, which is wrong.
+    assert found["choice"]["acc,none"] == pytest.approx(8 / 9)
+    assert found["cloze"]["perplexity,none"] == pytest.approx(math.e) and found["cloze"]["acc,none"] == 1.0
+    assert found["sums"]["exact_match,number"] == pytest.approx(8 / 9)
+    assert found["sums"]["exact_match_stderr,number"] == pytest.approx(math.sqrt(8 / 9 * 1 / 9 / 8))
+    scored = [call for call in told.calls if isinstance(call, dict)]
+    assert all(call["samples"] == 7 and call["cfg_scale"] == 0.5 for call in scored)
+    assert ("After one comes", " two") in told.pairs and ("one and then", " two") in told.pairs
+
+
+def test_examples_come_in_front(monkeypatch, loaded, tasks):
+    model, tokenizer = loaded
+    told = Told(monkeypatch, tokenizer)
+    lm = harness.LLaDA(model, tokenizer)
+    lm_eval.simple_evaluate(lm, tasks=["choice"], task_manager=tasks, num_fewshot=2, limit=2, bootstrap_iters=0)
+    questions = {record["question"]: record["choices"][record["gold"]] for record in bench.DATA["choice"]}
+    for prompt, _ in told.pairs:
+        *examples, question = prompt.split("\n\n")
+        assert question in questions and len(examples) == 2
+        assert all(questions[q] == a for q, a in (example.rsplit(" ", 1) for example in examples))
+
+
+def test_values_are_those_of_the_scores(folder, loaded):
+    model, tokenizer = loaded
+    lm = get_model("llada_jax").create_from_arg_string(f"pretrained={folder},mc_samples=3,seed=5", {"batch_size": 2})
+    assert lm.max_length == 256 and (lm.rank, lm.world_size) == (0, 1)
+    asked = [("one two ", "three four five"), ("", "six"), ("seven", " eight")]
+    found = lm.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
+    whole = tokenizer.encode("one two three four five")
+    prompt = tokenizer.encode("one two")  # the space goes to the answer
+    pairs = [(prompt, whole[len(prompt) :]), ([], tokenizer.encode("six")), (tokenizer.encode("seven"), None)]
+    pairs[2] = (pairs[2][0], tokenizer.encode("seven eight")[len(pairs[2][0]) :])
+    wanted = scoring.log_likelihoods(model, pairs, samples=3, key=jax.random.key(5))
+    greedy = scoring.greedy_matches(model, pairs)
+    np.testing.assert_allclose([value for value, _ in found], [score.value for score in wanted], rtol=1e-5)
+    assert [match for _, match in found] == greedy
+
+    texts = ["one two three. " * 40, "four"]
+    rolling = lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(text,) for text in texts]), True)
+    documents = [tokenizer.encode(text) for text in texts]
+    assert len(documents[0]) > 256
+    wanted = scoring.rolling_log_likelihoods(model, documents, max_length=256, samples=3, key=jax.random.key(5))
+    np.testing.assert_allclose(rolling, [score.value for score in wanted], rtol=1e-5)
+
+
+def test_what_is_too_long_loses_its_beginning(monkeypatch, loaded):
+    model, tokenizer = loaded
+    told = Told(monkeypatch, tokenizer)
+    lm = harness.LLaDA(model, tokenizer, max_length=12, gen_length=4)
+    words = tokenizer.encode("one two three four five six seven eight nine ten")
+    text, answer = tokenizer.decode(words), " one"
+    lm.loglikelihood(instances("loglikelihood", [(text, answer), ("", text)]), disable_tqdm=True)
+    kept = 12 - len(tokenizer.encode(text + answer)[len(words) :])
+    assert set(told.pairs) == {(tokenizer.decode(words[-kept:]), answer), ("", tokenizer.decode(words[-12:]))}
+    lm.generate_until(instances("generate_until", [(text, {"until": []})]), disable_tqdm=True)
+    assert told.calls[-1][1] == [tokenizer.decode(words[-8:])]
+    with pytest.raises(UserError, match="gen_length=4 leaves no room"):
+        lm.max_length = 4
+        lm.generate_until(instances("generate_until", [(text, {})]), disable_tqdm=True)
+
+
+def test_literals_of_control_tokens(loaded):
+    model, tokenizer = loaded
+    lm = harness.LLaDA(model, tokenizer)
+    ids = lm.tok_encode("<|eot_id|>a[MASK]b")
+    assert ids[0] == tokenizer.eot_id and tokenizer.mask_id not in ids and tokenizer.decode(ids[1:]) == "a[MASK]b"
+    assert lm.tok_encode("plain text") == tokenizer.encode("plain text")
+    assert lm.eot_token_id == tokenizer.eos_id
+
+
+def test_settings_of_generation(monkeypatch, capsys, loaded):
+    model, tokenizer = loaded
+    asked = [
+        ("one", {"until": ["b"], "max_gen_toks": 5, "do_sample": False, "temperature": 1.0}),
+        ("two", {"until": "c", "max_new_tokens": 5, "top_p": 0.9}),
+        ("three", {"do_sample": True, "temperature": 0.7}),
+        ("one", {"until": ["b"], "max_gen_toks": 5}),
+    ]
+    told = Told(monkeypatch, tokenizer, text=lambda prompt: "a-c-b-c")
+    lm = harness.LLaDA(model, tokenizer, block_length=2, logits_eos_inf=True)
+    assert lm.generate_until(instances("generate_until", asked), True) == ["a-c-", "a-", "a-c-b-c", "a-c-"]
+    settings = {(o.gen_length, o.temperature, o.block_length, o.logits_eos_inf): set(p) for o, p, _ in told.calls}
+    assert settings == {(5, 0.0, 2, True): {"one", "two"}, (256, 0.7, 2, True): {"three"}}
+    numbers = {prompt: n for _, prompts, all_n in told.calls for prompt, n in zip(prompts, all_n, strict=True)}
+    assert capsys.readouterr().err.count("top_p") == 1
+    assert len({n for _, _, all_n in told.calls for n in all_n}) == 4, "even an equal prompt has noise of its own"
+
+    told.calls.clear()
+    lm = harness.LLaDA(model, tokenizer, gen_length=9, temperature=0.2, steps=3)
+    lm.generate_until(instances("generate_until", asked[1:3]), True)
+    ((options, prompts, again),) = told.calls
+    assert (options.gen_length, options.temperature, options.steps) == (9, 0.2, 3)
+    assert dict(zip(prompts, again, strict=True)) == {name: numbers[name] for name in ("two", "three")}
+
+
+class Chat:
+    """A tokenizer with a chat template."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self.chat_template = tokenizer, "a template"
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def render_chat(self, messages, add_generation_prompt=True):
+        assert add_generation_prompt
+        return "".join(f"<{m['role']}>{m['content']}<|eot_id|>" for m in messages) + "<assistant>"
+
+
+def test_chat_template(monkeypatch, loaded, tasks):
+    model, tokenizer = loaded
+    told = Told(monkeypatch, tokenizer)
+    lm = harness.LLaDA(model, Chat(tokenizer))
+    lm_eval.simple_evaluate(lm, tasks=["sums"], task_manager=tasks, apply_chat_template=True, limit=1, num_fewshot=0)
+    (prompt,) = told.calls[-1][1]
+    assert prompt == "<user>Question: What is 0 + 0?\nAnswer:<|eot_id|><assistant>"
+    opened = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "It is"}]
+    assert lm.apply_chat_template(opened, add_generation_prompt=False) == "<user>a<|eot_id|><assistant>It is"
+    assert lm.chat_template(True) == "a template" and lm.chat_template(False) is None
+    name = lm.tokenizer_name
+    lm.tokenizer.chat_template = "another"
+    assert lm.tokenizer_name != name
+    with pytest.raises(UserError, match="cannot be chosen by name"):
+        lm.chat_template("tool_use")
+
+
+def test_completions_do_not_depend_on_what_else_is_asked(loaded):
+    model, tokenizer = loaded
+    lm = harness.LLaDA(model, tokenizer, gen_length=6, block_length=3, temperature=0.9, batch_size=2)
+    asked = [(f"Count: {word}", {"until": []}) for word in bench.WORDS[:5]]
+    found = lm.generate_until(instances("generate_until", asked), True)
+    assert lm.generate_until(instances("generate_until", asked[3:]), True) == found[3:]
+    assert len(set(found)) > 1
+
+
+def test_an_interruption_loses_one_portion(monkeypatch, loaded, tasks, tmp_path):
+    model, tokenizer = loaded
+    monkeypatch.setattr(harness, "LIKELIHOOD_PORTION", 10)
+    told = Told(monkeypatch, tokenizer, score=lambda prompt, answer: -float(len(prompt) + len(answer)))
+    settings = {"tasks": ["choice"], "task_manager": tasks, "bootstrap_iters": 0}
+    whole = lm_eval.simple_evaluate(harness.LLaDA(model, tokenizer), **settings)["results"]
+    assert len(told.pairs) == 27
+    told.pairs.clear()
+    score = scoring.log_likelihoods
+
+    def fails(model, requests, **rest):
+        if len(told.pairs) >= 20:
+            raise RuntimeError("no more")
+        return score(model, requests, **rest)
+
+    monkeypatch.setattr(scoring, "log_likelihoods", fails)
+    cache = str(tmp_path / "cache")
+    with pytest.raises(RuntimeError, match="no more"):
+        lm_eval.simple_evaluate(harness.LLaDA(model, tokenizer), use_cache=cache, **settings)
+    told.pairs.clear()
+    monkeypatch.setattr(scoring, "log_likelihoods", score)
+    again = lm_eval.simple_evaluate(harness.LLaDA(model, tokenizer), use_cache=cache, **settings)["results"]
+    assert len(told.pairs) == 7 and again == whole
+
+
+def test_arguments(folder, loaded, tmp_path):
+    for arguments, words in (
+        ({}, "pretrained=DIR is missing"),
+        ({"pretrained": loaded[0]}, "has no tokenizer"),
+        ({"pretrained": bench.PARITY / "gqa"}, "has no tokenizer"),
+        ({"model": str(folder), "mc_samples": 0}, "mc_samples=0"),
+        ({"model": str(tmp_path / "none")}, "is no folder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            harness.LLaDA(**arguments)
+    assert harness.LLaDA(model=folder, batch_size="auto", max_length=99).max_length == 99
+    (tmp_path / "config.json").write_text('{"config": {"sequence_length": 32}}')
+    assert harness.model_length(tmp_path) == 32 and harness.model_length(tmp_path / "none") is None
