@@ -10,6 +10,7 @@ import functools
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -89,14 +90,16 @@ def main() -> None:
         "plain: head on the whole canvas": lambda: plain(model, prompt_BT, config),
         "trunk alone": trunk,
     }
-    same = bool(jnp.all(cases["generate"]() == cases["plain: head on the whole canvas"]()))
+    results: dict[str, jax.Array] = {}
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for repeat in range(args.repeats + 1):
         for name, case in cases.items():
             start = time.perf_counter()
-            jax.block_until_ready(case())
+            results[name] = jax.block_until_ready(case())
             if repeat:  # the first compiles
                 seconds[name].append(time.perf_counter() - start)
+            print(f"{repeat} of {args.repeats}: {name}", file=sys.stderr, flush=True)
+    same = bool(jnp.all(results["generate"] == results["plain: head on the whole canvas"]))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, median in medians.items():
         line = {
