@@ -11,11 +11,13 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 
+from llada_jax import chat_template
 from llada_jax.config import UserError
 from llada_jax.tokenizer_backends import MASK_LITERAL, NOT_A_TOKEN, ROLES, Backend, HuggingFace, SentencePiece
 
@@ -32,11 +34,15 @@ class Tokenizer:
       size: number of ids, the appended ones included.
       vocab_size: `size` rounded up to a multiple of 128, the rows of a model's embedding.
       bos_id, eos_id, mask_id, start_header_id, end_header_id, eot_id: the six roles.
-      sha256: hash of the content and of the six roles; equal on any machine.
+      chat_template: the Jinja source of the folder's own chat template; None = it has none, the default is used.
+      default_chat_template: the Jinja source of LLaDA's, with this tokenizer's literals.
+      sha256: hash of the content and of the six roles; equal on any machine. The chat template is not in it.
     """
 
-    def __init__(self, backend: Backend):
+    def __init__(self, backend: Backend, chat_files: Mapping[str, bytes] | None = None):
         self._backend = backend
+        self._chat_files = dict(chat_files or {})
+        self.chat_template = chat_template.find_source(self._chat_files)
         self.kind = backend.kind
         self.size = backend.size
         roles: dict[str, tuple[int, str]] = {}
@@ -55,6 +61,10 @@ class Tokenizer:
         self._literals = {i: literal for literal, i in self._special.items()} | {self.mask_id: MASK_LITERAL}
         longest_first = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        literals = {role: literal for role, (_, literal) in roles.items()}
+        self._header = f"{literals['start_header']}assistant{literals['end_header']}\n\n"
+        chat_literals = (literals[role] for role in ("bos", "start_header", "end_header", "eot"))
+        self.default_chat_template = chat_template.default_source(*chat_literals)
         digest = hashlib.sha256(self.kind.encode())
         digest.update(hashlib.sha256(backend.files[_MODEL_FILES[self.kind]]).digest())
         digest.update(json.dumps([roles, sorted(self._special.items())]).encode())
@@ -70,17 +80,70 @@ class Tokenizer:
           continuation: the text goes on where other text ended: a tokenizer that puts a space in front
             of a text does not.
         """
-        if not special:
-            return self._backend.encode(text, continuation)
+        return self._encode_special(text, continuation) if special else self._backend.encode(text, continuation)
+
+    def _encode_special(self, text: str, continuation: bool, true: Callable[[str], str] = str) -> list[int]:
+        """Literals of control tokens as one token each; the text between them as `true` gives it."""
         ids: list[int] = []
         for part in self._special_pattern.split(text):
             if part in self._special:
                 ids.append(self._special[part])
                 continuation = ids[-1] not in (self.bos_id, self.eos_id)
             elif part:
-                ids += self._backend.encode(part, continuation)
+                ids += self._backend.encode(true(part), continuation)
                 continuation = True
         return ids
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat, by the folder's chat template or LLaDA's own.
+
+        LLaDA's: BOS, then for each message <|start_header_id|>ROLE<|end_header_id|>, two newlines, its trimmed content
+        and <|eot_id|>; then the header of the assistant's answer.
+
+        Args:
+          messages: {"role": "system" | "user" | "assistant", "content": text} each; what else is in them is the
+            template's to use.
+          add_generation_prompt: whether the header of an answer follows. A template that always writes that header
+            (the published one) has it taken off again; one that always writes another kind keeps it.
+
+        Raises UserError: a message without role or content, a template that fails or refuses them.
+        """
+        chat_template.check_messages(messages)
+        if add_generation_prompt:
+            return self._chat_text(messages, True)
+        text, back = self._marked_chat(messages, False)
+        return text.translate(back)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """The ids of a chat, as `render_chat`; only what the template writes becomes control tokens.
+
+        A literal such as "<|eot_id|>" in a message is encoded as the characters that it is. All other ids are those
+        that the tokenizer gives the rendered text with control tokens recognised.
+        """
+        chat_template.check_messages(messages)
+        text, back = self._marked_chat(messages, add_generation_prompt)
+        return self._encode_special(text, False, lambda part: part.translate(back))
+
+    def _marked_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
+    ) -> tuple[str, dict[int, str]]:
+        text, back = chat_template.render_marked(
+            lambda m: self._chat_text(m, add_generation_prompt),
+            messages,
+            self._special_pattern,
+            {literal[0] for literal in self._special},
+        )
+        # Characters of the messages are replaced in it: this is the template's own header.
+        if not add_generation_prompt and text.endswith(self._header):
+            if text.translate(back) == self._chat_text(messages, True):
+                text = text.removesuffix(self._header)
+        return text, back
+
+    def _chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        if self.chat_template is None:
+            return chat_template.render(self.default_chat_template, {}, messages, add_generation_prompt)
+        variables = chat_template.special_tokens(self._chat_files, self._backend.named)
+        return chat_template.render(self.chat_template, variables, messages, add_generation_prompt)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False, continuation: bool = False) -> str:
         """The text of `ids`: control tokens as their literals (the mask as "[MASK]") or left out.
@@ -113,7 +176,7 @@ class Tokenizer:
         """Writes the files that `load_tokenizer(directory)` reads back; makes the folder."""
         path = epath.Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        for name, content in self._backend.files.items():
+        for name, content in {**self._chat_files, **self._backend.files}.items():
             (path / name).write_bytes(content)
 
 
@@ -134,7 +197,8 @@ def find_tokenizer(directory: str | os.PathLike) -> Tokenizer | None:
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Loads a SentencePiece .model, a tokenizer.json, or a folder with either.
 
-    Beside a file named tokenizer.json its tokenizer_config.json and special_tokens_map.json are read.
+    Beside a file named tokenizer.json its tokenizer_config.json and special_tokens_map.json are read, and in a folder
+    the chat template (chat_template.jinja, or in tokenizer_config.json or chat_template.json).
     Raises UserError if there is no tokenizer at `path`.
     """
     file = epath.Path(path)
@@ -153,12 +217,19 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 def _load(kind: str, file: epath.Path, folder: epath.Path | None) -> Tokenizer:
     files = {_MODEL_FILES[kind]: file.read_bytes()}
     if folder is not None and kind == "huggingface":
-        files |= {name: (folder / name).read_bytes() for name in _CONFIG_FILES if (folder / name).exists()}
+        files |= _existing(folder, _CONFIG_FILES)
+    chat_files = {} if folder is None else _existing(folder, chat_template.FILES)
     try:
-        return Tokenizer(_BACKENDS[kind](files))
+        return Tokenizer(_BACKENDS[kind](files), chat_files)
+    except UserError:
+        raise
     except Exception as error:  # each library has its own, and tokenizers raises bare Exception
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} is not a {kind} tokenizer that can be read: {reason}") from error
+
+
+def _existing(folder: epath.Path, names: Iterable[str]) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, directory: str | os.PathLike) -> Tokenizer:
