@@ -129,14 +129,14 @@ class LLaDA(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """Tells lm_eval's caches tokenizers and chat templates apart."""
-        template = hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
+        template = hashlib.sha256(str(self.chat_template(True)).encode()).hexdigest()
         return f"llada_jax-{self.tokenizer.sha256[:16]}-{template[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The source of the chat template; of several in a folder the default one."""
+        """The source of the chat template: of several in a folder the default one, without any LLaDA's own."""
         if isinstance(chat_template, str):
             raise UserError(f"apply_chat_template={chat_template}: a template cannot be chosen by name")
-        return self.tokenizer.chat_template if chat_template else None
+        return (self.tokenizer.chat_template or self.tokenizer.default_chat_template) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The dialogue as one text; without `add_generation_prompt` its last message, of the assistant, stays open."""

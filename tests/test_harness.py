@@ -173,40 +173,36 @@ def test_settings_of_generation(monkeypatch, capsys, loaded):
     assert dict(zip(prompts, again, strict=True)) == {name: numbers[name] for name in ("two", "three")}
 
 
-class Chat:
-    """A tokenizer with a chat template."""
-
-    def __init__(self, tokenizer):
-        self._tokenizer, self.chat_template = tokenizer, "a template"
-
-    def __getattr__(self, name):
-        return getattr(self._tokenizer, name)
-
-    def render_chat(self, messages, add_generation_prompt=True):
-        assert add_generation_prompt
-        return "".join(f"<{m['role']}>{m['content']}<|eot_id|>" for m in messages) + "<assistant>"
-
-
 def test_chat_template(monkeypatch, loaded, tasks):
     model, tokenizer = loaded
     told = Told(monkeypatch, tokenizer)
-    lm = harness.LLaDA(model, Chat(tokenizer))
-    lm_eval.simple_evaluate(lm, tasks=["sums"], task_manager=tasks, apply_chat_template=True, limit=1, num_fewshot=0)
+    lm = harness.LLaDA(model, tokenizer)
+    lm_eval.simple_evaluate(lm, tasks=["sums"], task_manager=tasks, apply_chat_template=True, limit=1, num_fewshot=1)
     (prompt,) = told.calls[-1][1]
-    assert prompt == "<user>Question: What is 0 + 0?\nAnswer:<|eot_id|><assistant>"
-    opened = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "It is"}]
-    assert lm.apply_chat_template(opened, add_generation_prompt=False) == "<user>a<|eot_id|><assistant>It is"
-    assert lm.chat_template(True) == "a template" and lm.chat_template(False) is None
+    *examples, question = messages = [
+        {"role": "user", "content": "Question: What is 0 + 0?\nAnswer:"},
+        {"role": "assistant", "content": "0"},
+        {"role": "user", "content": "Question: What is 0 + 0?\nAnswer:"},
+    ]
+    drawn = prompt.split("What is ")[1].split("?")[0]  # the example that lm_eval took
+    examples[0]["content"] = f"Question: What is {drawn}?\nAnswer:"
+    examples[1]["content"] = str(2 * int(drawn.split()[0]))
+    assert prompt == tokenizer.render_chat(messages) and prompt.count("<|eot_id|>") == 3
+    assert lm.tok_encode(prompt) == tokenizer.encode_chat(messages)
+    opened = [question, {"role": "assistant", "content": "It is"}]
+    assert lm.apply_chat_template(opened, add_generation_prompt=False) == tokenizer.render_chat([question]) + "It is"
+
+    assert lm.chat_template(True) == tokenizer.default_chat_template and lm.chat_template(False) is None
     name = lm.tokenizer_name
-    lm.tokenizer.chat_template = "another"
-    assert lm.tokenizer_name != name
+    monkeypatch.setattr(tokenizer, "chat_template", "another")
+    assert lm.chat_template(True) == "another" and lm.tokenizer_name != name
     with pytest.raises(UserError, match="cannot be chosen by name"):
         lm.chat_template("tool_use")
 
 
 def test_completions_do_not_depend_on_what_else_is_asked(loaded):
     model, tokenizer = loaded
-    lm = harness.LLaDA(model, tokenizer, gen_length=6, block_length=3, temperature=0.9, batch_size=2)
+    lm = harness.LLaDA(model, tokenizer, gen_length=6, block_length=3, temperature=0.9, batch_size=1)
     asked = [(f"Count: {word}", {"until": []}) for word in bench.WORDS[:5]]
     found = lm.generate_until(instances("generate_until", asked), True)
     assert lm.generate_until(instances("generate_until", asked[3:]), True) == found[3:]

@@ -1,0 +1,277 @@
+"""An evaluation from its tasks to its file of results: what evaluate.py does.
+
+Everything that a user can get wrong is looked at before the model is loaded: the tasks are found, their data loaded
+and their first request built. Several processes do all of this alike; the first alone writes and shows progress.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llada_jax import distributed, loading, mesh, reversal, tasks
+from llada_jax.completion import Options
+from llada_jax.config import MeshConfig, UserError
+from llada_jax.model import Transformer
+from llada_jax.sampling import check_settings
+from llada_jax.tokenizer import Tokenizer
+
+REVERSAL = "reversal"
+BOOTSTRAPS = 1000  # resamples, where a standard error has no formula: enough for two digits
+_PACKAGES = ("jax", "jaxlib", "flax", "lm_eval", "datasets", "tokenizers", "sentencepiece", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate, how, and where the results go. None = left to the task, the model or `harness.LLaDA`."""
+
+    model: str
+    tasks: tuple[str, ...]
+    output: str
+    recipe: str | None = None
+    step: int | None = None
+    dtype: str | None = None
+    include_path: tuple[str, ...] = ()
+    data: str | None = None  # couplets, for the task "reversal"
+    num_fewshot: int | None = None
+    limit: float | None = None  # documents per task; below 1: share of them
+    apply_chat_template: bool = False
+    confirm_run_unsafe_code: bool = False
+    mc_samples: int = 128
+    cfg_scale: float = 0.0
+    steps: int | None = None
+    gen_length: int | None = None
+    block_length: int | None = None
+    temperature: float | None = None
+    remasking: str = "low_confidence"
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    max_length: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    cache: str | None = None
+    log_samples: bool = False
+    fsdp: int = 1
+    tensor: int = 1
+
+    def settings(self) -> dict[str, Any]:
+        """What the figures depend on beside the model and the tasks: arguments of `harness.LLaDA`."""
+        names = ("mc_samples", "cfg_scale", "gen_length", "steps", "block_length", "temperature", "remasking")
+        names += ("logits_eos_inf", "confidence_eos_eot_inf", "max_length", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def options(self) -> Options:
+        """Of generation, for what lm_eval has no part in."""
+        given = {name: getattr(self, name) for name in ("block_length", "temperature")}
+        return Options(
+            steps=self.steps,
+            gen_length=self.gen_length,
+            remasking=self.remasking,
+            cfg_scale=self.cfg_scale,
+            logits_eos_inf=self.logits_eos_inf,
+            confidence_eos_eot_inf=self.confidence_eos_eot_inf,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
+
+def run(job: Evaluation) -> int:
+    """Evaluates, writes the results, prints their table to stdout; returns the exit code 0. UserError as below."""
+    started, date = time.monotonic(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    distributed.check_same("evaluation", dataclasses.asdict(job), lambda _: "it has other flags than process 0")
+    check(job)
+    names = [name for name in job.tasks if name != REVERSAL]
+    couplets = reversal.read_couplets(job.data)[: _whole(job.limit)] if REVERSAL in job.tasks else None
+    found = None
+    if names:
+        _prepare_lm_eval()
+        found = tasks.load(names, job.include_path, job.num_fewshot, job.confirm_run_unsafe_code)
+
+    devices = mesh.make_mesh(MeshConfig(data=-1, fsdp=job.fsdp, tensor=job.tensor))
+    model, tokenizer = loading.load(job.model, devices, job.dtype, job.step)
+    if tokenizer is None:
+        raise UserError(f"{job.model} has no tokenizer: put its tokenizer.json or tokenizer.model there")
+    results: dict[str, Any] = {"results": {}, "n-shot": {}}
+    batch_size = job.batch_size or 8 * devices.shape["data"] * devices.shape["fsdp"]
+    if found:
+        results = _harness(job, model, tokenizer, batch_size, *found)
+    if couplets:
+        samples: dict[str, list] = {}
+        figures = reversal.evaluate(
+            model,
+            tokenizer,
+            couplets,
+            job.options(),
+            jax.random.key(job.seed),
+            chat=job.apply_chat_template,
+            batch_size=batch_size,
+            report=lambda task, done: samples.update({task: done}),
+        )
+        results["results"] |= figures
+        results["n-shot"] |= dict.fromkeys(figures, 0)
+        if job.log_samples:
+            results.setdefault("samples", {}).update(samples)
+    results |= {
+        "evaluation": dataclasses.asdict(job),
+        "model": _identity(job) | {"dtype": model.compute.dtype, "mesh": dict(devices.shape)},
+        "software": _versions(),
+        "date": date,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if distributed.index() == 0:
+        _write(Path(job.output), results)
+        print(table(results))
+    return 0
+
+
+def check(job: Evaluation) -> None:
+    """UserError for what can be seen at once to be impossible."""
+    if not job.tasks:
+        raise UserError("nothing to evaluate: give --tasks=NAME,... or --recipe=NAME (--list shows the recipes)")
+    if distributed.index() == 0:
+        for flag, path in (("output", job.output), ("cache", job.cache)):
+            if path is not None and not Path(path).absolute().parent.is_dir():
+                raise UserError(f"--{flag}={path}: there is no folder {Path(path).absolute().parent}")
+        if Path(job.output).is_dir():
+            raise UserError(f"--output={job.output} is a folder: name a file in it")
+    if not Path(job.model).is_dir():
+        raise UserError(f"--model={job.model} is no folder: give a training workdir or a published model's folder")
+    if REVERSAL in job.tasks and not job.data:
+        raise UserError("--tasks=reversal needs --data=FILE.json: its couplets")
+    for name, least in (("mc_samples", 1), ("max_length", 1), ("batch_size", 1), ("num_fewshot", 0)):
+        if (value := getattr(job, name)) is not None and value < least:
+            raise UserError(f"--{name}={value}: it must be at least {least}")
+    if job.limit is not None and (job.limit <= 0 or (job.limit >= 1 and job.limit != int(job.limit))):
+        raise UserError(f"--limit={job.limit}: a number of documents, or a share of them below 1")
+    options = job.options()
+    check_settings(options.sampler(0, 1 if options.gen_length is None else options.gen_length))
+    if any(name != REVERSAL for name in job.tasks) and importlib.util.find_spec("lm_eval") is None:
+        raise UserError('lm_eval is not installed: pip install "llada_jax[eval]"')
+
+
+def _whole(limit: float | None) -> int | None:
+    return None if limit is None else max(1, int(limit))
+
+
+def _prepare_lm_eval() -> None:
+    """What must be said before lm_eval is imported."""
+    # Its bootstrap would fork this process, whose threads (of JAX) do not survive that.
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR if distributed.index() else logging.WARNING)
+    if distributed.index():
+        os.environ["TQDM_DISABLE"] = "1"
+
+
+def _harness(
+    job: Evaluation, model: Transformer, tokenizer: Tokenizer, batch_size: int, manager: Any, loaded: list
+) -> dict[str, Any]:
+    """The results of lm_eval."""
+    import lm_eval
+
+    from llada_jax import harness
+
+    settings = job.settings()
+    if settings["max_length"] is None:
+        settings["max_length"] = harness.model_length(job.model)
+    lm = harness.LLaDA(model, tokenizer, batch_size=batch_size, **settings)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        cache = None
+        if job.cache is not None:
+            # lm_eval knows a result by its request alone: other models and settings must not meet in one file.
+            cache = f"{job.cache}-{_fingerprint(job)}" if distributed.index() == 0 else f"{elsewhere}/cache"
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
+            results = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=loaded,
+                task_manager=manager,
+                num_fewshot=job.num_fewshot,
+                use_cache=cache,
+                limit=job.limit,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=job.log_samples,
+                apply_chat_template=job.apply_chat_template,
+                confirm_run_unsafe_code=job.confirm_run_unsafe_code,
+            )
+    results = results or {"results": {}, "n-shot": {}}  # lm_eval gives them to the first process of a machine only
+    names = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
+    return {name: results[name] for name in (*names, "samples") if name in results}
+
+
+def _identity(job: Evaluation) -> dict[str, Any]:
+    """Which model it is: where, and the step or the files of its weights."""
+    folder = Path(job.model)
+    record: dict[str, Any] = {"path": str(folder.resolve()), "step": None}
+    if (folder / "checkpoints").is_dir():
+        from llada_jax import checkpoint
+
+        return record | {"step": checkpoint.choose_step(folder, job.step)}
+    weights = sorted(folder.glob("*.safetensors"))
+    return record | {"weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights]}
+
+
+def _fingerprint(job: Evaluation) -> str:
+    content = json.dumps([_identity(job), job.settings(), job.dtype], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("llada_jax", *_PACKAGES):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: what a task's config holds beside plain values."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def _write(path: Path, results: dict[str, Any]) -> None:
+    """Writes the file whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        text = json.dumps(results, indent=2, ensure_ascii=False, default=_plain)
+        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"--output={path}: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures with their standard errors, a line each."""
+    rows = [("task", "shots", "filter", "metric", "value", "stderr")]
+    for task, figures in results["results"].items():
+        for name, value in figures.items():
+            metric, _, kind = name.partition(",")
+            if not kind or metric.endswith("_stderr"):
+                continue
+            error = figures.get(f"{metric}_stderr,{kind}")
+            shots = str(results["n-shot"].get(task, ""))
+            rows.append((figures.get("alias", task), shots, kind, metric, _figure(value), _figure(error)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+    return "" if value is None else str(value)

@@ -1,0 +1,32 @@
+"""python tests/interrupted.py COUNT FLAGS OF EVALUATE: killed (-9) once COUNT results of requests are in the cache."""
+
+import os
+import signal
+import sys
+import time
+
+
+def main() -> None:
+    """Arms the kill, then evaluates."""
+    left = int(sys.argv.pop(1))
+    from lm_eval.api.model import CacheHook
+
+    from llada_jax import command_line, evaluate
+
+    add = CacheHook.add_partial
+
+    def add_and_die(self, attr, req, res):
+        nonlocal left
+        add(self, attr, req, res)
+        left -= 1
+        if not left:
+            self.dbdict.sync()
+            time.sleep(0.1)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    CacheHook.add_partial = add_and_die
+    command_line.run(evaluate.main)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Whole evaluations: their file, their table, what ends them, and going on after that."""
+
+import importlib.util
+import json
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+
+import bench
+import pytest
+import tiny
+
+from llada_jax import evaluation, harness
+from llada_jax.config import UserError
+from llada_jax.evaluation import Evaluation
+
+TASKS = "choice,cloze,sums,reversal"
+SETTINGS = ["--mc_samples=2", "--gen_length=4", "--block_length=4", "--temperature=0.5", "--limit=2"]
+SETTINGS += ["--batch_size=1"]  # then all prompts have one padded length: little is compiled
+FIGURES = {"choice", "cloze", "sums", "reversal_forward", "reversal_backward"}
+FIGURES |= {"reversal_forward_infill", "reversal_backward_infill"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, tasks and couplets."""
+    folder = tmp_path_factory.mktemp("place")
+    bench.write_model(folder / "model")
+    bench.write_tasks(folder / "tasks")
+    lines = ["one two", "two three", "three four", "four five", "five six"]
+    couplets = [{"first": a, "second": b, "source": ""} for a, b in zip(lines, lines[1:], strict=False)]
+    (folder / "couplets.json").write_text(json.dumps(couplets))
+    return folder
+
+
+def job(place, output, tasks=TASKS, **settings):
+    """What the flags of SETTINGS say."""
+    asked = {"mc_samples": 2, "gen_length": 4, "block_length": 4, "temperature": 0.5, "limit": 2.0, "batch_size": 1}
+    data, include = str(place / "couplets.json"), (str(place / "tasks"),)
+    folder, names = str(place / "model"), tuple(tasks.split(","))
+    return Evaluation(folder, names, str(output), data=data, include_path=include, **(asked | settings))
+
+
+def flags(place, output, tasks=TASKS):
+    named = {"model": place / "model", "include_path": place / "tasks", "data": place / "couplets.json"}
+    named |= {"output": output, "tasks": tasks}
+    return [f"--{name}={value}" for name, value in named.items()] + SETTINGS
+
+
+def read(path):
+    """The results without what differs from start to start."""
+    results = json.loads(path.read_text())
+    del results["date"], results["seconds"], results["evaluation"]
+    return results
+
+
+def assert_close(figures, wanted):
+    """Equal but for the last digits: other batches, other order of sums."""
+    assert figures.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if isinstance(value, float):
+            value = pytest.approx(value, rel=1e-4)
+        assert figures[name] == value, name
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """The file of an evaluation that nothing disturbed."""
+    output = place / "whole.json"
+    assert evaluation.run(job(place, output, log_samples=True, cache=str(place / "cache"))) == 0
+    return output
+
+
+def test_results_and_table(place, whole):
+    results = json.loads(whole.read_text())
+    assert results["results"].keys() == FIGURES
+    assert all(0 <= results["results"]["choice"][name] <= 1 for name in ("acc,none", "acc_stderr,none"))
+    assert results["n-samples"]["choice"] == {"original": 9, "effective": 2}
+    assert results["results"]["reversal_forward"]["sample_len"] == 2
+    assert results["model"]["path"] == str(place / "model") and results["model"]["step"] is None
+    assert results["evaluation"]["mc_samples"] == 2 and results["configs"]["sums"]["output_type"] == "generate_until"
+    assert {"jax", "lm_eval", "llada_jax"} <= results["software"].keys() | {"llada_jax"} and results["date"]
+    assert results["samples"].keys() == FIGURES and len(results["samples"]["sums"]) == 2
+    table = evaluation.table(results)
+    assert re.search(r"^choice +0 +none +acc +[01]\.\d{4} +0\.\d{4}$", table, re.MULTILINE), table
+    assert re.search(r"^reversal_backward_infill +0 +none +exact_match ", table, re.MULTILINE)
+    assert not list(place.glob(".whole*"))
+
+
+def test_killed_and_continued(monkeypatch, place, whole, tmp_path):
+    cache, output = tmp_path / "cache", tmp_path / "out.json"
+    command = [sys.executable, str(tiny.ROOT / "tests" / "interrupted.py"), "5"]
+    command += [*flags(place, output), f"--cache={cache}"]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tiny.ROOT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not output.exists() and killed.stdout == ""
+    (file,) = tmp_path.glob("cache-*_rank0.db")
+    with sqlite3.connect(file) as database:
+        assert database.execute("select count(*) from unnamed").fetchone() == (5,)
+
+    asked = []
+    in_portions = harness.LLaDA._in_portions
+
+    def counted(self, kind, given, *rest):
+        asked.append((kind, len(given)))
+        return in_portions(self, kind, given, *rest)
+
+    monkeypatch.setattr(harness.LLaDA, "_in_portions", counted)
+    again = job(place, output, cache=str(cache), log_samples=True)
+    assert evaluation.run(again) == 0
+    assert asked == [("loglikelihood", 8 - 5), ("generate_until", 2)]
+    ours, theirs = read(output), read(whole)
+    assert [sample["resps"] for sample in ours["samples"]["sums"]] == [s["resps"] for s in theirs["samples"]["sums"]]
+    for task, figures in theirs["results"].items():
+        assert_close(ours["results"][task], figures)
+    for name in theirs.keys() - {"results", "samples"}:
+        assert ours[name] == theirs[name], name
+
+    asked.clear()
+    evaluation.run(job(place, tmp_path / "other.json", "cloze", cache=str(cache), mc_samples=3))
+    assert asked == [("loglikelihood", 2)], "other settings do not meet these results"
+
+
+def test_two_processes(place, whole, tmp_path):
+    spec = importlib.util.spec_from_file_location("local", tiny.ROOT / "launch" / "local.py")
+    local = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(local)
+    # Process 0 has some results already; the other must hear of them, or they would not make the same calls.
+    (made,) = place.glob("cache-*_rank0.db")
+    shutil.copy(made, tmp_path)
+    with sqlite3.connect(tmp_path / made.name) as database:
+        database.execute("delete from unnamed where rowid % 2")
+    lines, output = [], tmp_path / "out.json"
+    command = [sys.executable, "-m", "llada_jax.evaluate", *flags(place, output, "choice,sums"), "--fsdp=2"]
+    command.append(f"--cache={tmp_path}/cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tiny.ROOT))
+        patch.setattr(local, "print", lambda *line, **_: lines.append(*line), raising=False)
+        started = local.Job(local.parse(["--processes=2", "--devices=4", "--patience=60", "--", *command]))
+        hanging = threading.Timer(400, started.send, (signal.SIGKILL,))
+        hanging.start()
+        started.wait(threading.Event())
+        hanging.cancel()
+    said = "".join(lines)
+    assert [process.returncode for process in started.processes] == [0, 0], said
+    ours, theirs = read(output), read(whole)
+    assert ours["model"]["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [made.name, "out.json"]
+    assert ours["results"].keys() == {"choice", "sums"}
+    for task, figures in ours["results"].items():
+        assert_close(figures, theirs["results"][task])
+    with sqlite3.connect(tmp_path / made.name) as database:
+        assert database.execute("select count(*) from unnamed").fetchone() == (9,)  # one of cloze was not asked for
+    spoken = [line for line in said.splitlines() if line.startswith("[1]") and re.search(r"choice|it/s|\d%", line)]
+    assert spoken == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tasks": "chioce"}, "--tasks=chioce: there is no such task in .*tasks or lm_eval; is it choice"),
+        ({"tasks": "reversal", "data": None}, "--tasks=reversal needs --data=FILE.json"),
+        ({"tasks": "reversal", "data": "none.json"}, "--data=none.json: No such file"),
+        ({"tasks": "gone"}, r"--tasks=gone: .*gone.jsonl.* \(relative data_files are looked for from /"),
+        ({"tasks": "columns"}, "--tasks=columns: .*nothing"),
+        ({"tasks": "remote"}, "--tasks=remote: its data is not on this machine and cannot be downloaded"),
+        ({"tasks": "metric"}, "--tasks=metric: the metric acc has no aggregation of that name"),
+        ({"tasks": "code"}, "allow it with --confirm_run_unsafe_code"),
+        ({"tasks": ""}, "nothing to evaluate"),
+        ({"output": "none/out.json"}, "--output=none/out.json: there is no folder"),
+        ({"cache": "none/cache"}, "--cache=none/cache: there is no folder"),
+        ({"limit": 1.5}, "--limit=1.5"),
+        ({"steps": 0}, "steps=0"),
+        ({"mc_samples": 0}, "--mc_samples=0"),
+        ({"include_path": ("none",)}, "--include_path=none is no folder"),
+        ({"include_path": ("broken",)}, "wrong.yaml is not YAML"),
+        ({"model": "none"}, "--model=none is no folder"),
+    ],
+)
+def test_a_mistake_is_told_before_the_model_is_loaded(monkeypatch, place, tmp_path, settings, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluation.loading, "load", lambda *_: pytest.fail("the model is loaded"))
+    folder = bench.write_tasks(tmp_path / "tasks")
+    base = json.loads((folder / "choice.yaml").read_text())
+    metrics = {"metric_list": [{"metric": "acc", "aggregation": "middle", "higher_is_better": True}]}
+    for name, changes in (
+        ("gone", {"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}),
+        ("columns", {"doc_to_choice": "{{nothing[0]}}"}),
+        ("remote", {"dataset_path": "someone/something", "dataset_kwargs": {}}),
+        ("metric", metrics),
+        ("code", {"unsafe_code": True}),
+    ):
+        (folder / f"{name}.yaml").write_text(json.dumps(base | {"task": name} | changes))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "wrong.yaml").write_text("task: [a\nb: c")
+    settings = {"tasks": "choice", "output": "out.json", "include_path": (str(folder),)} | settings
+    arguments = {"model": str(place / "model"), "data": None} | settings
+    arguments["tasks"] = tuple(filter(None, arguments["tasks"].split(",")))
+    if "chioce" in arguments["tasks"]:  # the thousands of tasks of lm_eval are not read for this
+        from lm_eval.tasks import TaskManager
+
+        build = TaskManager.__init__
+        monkeypatch.setattr(TaskManager, "__init__", lambda self, **k: build(self, **k | {"include_defaults": False}))
+    with pytest.raises(UserError, match=words):
+        evaluation.run(Evaluation(**arguments))
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_without_lm_eval(monkeypatch, place, tmp_path):
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "llada_jax\[eval\]"'):
+        evaluation.check(job(place, tmp_path / "out.json"))
+    evaluation.check(job(place, tmp_path / "out.json", "reversal"))
+
+
+def test_groups_and_patterns(tmp_path):
+    from llada_jax import tasks
+
+    folder = bench.write_tasks(tmp_path / "tasks")
+    (folder / "both.yaml").write_text(json.dumps({"group": "both", "task": ["choice", "cloze"]}))
+    with pytest.MonkeyPatch.context() as patch:
+        from lm_eval.tasks import TaskManager
+
+        build = TaskManager.__init__
+        patch.setattr(TaskManager, "__init__", lambda self, **k: build(self, **k | {"include_defaults": False}))
+        _, (group,) = tasks.load(["both"], [str(folder)])
+        assert group.name == "both"
+        _, found = tasks.load(["c*"], [str(folder)])
+        assert [task.config.task for task in found] == ["choice", "cloze"]
+        with pytest.raises(UserError, match="Duplicate task"):
+            tasks.load(["both", "cloze"], [str(folder)])
