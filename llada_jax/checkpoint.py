@@ -118,15 +118,22 @@ class Checkpoints:
         with self._failures():
             if distributed.first_decides("saved already", lambda: step in self._manager.all_steps()):
                 return
-            prints, broken = fingerprint(_as_dict(state))
-            if broken:
-                raise SaveFailed(f"the state of step {step} is not saved: {broken[0]} is not finite")
-            # The record is written in the background: it must not be one that the caller goes on changing.
-            record = copy.deepcopy({**run, "fingerprint": prints})
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(_as_dict(state)), run=ocp.args.JsonSave(record)),
-            )
+            self._save(step, _as_dict(state), run)
+
+    def _save(self, step: int, tree: dict, run: dict) -> None:
+        prints, broken = fingerprint(tree)
+        if broken:
+            raise SaveFailed(f"the state of step {step} is not saved: {broken[0]} is not finite")
+        # The record is written in the background: it must not be one that the caller goes on changing.
+        record = copy.deepcopy({**run, "fingerprint": prints})
+        args = ocp.args.Composite(state=ocp.args.StandardSave(tree), run=ocp.args.JsonSave(record))
+        self._manager.save(step, args=args)
+
+    def save_weights(self, step: int, params: dict, run: dict) -> None:
+        """As `save`, of parameters alone, in their dtype: `load_params` takes them, a run cannot go on from them."""
+        dtype = jax.tree.leaves(params)[0].dtype.name
+        with self._failures():
+            self._save(step, {"params": params}, {**run, "weights_only": True, "dtype": dtype})
 
     @contextlib.contextmanager
     def _failures(self) -> Iterator[None]:
@@ -293,6 +300,15 @@ def choose_step(workdir: str | os.PathLike, step: int | None) -> int:
     return step
 
 
+def weights_record(workdir: str | os.PathLike, step: int) -> dict | None:
+    """The record of a checkpoint that holds weights alone, None for one of training (or one that cannot be read)."""
+    with contextlib.suppress(OSError, ValueError):
+        run = _read_run(Path(workdir) / FOLDER / str(step))
+        if run.get("weights_only"):
+            return run
+    return None
+
+
 def load_state(workdir: str | os.PathLike, step: int | None, config: Config, mesh: Mesh) -> TrainState:
     """The whole state of a checkpoint of another workdir, to branch from it; config gives its shapes.
 
@@ -313,7 +329,8 @@ def load_params(workdir: str | os.PathLike, step: int | None, config: Config, me
     if dtype is not None:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), target)
     # Cast while it is read: what was saved is then not there to be compared.
-    same = all(x.dtype == jnp.float32 for x in jax.tree.leaves(target))
+    saved = (weights_record(workdir, step) or {}).get("dtype", "float32")
+    same = all(x.dtype == saved for x in jax.tree.leaves(target))
     with jax.set_mesh(mesh):
         return _load(workdir, step, {"params": target}, verify=same)["params"]
 

@@ -1,162 +1,71 @@
-"""Published LLaDA folders: config.json and safetensors, read tensor by tensor into sharded arrays.
+"""Published LLaDA folders in and out: config.json and safetensors, from and into sharded arrays, tensor by tensor.
 
-A layer's tensor goes from the (memory-mapped) file to its devices and into the stacked parameter
-there, in place, before the next one is read: the host never holds more than one of them.
+A layer's tensor goes from the (memory-mapped) file to its devices and into the stacked parameter there, in
+place, before the next one is read; and back the same way. The host never holds more than one of them.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
+from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
-from safetensors import SafetensorError, safe_open
 
-from llada_jax import mesh
+from llada_jax import distributed, mesh, published, tensor_files
 from llada_jax.config import ComputeConfig, ModelConfig, UserError
+from llada_jax.folders import whole_folder
 from llada_jax.model import Transformer, abstract_model, merge, split
+from llada_jax.published import CONFIG, PublishedTensor, model_config, published_tensors, read_json
+from llada_jax.tensor_files import Folder
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
-
-# Our fields and what config.json calls them: LLaDA's own name, then the one common to other models.
-FIELDS = {
-    "layers": ("n_layers", "num_hidden_layers"),
-    "width": ("d_model", "hidden_size"),
-    "heads": ("n_heads", "num_attention_heads"),
-    "kv_heads": ("n_kv_heads", "num_key_value_heads"),
-    "feed_forward": ("mlp_hidden_size", "intermediate_size"),
-    "vocab_size": ("embedding_size", "vocab_size"),
-    "tied_embeddings": ("weight_tying", "tie_word_embeddings"),
-    "rope_theta": ("rope_theta",),
-    "norm_eps": ("rms_norm_eps",),
-    "mask_id": ("mask_token_id",),
-    "bos_id": ("bos_token_id",),
-    "eos_id": ("eos_token_id",),
-}
-REQUIRED = ("layers", "width", "heads", "feed_forward", "vocab_size")
-
-# Fields that change the mathematics, and the values with which it is ours. A missing field is fine.
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "activation_type": ("silu",),
-    "hidden_act": ("silu",),
-    "alibi": (False,),
-    "attention_bias": (False,),
-    "attention_layer_norm": (False,),
-    "bias_for_layer_norm": (False, None),
-    "block_group_size": (1,),
-    "block_type": ("llama",),
-    "clip_qkv": (None,),
-    "include_bias": (False,),
-    "include_qkv_bias": (False, None),
-    "input_emb_norm": (False,),
-    "layer_norm_type": ("rms",),
-    "layer_norm_with_affine": (True,),
-    "mlp_bias": (False,),
-    "quantization_config": (None,),
-    "rope": (True,),
-    "rope_scaling": (None,),
-    "scale_logits": (False,),
-    "sliding_window": (None,),
-    "use_sliding_window": (False,),
-}
-
-# Names of the tensors in the two namings, by the names of our parameters.
-LLADA = {
-    "embedding": "model.transformer.wte.weight",
-    "final_norm": "model.transformer.ln_f.weight",
-    "head": "model.transformer.ff_out.weight",
-    **{
-        name: f"model.transformer.blocks.{{}}.{name}.weight"
-        for name in ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out")
-    },
-}
-LLAMA = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm": "model.norm.weight",
-    "head": "lm_head.weight",
-    "attn_norm": "model.layers.{}.input_layernorm.weight",
-    "q_proj": "model.layers.{}.self_attn.q_proj.weight",
-    "k_proj": "model.layers.{}.self_attn.k_proj.weight",
-    "v_proj": "model.layers.{}.self_attn.v_proj.weight",
-    "attn_out": "model.layers.{}.self_attn.o_proj.weight",
-    "ff_norm": "model.layers.{}.post_attention_layernorm.weight",
-    "ff_proj": "model.layers.{}.mlp.gate_proj.weight",
-    "up_proj": "model.layers.{}.mlp.up_proj.weight",
-    "ff_out": "model.layers.{}.mlp.down_proj.weight",
-}
-DTYPES = ("F32", "BF16", "F16")
+GENERATION_CONFIG = "generation_config.json"
+SHARD_BYTES = 5 * 10**9
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. UserError if the file is missing or is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return value
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What a published folder holds, known without reading a tensor."""
+
+    config: ModelConfig
+    fields: dict[str, Any]  # of config.json
+    naming: str  # of the tensors: llada or llama
+    dtype: str  # float32 or bfloat16: what holds all tensors exactly
+    uniform: bool  # whether all tensors are of that dtype
 
 
-def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelConfig:
-    """The architecture that a published config.json describes.
+@contextlib.contextmanager
+def opened(directory: str | os.PathLike) -> Iterator[tuple[Published, Folder]]:
+    """A published folder whose every tensor is there, with the right shape.
 
     Raises:
-      UserError: a field is missing, or has a value that this model does not compute.
+      UserError: a missing, extra or misshapen tensor, a damaged file, a field that is not supported.
     """
-    for name, values in SUPPORTED.items():
-        if name in published and published[name] not in values:
-            wanted = " or ".join(json.dumps(value) for value in values)
-            raise UserError(f"{source}: {name}={json.dumps(published[name])} is not supported, only {wanted}")
-    found = {}
-    for field, names in FIELDS.items():
-        values = [published[name] for name in names if published.get(name) is not None]
-        if values:
-            found[field] = values[0]
-    if isinstance(found.get("eos_id"), list):
-        found["eos_id"] = found["eos_id"][0]
-    if "feed_forward" not in found and "mlp_ratio" in published and "width" in found:
-        found["feed_forward"] = published["mlp_ratio"] * found["width"]
-    for field in REQUIRED:
-        if field not in found:
-            raise UserError(f"{source}: {' or '.join(FIELDS[field])} is missing")
-    for field in (*REQUIRED, "kv_heads", "mask_id", "bos_id", "eos_id"):
-        if not isinstance(found.get(field, 1), int):
-            raise UserError(f"{source}: {' or '.join(FIELDS[field])} must be an integer, not {found[field]!r}")
-    if published.get("multi_query_attention"):
-        found.setdefault("kv_heads", 1)
-    found.setdefault("kv_heads", found["heads"])
-    found.setdefault("tied_embeddings", False)
-    config = ModelConfig(**found)
-    if min(getattr(config, field) for field in (*REQUIRED, "kv_heads")) < 1 or config.heads % config.kv_heads:
-        raise UserError(f"{source}: {config.heads} heads cannot share {config.kv_heads} key/value heads")
-    if config.width % (2 * config.heads):
-        raise UserError(f"{source}: width {config.width} does not make {config.heads} heads of even width")
-    if published.get("head_dim") not in (None, config.head_width):
-        raise UserError(f"{source}: head_dim={published['head_dim']} is not supported, only {config.head_width}")
-    # Rows of the embedding beyond the vocabulary only fill it up.
-    if 0 < published.get("vocab_size", 0) < config.vocab_size:
-        config.token_count = published["vocab_size"]
-    return config
+    directory = Path(directory)
+    fields = read_json(directory / CONFIG)
+    config = model_config(fields, str(directory / CONFIG))
+    with contextlib.ExitStack() as files:
+        folder = Folder(directory, files)
+        naming = "llama" if published.LLAMA["embedding"] in folder else "llada"
+        folder.check(published.expected_tensors(config, naming))
+        dtype = "bfloat16" if folder.dtypes() == {"bfloat16"} else "float32"
+        yield Published(config, fields, naming, dtype, folder.dtypes() == {dtype}), folder
 
 
-def published_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape (outputs, inputs) in which one layer's parameter is published."""
-    if name in ("q_proj", "k_proj", "v_proj"):
-        width, heads, head_width = shape
-        return heads * head_width, width
-    if name == "attn_out":
-        heads, head_width, width = shape
-        return width, heads * head_width
-    return shape if name == "embedding" or len(shape) == 1 else shape[::-1]
+def inspect(directory: str | os.PathLike) -> Published:
+    """What a published folder holds. UserError as `opened`; nothing is allocated."""
+    with opened(directory) as (found, _):
+        return found
 
 
 def read_part(tensor: Any, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
@@ -188,97 +97,66 @@ def _check_whole(part: slice, size: int) -> None:
     assert (part.start, part.stop) == (0, size), "heads are split over devices, their width is not"
 
 
-class Folder:
-    """The safetensors of a published folder, opened and listed; tensors are read when they are cut."""
-
-    def __init__(self, directory: Path, files: contextlib.ExitStack):
-        """Opens all shards in `files`. UserError for missing, truncated or foreign ones."""
-        self.directory = directory
-        index = directory / INDEX
-        weight_map = read_json(index).get("weight_map") if index.exists() else None
-        if index.exists() and not isinstance(weight_map, dict):
-            raise UserError(f"{index} has no weight_map")
-        if weight_map is None:
-            names = sorted(path.name for path in directory.glob("*.safetensors"))
-            if len(names) != 1:
-                raise UserError(f"{directory}: {len(names)} .safetensors files, expected one, or {INDEX}")
-        else:
-            names = sorted(set(weight_map.values()))
-        self._tensors: dict[str, Any] = {}
-        for name in names:
-            if not (directory / name).is_file():
-                raise UserError(f"{directory / name} is missing, {INDEX} names it")
-            try:
-                shard = files.enter_context(safe_open(directory / name, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{directory / name} is truncated or not safetensors: {error}") from error
-            for tensor in shard.keys():
-                if tensor in self._tensors:
-                    raise UserError(f"{directory}: tensor {tensor} is in more than one file")
-                if weight_map is not None and weight_map.get(tensor, name) != name:
-                    raise UserError(f"{index}: {tensor} should be in {weight_map[tensor]}, it is in {name}")
-                self._tensors[tensor] = shard
-        for tensor in weight_map or ():
-            if tensor not in self._tensors:
-                raise UserError(f"{directory / weight_map[tensor]}: tensor {tensor} is missing, {INDEX} names it")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def __getitem__(self, name: str) -> Any:
-        """A tensor that is read when it is cut."""
-        return self._tensors[name].get_slice(name)
-
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """UserError unless there are exactly these tensors, of these shapes and of a float dtype."""
-        for name, shape in expected.items():
-            if name not in self:
-                raise UserError(f"{self.directory}: tensor {name} is missing")
-            found, dtype = tuple(self[name].get_shape()), self[name].get_dtype()
-            if found != shape:
-                raise UserError(f"{self.directory}: tensor {name} has shape {found}, expected {shape}")
-            if dtype not in DTYPES:
-                raise UserError(f"{self.directory}: tensor {name} is {dtype}, supported: {', '.join(DTYPES)}")
-        for name in self._tensors:
-            # Older exports of Llama's naming carry the table of RoPE frequencies.
-            if name not in expected and not name.endswith("rotary_emb.inv_freq"):
-                raise UserError(f"{self.directory}: tensor {name} is not part of the model that {CONFIG} describes")
+def as_published(name: str, layer: np.ndarray) -> np.ndarray:
+    """The inverse of `read_part` for a whole parameter of one layer: a view with the published shape."""
+    if name == "embedding" or layer.ndim == 1:
+        return layer
+    if name in ("q_proj", "k_proj", "v_proj"):
+        return layer.reshape(len(layer), -1).T
+    return layer.reshape(-1, layer.shape[-1]).T
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, axis=0)
+    return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), i, axis=0)
 
 
-def read_parameter(
-    folder: Folder, name: str, tensor_names: list[str], target: jax.ShapeDtypeStruct, stacked: bool
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return x.astype(dtype)
+
+
+def _read_parameter(
+    folder: Folder, tensors: list[PublishedTensor], target: jax.ShapeDtypeStruct, dtype: jnp.dtype
 ) -> jax.Array:
     """One parameter of the model, on the devices of its sharding.
 
     Args:
       folder: where its tensors are.
-      name: its name in mesh.PARAMETERS.
-      tensor_names: the tensors it is made of, one per layer, or just one.
-      target: its shape, dtype and sharding.
-      stacked: whether it has a leading L.
+      tensors: those it is made of, one per layer, or just one.
+      target: its shape.
+      dtype: its dtype.
     """
+    name, stacked = tensors[0].parameter, tensors[0].layer is not None
     shape = target.shape[1:] if stacked else target.shape
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), mesh.PARAMETERS[name])
 
-    def on_devices(tensor_name: str) -> jax.Array:
-        read: Callable = functools.partial(read_part, folder[tensor_name], name, shape)
-        return jax.make_array_from_callback(shape, sharding, lambda index: read(index).astype(target.dtype))
+    def on_devices(tensor: PublishedTensor) -> jax.Array:
+        parts: dict[str, np.ndarray] = {}  # replicas share one
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            if repr(index) not in parts:
+                parts[repr(index)] = read_part(folder[tensor.name], name, shape, index)
+            return parts[repr(index)]
+
+        # In the dtype of the file: the cast is the device's, so that the host has no second copy.
+        return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read))
 
     if not stacked:
-        return on_devices(tensor_names[0])
-    stack = jnp.zeros(target.shape, target.dtype, out_sharding=P(None, *mesh.PARAMETERS[name]))
-    for i, tensor_name in enumerate(tensor_names):
-        stack = _set_layer(stack, on_devices(tensor_name), np.int32(i))
+        array = on_devices(tensors[0])
+        return array if array.dtype == dtype else _cast(array, dtype)
+    stack = jnp.zeros(target.shape, dtype, out_sharding=P(None, *mesh.PARAMETERS[name]))
+    for i, tensor in enumerate(tensors):
+        # Waited for: what is only dispatched keeps its layer.
+        stack = jax.block_until_ready(_set_layer(stack, on_devices(tensor), np.int32(i)))
     return stack
 
 
 def load_model(
-    directory: str | Path, dtype: jnp.dtype, update: Callable[[ModelConfig], ModelConfig] = lambda config: config
+    directory: str | os.PathLike,
+    dtype: jnp.dtype,
+    update: Callable[[ModelConfig], ModelConfig] = lambda config: config,
+    progress: bool = False,
 ) -> Transformer:
     """The model in a published folder, sharded over the mesh in use.
 
@@ -286,33 +164,131 @@ def load_model(
       directory: holds config.json and *.safetensors, in LLaDA's or Llama's naming.
       dtype: of the parameters and of the computation.
       update: completes the config, e.g. with what only the tokenizer knows.
+      progress: whether to report on stderr.
 
     Raises:
       UserError: a missing, extra or misshapen tensor, a damaged file, a field that is not supported,
         a dimension that the mesh does not divide; before anything is allocated.
     """
-    directory = Path(directory)
-    config = update(model_config(read_json(directory / CONFIG), str(directory / CONFIG)))
-    mesh.check_model(config, tuple(jax.sharding.get_abstract_mesh().axis_sizes))
-    graphdef, targets = split(abstract_model(config, ComputeConfig(dtype=jnp.dtype(dtype).name)))
-    with contextlib.ExitStack() as files:
-        folder = Folder(directory, files)
-        naming = LLAMA if LLAMA["embedding"] in folder else LLADA
+    dtype = jnp.dtype(dtype)
+    with opened(directory) as (found, folder):
+        config = update(found.config)
+        mesh.check_model(config, tuple(jax.sharding.get_abstract_mesh().axis_sizes))
+        graphdef, targets = split(abstract_model(config, ComputeConfig(dtype=dtype.name)))
+        tensors: dict[str, list[PublishedTensor]] = {}
+        for tensor in published_tensors(config, found.naming):
+            tensors.setdefault(tensor.parameter, []).append(tensor)
+        with tqdm.tqdm(total=len(tensors), desc="reading", unit="parameter", disable=not progress) as bar:
 
-        def names(name: str) -> list[str]:
-            return [naming[name].format(i) for i in range(config.layers)]
+            def read(name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
+                array = _read_parameter(folder, tensors[name], target, dtype)
+                bar.update()
+                return array
 
-        outer = {name: target for name, target in targets.items() if name != "blocks"}
-        inner = targets["blocks"]
-        folder.check(
-            {naming[name]: published_shape(name, target.shape) for name, target in outer.items()}
-            | {one: published_shape(name, target.shape[1:]) for name, target in inner.items() for one in names(name)}
-        )
-
-        def read(name: str, target: jax.ShapeDtypeStruct, stacked: bool) -> jax.Array:
-            target = jax.ShapeDtypeStruct(target.shape, dtype)
-            return read_parameter(folder, name, names(name) if stacked else [naming[name]], target, stacked)
-
-        params = {name: read(name, target, stacked=False) for name, target in outer.items()}
-        params["blocks"] = {name: read(name, target, stacked=True) for name, target in inner.items()}
+            params = {name: read(name, target) for name, target in targets.items() if name != "blocks"}
+            params["blocks"] = {name: read(name, target) for name, target in targets["blocks"].items()}
     return merge(graphdef, params)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _get_layer(stack: jax.Array, i: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, i, axis=0, keepdims=False).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _copy(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return jnp.copy(x).astype(dtype)
+
+
+def save_model(
+    model: Transformer,
+    directory: str | os.PathLike,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    naming: str = "llada",
+    original: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes | Path] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool = False,
+) -> None:
+    """Writes a published folder: config.json, safetensors (with an index if they take several), other files.
+
+    The folder appears when all of it is on the disk. One tensor at a time is fetched from its devices; of several
+    processes, which all must call this, the first writes.
+
+    Args:
+      model: on any mesh.
+      directory: new, or an empty folder.
+      dtype: of the tensors, float32 or bfloat16. None = that of the parameters: no bit of them changes.
+      naming: of the tensors, "llada" or "llama".
+      original: the fields of the config.json that the model came with; all are kept, unless they are for the other
+        naming: then its names are replaced. None = those of `published.published_config`.
+      files: what else the folder is to hold, name -> content or a file to copy: the tokenizer, code.
+      shard_bytes: of tensors per file at most, unless one alone has more.
+      progress: whether to report on stderr.
+
+    Raises:
+      UserError: the folder exists or cannot be written, a setting that is none, an `original` of another model.
+    """
+    dtype = jnp.dtype(model.embedding[...].dtype if dtype is None else dtype)
+    if dtype.name not in ("float32", "bfloat16"):
+        raise UserError(f"dtype={dtype.name}: choose float32 or bfloat16")
+    if naming not in published.NAMINGS:
+        raise UserError(f"naming={naming!r}: choose {' or '.join(published.NAMINGS)}")
+    if shard_bytes < 1:
+        raise UserError(f"shard_bytes={shard_bytes}: at least one byte is needed")
+    fields = _fields(model.config, original, naming, dtype.name)
+    tensors = {tensor.name: tensor for tensor in published_tensors(model.config, naming)}
+    params = split(model)[1]
+
+    def read(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        if tensor.layer is None:
+            # A copy: jax keeps what was fetched of an array as long as that lives.
+            array = _copy(params[tensor.parameter], dtype)
+        else:
+            array = _get_layer(params["blocks"][tensor.parameter], np.int32(tensor.layer), dtype)
+        if not array.is_fully_addressable:
+            return as_published(tensor.parameter, multihost_utils.process_allgather(array, tiled=True))
+        return as_published(tensor.parameter, np.asarray(array))
+
+    def watched(names: Iterable[str]) -> Iterable[str]:
+        return tqdm.tqdm(names, desc="writing", unit="tensor", disable=not progress, file=sys.stderr)
+
+    first = distributed.index() == 0
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    with mesh.mesh_of(model.embedding[...]), whole_folder(directory) if first else contextlib.nullcontext() as folder:
+        if first:
+            _put(folder, {CONFIG: _as_json(fields), **(files or {})})
+        tensor_files.write(folder, shapes, dtype, shard_bytes, read, first, watched)
+    distributed.barrier("model written")
+
+
+def _fields(model: ModelConfig, original: Mapping[str, Any] | None, naming: str, dtype: str) -> dict[str, Any]:
+    """The fields of the config.json to write."""
+    if original is None:
+        return published.published_config(model, naming, dtype)
+    found = model_config(original)
+    for field in (*published.REQUIRED, "kv_heads", "tied_embeddings"):
+        ours, theirs = getattr(model, field), getattr(found, field)
+        if ours != theirs:
+            raise UserError(f"the model has {field} {ours}, the original {CONFIG} says {theirs}")
+    if original.keys() & published.own_names(naming):
+        return dict(original)
+    # Written for the other naming: its own names, and what says which code reads the tensors, would mislead.
+    (other,) = published.NAMINGS.keys() - {naming}
+    misleading = published.own_names(other) | {"architectures", "auto_map"}
+    kept = {name: value for name, value in original.items() if name not in misleading}
+    return kept | published.published_config(model, naming, dtype, published.sequence_length(original) or 4096)
+
+
+def _as_json(fields: Mapping[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _put(folder: Path, files: Mapping[str, bytes | Path]) -> None:
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, folder / name)

@@ -34,6 +34,7 @@ class Tokenizer:
       size: number of ids, the appended ones included.
       vocab_size: `size` rounded up to a multiple of 128, the rows of a model's embedding.
       bos_id, eos_id, mask_id, start_header_id, end_header_id, eot_id: the six roles.
+      roles: role ("bos", "eos", "mask", ...) -> (id, the tokenizer's own literal for it).
       chat_template: the Jinja source of the folder's own chat template; None = it has none, the default is used.
       default_chat_template: the Jinja source of LLaDA's, with this tokenizer's literals.
       sha256: hash of the content and of the six roles; equal on any machine. The chat template is not in it.
@@ -61,10 +62,10 @@ class Tokenizer:
         self._literals = {i: literal for literal, i in self._special.items()} | {self.mask_id: MASK_LITERAL}
         longest_first = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        literals = {role: literal for role, (_, literal) in roles.items()}
-        self._header = f"{literals['start_header']}assistant{literals['end_header']}\n\n"
-        chat_literals = (literals[role] for role in ("bos", "start_header", "end_header", "eot"))
-        self.default_chat_template = chat_template.default_source(*chat_literals)
+        self.roles = roles
+        bos, start_header, end_header, eot = (roles[name][1] for name in ("bos", "start_header", "end_header", "eot"))
+        self._header = f"{start_header}assistant{end_header}\n\n"
+        self.default_chat_template = chat_template.default_source(bos, start_header, end_header, eot)
         digest = hashlib.sha256(self.kind.encode())
         digest.update(hashlib.sha256(backend.files[_MODEL_FILES[self.kind]]).digest())
         digest.update(json.dumps([roles, sorted(self._special.items())]).encode())

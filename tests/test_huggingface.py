@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llada_jax import huggingface
+from llada_jax import huggingface, published, tensor_files
 from llada_jax.config import UserError
 
 PARITY = Path(__file__).parent / "parity"
+FORMAT = Path(__file__).parent.parent.parent / "shared" / "llada_format"
 Q_PROJ = "model.transformer.blocks.1.q_proj.weight"
 
 
@@ -51,8 +53,23 @@ def split_shards(folder, shards=3):
         save_file(part, folder / name)
         weight_map |= dict.fromkeys(part, name)
     index = {"metadata": {}, "weight_map": weight_map}
-    (folder / huggingface.INDEX).write_text(json.dumps(index))
+    (folder / tensor_files.INDEX).write_text(json.dumps(index))
     return weight_map
+
+
+def tensors_of(folder):
+    """All tensors of a folder, as the safetensors library reads them."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def rename_to_llama(config, tensors):
+    """The same model with Llama's names, of fields and tensors."""
+    pairs = [(published.LLADA[name], published.LLAMA[name]) for name in published.LLADA]
+    names = {old.format(i): new.format(i) for old, new in pairs for i in range(config["n_layers"])}
+    fields = {new: config[old] for old, new in (pair for pair in published.FIELDS.values() if len(pair) == 2)}
+    fields |= {name: config[name] for name in ("rms_norm_eps", "rope_theta", "mask_token_id", "torch_dtype")}
+    fields |= {"hidden_act": "silu", "eos_token_id": [config["eos_token_id"], 501]}
+    return fields, {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def same(one, other):
@@ -76,19 +93,11 @@ def test_shards_with_an_index_are_the_same(make_mesh, folder):
 
 
 def test_llamas_names_are_the_same(make_mesh, folder):
-    pairs = [(huggingface.LLADA[name], huggingface.LLAMA[name]) for name in huggingface.LLADA]
-    pairs = {old.format(i): new.format(i) for old, new in pairs for i in range(3)}
-
-    def rename(tensors):
-        for old in list(tensors):
-            tensors[pairs[old]] = tensors.pop(old)
-        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
-
-    change_tensors(folder, rename)
-    llama = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
-    llama |= {"intermediate_size": 176, "vocab_size": 512, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
-    llama |= {"hidden_act": "silu", "eos_token_id": [500, 501], "mask_token_id": 511}
-    (folder / "config.json").write_text(json.dumps(llama))
+    config = json.loads((folder / "config.json").read_text())
+    fields, tensors = rename_to_llama(config, load_file(folder / "model.safetensors"))
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(fields))
     model = read(folder, make_mesh())
     assert model.config == read(PARITY / "gqa", make_mesh()).config
     same(model, read(PARITY / "gqa", make_mesh()))
@@ -122,23 +131,45 @@ def test_bfloat16_and_float32(make_mesh, folder):
     same(widened, jax.tree.map(lambda p: p.astype(jnp.float32), rounded))
 
 
-def test_the_published_8b_config_and_index_are_accounted_for():
-    """Every tensor that LLaDA-8B's index names would be read, and no other; the count is the paper's."""
-    names = ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out")
-    published = {
-        "activation_type": "silu", "alibi": False, "attention_layer_norm": False, "bias_for_layer_norm": False,
-        "block_group_size": 1, "block_type": "llama", "d_model": 4096, "embedding_size": 126464,
-        "eos_token_id": 126081, "include_bias": False, "include_qkv_bias": False, "input_emb_norm": False,
-        "layer_norm_type": "rms", "layer_norm_with_affine": True, "mask_token_id": 126336, "mlp_hidden_size": 12288,
-        "multi_query_attention": None, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "rms_norm_eps": 1e-05,
-        "rope": True, "rope_theta": 500000.0, "scale_logits": False, "vocab_size": 126464, "weight_tying": False,
-    }  # fmt: skip
-    config = huggingface.model_config(published)
+# What ../shared/llada_format says of LLaDA-8B: its config, and its index by patterns of names.
+LLADA_8B = {
+    "activation_type": "silu", "alibi": False, "attention_layer_norm": False, "bias_for_layer_norm": False,
+    "block_group_size": 1, "block_type": "llama", "d_model": 4096, "embedding_size": 126464,
+    "eos_token_id": 126081, "include_bias": False, "include_qkv_bias": False, "input_emb_norm": False,
+    "layer_norm_type": "rms", "layer_norm_with_affine": True, "mask_token_id": 126336, "mlp_hidden_size": 12288,
+    "multi_query_attention": None, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "rms_norm_eps": 1e-05,
+    "rope": True, "rope_theta": 500000.0, "scale_logits": False, "vocab_size": 126464, "weight_tying": False,
+}  # fmt: skip
+IN_A_LAYER = "attn_norm attn_out ff_norm ff_out ff_proj k_proj q_proj up_proj v_proj".split()
+OUTSIDE = [f"model.transformer.{name}.weight" for name in ("ff_out", "ln_f", "wte")]
+TOTAL_SIZE = 16031162368
+
+
+def test_the_load_of_the_published_8b_is_planned():
+    """Every tensor that LLaDA-8B's index names would be read, and no other; its shapes make the bytes it states."""
+    config = published.model_config(LLADA_8B)
     assert (config.mask_id, config.eos_id, config.token_count, config.vocab_size) == (126336, 126081, None, 126464)
-    assert {huggingface.LLADA[name] for name in names} == {f"model.transformer.blocks.{{}}.{n}.weight" for n in names}
-    assert huggingface.model_config(published | {"vocab_size": 126349}).token_count == 126349
-    assert huggingface.model_config(published | {"n_kv_heads": None, "multi_query_attention": True}).kv_heads == 1
-    assert huggingface.model_config({k: v for k, v in published.items() if k != "n_kv_heads"}).kv_heads == 32
+    expected = published.expected_tensors(config)
+    names = [f"model.transformer.blocks.{i}.{name}.weight" for i in range(32) for name in IN_A_LAYER]
+    assert sorted(expected) == sorted(names + OUTSIDE) and len(expected) == 291
+    assert sum(2 * math.prod(shape) for shape in expected.values()) == TOTAL_SIZE
+    assert expected["model.transformer.blocks.31.ff_out.weight"] == (4096, 12288)
+    llama = published.expected_tensors(config, "llama")
+    assert sorted(llama.values()) == sorted(expected.values()) and llama["lm_head.weight"] == (126464, 4096)
+    assert published.model_config(LLADA_8B | {"vocab_size": 126349}).token_count == 126349
+    assert published.model_config(LLADA_8B | {"n_kv_heads": None, "multi_query_attention": True}).kv_heads == 1
+    assert published.model_config({k: v for k, v in LLADA_8B.items() if k != "n_kv_heads"}).kv_heads == 32
+
+
+@pytest.mark.skipif(not FORMAT.is_dir(), reason="no published metadata of LLaDA-8B beside this folder")
+def test_the_published_8b_itself():
+    fields = json.loads((FORMAT / "config.json").read_text())
+    index = json.loads((FORMAT / tensor_files.INDEX).read_text())
+    config = published.model_config(fields)
+    assert config == published.model_config(LLADA_8B)
+    assert set(published.expected_tensors(config)) == set(index["weight_map"])
+    assert index["metadata"]["total_size"] == TOTAL_SIZE
+    assert set(fields) <= set(published.published_config(config))
 
 
 @pytest.mark.parametrize(
@@ -152,10 +183,29 @@ def test_the_published_8b_config_and_index_are_accounted_for():
         ({"head_dim": 8}, "head_dim=8"),
         ({"d_model": ...}, "d_model or hidden_size is missing"),
         ({"n_layers": "3"}, "n_layers or num_hidden_layers must be an integer"),
+        ({"n_layers": True}, "n_layers or num_hidden_layers must be an integer, not true"),
+        ({"n_layers": 10**9}, "n_layers or num_hidden_layers must be positive and below"),
+        ({"d_model": [64]}, r"d_model or hidden_size must be an integer, not \[64\]"),
+        ({"d_model": None}, "d_model or hidden_size is missing"),
+        ({"d_model": 0}, "d_model or hidden_size must be positive"),
+        ({"n_kv_heads": -1}, "n_kv_heads or num_key_value_heads must be positive"),
+        ({"mlp_hidden_size": None, "mlp_ratio": "4"}, "mlp_ratio must be an integer"),
+        ({"vocab_size": "512"}, "vocab_size must be an integer"),
+        ({"weight_tying": "no"}, 'weight_tying or tie_word_embeddings must be true or false, not "no"'),
+        ({"rope_theta": "1e4"}, 'rope_theta must be a positive number, not "1e4"'),
+        ({"rope_theta": ...}, "rope_theta is missing"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters=.* is not supported"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
+        ({"rms_norm_eps": ...}, "rms_norm_eps is missing"),
+        ({"mask_token_id": {}}, "mask_token_id must be an integer"),
+        ({"mask_token_id": 512}, "mask_token_id must be below the vocabulary of 512, not 512"),
+        ({"eos_token_id": []}, r"eos_token_id must be an integer, not \[\]"),
+        ({"quantization_config": {"bits": 4, "note": "x" * 200}}, "quantization_config=.*\\.\\.\\. is not supported"),
+        ({"num_experts": 64}, "num_experts=64 is not supported"),
         ({"n_kv_heads": 3}, "4 heads cannot share 3"),
         ({"n_layers": 4}, "blocks.3.attn_norm.weight is missing"),
         ({"n_layers": 2}, "blocks.2.* is not part of the model"),
-        ({"mlp_hidden_size": 180}, r"ff_out.weight has shape \(64, 176\), expected \(64, 180\)"),
+        ({"mlp_hidden_size": 180}, r"ff_proj.weight has shape \(176, 64\), expected \(180, 64\)"),
         ({"weight_tying": True}, "model.transformer.ff_out.weight is not part"),
     ],
 )
@@ -173,18 +223,121 @@ def test_damaged_folders_are_named(make_mesh, folder):
     weight_map = split_shards(folder)
     shard = folder / weight_map[Q_PROJ]
     content = shard.read_bytes()
-    shard.write_bytes(content[:-100])
-    refused(f"{shard.name} is truncated")
+    for damaged in (content[:-100], content[:20], b"", b"\xff" * 100, content + b"more"):
+        shard.write_bytes(damaged)
+        refused(f"{shard.name} is truncated or not")
     shard.unlink()
-    refused(f"{shard.name} is missing")
+    refused(f"{shard.name} is missing, .* names it")
+    shard.mkdir()
+    refused(f"{shard.name} is not a file")
+    shard.rmdir()
     shard.write_bytes(content)
-    index = folder / huggingface.INDEX
+    index = folder / tensor_files.INDEX
+    for wrong in ({}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": None}):
+        index.write_text(json.dumps(wrong))
+        refused("has no weight_map")
+    for wrong in (None, 3, ["x"], "", "..", "../x.safetensors", "/etc/passwd"):
+        index.write_text(json.dumps({"weight_map": weight_map | {Q_PROJ: wrong}}))
+        refused("which is no name of a file beside it")
     index.write_text(json.dumps({"weight_map": weight_map | {"model.more": shard.name}}))
     refused("tensor model.more is missing")
+    other = next(name for name in weight_map.values() if name != shard.name)
+    index.write_text(json.dumps({"weight_map": weight_map | {Q_PROJ: other}}))
+    refused(f"{Q_PROJ} should be in {other}, it is in {shard.name}")
     index.unlink()
     refused("3 .safetensors files, expected one")
-    index.write_text("{")
-    refused("is not JSON")
+    for wrong in ("{", "[" * 100_000, "\xff"):
+        index.write_text(wrong, encoding="latin-1")
+        refused("is not JSON")
+    index.write_text("[]")
+    refused("is not a JSON object")
+    index.unlink()
+    index.mkdir()
+    refused("Is a directory")
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    refused("config.json: Is a directory")
+
+
+def test_tensors_of_other_kinds_are_named(make_mesh, folder):
+    change_tensors(folder, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].astype(np.int32)}))
+    with pytest.raises(UserError, match="q_proj.weight is I32, supported: F32, BF16, F16"):
+        read(folder, make_mesh())
+
+
+def test_float16_is_read_exactly(make_mesh, folder):
+    def to_float16(tensors):
+        tensors.update({name: tensor.astype(np.float16) for name, tensor in tensors.items()})
+
+    change_tensors(folder, to_float16)
+    tensor = load_file(folder / "model.safetensors")[Q_PROJ].astype(np.float32)
+    np.testing.assert_array_equal(read(folder, make_mesh()).blocks.q_proj[1], tensor.T.reshape(64, 4, 16))
+    assert huggingface.inspect(folder).dtype == "float32" and not huggingface.inspect(folder).uniform
+
+
+def test_newer_folders_keep_ropes_base_elsewhere(folder):
+    change_config(folder, rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 1000.0})
+    assert huggingface.inspect(folder).config.rope_theta == 1000.0
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 4, 1)])
+@pytest.mark.parametrize("naming", ["llada", "llama"])
+def test_what_is_written_is_what_was_read(make_mesh, tmp_path, sizes, naming):
+    model = read(PARITY / "gqa", make_mesh(*sizes))
+    original = json.loads((PARITY / "gqa" / "config.json").read_text())
+    huggingface.save_model(model, tmp_path / "out", naming=naming, shard_bytes=200_000, files={"a.txt": b"a"})
+    index = json.loads((tmp_path / "out" / tensor_files.INDEX).read_text())
+    tensors = load_file(PARITY / "gqa" / "model.safetensors")
+    written = tensors_of(tmp_path / "out")
+    if naming == "llama":
+        tensors = rename_to_llama(original, tensors)[1]
+    assert written.keys() == tensors.keys() == index["weight_map"].keys()
+    assert all(written[name].tobytes() == tensors[name].tobytes() for name in tensors)
+    assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    shards = [f"model-{i:05}-of-00005.safetensors" for i in range(1, 6)]
+    assert files == ["a.txt", "config.json", *shards, tensor_files.INDEX]
+    for name in shards:
+        assert sum(tensors[tensor].nbytes for tensor, file in index["weight_map"].items() if file == name) <= 200_000
+    same(read(tmp_path / "out", make_mesh()), read(PARITY / "gqa", make_mesh()))
+
+
+def test_a_file_is_the_one_that_the_library_writes(make_mesh, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        model = read(PARITY / "mha", make_mesh(), dtype)
+        huggingface.save_model(model, tmp_path / dtype)
+        ours = tmp_path / dtype / "model.safetensors"
+        save_file(load_file(ours), tmp_path / "library", metadata={"format": "pt"})
+        assert ours.read_bytes() == (tmp_path / "library").read_bytes()
+        assert not (tmp_path / dtype / tensor_files.INDEX).exists()
+
+
+def test_large_tensors_are_written_in_parts(make_mesh, tmp_path, monkeypatch):
+    model = read(PARITY / "mha", make_mesh(1, 2, 1))
+    monkeypatch.setattr(tensor_files, "_CHUNK_BYTES", 1000)
+    huggingface.save_model(model, tmp_path / "out", dtype="bfloat16", naming="llada")
+    tensors = load_file(PARITY / "mha" / "model.safetensors")
+    for name, tensor in tensors_of(tmp_path / "out").items():
+        np.testing.assert_array_equal(tensor, tensors[name].astype(ml_dtypes.bfloat16))
+
+
+def test_what_cannot_be_written_is_named(make_mesh, tmp_path):
+    model = read(PARITY / "mha", make_mesh())
+    original = json.loads((PARITY / "mha" / "config.json").read_text())
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    cases = [
+        ("full", {}, "exists and is not an empty folder"),
+        ("out", {"dtype": "float16"}, "dtype=float16: choose float32 or bfloat16"),
+        ("out", {"naming": "gpt"}, "naming='gpt': choose llada or llama"),
+        ("out", {"shard_bytes": 0}, "shard_bytes=0"),
+        ("out", {"original": original | {"n_layers": 3}}, "the model has layers 2, the original config.json says 3"),
+        ("out", {"original": original | {"alibi": True}}, "alibi=true is not supported"),
+    ]
+    for name, options, words in cases:
+        with pytest.raises(UserError, match=words):
+            huggingface.save_model(model, tmp_path / name, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
 def test_a_mesh_that_does_not_divide_is_named(make_mesh, folder):

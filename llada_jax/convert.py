@@ -1,0 +1,251 @@
+"""Change the format of a model: python -m llada_jax.convert --input=DIR --output=DIR --format=huggingface|orbax
+
+The input is a training workdir, a published folder or what this wrote. The output is a published folder
+(huggingface), or a workdir with weights alone (orbax) for --model=DIR and --config.init_from=DIR. No bit of a weight
+changes unless --dtype asks for it. It runs on the host, which must have the memory for all parameters.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from llada_jax import checkpoint, command_line, huggingface, published, workdir
+from llada_jax import mesh as meshes
+from llada_jax.config import CheckpointConfig, Config, UserError
+from llada_jax.data.output import refuse_existing
+from llada_jax.folders import whole_folder
+from llada_jax.loading import with_tokenizer
+from llada_jax.model import Transformer, split
+from llada_jax.published import CONFIG
+from llada_jax.tokenizer import Tokenizer, find_tokenizer
+
+_INPUT = flags.DEFINE_string("input", None, "A training workdir, a published folder, or what convert wrote.")
+_OUTPUT = flags.DEFINE_string("output", None, "The folder to write: new or empty.")
+_FORMAT = flags.DEFINE_enum("format", None, ["huggingface", "orbax"], "What to write.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint of a workdir; default: its newest.")
+_DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Of the weights; default: as they are.")
+_NAMING = flags.DEFINE_enum("naming", None, ["llada", "llama"], "Of the tensors; default: the input's own, or llada.")
+_SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Gigabytes (10^9 bytes) of tensors per file at most.")
+
+KEPT = "published"  # in a workdir written here: what the published folder held beside its weights
+# Weights in any format that folders on the Hugging Face Hub hold.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+
+
+def main() -> None:
+    """Does what the flags say."""
+    for flag in (_INPUT, _OUTPUT, _FORMAT):
+        if not flag.value:
+            raise UserError(f"--{flag.name} is missing: --input=DIR, --output=DIR and --format are needed")
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and the host has more memory than one device
+    convert(
+        _INPUT.value,
+        _OUTPUT.value,
+        _FORMAT.value,
+        step=_STEP.value,
+        dtype=_DTYPE.value,
+        naming=_NAMING.value,
+        shard_bytes=int(_SHARD_GB.value * 10**9),
+        progress=True,
+    )
+    print(f"{_OUTPUT.value} is written", file=sys.stderr)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A model folder, known without its weights."""
+
+    path: Path
+    step: int | None  # None = a published folder
+    config: Config  # of the run; of a published folder only model and sequence_length are its own
+    identity: dict  # of the run's data and tokenizer
+    tokenizer: Path  # where its files are, if there are any
+    dtype: str  # of the weights
+    naming: str  # of the tensors
+    kept: Path | None  # where config.json and other files of a published folder are
+    kept_dtype: str  # of the weights that this config.json was published with; "" if they were of several
+
+
+def convert(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    form: str,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    naming: str | None = None,
+    shard_bytes: int = huggingface.SHARD_BYTES,
+    progress: bool = False,
+) -> None:
+    """Writes the model in one folder to another; whole or not at all.
+
+    From a published folder to "orbax" and back, config fields, other files and the bits of all weights are the same.
+    For a model trained here "huggingface" writes a complete config.json and generation_config.json in LLaDA's fields,
+    the tokenizer, and the chat template. This package reads the same ids from it. Others' tools: a tokenizer.json is
+    the one that training used, but control tokens that it lacked (they were appended) are in no file; of a
+    SentencePiece tokenizer there is tokenizer.model, and tokenizer_config.json names the appended tokens for
+    transformers' LlamaTokenizer.
+
+    Args:
+      source: a training workdir, a published folder, or what this wrote.
+      output: a new or empty folder.
+      form: "huggingface" or "orbax".
+      step: of a workdir's checkpoint. None = its newest.
+      dtype: "float32" or "bfloat16". None = as the weights are (float32 for float16 and mixed files).
+      naming: of the tensors, "llada" or "llama". None = that of the published folder, or "llada".
+      shard_bytes: of tensors per file at most.
+      progress: whether to report on stderr.
+
+    Raises:
+      UserError: no such model, one that cannot be used, an output that exists or cannot be written.
+    """
+    if form not in ("huggingface", "orbax"):
+        raise UserError(f"format={form!r}: choose huggingface or orbax")
+    if shard_bytes < 1:
+        raise UserError("shard_gb must be positive")
+    refuse_existing(Path(os.path.abspath(output)))
+    found = _source(Path(source), step)
+    if form == "orbax" and naming not in (None, found.naming):
+        raise UserError("naming is for format=huggingface: in orbax tensors have our own names")
+    tokenizer = find_tokenizer(found.tokenizer)
+    wanted = dtype or found.dtype
+    with jax.set_mesh(meshes.one_device_mesh()):
+        model = _load(found, tokenizer, wanted, progress)
+        if form == "huggingface":
+            _write_published(found, tokenizer, model, output, naming or found.naming, shard_bytes, progress)
+        else:
+            _write_workdir(found, tokenizer, model, output)
+
+
+def _source(path: Path, step: int | None) -> Source:
+    if not path.is_dir():
+        raise UserError(f"input {path} is no folder: give a training workdir or a published model's folder")
+    if (path / checkpoint.FOLDER).is_dir():
+        step = checkpoint.choose_step(path, step)
+        config, identity = workdir.read_config(path)
+        record = checkpoint.weights_record(path, step) or {}
+        kept = path / KEPT if (path / KEPT / CONFIG).is_file() else None
+        dtype, naming = record.get("dtype", "float32"), record.get("naming", "llada")
+        kept_dtype = record.get("published_dtype", "")
+        return Source(path, step, config, identity, path / "tokenizer", dtype, naming, kept, kept_dtype)
+    if step is not None:
+        raise UserError(f"step={step}: {path} is not a training workdir, it has no steps")
+    if not any(path.glob("*.safetensors*")):
+        raise UserError(f"{path} has no model: neither checkpoints/ (a training workdir) nor *.safetensors in it")
+    found = huggingface.inspect(path)
+    config = Config(model=found.config)
+    config.sequence_length = published.sequence_length(found.fields) or config.sequence_length
+    kept_dtype = found.dtype if found.uniform else ""
+    return Source(path, None, config, {}, path, found.dtype, found.naming, path, kept_dtype)
+
+
+def _load(source: Source, tokenizer: Tokenizer | None, dtype: str, progress: bool) -> Transformer:
+    if source.step is None:
+        return huggingface.load_model(source.path, dtype, lambda config: with_tokenizer(config, tokenizer), progress)
+    return checkpoint.load_model(source.path, source.step, jax.sharding.get_mesh(), dtype)
+
+
+def _write_published(
+    source: Source,
+    tokenizer: Tokenizer | None,
+    model: Transformer,
+    output: str | os.PathLike,
+    naming: str,
+    shard_bytes: int,
+    progress: bool,
+) -> None:
+    dtype = model.embedding[...].dtype.name
+    if source.kept is not None:
+        fields = published.read_json(source.kept / CONFIG)
+        if dtype != source.kept_dtype:
+            fields |= {name: dtype for name in ("torch_dtype", "dtype") if name in fields}
+        files: dict[str, bytes | Path] = dict(_other_files(source.kept))
+    else:
+        fields = published.published_config(model.config, naming, dtype, source.config.sequence_length)
+        files = {huggingface.GENERATION_CONFIG: _as_json(_generation_config(model, fields))}
+        if tokenizer is not None:
+            files |= _tokenizer_files(source.tokenizer, tokenizer)
+    huggingface.save_model(
+        model, output, naming=naming, original=fields, files=files, shard_bytes=shard_bytes, progress=progress
+    )
+
+
+def _write_workdir(source: Source, tokenizer: Tokenizer | None, model: Transformer, output: str | os.PathLike) -> None:
+    config = dataclasses.replace(source.config, model=model.config)
+    identity = source.identity or {"data": [], "weights": [], "tokenizer": tokenizer and tokenizer.sha256}
+    with whole_folder(output) as folder:
+        workdir.write_config(folder, config, identity)
+        if tokenizer is not None:
+            tokenizer.save(folder / "tokenizer")
+        if source.kept is not None:
+            (folder / KEPT).mkdir()
+            for name, path in {CONFIG: source.kept / CONFIG, **_other_files(source.kept)}.items():
+                shutil.copyfile(path, folder / KEPT / name)
+        try:
+            checkpoints = checkpoint.Checkpoints(folder, CheckpointConfig())
+            record = {"naming": source.naming, "published_dtype": source.kept_dtype}
+            checkpoints.save_weights(source.step or 0, split(model)[1], record)
+            checkpoints.close()
+        except checkpoint.SaveFailed as error:
+            raise UserError(f"output {output} is not written: {error}") from error
+
+
+def _other_files(folder: Path) -> dict[str, Path]:
+    """The files of a published folder beside its weights and config.json: tokenizer, templates, code, licence."""
+    return {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name[0] != "." and path.name != CONFIG and not path.name.endswith(_WEIGHTS)
+    }
+
+
+def _generation_config(model: Transformer, fields: Mapping[str, Any]) -> dict[str, Any]:
+    ids = {
+        "bos_token_id": model.config.bos_id,
+        "eos_token_id": model.config.eos_id,
+        "pad_token_id": model.config.eos_id,
+    }
+    known = {name: value for name, value in ids.items() if value is not None}
+    versions = {name: fields[name] for name in ("transformers_version",) if name in fields}
+    return {"_from_model_config": True, **known, **versions}
+
+
+def _tokenizer_files(folder: Path, tokenizer: Tokenizer) -> dict[str, bytes | Path]:
+    files: dict[str, bytes | Path] = {path.name: path for path in folder.iterdir() if path.is_file()}
+    if tokenizer.chat_template is None:
+        files["chat_template.jinja"] = tokenizer.default_chat_template.encode()
+    if tokenizer.kind == "sentencepiece":
+        files.setdefault("tokenizer_config.json", _as_json(_sentencepiece_config(tokenizer)))
+    return files
+
+
+def _sentencepiece_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What transformers needs to know beside tokenizer.model."""
+    flags_of_token = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_prefix_space": False,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        **{f"{role}_token": tokenizer.roles[role][1] for role in ("bos", "eos", "mask")},
+        "pad_token": tokenizer.roles["eos"][1],
+        "added_tokens_decoder": {str(i): {"content": name, **flags_of_token} for i, name in tokenizer.roles.values()},
+    }
+
+
+def _as_json(fields: Mapping[str, Any]) -> bytes:
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+if __name__ == "__main__":
+    command_line.run(main)
