@@ -25,7 +25,7 @@ from llada_jax.data.sets import prepared_sets
 from llada_jax.distributed import log
 from llada_jax.loop import Loop, NonFinite
 from llada_jax.model import parameter_count, resolve_compute, split
-from llada_jax.tokenizer import load_tokenizer
+from llada_jax.tokenizer import find_tokenizer, load_tokenizer
 from llada_jax.train_step import TrainState, check_choices, make_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/quickstart.py")
@@ -39,6 +39,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 _INIT = ("init_from", "init_step", "init_weights_only")
+_WEIGHTS_REMEDY = "set --config.init_weights_only to take its weights alone"
 
 
 def main() -> int:
@@ -104,6 +105,8 @@ def _train(config: Config, folder: Path) -> int:
     mesh.check_model(config.model, sizes)
     mesh.check_batch(config, sizes)
     compute = resolve_compute(config.model, config.compute, device_mesh.devices.flat[0])
+    if not stored:
+        _check_source(config, source)
 
     # The data: nothing of it needs a device.
     paths = distributed.first_decides("prepared sets", lambda: prepared_sets(config, folder, stored and stored[0]))
@@ -179,8 +182,13 @@ def _train(config: Config, folder: Path) -> int:
 
 def _stored_run(folder: Path) -> tuple[dict, dict] | None:
     """Config (as a dict) and identity of the run that has checkpoints in `folder`, None if there are none."""
-    if not checkpoint.steps_in(folder):
+    if not (steps := checkpoint.steps_in(folder)):
         return None
+    if checkpoint.weights_record(folder, steps[-1]):
+        raise UserError(
+            f"{folder} holds weights alone, no run that could go on: take another --workdir, and start from them with "
+            f"--config.init_from={folder} --config.init_weights_only"
+        )
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has checkpoints but no config.json that says of what: take another --workdir")
     config, identity = workdir.read_config(folder)
@@ -214,6 +222,36 @@ def _find_source(config: Config) -> int | None:
     return None
 
 
+def _check_source(config: Config, step: int | None) -> None:
+    """UserError for what can be seen to be wrong with config.init_from before there is any data.
+
+    What the model config leaves to the tokenizer of the data cannot: `_first_state` looks once more.
+    """
+    if not (source := config.init_from):
+        return
+    if step is None:
+        from llada_jax import huggingface
+
+        found = huggingface.inspect(source).config
+        _same_model(found, _filled(config.model, found), source)
+        return
+    parent, _ = workdir.read_config(source)
+    early = dataclasses.replace(config, model=_filled(config.model, parent.model))
+    if config.init_weights_only:
+        _same_model(parent.model, early.model, source)
+        return
+    if checkpoint.weights_record(source, step):
+        raise UserError(f"{source} holds weights alone, no optimiser state: {_WEIGHTS_REMEDY}")
+    workdir.check_same_run((parent, {}), (early, {}), source, _WEIGHTS_REMEDY)
+
+
+def _filled(wanted: ModelConfig, found: ModelConfig) -> ModelConfig:
+    """`wanted`, with what it does not say taken from `found`."""
+    unknown = [field.name for field in dataclasses.fields(ModelConfig) if getattr(wanted, field.name) is None]
+    unknown += [] if wanted.vocab_size else ["vocab_size"]
+    return dataclasses.replace(wanted, **{name: getattr(found, name) for name in unknown})
+
+
 def _first_state(config: Config, identity: dict, step: int | None, device_mesh: jax.sharding.Mesh) -> TrainState:
     """A new state, or one taken from config.init_from (at `step`, None = a published folder)."""
     if not config.init_from:
@@ -222,20 +260,26 @@ def _first_state(config: Config, identity: dict, step: int | None, device_mesh: 
     if step is None:
         from llada_jax import huggingface
 
+        if (tokenizer := find_tokenizer(source)) is not None:
+            _same_tokenizer(tokenizer.sha256, identity, source)
         log(f"starting from the weights of {source}")
         model = huggingface.load_model(source, jnp.float32, lambda model: _same_model(model, config.model, source))
         return make_state(config, split(model)[1])
     parent, parent_identity = workdir.read_config(source)
     if config.init_weights_only:
         _same_model(parent.model, config.model, source)
-        if parent_identity["tokenizer"] != identity["tokenizer"]:
-            raise UserError(f"the tokenizer differs from that of {source}: its weights know other tokens")
+        _same_tokenizer(parent_identity["tokenizer"], identity, source)
         log(f"starting from the weights of {source} at step {step}")
         return make_state(config, checkpoint.load_params(source, step, config, device_mesh))
-    remedy = "set --config.init_weights_only to take its weights alone"
-    workdir.check_same_run((parent, parent_identity), (config, identity), source, remedy)
+    workdir.check_same_run((parent, parent_identity), (config, identity), source, _WEIGHTS_REMEDY)
     log(f"branching from {source} at step {step}")
     return checkpoint.load_state(source, step, config, device_mesh)
+
+
+def _same_tokenizer(theirs: str | None, identity: dict, source: str) -> None:
+    """UserError unless the data was made with the tokenizer that the weights know; None = nobody knows which."""
+    if theirs is not None and theirs != identity["tokenizer"]:
+        raise UserError(f"the tokenizer differs from that of {source}: its weights know other tokens")
 
 
 def _same_model(found: ModelConfig, wanted: ModelConfig, source: str) -> ModelConfig:

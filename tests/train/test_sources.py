@@ -4,15 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 from runs import state_of, terminate, when_done
-from safetensors.numpy import save_file
 
-from llada_jax import checkpoint, command_line, huggingface, workdir
-from llada_jax import mesh as meshes
+from llada_jax import checkpoint, command_line, workdir
 from llada_jax.config import UserError
+from llada_jax.convert import convert
 from llada_jax.data.prepare import prepare
 
 # Branches
@@ -57,23 +55,9 @@ def test_weights_only(run, reference, tmp_path):
 
 
 def publish(source: Path, target: Path, **changes) -> None:
-    """Writes the model of a workdir as a published folder."""
-    config, _ = workdir.read_config(source)
-    model = checkpoint.load_model(source, None, meshes.one_device_mesh())
-    tensors = {huggingface.LLADA[name]: np.asarray(getattr(model, name)[...]) for name in ("embedding", "final_norm")}
-    tensors[huggingface.LLADA["head"]] = np.ascontiguousarray(np.asarray(model.head[...]).T)
-    for name, pattern in huggingface.LLADA.items():
-        if "{}" in pattern:
-            for i, layer in enumerate(np.asarray(getattr(model.blocks, name)[...])):
-                if layer.ndim == 1:
-                    tensors[pattern.format(i)] = layer
-                else:
-                    outputs, inputs = huggingface.published_shape(name, layer.shape)
-                    tensors[pattern.format(i)] = np.ascontiguousarray(layer.reshape(inputs, outputs).T)
-    target.mkdir()
-    save_file(tensors, target / "model.safetensors")
-    names = {field: published[0] for field, published in huggingface.FIELDS.items()}
-    fields = {names[field]: getattr(config.model, field) for field in names} | changes
+    """Writes the model of a workdir as a published folder; the config then says something else of it."""
+    convert(source, target, "huggingface")
+    fields = json.loads((target / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(fields))
 
 
@@ -86,6 +70,54 @@ def test_a_published_folder(run, reference, tmp_path, capfd):
     for name, value in ours.items():
         if name.startswith(".params"):
             assert value.tobytes() == theirs[name].tobytes(), name
+
+
+def test_weights_alone(run, reference, tmp_path, capfd):
+    """What convert writes in our own format: weights to start from, but no run to go on with."""
+    weights = tmp_path / "weights"
+    convert(reference, weights, "orbax", step=10)
+    settings = {"optimizer__peak_learning_rate": 0.0, "steps": 1}
+    assert run(tmp_path / "run", 2, init_from=str(weights), init_weights_only=True, **settings) == 0
+    convert(tmp_path / "run", tmp_path / "back", "orbax")
+    assert f"starting from the weights of {weights} at step 10" in capfd.readouterr().err
+    ours, theirs = state_of(tmp_path / "run"), state_of(reference, 10)
+    for name, value in ours.items():
+        if name.startswith(".params"):
+            assert value.tobytes() == theirs[name].tobytes(), name
+    with pytest.raises(UserError, match="holds weights alone, no optimiser state: set --config.init_weights_only"):
+        run(tmp_path / "other", init_from=str(weights), **settings)
+    with pytest.raises(UserError, match="holds weights alone, no run that could go on: take another --workdir"):
+        run(weights)
+    assert checkpoint.steps_in(weights) == [10]
+
+
+def test_a_source_that_does_not_fit_is_refused_before_text_is_prepared(run, reference, corpus, tmp_path):
+    publish(reference, tmp_path / "published")
+    publish(reference, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"x" * 100)
+    published, workdir_of = {"init_from": str(tmp_path / "published")}, {"init_from": str(reference)}
+    cases = [
+        ({**published, "model__layers": 3}, "config.model.layers is 3, but .* has 2: its weights do not fit"),
+        ({**published, "model__tied_embeddings": True}, "config.model.tied_embeddings is True, but .* has False"),
+        ({"init_from": str(tmp_path / "damaged")}, "model.safetensors is truncated"),
+        ({**workdir_of, "model__layers": 3}, "config.model.layers is 3, but .* was trained with 2"),
+        ({**workdir_of, "seed": 1}, "config.seed is 1"),
+        ({**workdir_of, "init_weights_only": True, "model__kv_heads": 2}, "config.model.kv_heads is 2, but .* has 4"),
+    ]
+    for i, (settings, message) in enumerate(cases):
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / f"run_{i}", data__path="", data__input=corpus, **settings)
+        assert not (tmp_path / f"run_{i}" / "data").exists()
+
+
+def test_another_tokenizer_than_the_weights_know(run, reference, tmp_path, corpus):
+    publish(reference, tmp_path / "published")
+    prepare([corpus], tmp_path / "other", train_tokenizer=316, sequence_length=32, workers=1, progress=False)
+    settings = {"data__path": str(tmp_path / "other"), "init_from": str(tmp_path / "published")}
+    ids = workdir.read_config(reference)[0].model
+    assert ids.vocab_size == 384
+    with pytest.raises(UserError, match="the tokenizer differs|config.model.mask_id is"):
+        run(tmp_path / "run", model__vocab_size=384, **settings)
 
 
 def test_sources_that_do_not_fit(run, reference, tmp_path):
