@@ -17,10 +17,12 @@ from llada_jax.config import ModelConfig, UserError
 from llada_jax.guidance import guided_trunk
 from llada_jax.model import Transformer
 
-SHORTEST = 32  # tokens: lengths are multiples of this, longer ones of larger steps
+SHORTEST = 16  # tokens: lengths are multiples of this, longer ones of larger steps
 # Tokens of a batch on each device: enough to keep it busy. A CPU is so with few, and its caches are small.
-BATCH_TOKENS = {"cpu": 4096}
+BATCH_TOKENS = {"cpu": 2048}
 ACCELERATOR_TOKENS = 16384
+# Positions that go through the head together: of an answer's tokens few are masked, and a chunk is computed whole.
+HEAD_CHUNK = 256
 
 Requests = Sequence[tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]]
 
@@ -83,7 +85,7 @@ def check_settings(cfg_scale: float, batch_size: int | None) -> None:
 
 
 def padded_length(length: int) -> int:
-    """What a row of `length` tokens is filled up to: a multiple of 32, beyond 256 of a quarter of the power of two."""
+    """What a row of `length` tokens is filled up to: a multiple of 16, beyond 128 of an eighth of a power of two."""
     step = max(SHORTEST, 2 ** (length - 1).bit_length() // 8)
     return -(-length // step) * step
 
@@ -158,16 +160,14 @@ def _batches(
     for length in sorted(set(padded_R[request_N].tolist()), reverse=True):
         of_length_N = order_N[padded_R[request_N[order_N]] == length]
         if batch_size is None:
-            most = _power_of_two(max(1, BATCH_TOKENS.get(platform, ACCELERATOR_TOKENS) // length), up=False)
+            most = 2 ** (max(1, BATCH_TOKENS.get(platform, ACCELERATOR_TOKENS) // length).bit_length() - 1)
         else:
             most = max(1, batch_size // shards)
         first = 0
         while first < len(of_length_N):
-            rows_N = of_length_N[first : first + most * shards]
-            # The last batch is as small as a power of two allows: few shapes, little computed in vain.
-            yield rows_N, length, shards * min(most, _power_of_two(-(-len(rows_N) // shards), up=True))
+            rows_N, size = of_length_N[first : first + most * shards], most
+            # The last batch is a power of four smaller: few shapes, little that is computed in vain.
+            while size % 4 == 0 and size // 4 * shards >= len(rows_N):
+                size //= 4
+            yield rows_N, length, shards * size
             first += len(rows_N)
-
-
-def _power_of_two(count: int, up: bool) -> int:
-    return 2 ** ((count - 1).bit_length() if up else count.bit_length() - 1)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from llada_jax import mesh
-from llada_jax.batching import Requests, check_requests, check_settings, hidden, in_batches, layout
+from llada_jax.batching import HEAD_CHUNK, Requests, check_requests, check_settings, hidden, in_batches, layout
 from llada_jax.config import UserError
 from llada_jax.diffusion import unit_interval
 from llada_jax.greedy import greedy_matches
@@ -211,7 +211,7 @@ def _row_values(
         batch["tokens"],
         mask_BT,
         weight_B,
-        model.compute.loss_chunk,
+        min(model.compute.loss_chunk, HEAD_CHUNK),
         model.config.mask_id,
     )
 

@@ -46,9 +46,9 @@ def test_model_without_mask_is_refused():
 
 def test_padded_lengths_are_few_and_waste_little():
     padded = {n: padded_length(n) for n in range(1, 4097)}
-    assert all(n <= length < 1.25 * n + 32 for n, length in padded.items())
-    assert len(set(padded.values())) == 24 and all(length % 32 == 0 for length in padded.values())
-    assert padded[256] == 256 and padded[257] == 320 and padded[4096] == 4096
+    assert all(n <= length < 1.25 * n + 16 for n, length in padded.items())
+    assert len(set(padded.values())) == 28 and all(length % 16 == 0 for length in padded.values())
+    assert padded[128] == 128 and padded[129] == 160 and padded[4096] == 4096
 
 
 def test_digest_tells_prompt_from_answer():
