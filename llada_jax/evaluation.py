@@ -171,7 +171,8 @@ def _prepare_lm_eval() -> None:
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR if distributed.index() else logging.WARNING)
+    for library in ("lm_eval", "huggingface_hub"):  # what is wrong with a task is told by tasks.py, once
+        logging.getLogger(library).setLevel(logging.ERROR)
     if distributed.index():
         os.environ["TQDM_DISABLE"] = "1"
 
@@ -188,6 +189,8 @@ def _harness(
     if settings["max_length"] is None:
         settings["max_length"] = harness.model_length(job.model)
     lm = harness.LLaDA(model, tokenizer, batch_size=batch_size, **settings)
+    if distributed.index() == 0:
+        logging.getLogger("lm_eval").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as elsewhere:
         cache = None
         if job.cache is not None:

@@ -89,10 +89,10 @@ def _matching(name: str, manager: Any, include_path: Sequence[str]) -> list[str]
 def _reason(error: Exception) -> str:
     """Why a task could not be loaded, and what to do about it."""
     text = " ".join(f"{error or type(error).__name__}".split())[:300]
+    if isinstance(error, ConnectionError) or any(word in text for word in ("offline", " Hub")):
+        return f"its data is not on this machine and cannot be downloaded: {text}"
     if isinstance(error, FileNotFoundError):
         return f"{text} (relative data_files are looked for from {os.getcwd()})"
-    if isinstance(error, ConnectionError) or "offline" in text.lower() or "Connect" in type(error).__name__:
-        return f"its data is not on this machine and cannot be downloaded: {text}"
     return f"{type(error).__name__}: {text}"
 
 

@@ -79,17 +79,6 @@ def test_through_the_chat_template(monkeypatch, loaded):
     assert used == options
 
 
-def test_a_model_can_be_asked(loaded):
-    model, tokenizer = loaded
-    couplets = [Couplet("one two", "three four")]
-    told = {}
-    options = Options(gen_length=3, block_length=2)
-    found = reversal.evaluate(model, tokenizer, couplets, options, jax.random.key(0), report=told.__setitem__)
-    assert all(figures["exact_match,none"] in (0.0, 1.0) for figures in found.values())
-    ((given, wanted, answer),) = told["reversal_backward_infill"]
-    assert (given, wanted) == ("three four", "one two") and "three four" not in answer and answer
-
-
 @pytest.mark.parametrize(
     ("content", "words"),
     [
