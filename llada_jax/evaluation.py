@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -93,7 +94,8 @@ def run(job: Evaluation) -> int:
     distributed.check_same("evaluation", dataclasses.asdict(job), lambda _: "it has other flags than process 0")
     check(job)
     names = [name for name in job.tasks if name != REVERSAL]
-    couplets = reversal.read_couplets(job.data)[: _whole(job.limit)] if REVERSAL in job.tasks else None
+    couplets = reversal.read_couplets(job.data) if REVERSAL in job.tasks else []
+    couplets = couplets[: _count(job.limit, len(couplets))]
     found = None
     if names:
         _prepare_lm_eval()
@@ -161,8 +163,9 @@ def check(job: Evaluation) -> None:
         raise UserError('lm_eval is not installed: pip install "llada_jax[eval]"')
 
 
-def _whole(limit: float | None) -> int | None:
-    return None if limit is None else max(1, int(limit))
+def _count(limit: float | None, total: int) -> int:
+    """How many of all --limit means."""
+    return total if limit is None else math.ceil(limit * total) if limit < 1 else int(limit)
 
 
 def _prepare_lm_eval() -> None:

@@ -164,6 +164,7 @@ class LLaDA(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
         pairs = [self._fitting(context, continuation) for _, context, continuation in requests]
+        self._tell_cut(sum(len(p) < len(given[1]) for (p, _), given in zip(pairs, requests, strict=True)))
 
         def score(portion: Sequence[int], report: Callable[[int], None]) -> list[tuple[float, bool]]:
             some, scale = [pairs[i] for i in portion], self.options.cfg_scale
@@ -199,7 +200,7 @@ class LLaDA(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Completions, each cut at EOS and at the first of its stop strings."""
-        prompts, stops, groups = [], [], collections.defaultdict(list)
+        prompts, stops, groups, cut = [], [], collections.defaultdict(list), 0
         for i, (context, gen_kwargs) in enumerate(request.args for request in requests):
             options, until = self._generation(gen_kwargs)
             room = None if self.max_length is None else self.max_length - options.gen_length
@@ -208,8 +209,10 @@ class LLaDA(TemplateLM):
                                 f"{self.max_length} (max_length=N overrides it)")  # fmt: skip
             prompt = self.tok_encode(context)
             prompts.append(prompt if room is None else prompt[-room:])
+            cut += len(prompts[-1]) < len(prompt)
             stops.append(until)
             groups[options].append(i)
+        self._tell_cut(cut)
         options_of = {i: options for options, places in groups.items() for i in places}
         numbers = list(_numbers(prompts))
 
@@ -256,6 +259,10 @@ class LLaDA(TemplateLM):
             return prompt, answer
         answer = answer[-self.max_length :]
         return prompt[max(0, len(prompt) + len(answer) - self.max_length) :], answer
+
+    def _tell_cut(self, count: int) -> None:
+        if count:
+            distributed.log(f"{count} prompts lose their beginning: with the answer they pass {self.max_length} tokens")
 
     def _generation(self, gen_kwargs: dict[str, Any]) -> tuple[Options, list[str]]:
         """What to do for a task's generation_kwargs, and its stop strings."""

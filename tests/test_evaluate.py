@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 
 import bench
+import lm_eval
 import pytest
 import tiny
 
@@ -164,6 +166,20 @@ def test_two_processes(place, whole, tmp_path):
         )  # of ten: the odd of the other tasks are gone
     spoken = [line for line in said.splitlines() if line.startswith("[1]") and re.search(r"choice|it/s|\d%", line)]
     assert spoken == []
+
+
+def test_what_other_processes_leave_alone(monkeypatch, capsys, place, tmp_path):
+    asked = {}
+    monkeypatch.setenv("TQDM_DISABLE", "0")  # set in an evaluation, and put back after this
+    monkeypatch.setattr(evaluation.distributed, "index", lambda: 1)
+    monkeypatch.setattr(lm_eval, "simple_evaluate", asked.update)
+    assert evaluation.run(job(place, tmp_path / "out.json", "choice", cache=str(tmp_path / "cache"))) == 0
+    assert not asked["use_cache"].startswith(str(tmp_path)) and list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "") and os.environ["TQDM_DISABLE"] == "1"
+
+
+def test_a_limit_is_a_number_or_a_share():
+    assert [evaluation._count(limit, 9) for limit in (None, 4.0, 20.0, 0.5, 0.01)] == [9, 4, 20, 5, 1]
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_values_are_those_of_the_scores(folder, loaded):
     np.testing.assert_allclose(rolling, [score.value for score in wanted], rtol=1e-5)
 
 
-def test_what_is_too_long_loses_its_beginning(monkeypatch, loaded):
+def test_what_is_too_long_loses_its_beginning(monkeypatch, capsys, loaded):
     model, tokenizer = loaded
     told = Told(monkeypatch, tokenizer)
     lm = harness.LLaDA(model, tokenizer, max_length=12, gen_length=4)
@@ -134,6 +134,7 @@ def test_what_is_too_long_loses_its_beginning(monkeypatch, loaded):
     assert set(told.pairs) == {(tokenizer.decode(words[-kept:]), answer), ("", tokenizer.decode(words[-12:]))}
     lm.generate_until(instances("generate_until", [(text, {"until": []})]), disable_tqdm=True)
     assert told.calls[-1][1] == [tokenizer.decode(words[-8:])]
+    assert capsys.readouterr().err.count("1 prompts lose their beginning: with the answer they pass 12 tokens") == 2
     with pytest.raises(UserError, match="gen_length=4 leaves no room"):
         lm.max_length = 4
         lm.generate_until(instances("generate_until", [(text, {})]), disable_tqdm=True)
