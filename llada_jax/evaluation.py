@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llada_jax import distributed, loading, mesh, reversal, tasks
+from llada_jax import __version__, distributed, loading, mesh, reversal, tasks
 from llada_jax.completion import Options
 from llada_jax.config import MeshConfig, UserError
 from llada_jax.model import Transformer
@@ -102,13 +102,16 @@ def run(job: Evaluation) -> int:
         found = tasks.load(names, job.include_path, job.num_fewshot, job.confirm_run_unsafe_code)
 
     devices = mesh.make_mesh(MeshConfig(data=-1, fsdp=job.fsdp, tensor=job.tensor))
-    model, tokenizer = loading.load(job.model, devices, job.dtype, job.step)
+    # Which one is decided once: while it is evaluated a run may go on and save.
+    identity = distributed.first_decides("model", lambda: _identity(job))
+    step = job.step if identity["step"] is None else identity["step"]
+    model, tokenizer = loading.load(job.model, devices, job.dtype, step)
     if tokenizer is None:
         raise UserError(f"{job.model} has no tokenizer: put its tokenizer.json or tokenizer.model there")
     results: dict[str, Any] = {"results": {}, "n-shot": {}}
     batch_size = job.batch_size or 8 * devices.shape["data"] * devices.shape["fsdp"]
     if found:
-        results = _harness(job, model, tokenizer, batch_size, *found)
+        results = _harness(job, identity, model, tokenizer, batch_size, *found)
     if couplets:
         samples: dict[str, list] = {}
         figures = reversal.evaluate(
@@ -127,7 +130,7 @@ def run(job: Evaluation) -> int:
             results.setdefault("samples", {}).update(samples)
     results |= {
         "evaluation": dataclasses.asdict(job),
-        "model": _identity(job) | {"dtype": model.compute.dtype, "mesh": dict(devices.shape)},
+        "model": identity | {"dtype": model.compute.dtype, "mesh": dict(devices.shape)},
         "software": _versions(),
         "date": date,
         "seconds": round(time.monotonic() - started, 1),
@@ -181,7 +184,13 @@ def _prepare_lm_eval() -> None:
 
 
 def _harness(
-    job: Evaluation, model: Transformer, tokenizer: Tokenizer, batch_size: int, manager: Any, loaded: list
+    job: Evaluation,
+    identity: dict[str, Any],
+    model: Transformer,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    manager: Any,
+    loaded: list,
 ) -> dict[str, Any]:
     """The results of lm_eval."""
     import lm_eval
@@ -198,7 +207,7 @@ def _harness(
         cache = None
         if job.cache is not None:
             # lm_eval knows a result by its request alone: other models and settings must not meet in one file.
-            cache = f"{job.cache}-{_fingerprint(job)}" if distributed.index() == 0 else f"{elsewhere}/cache"
+            cache = f"{job.cache}-{_fingerprint(job, identity)}" if distributed.index() == 0 else f"{elsewhere}/cache"
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
             results = lm_eval.simple_evaluate(
                 model=lm,
@@ -229,14 +238,14 @@ def _identity(job: Evaluation) -> dict[str, Any]:
     return record | {"weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights]}
 
 
-def _fingerprint(job: Evaluation) -> str:
-    content = json.dumps([_identity(job), job.settings(), job.dtype], sort_keys=True)
+def _fingerprint(job: Evaluation, identity: dict[str, Any]) -> str:
+    content = json.dumps([identity, job.settings(), job.dtype], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("llada_jax", *_PACKAGES):
+    found = {"llada_jax": __version__}
+    for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -214,7 +214,8 @@ class LLaDA(TemplateLM):
             groups[options].append(i)
         self._tell_cut(cut)
         options_of = {i: options for options, places in groups.items() for i in places}
-        numbers = list(_numbers(prompts))
+        sampled = [bool(request.args[1].get("do_sample")) for request in requests]
+        numbers = list(_numbers(prompts, sampled))
 
         def complete(portion: Sequence[int], report: Callable[[int], None]) -> list[str]:
             texts = complete_ids(
@@ -326,14 +327,17 @@ def model_length(folder: str | Path) -> int | None:
         return None
 
 
-def _numbers(prompts: Iterable[Sequence[int]]) -> Iterator[int]:
-    """What each prompt's noise depends on: its content, and how many equal ones came before it."""
+def _numbers(prompts: Iterable[Sequence[int]], sampled: Iterable[bool]) -> Iterator[int]:
+    """What each prompt's noise depends on: its content, and where a task samples how many equal ones came before.
+
+    Those are never taken from a cache. All others may be: then equal requests have one result.
+    """
     seen: collections.Counter = collections.Counter()
-    for prompt in prompts:
+    for prompt, again in zip(prompts, sampled, strict=True):
         content = json.dumps(list(prompt))
         digest = hashlib.sha256(f"{content} {seen[content]}".encode()).digest()
-        seen[content] += 1
-        yield int.from_bytes(digest[:4], "little") >> 1
+        seen[content] += again
+        yield int.from_bytes(digest[:4], "little")
 
 
 def _cut(text: str, stops: Iterable[str]) -> str:

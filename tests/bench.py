@@ -1,5 +1,6 @@
 """What the tests of evaluations share: a tiny model with a tokenizer, and small tasks with their data on disk."""
 
+import atexit
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ from pathlib import Path
 
 # Before datasets is imported: nothing is looked for in the network, nothing is left behind in the home folder.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="llada_jax_hf_")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
