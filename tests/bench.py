@@ -9,7 +9,6 @@ from pathlib import Path
 
 # Before datasets is imported: nothing is looked for in the network, nothing is left behind in the home folder.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="llada_jax_hf_")
-atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -17,6 +16,7 @@ os.environ["DISABLE_MULTIPROC"] = "1"  # of lm_eval's bootstrap: no fork of a pr
 
 from llada_jax.tokenizer import train_tokenizer
 
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 PARITY = Path(__file__).parent / "parity"
 WORDS = "one two three four five six seven eight nine ten".split()
 
