@@ -2,7 +2,12 @@
 
 import functools
 import itertools
+import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -165,6 +170,55 @@ def test_any_mesh_gives_the_same_scores(toy, make_mesh, whole, sizes):
     # Outside of the mesh, with guidance: the model knows where it lives.
     guided = log_likelihood(model, [1, 2, 3], [4, 5, 6], key=jax.random.PRNGKey(0), cfg_scale=1.0)
     assert guided.value == pytest.approx(enumerated(toy.model, [1, 2, 3], [4, 5, 6], 1.0), rel=1e-5)
+
+
+TWO_PROCESSES = """
+import json, sys
+import jax
+port, process, *text = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+from llada_jax import mesh
+from llada_jax.config import ComputeConfig, ModelConfig
+from llada_jax.model import initialise
+from llada_jax.scoring import log_likelihoods
+config, compute, requests = (json.loads(part) for part in text)
+with jax.set_mesh(mesh.mesh_over((2, 2, 1), jax.devices())):
+    model = initialise(ModelConfig(**config), ComputeConfig(**compute), jax.random.key(3))
+scores = log_likelihoods(model, requests, samples=20, key=jax.random.key(0))
+print("RESULT", json.dumps(scores), flush=True)
+"""
+
+
+def test_two_processes_give_the_same_scores(whole):
+    """Rows are spread over the devices of both; each has all results."""
+    settings = {
+        "layers": 2,
+        "width": 16,
+        "heads": 2,
+        "kv_heads": 2,
+        "feed_forward": 32,
+        "vocab_size": 16,
+        "mask_id": 15,
+    }
+    requests = [(prompt, answer.tolist()) for prompt, answer in some_requests()[:3]]
+    text = [json.dumps(x) for x in (settings, {"dtype": "float32", "unroll": 0, "loss_chunk": 64}, requests)]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, port, str(process), *text],
+            env=environment,
+            cwd=PARITY.parent.parent,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    for output, _ in [process.communicate(timeout=300) for process in processes]:
+        scores = json.loads(output.split("RESULT ")[1].splitlines()[0])
+        np.testing.assert_allclose(scores, whole[:3], rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_and_single_samples(toy, whole):
