@@ -30,6 +30,7 @@ def greedy_matches(
     The same as comparing the answer with what `generate` makes of as many MASK tokens after the prompt, except
     that MASK tokens in the prompt stay. A row ends with its first token that differs. No mesh needs to be
     set; on a mesh the rows are split over its batch axes; in a run of several processes all make the same call.
+    Without a prompt all positions are equally sure at first, and rounding decides: there it may differ from `generate`.
 
     Args:
       model: the mask predictor.
