@@ -213,7 +213,6 @@ def _harness(
                 model=lm,
                 tasks=loaded,
                 task_manager=manager,
-                num_fewshot=job.num_fewshot,
                 use_cache=cache,
                 limit=job.limit,
                 bootstrap_iters=BOOTSTRAPS,

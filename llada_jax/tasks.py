@@ -20,7 +20,7 @@ def load(
     Args:
       names: of tasks, groups or tags, paths of YAML files, or patterns such as mmlu_*.
       include_path: folders with YAML files of tasks, beside those of lm_eval.
-      num_fewshot: what will be asked for: told where a task does not heed it.
+      num_fewshot: examples in front of each question; None = as the task says.
       unsafe: whether tasks may run code that the model has written.
 
     Raises:
@@ -34,16 +34,18 @@ def load(
     for name in dict.fromkeys(matching):
         try:
             found = manager.load([name])
-            with contextlib.redirect_stderr(io.StringIO()):  # progress bars over one document
-                for task in found["tasks"].values():
+            for task in found["tasks"].values():
+                _check(task, unsafe)
+                _set_examples(task, num_fewshot)
+                with contextlib.redirect_stderr(io.StringIO()):  # progress bars over one document
                     task.build_all_requests(limit=1)  # its templates, on its first document
+        except UserError:
+            raise
         except Exception as error:  # a task is a program of its own: whatever it raises is about the task
             raise UserError(f"--tasks={name}: {_reason(error)}") from error
         children = {child for group in found["groups"].values() for child in group.child_names}
         roots = [group for group in found["groups"].values() if group.name not in children]
         loaded += roots or found["tasks"].values()
-        for task in found["tasks"].values():
-            _check(task, num_fewshot, unsafe)
     try:
         manager.load(loaded)
     except ValueError as error:
@@ -96,7 +98,15 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def _check(task: Any, num_fewshot: int | None, unsafe: bool) -> None:
+def _set_examples(task: Any, num_fewshot: int | None) -> None:
+    """As lm_eval does it: a task whose own file says 0 keeps that."""
+    if num_fewshot and task.get_config("num_fewshot") == 0:
+        distributed.log(f"{task.config.task}: its file says num_fewshot: 0, --num_fewshot={num_fewshot} is not used")
+    elif num_fewshot is not None:
+        task.set_config("num_fewshot", num_fewshot)
+
+
+def _check(task: Any, unsafe: bool) -> None:
     name = task.config.task
     if getattr(task, "UNSAFE_CODE", False) and not unsafe:
         raise UserError(f"--tasks={name} runs code that the model has written: allow it with --confirm_run_unsafe_code")
@@ -105,5 +115,3 @@ def _check(task: Any, num_fewshot: int | None, unsafe: bool) -> None:
     for metric, aggregation in task.aggregation().items():
         if not callable(aggregation):
             raise UserError(f"--tasks={name}: the metric {metric} has no aggregation of that name")
-    if num_fewshot and task.get_config("num_fewshot") == 0:
-        distributed.log(f"{name}: its file says num_fewshot: 0, so --num_fewshot={num_fewshot} is not used")

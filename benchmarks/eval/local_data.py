@@ -1,4 +1,11 @@
-"""Data of the tasks in this folder, from the files in the folder that LLADA_EVAL_DATA names."""
+"""Data of the tasks in this folder, from files on this machine.
+
+LLADA_EVAL_DATA=FOLDER python -m llada_jax.evaluate --model=DIR --include_path=benchmarks/eval \\
+    --tasks=arc_easy_local,lambada_local,gsm8k_local --output=FILE
+
+LLADA_EVAL_TEXT=FILE.jsonl python -m llada_jax.evaluate --model=DIR --include_path=benchmarks/eval \\
+    --tasks=text_local --output=FILE
+"""
 
 import json
 import os
@@ -24,12 +31,19 @@ def arc_easy(**_) -> dict[str, datasets.Dataset]:
 
 def lambada(**_) -> dict[str, datasets.Dataset]:
     """lambada_test.jsonl: lines {"text"}."""
-    return {"test": datasets.Dataset.from_list(_lines("lambada_test.jsonl"))}
+    return {"test": datasets.Dataset.from_list(_lines(_file("lambada_test.jsonl")))}
 
 
 def gsm8k(**_) -> dict[str, datasets.Dataset]:
     """gsm8k_test.jsonl: lines {"question", "answer"}."""
-    return {"test": datasets.Dataset.from_list(_lines("gsm8k_test.jsonl"))}
+    return {"test": datasets.Dataset.from_list(_lines(_file("gsm8k_test.jsonl")))}
+
+
+def text(**_) -> dict[str, datasets.Dataset]:
+    """The file that LLADA_EVAL_TEXT names: lines {"text"}."""
+    if "LLADA_EVAL_TEXT" not in os.environ:
+        raise ValueError('set LLADA_EVAL_TEXT to a .jsonl file with lines {"text"}')
+    return {"test": datasets.Dataset.from_list(_lines(Path(os.environ["LLADA_EVAL_TEXT"])))}
 
 
 def _file(name: str) -> Path:
@@ -38,9 +52,9 @@ def _file(name: str) -> Path:
     return Path(os.environ["LLADA_EVAL_DATA"]) / name
 
 
-def _lines(name: str) -> list[dict[str, Any]]:
+def _lines(path: Path) -> list[dict[str, Any]]:
     # Not splitlines: texts may hold other characters that it takes for the end of a line.
-    return [json.loads(line) for line in _file(name).read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def _parsed(record: dict[str, str]) -> dict[str, Any]:
