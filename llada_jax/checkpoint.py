@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
@@ -42,25 +43,40 @@ class SaveFailed(Exception):
 
 
 @jax.jit
-def _sums(tree: Any) -> tuple[jax.Array, jax.Array]:
-    """For each leaf the sum of its bits modulo 2**32, and whether all of it is finite; the same on any mesh."""
+def _sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sum of the bits of an array modulo 2**32, and whether all of it is finite; the same on any mesh."""
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    infinity = None
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        infinity = int(np.array(np.inf, x.dtype).view(unsigned))  # its exponent: infinities and NaN have it too
 
-    def one(x: jax.Array) -> jax.Array:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        return jnp.sum(jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32), dtype=jnp.uint32)
+    def one(bits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        finite = jnp.bool_(True) if infinity is None else jnp.all(bits & infinity != infinity)
+        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32), finite
 
-    leaves = jax.tree.leaves(tree)
-    return jnp.stack([one(x) for x in leaves]), jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])
+    bits = jax.lax.bitcast_convert_type(x, unsigned)
+    if x.ndim < 3:
+        return one(bits)
+
+    # XLA's CPU backend writes down what it sums up, in 32 bits: of one layer at a time, not of all.
+    def add(total: tuple[jax.Array, jax.Array], layer: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        found, finite = one(layer)
+        return (total[0] + found, total[1] & finite), None
+
+    return jax.lax.scan(add, (jnp.uint32(0), jnp.bool_(True)), bits)[0]
 
 
 def fingerprint(tree: Any) -> tuple[dict[str, int], list[str]]:
     """A number per array, by its name, that any flipped bit changes; and the names of those that are not finite."""
-    names = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
-    sums, finite = jax.device_get(_sums(tree))
-    return dict(zip(names, sums.tolist(), strict=True)), [n for n, f in zip(names, finite, strict=True) if not f]
+    sums, broken = {}, []
+    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        # Array by array: in one program they would all have memory of their own.
+        found, finite = jax.device_get(_sum(x))
+        sums[name] = int(found)
+        if not finite:
+            broken.append(name)
+    return sums, broken
 
 
 def _as_dict(state: TrainState) -> dict:

@@ -311,3 +311,18 @@ def test_the_fingerprint_does_not_depend_on_the_mesh_and_sees_every_bit(config, 
         head = np.array(state.params["head"])
         head[3, 4] = np.nextafter(head[3, 4], np.float32(9))
         assert checkpoint.fingerprint({"head": jnp.asarray(head), "step": jnp.int32(3)})[0]["head"] != prints["head"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize("shape", [(), (40,), (7, 9), (3, 4, 5), (2, 3, 4, 5)])
+def test_the_fingerprint_is_the_sum_of_all_bits(rng, one_device, dtype, shape):
+    array = np.asarray(jnp.asarray(rng.standard_normal(shape) * 100).astype(dtype))
+    bits = array.view(np.uint16 if array.itemsize == 2 else np.uint32)
+    with jax.set_mesh(one_device):
+        assert checkpoint.fingerprint({"x": jnp.asarray(array)}) == ({"x": int(bits.sum(dtype=np.uint32))}, [])
+        if dtype == "int32":
+            return
+        for broken in (np.inf, -np.inf, np.nan):
+            array = array.copy()
+            array[(-1,) * len(shape)] = broken
+            assert checkpoint.fingerprint({"x": jnp.asarray(array)})[1] == ["x"]
