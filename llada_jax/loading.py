@@ -22,7 +22,7 @@ def load(
     """The model in a folder and its tokenizer (None if the folder has none).
 
     Args:
-      path: a training workdir, or a published folder (config.json and *.safetensors).
+      path: a training workdir, a published folder (config.json and *.safetensors), or what convert wrote.
       mesh: where the parameters go. None = the mesh that is set, else one of a single device.
       dtype: of the parameters and of the computation. None = float32 on CPU, bfloat16 on accelerators.
       step: of a workdir's checkpoint. None = its newest.

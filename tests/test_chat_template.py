@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import tokenizers
@@ -6,6 +7,8 @@ import tokenizers
 from llada_jax import chat_template
 from llada_jax.config import UserError
 from llada_jax.tokenizer import load_tokenizer, train_tokenizer
+
+FORMAT = Path(__file__).parent.parent.parent / "shared" / "llada_format"
 
 # As LLaDA-8B has it in its tokenizer_config.json: it always writes the assistant's header.
 PUBLISHED = (
@@ -236,3 +239,13 @@ def test_characters_that_the_user_wrote_stay(published):
     ids = published.encode_chat(user(text))
     assert ids.count(published.eot_id) == 1
     assert published.decode(ids) == published.render_chat(user(text))
+
+
+@pytest.mark.skipif(not FORMAT.is_dir(), reason="no published metadata of LLaDA-8B beside this folder")
+def test_the_template_is_the_published_one():
+    config = json.loads((FORMAT / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == PUBLISHED
+    files = {name: (FORMAT / name).read_bytes() for name in chat_template.FILES if (FORMAT / name).exists()}
+    assert chat_template.find_source(files) == PUBLISHED
+    found = chat_template.special_tokens(files, {})
+    assert (found["bos_token"], found["eos_token"]) == ("<|startoftext|>", "<|endoftext|>")

@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import socket
 from pathlib import Path
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import load_file, save_file
 
 from llada_jax import huggingface, published, tensor_files
@@ -343,3 +345,35 @@ def test_what_cannot_be_written_is_named(make_mesh, tmp_path):
 def test_a_mesh_that_does_not_divide_is_named(make_mesh, folder):
     with pytest.raises(UserError, match="kv_heads=2 is not divisible by config.mesh.tensor=4"):
         read(folder, make_mesh(1, 1, 4))
+
+
+SEVERAL = """
+import sys, jax
+from llada_jax import distributed, huggingface, mesh
+from llada_jax.config import DistributedConfig
+source, output, address, process = sys.argv[1:]
+def main():
+    with jax.set_mesh(mesh.mesh_over((1, 2, 2), jax.devices())):
+        model = huggingface.load_model(source, "float32")
+    assert not model.embedding[...].is_fully_addressable
+    huggingface.save_model(model, output, shard_bytes=200_000)
+    return 0
+sys.exit(distributed.run(main, DistributedConfig(), address, 2, int(process)))
+"""
+
+
+def test_the_first_of_several_processes_writes(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    arguments = [str(PARITY / "gqa"), str(tmp_path / "out"), address]
+    processes = [tiny.start(["-c", SEVERAL, *arguments, str(i)], devices=2) for i in range(2)]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+    written, tensors = tensors_of(tmp_path / "out"), load_file(PARITY / "gqa" / "model.safetensors")
+    assert written.keys() == tensors.keys() and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert all(written[name].tobytes() == tensors[name].tobytes() for name in tensors)
