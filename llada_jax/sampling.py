@@ -57,6 +57,14 @@ class Dials:
     cfg_scale: jax.Array  # fp32
 
 
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """jnp.take_along_axis(x, index, axis=1), row by row where the rows are."""
+    # Left to itself JAX cannot tell whose sharding an index of shape (1, 1) follows.
+    split = mesh.TOKENS_BT if x.ndim == 2 else mesh.HIDDEN_BTD
+    take = functools.partial(jnp.take_along_axis, axis=1)
+    return jax.shard_map(take, in_specs=(split, split), out_specs=split)(x, index)
+
+
 def _is_end(ids: jax.Array, config: SamplerConfig) -> jax.Array:
     """bool of the shape of ids: EOS or end of turn."""
     return functools.reduce(jnp.logical_or, (ids == end for end in _ends(config)))
@@ -75,7 +83,7 @@ def _predict(
     config: SamplerConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens int32 and scores fp32, (B, C), for some positions of the canvas."""
-    h_BCD = jnp.take_along_axis(h_BTD, position_BC[:, :, None], axis=1)
+    h_BCD = _take(h_BTD, position_BC[:, :, None])
     logits_BCV = model.logits(h_BCD)
     vocabulary = jnp.arange(model.config.vocab_size)
     allowed_V = (vocabulary != config.mask_id) & (vocabulary < (model.config.token_count or model.config.vocab_size))
@@ -103,7 +111,7 @@ def _plan(
     slot_T = jnp.arange(tokens_BT.shape[1])
     # Among the appended tokens of finished blocks: the prompt's own MASK tokens come first.
     look_BT = (slot_T >= rows.own_B[:, None]) & (slot_T < (block_B * config.block_length)[:, None])
-    in_order_BT = jnp.take_along_axis(tokens_BT, rows.order_BT, axis=1)
+    in_order_BT = _take(tokens_BT, rows.order_BT)
     ended_B = jnp.any(_is_end(in_order_BT, config) & look_BT, axis=1)
     return block_B, inner_B, jnp.where(ended_B, 0, count_B), jnp.where(ended_B, 0, total_B)
 
@@ -125,14 +133,12 @@ def _reverse_step(
 
     index_BK = jnp.zeros_like(block_B)[:, None] + jnp.arange(width, dtype=jnp.int32)
     slot_BK = block_B[:, None] * config.block_length + index_BK
-    position_BK = jnp.take_along_axis(rows.order_BT, jnp.minimum(slot_BK, length - 1), axis=1)
-    masked_BK = jnp.take_along_axis(tokens_BT, position_BK, axis=1) == config.mask_id
+    position_BK = _take(rows.order_BT, jnp.minimum(slot_BK, length - 1))
+    masked_BK = _take(tokens_BT, position_BK) == config.mask_id
     masked_BK &= (slot_BK < rows.masks_B[:, None]) & (index_BK < config.block_length)
     # Those still masked come first, in order: chunks without any are not computed.
     first_BK = jnp.argsort(~masked_BK, axis=1, stable=True)
-    index_BK, position_BK, masked_BK = (
-        jnp.take_along_axis(x, first_BK, axis=1) for x in (index_BK, position_BK, masked_BK)
-    )
+    index_BK, position_BK, masked_BK = (_take(x, first_BK) for x in (index_BK, position_BK, masked_BK))
 
     if rows.given_BT is None:
         h_BTD = model.trunk(tokens_BT, rows.real_BT)
@@ -161,7 +167,7 @@ def _reverse_step(
 
     # Stable: among equal scores the lowest position stays. What is not masked is last in any case.
     best_BK = jnp.argsort(jnp.where(masked_BK, -score_BK, jnp.inf), axis=1, stable=True)
-    token_BK, position_BK = (jnp.take_along_axis(x, best_BK, axis=1) for x in (token_BK, position_BK))
+    token_BK, position_BK = (_take(x, best_BK) for x in (token_BK, position_BK))
     position_BK = jnp.where(jnp.arange(width) < count_B[:, None], position_BK, length)  # beyond the canvas: dropped
     write = jax.vmap(lambda row_T, at_K, new_K: row_T.at[at_K].set(new_K, mode="drop"))
     return jax.shard_map(write, in_specs=(mesh.TOKENS_BT,) * 3, out_specs=mesh.TOKENS_BT)(
@@ -172,7 +178,7 @@ def _reverse_step(
 def _roll(tokens_BT: jax.Array, shift_B: jax.Array) -> jax.Array:
     """Each row rotated to the left by its shift."""
     length = tokens_BT.shape[1]
-    return jnp.take_along_axis(tokens_BT, (jnp.arange(length) + shift_B[:, None]) % length, axis=1)
+    return _take(tokens_BT, (jnp.arange(length) + shift_B[:, None]) % length)
 
 
 @functools.partial(jax.jit, static_argnames="config")

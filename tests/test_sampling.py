@@ -165,6 +165,14 @@ def test_step_by_step_is_one_call(model, prompts):
         assert (before_BT == after_BT)[~revealed_BT].all() and (before_BT == MASK)[revealed_BT].all()
 
 
+def test_a_single_token(model):
+    """The smallest shapes there are: one row, one MASK."""
+    config, key = settings(gen_length=1, block_length=1, steps=1), jax.random.split(jax.random.key(0), 2)
+    for prompt_BT in (np.zeros((2, 0), int), np.array([[7], [7]])):
+        two_BT = np.asarray(generate(model, prompt_BT, config, key))
+        np.testing.assert_array_equal(generate(model, prompt_BT[:1], config, key[:1]), two_BT[:1])
+
+
 def test_nothing_to_fill(model):
     prompt_BT = np.arange(10).reshape(2, 5)
     config = settings(gen_length=0)
