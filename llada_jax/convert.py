@@ -89,10 +89,10 @@ def convert(
 
     From a published folder to "orbax" and back, config fields, other files and the bits of all weights are the same.
     For a model trained here "huggingface" writes a complete config.json and generation_config.json in LLaDA's fields,
-    the tokenizer, and the chat template. This package reads the same ids from it. Others' tools: a tokenizer.json is
-    the one that training used, but control tokens that it lacked (they were appended) are in no file; of a
-    SentencePiece tokenizer there is tokenizer.model, and tokenizer_config.json names the appended tokens for
-    transformers' LlamaTokenizer.
+    the tokenizer and the chat template; this package reads the same ids from it. Others: transformers (5.23 was tried)
+    reads the same ids and chats from a SentencePiece tokenizer, whose tokenizer_config.json names the control tokens
+    that were appended to it. Of a tokenizer.json that lacked some, others do not know those: no file names them. The
+    model itself needs the code published with LLaDA-8B, see `published.published_config`; that was not tried.
 
     Args:
       source: a training workdir, a published folder, or what this wrote.
