@@ -21,20 +21,21 @@ from collections.abc import Callable
 import numpy as np
 
 MASK_SHARE = 0.5  # of the positions, in every row
+SAMPLES = 32  # Monte Carlo samples of each likelihood
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is run: a train step, or the forward pass that a reverse step of the sampler makes."""
+    """What is run: a train step, the forward pass that a reverse step of the sampler makes, or likelihoods."""
 
-    kind: str  # step | forward
+    kind: str  # step | forward | likelihood
     layers: int
     width: int
     heads: int
     feed_forward: int
     vocabulary: int
-    batch: int
-    length: int
+    batch: int  # rows; of likelihoods requests, with SAMPLES each
+    length: int  # tokens of a row; of likelihoods at most
     loss_chunk: int = 1024
     dtype: str = "float32"
 
@@ -46,6 +47,7 @@ CASES = {
     "step_cpu": Case("step", **_LARGE, batch=8, length=512),
     "forward_1": Case("forward", **_LARGE, batch=1, length=512),
     "forward_8": Case("forward", **_LARGE, batch=8, length=512),
+    "likelihood": Case("likelihood", **_LARGE, batch=8, length=160),
 }
 CASES |= {f"{name}_bf16": dataclasses.replace(case, dtype="bfloat16") for name, case in CASES.items()}
 
@@ -60,6 +62,13 @@ def make_batch(case: Case) -> dict[str, np.ndarray]:
     p_mask = rng.uniform(0.2, 1.0, (case.batch, 1))
     weight = (masked / p_mask / case.length / case.batch).astype(np.float32)
     return {"tokens": tokens, "noisy": noisy, "weight": weight}
+
+
+def make_requests(case: Case) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Prompts and answers of lengths like HellaSwag's."""
+    rng = np.random.default_rng(0)
+    lengths = [(rng.integers(40, 121), rng.integers(10, 41)) for _ in range(case.batch)]
+    return [tuple(rng.integers(0, case.vocabulary - 1, n).astype(np.int32) for n in pair) for pair in lengths]
 
 
 def make_weights(case: Case) -> dict[str, np.ndarray]:
@@ -116,6 +125,14 @@ def with_jax(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
 
         params = jax.tree.map(lambda p: p.astype(case.dtype), params)  # as the sampler does, once for all steps
         return {"ours": lambda: float(jnp.mean(jnp.abs(forward(params, noisy).astype(jnp.float32))))}, versions
+
+    if case.kind == "likelihood":
+        from llada_jax.scoring import log_likelihoods
+
+        model, requests, key = merge(graphdef, params), make_requests(case), jax.random.key(0)
+        return {"ours": lambda: sum(s.value for s in log_likelihoods(model, requests, samples=SAMPLES, key=key))}, (
+            versions
+        )
 
     optimizer = make_optimizer(config.optimizer)
     state = [params, optimizer.init(params)]
@@ -195,7 +212,7 @@ def with_torch(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
         def trunk(self, tokens):
             x = self.embedding(tokens).to(dtype)
             for block in self.blocks:
-                x = block(x, self.cos, self.sin)
+                x = block(x, self.cos[: x.shape[1]], self.sin[: x.shape[1]])
             return self.final_norm(x)
 
     weights, model = make_weights(case), Model()
@@ -220,6 +237,25 @@ def with_torch(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
                 return float(model.trunk(noisy).float().abs().mean())
 
         return {"torch": forward}, versions
+
+    if case.kind == "likelihood":
+
+        def one_by_one() -> float:
+            """Each request alone, all its samples at once, logits at every position: how the published code does it."""
+            generator, total = torch.Generator().manual_seed(0), 0.0
+            for prompt, answer in make_requests(case):
+                tokens = torch.from_numpy(np.concatenate([prompt, answer])).long().expand(SAMPLES, -1)
+                count = torch.linspace(1, len(answer), SAMPLES).round().long()
+                order = torch.rand(SAMPLES, len(answer), generator=generator).argsort(1).argsort(1)
+                mask = F.pad(order < count[:, None], (len(prompt), 0))
+                with torch.inference_mode():
+                    logits = model.head(model.trunk(tokens.masked_fill(mask, case.vocabulary - 1)))
+                    nll = F.cross_entropy(logits[mask], tokens[mask], reduction="none")
+                weight = (len(answer) / count)[:, None].expand_as(mask)[mask]
+                total -= float((nll * weight).sum()) / SAMPLES
+            return total
+
+        return {"torch": one_by_one}, versions
 
     start = {name: value.clone() for name, value in model.state_dict().items()}
     masked = weight > 0
@@ -285,7 +321,8 @@ def compare(name: str, case: Case, threads: int, rounds: int) -> dict:
 
     first = {which: ask(which)[0] for which in owners}  # compiles, warms up, and gives the loss at the start
     difference = max(abs(value / first["ours"] - 1) for value in first.values())
-    tolerance = 1e-5 if case.dtype == "float32" else 2e-2
+    # Likelihoods are estimates, from different noise.
+    tolerance = 1e-5 if case.dtype == "float32" and case.kind != "likelihood" else 2e-2
     if not difference < tolerance:
         raise SystemExit(f"{name}: not the same model, {first}")
     seconds: dict[str, list[float]] = {which: [] for which in owners}
