@@ -103,7 +103,9 @@ def with_jax(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
         layers=case.layers, width=case.width, heads=case.heads, kv_heads=case.heads, feed_forward=case.feed_forward,
         vocab_size=case.vocabulary, mask_id=case.vocabulary - 1,
     )  # fmt: skip
-    compute = ComputeConfig(dtype=case.dtype, remat="none", unroll=0, loss_chunk=case.loss_chunk)
+    # Unrolled layers are faster in training, not in the forward pass alone.
+    unroll = 0 if case.kind == "step" else 1
+    compute = ComputeConfig(dtype=case.dtype, remat="none", unroll=unroll, loss_chunk=case.loss_chunk)
     config, batch, weights = Config(), make_batch(case), make_weights(case)
     jax.set_mesh(mesh.one_device_mesh())
     graphdef, _ = split(abstract_model(model, compute))

@@ -65,7 +65,7 @@ def trunk_alone(model: Transformer, canvas_BT: jax.Array, steps: int) -> jax.Arr
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = {"layers": 8, "width": 512, "heads": 8, "feed_forward": 1536, "vocab_size": 32000, "batch_size": 1}
-    sizes |= {"prompt_length": 448, "gen_length": 64, "steps": 32, "block_length": 32, "repeats": 5, "unroll": 0}
+    sizes |= {"prompt_length": 448, "gen_length": 64, "steps": 32, "block_length": 32, "repeats": 5, "unroll": 1}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()

@@ -22,7 +22,7 @@ SHORTEST = 16  # tokens: lengths are multiples of this, longer ones of larger st
 BATCH_TOKENS = {"cpu": 2048}
 ACCELERATOR_TOKENS = 16384
 # Positions that go through the head together: of an answer's tokens few are masked, and a chunk is computed whole.
-HEAD_CHUNK = 256
+HEAD_CHUNK = 128
 
 Requests = Sequence[tuple[jax.typing.ArrayLike, jax.typing.ArrayLike]]
 
