@@ -70,7 +70,7 @@ def log_likelihoods(
 ) -> list[Score]:
     """The bound on log p(answer | prompt) of each request, in nats, by Monte Carlo or exactly.
 
-    The samples' numbers of masked tokens are spread evenly over 1..L (systematic sampling; each is uniform). The
+    The samples' numbers of masked tokens are spread evenly over 1..L (one sample in each of as many strata). The
     standard error is that of this estimate, rather too large than too small; below some ten samples it is a
     rough guess itself. Where the 2**L - 1 ways to mask an answer are no more than `samples`, each is computed
     once and weighed: the bound is exact, its error 0. No mesh needs to be set; on a mesh the rows are split
@@ -177,7 +177,9 @@ def _masks(key: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.
     key_B = jax.vmap(jax.random.fold_in)(fold_in(key, batch["digest"][:, 0]), batch["digest"][:, 1])
     offset_key_B, mask_key_B = jnp.unstack(jax.vmap(jax.random.split)(key_B), axis=1)
 
-    # l = floor(L (sample + u) / samples) + 1 with one u in [0, 1) for all samples of a request, in integers.
+    # l = floor(L (sample + u) / samples) + 1 with u in [0, 1), in integers. Each sample has a u of its own: one for all
+    # would be an error that all have in common, of which their differences tell nothing.
+    offset_key_B = jax.vmap(jax.random.fold_in)(offset_key_B, sample_B)
     unit_B = unit_interval(jax.vmap(lambda k: jax.random.bits(k, (), jnp.uint32))(offset_key_B))
     offset_B = jnp.minimum((unit_B * answer_B).astype(jnp.int32), answer_B - 1)
     drawn_B = (sample_B * answer_B + offset_B) // jnp.maximum(samples_B, 1) + 1
