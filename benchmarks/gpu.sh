@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: bash benchmarks/gpu.sh OUTPUT_DIR
 # The test suite on the GPU, attention kernels and the train step at 150M, 1B and 8B, with profiles, the sampler, the cross-entropy,
-# the start-up, and a short real run whose samples one can read.
+# likelihoods, reading and writing models, the start-up, and a short real run whose samples one can read.
 # Needs: pip install -e ".[test,gpu]". Each part writes a file into OUTPUT_DIR; one that fails does not stop the others.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
@@ -26,6 +26,12 @@ part train_step_plain python benchmarks/train_step.py --cases=150m,1b --attentio
 part train_step_same python benchmarks/train_step.py --cases=150m,1b --remat=full --batch_size=2
 part train_step_xla python benchmarks/train_step.py --cases=1b,8b --attention=xla
 part sampler python benchmarks/sampler.py
+# The 8B shape with random weights: a prompt like GSM8K's, and requests like HellaSwag's.
+shape_8b=(--layers=32 --width=4096 --heads=32 --feed_forward=12288 --vocab_size=126464)
+part sampler_8b python benchmarks/sampler.py "${shape_8b[@]}" --prompt_length=1000 --gen_length=256 --steps=256 \
+    --block_length=256 --repeats=2
+part likelihood_8b python benchmarks/likelihood.py "${shape_8b[@]}" --threads=16 --samples=128 --chunk=32 --repeats=2
+part convert python benchmarks/convert.py
 # Four processes share the GPU: none may take all of its memory.
 part cross_entropy env XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/cross_entropy.py \
     --tokens=16384 --rows=4 --width=4096 --chunk=2048 --dtype=bfloat16

@@ -9,11 +9,17 @@ if TYPE_CHECKING:
     from llada_jax.config import SamplerConfig
     from llada_jax.loading import load
     from llada_jax.sampling import generate
+    from llada_jax.scoring import log_likelihood
 
-__all__ = ["SamplerConfig", "generate", "load"]
+__all__ = ["SamplerConfig", "generate", "load", "log_likelihood"]
 
 # Imported on first use: a process that only tokenises does not wait for jax.
-_HOME = {"SamplerConfig": "llada_jax.config", "generate": "llada_jax.sampling", "load": "llada_jax.loading"}
+_HOME = {
+    "SamplerConfig": "llada_jax.config",
+    "generate": "llada_jax.sampling",
+    "load": "llada_jax.loading",
+    "log_likelihood": "llada_jax.scoring",
+}
 
 
 def __getattr__(name: str) -> Any:
