@@ -103,11 +103,12 @@ def run(job: Evaluation) -> int:
 
     devices = mesh.make_mesh(MeshConfig(data=-1, fsdp=job.fsdp, tensor=job.tensor))
     # Which one is decided once: while it is evaluated a run may go on and save.
-    identity = distributed.first_decides("model", lambda: _identity(job))
+    identity = distributed.first_decides("model", lambda: identify(job.model, job.step))
     step = job.step if identity["step"] is None else identity["step"]
     model, tokenizer = loading.load(job.model, devices, job.dtype, step)
     if tokenizer is None:
         raise UserError(f"{job.model} has no tokenizer: put its tokenizer.json or tokenizer.model there")
+    identity |= {"dtype": model.compute.dtype, "tokenizer": tokenizer.sha256}
     results: dict[str, Any] = {"results": {}, "n-shot": {}}
     batch_size = job.batch_size or 8 * devices.shape["data"] * devices.shape["fsdp"]
     if found:
@@ -130,7 +131,7 @@ def run(job: Evaluation) -> int:
             results.setdefault("samples", {}).update(samples)
     results |= {
         "evaluation": dataclasses.asdict(job),
-        "model": identity | {"dtype": model.compute.dtype, "mesh": dict(devices.shape)},
+        "model": identity | {"mesh": dict(devices.shape)},
         "software": _versions(),
         "date": date,
         "seconds": round(time.monotonic() - started, 1),
@@ -146,11 +147,7 @@ def check(job: Evaluation) -> None:
     if not job.tasks:
         raise UserError("nothing to evaluate: give --tasks=NAME,... or --recipe=NAME (--list shows the recipes)")
     if distributed.index() == 0:
-        for flag, path in (("output", job.output), ("cache", job.cache)):
-            if path is not None and not Path(path).absolute().parent.is_dir():
-                raise UserError(f"--{flag}={path}: there is no folder {Path(path).absolute().parent}")
-        if Path(job.output).is_dir():
-            raise UserError(f"--output={job.output} is a folder: name a file in it")
+        _check_places(job)
     if not Path(job.model).is_dir():
         raise UserError(f"--model={job.model} is no folder: give a training workdir or a published model's folder")
     if REVERSAL in job.tasks and not job.data:
@@ -166,15 +163,33 @@ def check(job: Evaluation) -> None:
         raise UserError('lm_eval is not installed: pip install "llada_jax[eval]"')
 
 
+def _check_places(job: Evaluation) -> None:
+    """UserError unless the results, and what --cache keeps, can be written; makes the folder of the latter."""
+    output = Path(job.output).absolute()
+    flag, path = "output", output
+    try:
+        if not output.parent.is_dir():
+            raise UserError(f"--output={job.output}: there is no folder {output.parent}")
+        if output.is_dir():
+            raise UserError(f"--output={job.output} is a folder: name a file in it")
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+        if job.cache is not None:
+            flag, path = "cache", Path(job.cache).absolute()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+                pass
+    except OSError as error:
+        raise UserError(f"--{flag}={getattr(job, flag)} cannot be written: {error.strerror}") from None
+
+
 def _count(limit: float | None, total: int) -> int:
     """How many of all --limit means."""
     return total if limit is None else math.ceil(limit * total) if limit < 1 else int(limit)
 
 
 def _prepare_lm_eval() -> None:
-    """What must be said before lm_eval is imported."""
-    # Its bootstrap would fork this process, whose threads (of JAX) do not survive that.
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")
+    """What must be said before lm_eval is imported (harness.py says the rest)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     for library in ("lm_eval", "huggingface_hub"):  # what is wrong with a task is told by tasks.py, once
@@ -225,21 +240,45 @@ def _harness(
     return {name: results[name] for name in (*names, "samples") if name in results}
 
 
-def _identity(job: Evaluation) -> dict[str, Any]:
-    """Which model it is: where, and the step or the files of its weights."""
-    folder = Path(job.model)
+def identify(path: str, step: int | None = None) -> dict[str, Any]:
+    """Which model it is, so that another one at the same place is told apart.
+
+    Args:
+      path: its folder.
+      step: of a workdir's checkpoint; None = its newest.
+
+    Returns:
+      path, step (None of a published folder), hashes of config.json and of the weights. Of a checkpoint that is the
+      hash of its record, which has a fingerprint of every array; of a published folder one of names, sizes and times.
+    """
+    folder = Path(path)
     record: dict[str, Any] = {"path": str(folder.resolve()), "step": None}
     if (folder / "checkpoints").is_dir():
         from llada_jax import checkpoint
 
-        return record | {"step": checkpoint.choose_step(folder, job.step)}
-    weights = sorted(folder.glob("*.safetensors"))
-    return record | {"weights": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in weights]}
+        record["step"] = checkpoint.choose_step(folder, step)
+        weights = _content(folder / checkpoint.FOLDER / str(record["step"]) / "run" / "metadata")
+    else:
+        found = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
+        weights = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]).encode()
+    return record | {"config": _digest(_content(folder / "config.json")), "weights": _digest(weights)}
+
+
+def _content(path: Path) -> bytes:
+    """Of a file, empty if it cannot be read: what is missing is told when the model is loaded."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _fingerprint(job: Evaluation, identity: dict[str, Any]) -> str:
-    content = json.dumps([identity, job.settings(), job.dtype], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+    content = json.dumps([identity, job.settings(), __version__], sort_keys=True)
+    return _digest(content.encode())[:12]
 
 
 def _versions() -> dict[str, str]:

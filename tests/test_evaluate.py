@@ -1,5 +1,6 @@
 """Whole evaluations: their file, their table, what ends them, and going on after that."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -14,10 +15,12 @@ import threading
 import bench
 import lm_eval
 import pytest
+import safetensors.numpy as safetensors
 import tiny
 
 from llada_jax import evaluation, harness
 from llada_jax.config import UserError
+from llada_jax.convert import convert
 from llada_jax.evaluation import Evaluation
 
 TASKS = "choice,cloze,sums,reversal"
@@ -77,7 +80,7 @@ def assert_close(figures, wanted):
 def whole(place):
     """The file of an evaluation that nothing disturbed."""
     output = place / "whole.json"
-    assert evaluation.run(job(place, output, log_samples=True, cache=str(place / "cache"))) == 0
+    assert evaluation.run(job(place, output, log_samples=True, cache=str(place / "kept" / "cache"))) == 0
     return output
 
 
@@ -138,7 +141,7 @@ def test_two_processes(place, whole, tmp_path):
     local = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(local)
     # Process 0 has some results already; the other must hear of them, or they would not make the same calls.
-    (made,) = place.glob("cache-*_rank0.db")
+    (made,) = place.glob("kept/cache-*_rank0.db")
     shutil.copy(made, tmp_path)
     with sqlite3.connect(tmp_path / made.name) as database:
         database.execute("delete from unnamed where rowid % 2")
@@ -166,6 +169,43 @@ def test_two_processes(place, whole, tmp_path):
         )  # of ten: the odd of the other tasks are gone
     spoken = [line for line in said.splitlines() if line.startswith("[1]") and re.search(r"choice|it/s|\d%", line)]
     assert spoken == []
+
+
+@pytest.mark.parametrize("form", ["orbax", "published"])
+def test_another_model_at_the_same_place(place, tmp_path, form):
+    """Same path, same step (a converted folder has only 0), same settings: its results are its own."""
+    source, folder, results = tmp_path / "source", tmp_path / "m", []
+    shutil.copytree(place / "model", source)
+    for factor in (1, 2):
+        if factor == 2:
+            (file,) = source.glob("*.safetensors")
+            tensors = {name: value * factor for name, value in safetensors.load_file(file).items()}
+            safetensors.save_file(tensors, file, {"format": "pt"})
+            shutil.rmtree(folder)
+        shutil.copytree(source, folder) if form != "orbax" else convert(source, folder, "orbax")
+        output = tmp_path / f"{factor}.json"
+        settings = {"cache": str(tmp_path / "cache"), "limit": 1.0}
+        assert evaluation.run(dataclasses.replace(job(place, output, "cloze", **settings), model=str(folder))) == 0
+        results.append(json.loads(output.read_text()))
+    first, second = (result["results"]["cloze"]["perplexity,none"] for result in results)
+    assert first != second
+    assert len(list(tmp_path.glob("cache-*"))) == 2
+
+
+def test_what_tells_models_apart(place, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(place / "model", folder)
+    asked, identity = job(place, tmp_path / "o"), evaluation.identify(folder) | {"dtype": "float32", "tokenizer": "a"}
+    name = evaluation._fingerprint(asked, identity)
+    assert evaluation.identify(folder).items() <= identity.items()
+    assert name == evaluation._fingerprint(dataclasses.replace(asked, limit=9.0, dtype="float32"), identity)
+    for other in ({"dtype": "bfloat16"}, {"tokenizer": "b"}):
+        assert evaluation._fingerprint(asked, identity | other) != name
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    assert evaluation.identify(folder)["config"] != identity["config"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "__version__", "0")
+        assert evaluation._fingerprint(asked, identity) != name
 
 
 def test_tasks_on_local_files(monkeypatch, tmp_path):
@@ -224,7 +264,8 @@ def test_a_limit_is_a_number_or_a_share():
         ({"tasks": "code"}, "allow it with --confirm_run_unsafe_code"),
         ({"tasks": ""}, "nothing to evaluate"),
         ({"output": "none/out.json"}, "--output=none/out.json: there is no folder"),
-        ({"cache": "none/cache"}, "--cache=none/cache: there is no folder"),
+        ({"output": "x" * 300}, "--output=x+ cannot be written: File name too long"),
+        ({"cache": "file/cache"}, "--cache=file/cache cannot be written: File exists"),
         ({"limit": 1.5}, "--limit=1.5"),
         ({"steps": 0}, "steps=0"),
         ({"mc_samples": 0}, "--mc_samples=0"),
@@ -247,6 +288,7 @@ def test_a_mistake_is_told_before_the_model_is_loaded(monkeypatch, place, tmp_pa
         ("code", {"unsafe_code": True}),
     ):
         (folder / f"{name}.yaml").write_text(json.dumps(base | {"task": name} | changes))
+    (tmp_path / "file").touch()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "wrong.yaml").write_text("task: [a\nb: c")
     settings = {"tasks": "choice", "output": "out.json", "include_path": (str(folder),)} | settings
