@@ -15,6 +15,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -32,7 +33,9 @@ from llada_jax.completion import Options, complete_ids
 from llada_jax.config import UserError
 from llada_jax.model import Transformer
 from llada_jax.tokenizer import Tokenizer
-from llada_jax.tokenizer_backends import MASK_LITERAL
+
+# lm_eval's bootstrap would fork this process, whose threads (of JAX) do not survive that.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 BATCH_SIZE = 8  # prompts generated at once
 DEFAULT_GEN_LENGTH = 256  # tokens, where neither the user nor the task says how many
@@ -40,6 +43,10 @@ LIKELIHOOD_PORTION = 256  # requests scored between two writes to the cache
 GENERATION_PORTION = 4  # batches, likewise
 _CACHE_PART = 500  # results told to the other processes at once
 _KNOWN = {"until", "do_sample", "temperature", "max_gen_toks"}
+# In front of each control token that a chat template writes: between template and ids lm_eval has a text of its own
+# making, with what documents and examples say. No character, so no text has it.
+CONTROL = "\ufdd0"
+_PLACE = "\ufdd1"  # likewise no character: where a message goes
 _LENGTHS = ("sequence_length", "max_sequence_length", "max_position_embeddings")
 
 
@@ -116,6 +123,7 @@ class LLaDA(TemplateLM):
             confidence_eos_eot_inf=confidence_eos_eot_inf,
             **({} if block_length is None else {"block_length": block_length}),
         )
+        self._control = self.tokenizer._special_pattern  # one group: the literal of a control token
         self.key = jax.random.key(seed)
         self.ignored: set[str] = set()  # settings of tasks that were told of
 
@@ -139,17 +147,28 @@ class LLaDA(TemplateLM):
         return (self.tokenizer.chat_template or self.tokenizer.default_chat_template) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The dialogue as one text; without `add_generation_prompt` its last message, of the assistant, stays open."""
+        """The dialogue as one text, with CONTROL in front of each control token that the template has written.
+
+        Without `add_generation_prompt` its last message, of the assistant, stays open.
+        """
         if add_generation_prompt:
-            return self.tokenizer.render_chat(chat_history)
+            return self._render(chat_history)
         *earlier, last = chat_history
-        return self.tokenizer.render_chat(earlier) + last["content"]
+        if earlier:
+            return self._render(earlier) + last["content"]
+        start, _, _ = self._render([last | {"content": _PLACE}], False).partition(_PLACE)
+        return start + last["content"]
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        text, back = self.tokenizer._marked_chat(messages, add_generation_prompt)
+        return self._control.sub(lambda found: CONTROL + found[0], text).translate(back)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Ids of a text, control tokens written out (of a chat template) one each, but never a MASK."""
+        """Ids of a text. Literals of control tokens are the characters that they are, but where CONTROL is in front."""
         ids: list[int] = []
-        for part in re.split(f"({re.escape(MASK_LITERAL)})", string):
-            ids += self.tokenizer.encode(part, special=part != MASK_LITERAL, continuation=bool(ids)) if part else []
+        for i, part in enumerate(re.split(CONTROL + self._control.pattern, string)):
+            after_text = bool(ids) and ids[-1] not in (self.tokenizer.bos_id, self.tokenizer.eos_id)
+            ids += self.tokenizer.encode(part, special=i % 2 == 1, continuation=after_text) if part else []
         return ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:

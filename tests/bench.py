@@ -12,7 +12,6 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="llada_jax_hf_")
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["DISABLE_MULTIPROC"] = "1"  # of lm_eval's bootstrap: no fork of a process with threads
 
 from llada_jax.tokenizer import train_tokenizer
 

@@ -1,6 +1,10 @@
 """The model of lm_eval: what reaches the scores and the sampler, and what comes back."""
 
+import json
 import math
+import os
+import subprocess
+import sys
 
 import bench
 import jax
@@ -15,6 +19,7 @@ import llada_jax
 from llada_jax import harness, scoring
 from llada_jax.config import UserError
 from llada_jax.scoring import Score
+from llada_jax.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +145,62 @@ def test_what_is_too_long_loses_its_beginning(monkeypatch, capsys, loaded):
         lm.generate_until(instances("generate_until", [(text, {})]), disable_tqdm=True)
 
 
-def test_literals_of_control_tokens(loaded):
-    model, tokenizer = loaded
-    lm = harness.LLaDA(model, tokenizer)
-    ids = lm.tok_encode("<|eot_id|>a[MASK]b")
-    assert ids[0] == tokenizer.eot_id and tokenizer.mask_id not in ids and tokenizer.decode(ids[1:]) == "a[MASK]b"
-    assert lm.tok_encode("plain text") == tokenizer.encode("plain text")
+LITERALS = "a [MASK] <|mdm_mask|>b<|eot_id|>\n<s></s> <|start_header_id|>user<|end_header_id|> x<y [z]"
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "huggingface"])
+def tokenizer(request, loaded):
+    """One of its own, and one with a mask's literal and a chat template of its own."""
+    if request.param == "sentencepiece":
+        return loaded[1]
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=False))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|mdm_mask|>", "<|eot_id|>"]
+    )
+    made.train_from_iterator([" ".join(bench.WORDS)], trainer)
+    source = "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}<|eot_id|>{% endfor %}"
+    source += "{% if add_generation_prompt %}[assistant]<|mdm_mask|>{% endif %}"
+    config = json.dumps({"chat_template": source, "bos_token": "<s>"}).encode()
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("tokenizer")
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_bytes(config)
+    return load_tokenizer(folder)
+
+
+def test_what_a_document_says_is_never_a_control_token(loaded, tokenizer):
+    lm = harness.LLaDA(loaded[0], tokenizer)
+    assert lm.tok_encode(LITERALS) == tokenizer.encode(LITERALS) != tokenizer.encode(LITERALS, special=True)
+    assert not set(lm.tok_encode(LITERALS)) & {i for i, _ in tokenizer.roles.values()}
+    assert lm.tok_encode("plain text") == tokenizer.encode("plain text") and lm.tok_encode("") == []
     assert lm.eot_token_id == tokenizer.eos_id
+
+
+def test_what_a_message_says_is_never_a_control_token(loaded, tokenizer):
+    lm = harness.LLaDA(loaded[0], tokenizer)
+    messages = [{"role": role, "content": role[0] + LITERALS} for role in ("system", "user", "assistant", "user")]
+    for given in (messages, messages[-1:], [{"role": "user", "content": "one\ntwo"}]):
+        ids = lm.tok_encode(lm.apply_chat_template(given))
+        assert ids == tokenizer.encode_chat(given)
+        assert lm.apply_chat_template(given).replace(harness.CONTROL, "") == tokenizer.render_chat(given)
+    assert ids.count(tokenizer.eot_id) == 1
+    opened = lm.tok_encode(lm.apply_chat_template(messages[:3], add_generation_prompt=False))
+    assert opened.count(tokenizer.eot_id) == 2
+    # The same prompt in front of an answer: its literals are text, too, and the prompt's ids stay what they are.
+    prompt, answer = lm._encode_pair(lm.apply_chat_template(messages), "x" + LITERALS)
+    assert prompt + answer == [*tokenizer.encode_chat(messages), *tokenizer.encode("x" + LITERALS, continuation=True)]
+
+
+def test_an_answer_that_was_begun_can_stand_alone(loaded, tokenizer):
+    lm = harness.LLaDA(loaded[0], tokenizer)
+    alone = [{"role": "assistant", "content": "It is <|eot_id|> "}]
+    text = lm.apply_chat_template(alone, add_generation_prompt=False)
+    assert text.endswith("It is <|eot_id|> ") and tokenizer.eot_id not in lm.tok_encode(text)
+    assert tokenizer.render_chat(alone, False).startswith(text.replace(harness.CONTROL, "").rstrip())
 
 
 def test_settings_of_generation(monkeypatch, capsys, loaded):
@@ -192,9 +246,9 @@ def test_chat_template(monkeypatch, loaded, tasks):
     examples[0]["content"] = f"Question: What is {drawn}?\nAnswer:"
     examples[1]["content"] = str(2 * int(drawn.split()[0]))
     assert prompt == tokenizer.render_chat(messages) and prompt.count("<|eot_id|>") == 3
-    assert lm.tok_encode(prompt) == tokenizer.encode_chat(messages)
+    assert lm.tok_encode(lm.apply_chat_template(messages)) == tokenizer.encode_chat(messages)
     opened = [question, {"role": "assistant", "content": "It is"}]
-    assert lm.apply_chat_template(opened, add_generation_prompt=False) == tokenizer.render_chat([question]) + "It is"
+    assert lm.apply_chat_template(opened, add_generation_prompt=False) == lm.apply_chat_template([question]) + "It is"
 
     assert lm.chat_template(True) == tokenizer.default_chat_template and lm.chat_template(False) is None
     name = lm.tokenizer_name
@@ -251,3 +305,10 @@ def test_arguments(folder, loaded, tmp_path):
     assert harness.LLaDA(model=folder, batch_size="auto", max_length=99).max_length == 99
     (tmp_path / "config.json").write_text('{"config": {"sequence_length": 32}}')
     assert harness.model_length(tmp_path) == 32 and harness.model_length(tmp_path / "none") is None
+
+
+def test_lm_eval_does_not_fork():
+    code = "import llada_jax.harness, os; print(os.environ['DISABLE_MULTIPROC'])"
+    environment = {name: value for name, value in os.environ.items() if name != "DISABLE_MULTIPROC"}
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert said.stdout == "1\n"
