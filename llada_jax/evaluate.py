@@ -75,7 +75,7 @@ def main() -> int:
             raise UserError(f"--recipe={_RECIPE.value}: there is none of that name, --list shows all")
         recipe = recipes.RECIPES[_RECIPE.value]
         tasks = tasks or recipe.tasks
-        settings |= {name: value for name, value in recipe.settings().items() if not flags.FLAGS[name].present}
+        settings |= recipe.settings({k: v for k, v in settings.items() if flags.FLAGS[k].present})
 
     # Not before: --list needs neither.
     from llada_jax import distributed, evaluation
