@@ -227,10 +227,11 @@ def test_tasks_on_local_files(monkeypatch, tmp_path):
         ("Question: Why?\nAnswer:", " So."),
         ("Question: Why?\nAnswer:", " Because it is."),
     ]
-    assert choice.dataset["test"][0]["gold"] == 1
+    assert choice.doc_to_target(choice.dataset["test"][0]) == 1 and choice.config.task == "arc_easy_local"
     assert cloze.instances[0].args == ("a b\u2028c", " d") and text.instances[0].args == ("a b\u2028c d",)
     *examples, question = sums.instances[0].args[0].split("\n\n")
     assert len(examples) == 5 and question == "Question: 0 + 1?\nAnswer:" and question not in " ".join(examples)
+    assert [entry.name for entry in sums._filters] == ["strict-match", "flexible-extract"]
     _, (sums,) = tasks.load(["gsm8k_local"], [str(folder / "eval")], num_fewshot=2)
     assert sums.instances[0].args[0].count("Question:") == 3
     with pytest.raises(UserError, match="--tasks=gsm8k_local: ValueError: Sample larger than population"):
