@@ -16,13 +16,15 @@ from llada_jax.config import UserError
 # In the order in which they are looked into; the first that has a template wins.
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
 FILES = (*TEMPLATE_FILES, "special_tokens_map.json")
+# Of messages; others are the template's own only where it names them.
+_ROLES = frozenset("system user assistant tool function developer observation ipython environment model".split())
 _MARKS = range(0xF0000, 0x10FFFE)  # characters for private use, of which nearly all texts have none
 
 
 def find_source(files: Mapping[str, bytes]) -> str | None:
     """The chat template in a tokenizer's files (of several named ones "default"), None if there is none.
 
-    Raises UserError if what stands in its place is no template.
+    Raises UserError, which names the file, if what stands in its place is no template.
     """
     for name in TEMPLATE_FILES:
         if name not in files:
@@ -48,6 +50,8 @@ def special_tokens(files: Mapping[str, bytes], named: Mapping[str, str]) -> dict
     Args:
       files: the tokenizer's.
       named: role -> literal, where the tokenizer itself knows; the files come first.
+
+    Raises UserError, which names the file, if it does not say that in the usual form.
     """
     found: dict[str, Any] = {f"{role}_token": literal for role, literal in named.items()}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -60,7 +64,9 @@ def special_tokens(files: Mapping[str, bytes], named: Mapping[str, str]) -> dict
             if key.endswith("_token") and isinstance(value, str):
                 found[key] = value
             elif key == "additional_special_tokens" and isinstance(value, list):
-                found[key] = [token["content"] if isinstance(token, dict) else token for token in value]
+                found[key] = [token.get("content") if isinstance(token, dict) else token for token in value]
+                if not all(isinstance(token, str) for token in found[key]):
+                    raise UserError(f"{name}: {key} must be a list of texts, or of objects with a text content")
     return found
 
 
@@ -86,6 +92,19 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 raise UserError(f'message {i} of the chat needs a text "{key}", it has {message.get(key)!r:.100}')
+        if (kind := _odd_kind(dict(message))) is not None:
+            raise UserError(f"message {i} of the chat holds a {kind}: only what JSON has can be in it")
+
+
+def _odd_kind(value: Any) -> str | None:
+    """The name of a type in a message that JSON does not have, None if there is none."""
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            return "key that is no text"
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return next(filter(None, map(_odd_kind, value)), None)
+    return None if value is None or isinstance(value, str | int | float) else type(value).__name__
 
 
 def render(
@@ -112,60 +131,85 @@ def render(
 
 
 def render_marked(
+    source: str,
     render_text: Callable[[Sequence[Mapping[str, Any]]], str],
     messages: Sequence[Mapping[str, Any]],
-    literals: re.Pattern[str],
-    first_characters: set[str],
+    literals: Sequence[str],
 ) -> tuple[str, dict[int, str]]:
-    """The text of a chat in which no literal of a control token stems from the messages.
+    """The text of a chat in which no literal of a control token stems from the messages, not even in part.
 
-    Before the template sees them, characters of the messages that a literal could begin with are replaced by ones
-    that occur nowhere. A template that looks for such characters itself (as for "</think>") would then write something
-    else; it is given the messages with only the whole literals broken up.
+    Before the template sees them, all characters of the messages that occur in a literal are replaced by ones that
+    occur nowhere; what the template makes of that must be the chat's own text but for these. A template that looks
+    for words of its own (as for "</think>") does something else then. It is given the messages with just the
+    beginnings of literals replaced, and must write the same control tokens as before. Roles and keys that the
+    template itself names are its own, and so are the common roles: they are left as they are.
 
     Args:
+      source: of the template.
       render_text: messages to text.
       messages: from the user.
-      literals: matches those of the control tokens.
-      first_characters: of these.
+      literals: those of the control tokens.
 
     Returns:
       The text, and a table for str.translate that gives it back its true characters.
 
-    Raises UserError: a role that holds a control token, or a template to which literals in a message mean something.
+    Raises UserError: a role that holds a control token, or a chat of which this cannot be shown.
     """
+    pattern = re.compile("|".join(map(re.escape, sorted(literals, key=len, reverse=True))))
     for message in messages:
-        if literals.search(message["role"]):
+        if pattern.search(message["role"]):
             raise UserError(f"the role {message['role']!r:.100} holds a control token")
     plain = render_text(messages)
     taken = set(plain).union(*_texts(messages))
     free = (chr(i) for i in _MARKS if chr(i) not in taken)
-    table = {ord(character): next(free, "") for character in sorted(first_characters)}
-    back = {ord(mark): chr(character) for character, mark in table.items() if mark}
-    if len(back) == len(table):
-        for protect in (
-            lambda text: text.translate(table),
-            lambda text: literals.sub(lambda found: table[ord(found[0][0])] + found[0][1:], text),
-        ):
-            protected = [{k: v if k == "role" else _mapped(v, protect) for k, v in m.items()} for m in messages]
-            marked = plain if protected == messages else render_text(protected)
-            if marked.translate(back) == plain:
-                return marked, back
-    raise UserError("the chat template reads control tokens out of a message: take their literals out of it")
+    marks = {ord(character): next(free, "") for character in sorted(set().union(*literals))}
+    back = {ord(mark): chr(character) for character, mark in marks.items() if mark}
+    firsts = {ord(literal[0]): marks[ord(literal[0])] for literal in literals}
+    changes = (
+        lambda text: text.translate(marks),
+        lambda text: text.translate(firsts),
+        lambda text: pattern.sub(lambda found: marks[ord(found[0][0])] + found[0][1:], text),
+    )
+    wanted = None  # the control tokens that the template writes
+    for change in changes if len(back) == len(marks) else ():
+        marked = render_text([_marked(message, change, source) for message in messages])
+        found = pattern.findall(marked)
+        wanted = found if wanted is None else wanted
+        if marked.translate(back) == plain and found == wanted:
+            return marked, back
+    raise UserError("the chat template reads control tokens out of a message, or parts of them: take them out of it")
 
 
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    """The value with all texts in it changed."""
+def _marked(message: Mapping[str, Any], change: Callable[[str], str], source: str) -> dict[str, Any]:
+    """The message with its texts changed, those in its values and keys; what is the template's stays."""
+    result = {}
+    for key, value in message.items():
+        own_role = key == "role" and (value in _ROLES or _names(source, value))
+        result[key] = value if own_role else _mapped(value, change, lambda name: _names(source, name))
+    return result
+
+
+def _names(source: str, name: str) -> bool:
+    """Whether a template names this role or key, in quotes or after a dot."""
+    return re.search(rf"""(['"]){re.escape(name)}\1|\.{re.escape(name)}(?!\w)""", source) is not None
+
+
+def _mapped(value: Any, change: Callable[[str], str], own_key: Callable[[str], bool]) -> Any:
+    """The value with all texts in it changed, but for the keys that are the template's own."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(each, change) for key, each in value.items()}
-    return [_mapped(each, change) for each in value] if isinstance(value, list | tuple) else value
+        return {
+            key if not isinstance(key, str) or own_key(key) else change(key): _mapped(each, change, own_key)
+            for key, each in value.items()
+        }
+    return [_mapped(each, change, own_key) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """All texts in the messages, keys too."""
     found: list[str] = []
-    _mapped([dict(message) for message in messages], lambda text: found.append(text) or text)
+    _mapped([dict(message) for message in messages], lambda text: found.append(text) or text, lambda _: False)
     return found
 
 

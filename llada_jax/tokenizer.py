@@ -32,44 +32,61 @@ class Tokenizer:
     Attributes:
       kind: "sentencepiece" or "huggingface".
       size: number of ids, the appended ones included.
+      own_size: number of ids that the files have, without the appended ones.
       vocab_size: `size` rounded up to a multiple of 128, the rows of a model's embedding.
       bos_id, eos_id, mask_id, start_header_id, end_header_id, eot_id: the six roles.
       roles: role ("bos", "eos", "mask", ...) -> (id, the tokenizer's own literal for it).
       chat_template: the Jinja source of the folder's own chat template; None = it has none, the default is used.
       default_chat_template: the Jinja source of LLaDA's, with this tokenizer's literals.
-      sha256: hash of the content and of the six roles; equal on any machine. The chat template is not in it.
+      sha256: hash of the content and of the six roles; equal on any machine. The chat template is not in it, nor
+        what a model says of the ids (see `of_model`).
     """
 
-    def __init__(self, backend: Backend, chat_files: Mapping[str, bytes] | None = None):
+    def __init__(
+        self,
+        backend: Backend,
+        chat_files: Mapping[str, bytes] | None = None,
+        model_ids: Mapping[str, int] | None = None,
+    ):
         self._backend = backend
         self._chat_files = dict(chat_files or {})
         self.chat_template = chat_template.find_source(self._chat_files)
+        self._variables = chat_template.special_tokens(self._chat_files, backend.named)
         self.kind = backend.kind
-        self.size = backend.size
-        roles: dict[str, tuple[int, str]] = {}
-        for role, names in ROLES.items():
-            literal = backend.named.get(role) or next((n for n in names if n in backend.special), None)
-            if literal is None:
-                roles[role] = self.size, names[0]
-                self.size += 1
-            else:
-                roles[role] = backend.special[literal], literal
+        self.own_size = backend.size
+        roles = _roles(backend)
+        digest = hashlib.sha256(self.kind.encode())
+        digest.update(hashlib.sha256(backend.files[_MODEL_FILES[self.kind]]).digest())
+        digest.update(json.dumps([roles, sorted(_specials(backend, roles).items())]).encode())
+        self.sha256 = digest.hexdigest()
+        roles = _of_model(roles, backend, model_ids or {})
+        self.size = max(backend.size, *(i + 1 for i, _ in roles.values()))
         self.vocab_size = -(-self.size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.bos_id, self.eos_id, self.mask_id, self.start_header_id, self.end_header_id, self.eot_id = (
             i for i, _ in roles.values()
         )
-        self._special = {**backend.special, **{literal: i for i, literal in roles.values()}, MASK_LITERAL: self.mask_id}
-        self._literals = {i: literal for literal, i in self._special.items()} | {self.mask_id: MASK_LITERAL}
+        self._special = _specials(backend, roles)
+        by_id = [(i, literal) for special in (backend.special, self._special) for literal, i in special.items()]
+        self._literals = dict(by_id) | {self.mask_id: MASK_LITERAL}
         longest_first = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.roles = roles
         bos, start_header, end_header, eot = (roles[name][1] for name in ("bos", "start_header", "end_header", "eot"))
         self._header = f"{start_header}assistant{end_header}\n\n"
         self.default_chat_template = chat_template.default_source(bos, start_header, end_header, eot)
-        digest = hashlib.sha256(self.kind.encode())
-        digest.update(hashlib.sha256(backend.files[_MODEL_FILES[self.kind]]).digest())
-        digest.update(json.dumps([roles, sorted(self._special.items())]).encode())
-        self.sha256 = digest.hexdigest()
+
+    def of_model(self, mask_id: int | None, bos_id: int | None, eos_id: int | None) -> "Tokenizer":
+        """This tokenizer with the ids that a model states for three of the roles (None = it does not).
+
+        Then "[MASK]" in a text is the model's MASK, whatever the files say, and decodes as that. Files and sha256 are
+        the same. What was appended under such an id for another role gets one after all others. An EOS that is the
+        tokenizer's end of turn, as in fine-tunes, leaves the tokenizer its own EOS: both end a text.
+        """
+        ids = {"mask": mask_id, "bos": bos_id, "eos": eos_id}
+        if eos_id == self.eot_id < self.own_size:
+            del ids["eos"]
+        known = {role: i for role, i in ids.items() if i is not None}
+        return Tokenizer(self._backend, self._chat_files, known)
 
     def encode(self, text: str, special: bool = False, continuation: bool = False) -> list[int]:
         """The ids of `text`, without BOS or EOS.
@@ -129,10 +146,10 @@ class Tokenizer:
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
     ) -> tuple[str, dict[int, str]]:
         text, back = chat_template.render_marked(
+            self.chat_template or self.default_chat_template,
             lambda m: self._chat_text(m, add_generation_prompt),
             messages,
-            self._special_pattern,
-            {literal[0] for literal in self._special},
+            [*self._special],
         )
         # Characters of the messages are replaced in it: this is the template's own header.
         if not add_generation_prompt and text.endswith(self._header):
@@ -143,8 +160,7 @@ class Tokenizer:
     def _chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         if self.chat_template is None:
             return chat_template.render(self.default_chat_template, {}, messages, add_generation_prompt)
-        variables = chat_template.special_tokens(self._chat_files, self._backend.named)
-        return chat_template.render(self.chat_template, variables, messages, add_generation_prompt)
+        return chat_template.render(self.chat_template, self._variables, messages, add_generation_prompt)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False, continuation: bool = False) -> str:
         """The text of `ids`: control tokens as their literals (the mask as "[MASK]") or left out.
@@ -181,9 +197,40 @@ class Tokenizer:
             (path / name).write_bytes(content)
 
 
+def _roles(backend: Backend) -> dict[str, tuple[int, str]]:
+    """Role -> (id, literal); what the tokenizer lacks is appended."""
+    roles, size = {}, backend.size
+    for role, names in ROLES.items():
+        literal = backend.named.get(role) or next((n for n in names if n in backend.special), None)
+        if literal is None:
+            roles[role] = size, names[0]
+            size += 1
+        else:
+            roles[role] = backend.special[literal], literal
+    return roles
+
+
+def _of_model(
+    roles: Mapping[str, tuple[int, str]], backend: Backend, ids: Mapping[str, int]
+) -> dict[str, tuple[int, str]]:
+    """The roles with a model's ids for some of them."""
+    literals = {i: literal for literal, i in backend.special.items()}
+    result = {**roles, **{role: (i, literals.get(i, roles[role][1])) for role, i in ids.items()}}
+    for role, (i, literal) in roles.items():
+        if role not in ids and i >= backend.size and i in ids.values():
+            result[role] = 1 + max(backend.size - 1, *(taken for taken, _ in result.values())), literal
+    return result
+
+
+def _specials(backend: Backend, roles: Mapping[str, tuple[int, str]]) -> dict[str, int]:
+    """Literal -> id of every control token; the mask has two."""
+    named = {literal: i for i, literal in roles.values()}
+    return {**backend.special, **named, MASK_LITERAL: roles["mask"][0]}
+
+
 _BACKENDS = {"huggingface": HuggingFace, "sentencepiece": SentencePiece}
 _MODEL_FILES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
-_CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def find_tokenizer(directory: str | os.PathLike) -> Tokenizer | None:
@@ -198,8 +245,9 @@ def find_tokenizer(directory: str | os.PathLike) -> Tokenizer | None:
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Loads a SentencePiece .model, a tokenizer.json, or a folder with either.
 
-    Beside a file named tokenizer.json its tokenizer_config.json and special_tokens_map.json are read, and in a folder
-    the chat template (chat_template.jinja, or in tokenizer_config.json or chat_template.json).
+    Beside a file named tokenizer.json or tokenizer.model, as in a folder, tokenizer_config.json and
+    special_tokens_map.json (and added_tokens.json of SentencePiece) are read, and the chat template
+    (chat_template.jinja, or in tokenizer_config.json or chat_template.json).
     Raises UserError if there is no tokenizer at `path`.
     """
     file = epath.Path(path)
@@ -210,20 +258,19 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
         return tokenizer
     if not file.exists():
         raise UserError(f"there is no tokenizer at {path}: give a SentencePiece .model, a tokenizer.json or a folder")
-    if file.name.endswith(".json"):
-        return _load("huggingface", file, file.parent if file.name == "tokenizer.json" else None)
-    return _load("sentencepiece", file, None)
+    kind = "huggingface" if file.name.endswith(".json") else "sentencepiece"
+    return _load(kind, file, file.parent if file.name == _MODEL_FILES[kind] else None)
 
 
 def _load(kind: str, file: epath.Path, folder: epath.Path | None) -> Tokenizer:
     files = {_MODEL_FILES[kind]: file.read_bytes()}
-    if folder is not None and kind == "huggingface":
+    if folder is not None:
         files |= _existing(folder, _CONFIG_FILES)
     chat_files = {} if folder is None else _existing(folder, chat_template.FILES)
     try:
         return Tokenizer(_BACKENDS[kind](files), chat_files)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{file.parent}: {error}") from error
     except Exception as error:  # each library has its own, and tokenizers raises bare Exception
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file} is not a {kind} tokenizer that can be read: {reason}") from error

@@ -39,13 +39,17 @@ class Backend(Protocol):
 
 
 class SentencePiece:
+    """tokenizer.model, and the tokens that the files beside it add after its pieces."""
+
     kind = "sentencepiece"
 
     def __init__(self, files: Mapping[str, bytes]):
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
 
-        self.files = {"tokenizer.model": files["tokenizer.model"]}
+        known = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        self.files = {name: files[name] for name in known if name in files}
+        config, special_map, added_map = (json.loads(self.files.get(name, b"{}")) for name in known[1:])
         proto = sentencepiece_model_pb2.ModelProto.FromString(self.files["tokenizer.model"])
         self._first = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         self._strips_space = proto.normalizer_spec.add_dummy_prefix
@@ -53,12 +57,24 @@ class SentencePiece:
         proto.normalizer_spec.add_dummy_prefix = False
         self._later = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
-        model, self.size = self._first, self._first.get_piece_size()
-        pieces = [model.id_to_piece(i) for i in range(self.size)]
+        model = self._first
+        pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
         # User-defined pieces are found in plain text, so they are no control tokens, whatever their name.
         self.special = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)}
         ids = {"bos": model.bos_id(), "eos": model.eos_id()}
         self.named = {role: pieces[i] for role, i in ids.items() if i >= 0 and pieces[i] in self.special}
+        # What the files say of the pieces themselves, the model knows better.
+        decoder = config.get("added_tokens_decoder") or {}
+        added = {i: (literal, False) for literal, i in added_map.items()}
+        added |= {int(i): (token["content"], token.get("special", False)) for i, token in decoder.items()}
+        added = {i: token for i, token in added.items() if i >= len(pieces)}
+        reserved = _named_specials(config, special_map).union(*ROLES.values())
+        self.special |= {literal: i for i, (literal, special) in added.items() if special or literal in reserved}
+        self.named |= _named_roles(config, special_map, self.special)
+        self.size = max([len(pieces) - 1, *added]) + 1
+        self._plain = {literal: i for i, (literal, _) in added.items() if literal not in self.special}
+        longest_first = sorted(self._plain, key=len, reverse=True)
+        self._plain_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self._plain else None
         self._bytes = [
             bytes([int(piece[1:-1], 16)])
             if model.is_byte(i)
@@ -68,10 +84,23 @@ class SentencePiece:
             for i, piece in enumerate(pieces)
         ]
         self._counts = [0 if model.is_unknown(i) or model.is_control(i) else len(b) for i, b in enumerate(self._bytes)]
+        for i in range(len(pieces), self.size):
+            literal = added[i][0] if i in added else NOT_A_TOKEN
+            self._bytes.append(literal.encode())
+            self._counts.append(len(literal.encode()) if literal in self._plain else 0)
         space_bytes = [model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_ids = space_bytes if all(model.is_byte(i) for i in space_bytes) else []
 
     def encode(self, text: str, continuation: bool) -> list[int]:
+        if self._plain_pattern is None:
+            return self._encode_pieces(text, continuation)
+        ids: list[int] = []
+        for part in filter(None, self._plain_pattern.split(text)):
+            ids += [self._plain[part]] if part in self._plain else self._encode_pieces(part, continuation)
+            continuation = True
+        return ids
+
+    def _encode_pieces(self, text: str, continuation: bool) -> list[int]:
         if not self._space_ids or _SPACE not in text:
             return self._processor(text, continuation).encode(text)
         # In SentencePiece this character cannot be told from a space; as bytes it can.
@@ -95,7 +124,34 @@ class SentencePiece:
         return np.asarray(self._counts, np.int32)
 
 
+def _content(token: Any) -> Any:
+    """The literal of a token, which files give as a text or as an object that describes it."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _named_roles(config: Mapping, special_map: Mapping, ids: Mapping[str, int]) -> dict[str, str]:
+    """Role -> literal, where the files beside a tokenizer name a token that it has."""
+    named: dict[str, str] = {}
+    for role in ROLES:
+        for source in (config, special_map):
+            name = _content(source.get(f"{role}_token"))
+            if isinstance(name, str) and name in ids:
+                named.setdefault(role, name)
+    return named
+
+
+def _named_specials(config: Mapping, special_map: Mapping) -> set[str]:
+    """Literals that these files call special in any role."""
+    found = set()
+    for source in (config, special_map):
+        found |= {_content(token) for name, token in source.items() if name.endswith("_token")}
+        found |= {_content(token) for token in source.get("additional_special_tokens") or ()}
+    return {literal for literal in found if isinstance(literal, str)}
+
+
 class HuggingFace:
+    """tokenizer.json, and what the files beside it say of its tokens."""
+
     kind = "huggingface"
 
     def __init__(self, files: Mapping[str, bytes]):
@@ -109,13 +165,7 @@ class HuggingFace:
         added += [(t["content"], int(i), t.get("special", False)) for i, t in decoder.items()]
         ids = {literal: i for literal, i, _ in added}
 
-        self.named = {}
-        for role in ROLES:
-            for source in (config, special_map):
-                name = source.get(f"{role}_token")
-                name = name.get("content") if isinstance(name, dict) else name
-                if name in ids:
-                    self.named.setdefault(role, name)
+        self.named = _named_roles(config, special_map, ids)
         reserved = set(self.named.values()).union(*ROLES.values())
         self.special = {literal: i for literal, i, special in added if special or literal in reserved}
 
