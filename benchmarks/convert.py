@@ -49,7 +49,7 @@ def generate(folder: Path, size: str, tied: bool, shard_bytes: int) -> None:
     folder.mkdir()
     fields = published.published_config(config, dtype="bfloat16")
     (folder / published.CONFIG).write_text(json.dumps(fields))
-    tensor_files.write(folder, shapes, np.dtype(ml_dtypes.bfloat16), shard_bytes, make)
+    tensor_files.write(folder, shapes, dict.fromkeys(shapes, np.dtype(ml_dtypes.bfloat16)), shard_bytes, make)
 
 
 class Peak:

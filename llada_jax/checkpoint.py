@@ -28,10 +28,11 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 from llada_jax import distributed
 from llada_jax import workdir as workdirs
 from llada_jax.config import CheckpointConfig, Config, UserError
+from llada_jax.folders import CHECKPOINTS
 from llada_jax.model import Transformer, abstract_model, merge, split
 from llada_jax.train_step import TrainState, make_state
 
-FOLDER = "checkpoints"
+FOLDER = CHECKPOINTS
 
 
 class Damaged(Exception):
@@ -339,16 +340,29 @@ def load_state(workdir: str | os.PathLike, step: int | None, config: Config, mes
 
 
 def load_params(workdir: str | os.PathLike, step: int | None, config: Config, mesh: Mesh, dtype: Any = None) -> dict:
-    """The parameters alone, as nested dicts in `dtype` (None = fp32), on `mesh`. UserError as `load_state`."""
+    """The parameters alone, as nested dicts in `dtype` (None = fp32), on `mesh`. UserError as `load_state`.
+
+    Where `dtype` is not what was saved, they are read one by one: beside them there is memory for the largest one.
+    """
+    _quiet()
     step = choose_step(workdir, step)
     target = _target(lambda: split(Transformer(config.model, config.compute, jax.random.key(0)))[1], mesh)
-    if dtype is not None:
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), target)
-    # Cast while it is read: what was saved is then not there to be compared.
-    saved = (weights_record(workdir, step) or {}).get("dtype", "float32")
-    same = all(x.dtype == saved for x in jax.tree.leaves(target))
+    wanted = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    saved = jnp.dtype((weights_record(workdir, step) or {}).get("dtype", "float32"))
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, saved, sharding=x.sharding), target)
     with jax.set_mesh(mesh):
-        return _load(workdir, step, {"params": target}, verify=same)["params"]
+        if saved == wanted:
+            return _load(workdir, step, {"params": target})["params"]
+
+        def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            # In the dtype in which it was saved: only that can be compared with its fingerprint.
+            part: Any = leaf
+            for key in reversed(path):
+                part = {key.key: part}
+            (array,) = jax.tree.leaves(_load(workdir, step, {"params": part}))
+            return jax.block_until_ready(_cast(array, wanted))
+
+        return jax.tree_util.tree_map_with_path(read, target)
 
 
 def load_model(workdir: str | os.PathLike, step: int | None, mesh: Mesh, dtype: Any = None) -> Transformer:
@@ -362,12 +376,16 @@ def load_model(workdir: str | os.PathLike, step: int | None, mesh: Mesh, dtype: 
     return merge(graphdef, params)
 
 
-def _load(workdir: str | os.PathLike, step: int, target: dict, verify: bool = True) -> dict:
+@functools.partial(jax.jit, static_argnums=1)
+def _cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    return x.astype(dtype)
+
+
+def _load(workdir: str | os.PathLike, step: int, target: dict) -> dict:
     path = Path(workdir).absolute() / FOLDER / str(step)
     try:
         tree = _read_arrays(path, target)
-        if verify:
-            _verify(tree, _read_run(path)["fingerprint"])
+        _verify(tree, _read_run(path)["fingerprint"])
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:

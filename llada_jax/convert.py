@@ -2,13 +2,13 @@
 
 The input is a training workdir, a published folder or what this wrote. The output is a published folder
 (huggingface), or a workdir with weights alone (orbax) for --model=DIR and --config.init_from=DIR. No bit of a weight
-changes unless --dtype asks for it. It runs on the host, which must have the memory for all parameters.
+changes unless --dtype asks for it. It runs on the host, which must have the memory for all parameters: once for
+published to published, up to twice where orbax reads or writes them (float16 and mixed ones are float32 on the way).
 """
 
 import dataclasses
-import json
+import math
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +17,11 @@ from typing import Any
 import jax
 from absl import flags
 
-from llada_jax import checkpoint, command_line, huggingface, published, workdir
+from llada_jax import checkpoint, command_line, huggingface, published, tensor_files, workdir
 from llada_jax import mesh as meshes
 from llada_jax.config import CheckpointConfig, Config, UserError
-from llada_jax.data.output import refuse_existing
-from llada_jax.folders import whole_folder
-from llada_jax.loading import with_tokenizer
+from llada_jax.folders import KEPT, as_json, check_output, is_workdir, other_files, put_files, whole_folder
+from llada_jax.loading import fitted, with_tokenizer
 from llada_jax.model import Transformer, split
 from llada_jax.published import CONFIG
 from llada_jax.tokenizer import Tokenizer, find_tokenizer
@@ -35,16 +34,14 @@ _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Of the weigh
 _NAMING = flags.DEFINE_enum("naming", None, ["llada", "llama"], "Of the tensors; default: the input's own, or llada.")
 _SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "Gigabytes (10^9 bytes) of tensors per file at most.")
 
-KEPT = "published"  # in a workdir written here: what the published folder held beside its weights
-# Weights in any format that folders on the Hugging Face Hub hold.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-
 
 def main() -> None:
     """Does what the flags say."""
     for flag in (_INPUT, _OUTPUT, _FORMAT):
         if not flag.value:
             raise UserError(f"--{flag.name} is missing: --input=DIR, --output=DIR and --format are needed")
+    if not 1e-9 <= _SHARD_GB.value < math.inf:
+        raise UserError(f"--shard_gb={_SHARD_GB.value}: a positive number of gigabytes is needed")
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and the host has more memory than one device
     convert(
         _INPUT.value,
@@ -68,10 +65,11 @@ class Source:
     config: Config  # of the run; of a published folder only model and sequence_length are its own
     identity: dict  # of the run's data and tokenizer
     tokenizer: Path  # where its files are, if there are any
-    dtype: str  # of the weights
+    dtype: str  # of the weights, as they are held here: float32 or bfloat16
     naming: str  # of the tensors
     kept: Path | None  # where config.json and other files of a published folder are
-    kept_dtype: str  # of the weights that this config.json was published with; "" if they were of several
+    kept_dtype: str  # of the weights that this config.json was published with; "" if not known, or of several
+    dtypes: dict[str, str]  # of the tensors that were published in another one, by their names in `naming`
 
 
 def convert(
@@ -87,70 +85,87 @@ def convert(
 ) -> None:
     """Writes the model in one folder to another; whole or not at all.
 
-    From a published folder to "orbax" and back, config fields, other files and the bits of all weights are the same.
-    For a model trained here "huggingface" writes a complete config.json and generation_config.json in LLaDA's fields,
-    the tokenizer and the chat template; this package reads the same ids from it. Others: transformers (5.23 was tried)
-    reads the same ids and chats from a SentencePiece tokenizer, whose tokenizer_config.json names the control tokens
-    that were appended to it. Of a tokenizer.json that lacked some, others do not know those: no file names them. The
-    model itself needs the code published with LLaDA-8B, see `published.published_config`; that was not tried.
+    From a published folder to "orbax" and back, config fields, other files (those in subfolders too; weights in other
+    formats are left out, and told of), and dtype and bits of all weights are the same. A model tuned here from a
+    published folder keeps that folder's config fields and files; only its max_sequence_length grows with the rows.
+    For any other model trained here "huggingface" writes a complete config.json and generation_config.json in LLaDA's
+    fields, the tokenizer and the chat template; this package reads the same ids from it. Others: transformers (5.23
+    was tried) reads the same ids and chats from a SentencePiece tokenizer, whose tokenizer_config.json names the
+    control tokens that were appended to it. Of a tokenizer.json that lacked some, others do not know those: no file
+    names them. The model itself needs the code published with LLaDA-8B, see `published.published_config`; that was
+    not tried.
 
     Args:
       source: a training workdir, a published folder, or what this wrote.
       output: a new or empty folder.
       form: "huggingface" or "orbax".
       step: of a workdir's checkpoint. None = its newest.
-      dtype: "float32" or "bfloat16". None = as the weights are (float32 for float16 and mixed files).
+      dtype: "float32" or "bfloat16", of all. None = as each of the weights is.
       naming: of the tensors, "llada" or "llama". None = that of the published folder, or "llada".
       shard_bytes: of tensors per file at most.
       progress: whether to report on stderr.
 
     Raises:
-      UserError: no such model, one that cannot be used, an output that exists or cannot be written.
+      UserError: an argument that is none, no such model, one that cannot be used, an output that exists; all before a
+        weight is read. Or an output that cannot be written.
     """
-    if form not in ("huggingface", "orbax"):
-        raise UserError(f"format={form!r}: choose huggingface or orbax")
-    if shard_bytes < 1:
-        raise UserError("shard_gb must be positive")
-    refuse_existing(Path(os.path.abspath(output)))
+    choices = {
+        "format": (form, ("huggingface", "orbax")),
+        "dtype": (dtype, (None, "float32", "bfloat16")),
+        "naming": (naming, (None, *published.NAMINGS)),
+    }
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise UserError(f"{name}={value!r}: choose {' or '.join(filter(None, known))}")
+    if not isinstance(shard_bytes, int) or shard_bytes < 1:
+        raise UserError(f"shard_bytes={shard_bytes}: a positive integer is needed")
+    check_output(output)
     found = _source(Path(source), step)
     if form == "orbax" and naming not in (None, found.naming):
         raise UserError("naming is for format=huggingface: in orbax tensors have our own names")
-    tokenizer = find_tokenizer(found.tokenizer)
-    wanted = dtype or found.dtype
+    tokenizer = fitted(find_tokenizer(found.tokenizer), found.config.model, found.path)
+    if dtype is not None:
+        found = dataclasses.replace(found, dtype=dtype, dtypes={})
     with jax.set_mesh(meshes.one_device_mesh()):
-        model = _load(found, tokenizer, wanted, progress)
+        model = _load(found, tokenizer, progress)
         if form == "huggingface":
             _write_published(found, tokenizer, model, output, naming or found.naming, shard_bytes, progress)
         else:
             _write_workdir(found, tokenizer, model, output)
+    left_out = [] if found.kept is None else other_files(found.kept)[1]
+    left_out = [name for name in left_out if not name.endswith((".safetensors", tensor_files.INDEX)) or "/" in name]
+    if progress and left_out:
+        print(f"left out, weights in other formats: {', '.join(left_out)}", file=sys.stderr)
 
 
 def _source(path: Path, step: int | None) -> Source:
-    if not path.is_dir():
-        raise UserError(f"input {path} is no folder: give a training workdir or a published model's folder")
-    if (path / checkpoint.FOLDER).is_dir():
+    if is_workdir(path, "input "):
         step = checkpoint.choose_step(path, step)
         config, identity = workdir.read_config(path)
         record = checkpoint.weights_record(path, step) or {}
         kept = path / KEPT if (path / KEPT / CONFIG).is_file() else None
         dtype, naming = record.get("dtype", "float32"), record.get("naming", "llada")
-        kept_dtype = record.get("published_dtype", "")
-        return Source(path, step, config, identity, path / "tokenizer", dtype, naming, kept, kept_dtype)
+        fields = published.read_json(kept / CONFIG) if kept else {}
+        if kept and "naming" not in record and not published.own_names("llada") & fields.keys():
+            naming = "llama"  # tuned here from a folder with those names
+        kept_dtype, dtypes = record.get("published_dtype", ""), record.get("dtypes", {})
+        return Source(path, step, config, identity, path / "tokenizer", dtype, naming, kept, kept_dtype, dtypes)
     if step is not None:
         raise UserError(f"step={step}: {path} is not a training workdir, it has no steps")
-    if not any(path.glob("*.safetensors*")):
-        raise UserError(f"{path} has no model: neither checkpoints/ (a training workdir) nor *.safetensors in it")
     found = huggingface.inspect(path)
     config = Config(model=found.config)
     config.sequence_length = published.sequence_length(found.fields) or config.sequence_length
-    kept_dtype = found.dtype if found.uniform else ""
-    return Source(path, None, config, {}, path, found.dtype, found.naming, path, kept_dtype)
+    kinds = set(found.dtypes.values())
+    kept_dtype = kinds.pop() if len(kinds) == 1 else ""
+    dtypes = {name: dtype for name, dtype in found.dtypes.items() if dtype != found.dtype}
+    return Source(path, None, config, {}, path, found.dtype, found.naming, path, kept_dtype, dtypes)
 
 
-def _load(source: Source, tokenizer: Tokenizer | None, dtype: str, progress: bool) -> Transformer:
+def _load(source: Source, tokenizer: Tokenizer | None, progress: bool) -> Transformer:
     if source.step is None:
-        return huggingface.load_model(source.path, dtype, lambda config: with_tokenizer(config, tokenizer), progress)
-    return checkpoint.load_model(source.path, source.step, jax.sharding.get_mesh(), dtype)
+        update = lambda config: with_tokenizer(config, tokenizer)  # noqa: E731
+        return huggingface.load_model(source.path, source.dtype, update, progress)
+    return checkpoint.load_model(source.path, source.step, jax.sharding.get_mesh(), source.dtype)
 
 
 def _write_published(
@@ -162,19 +177,34 @@ def _write_published(
     shard_bytes: int,
     progress: bool,
 ) -> None:
-    dtype = model.embedding[...].dtype.name
+    files: dict[str, bytes | Path]
     if source.kept is not None:
         fields = published.read_json(source.kept / CONFIG)
-        if dtype != source.kept_dtype:
-            fields |= {name: dtype for name in ("torch_dtype", "dtype") if name in fields}
-        files: dict[str, bytes | Path] = dict(_other_files(source.kept))
+        if not source.dtypes and source.dtype != source.kept_dtype:
+            fields |= {name: source.dtype for name in ("torch_dtype", "dtype") if name in fields}
+        # A model that was tuned on longer rows than it was published with can do those too.
+        for name in ("max_sequence_length", "max_position_embeddings"):
+            if published.sequence_length(fields) == fields.get(name, 0) < source.config.sequence_length:
+                fields[name] = source.config.sequence_length
+        files = dict(other_files(source.kept)[0])
+        if tokenizer is not None and find_tokenizer(source.kept) is None:
+            files |= _tokenizer_files(source.tokenizer, tokenizer)
     else:
-        fields = published.published_config(model.config, naming, dtype, source.config.sequence_length)
-        files = {huggingface.GENERATION_CONFIG: _as_json(_generation_config(model, fields))}
+        fields = published.published_config(model.config, naming, source.dtype, source.config.sequence_length)
+        files = {huggingface.GENERATION_CONFIG: as_json(_generation_config(model, fields))}
         if tokenizer is not None:
             files |= _tokenizer_files(source.tokenizer, tokenizer)
+    pairs = zip(*(published.published_tensors(model.config, each) for each in (source.naming, naming)), strict=True)
+    dtypes = {new.name: source.dtypes[old.name] for old, new in pairs if old.name in source.dtypes}
     huggingface.save_model(
-        model, output, naming=naming, original=fields, files=files, shard_bytes=shard_bytes, progress=progress
+        model,
+        output,
+        dtypes=dtypes,
+        naming=naming,
+        original=fields,
+        files=files,
+        shard_bytes=shard_bytes,
+        progress=progress,
     )
 
 
@@ -186,25 +216,14 @@ def _write_workdir(source: Source, tokenizer: Tokenizer | None, model: Transform
         if tokenizer is not None:
             tokenizer.save(folder / "tokenizer")
         if source.kept is not None:
-            (folder / KEPT).mkdir()
-            for name, path in {CONFIG: source.kept / CONFIG, **_other_files(source.kept)}.items():
-                shutil.copyfile(path, folder / KEPT / name)
+            put_files(folder / KEPT, other_files(source.kept)[0])
         try:
             checkpoints = checkpoint.Checkpoints(folder, CheckpointConfig())
-            record = {"naming": source.naming, "published_dtype": source.kept_dtype}
+            record = {"naming": source.naming, "published_dtype": source.kept_dtype, "dtypes": source.dtypes}
             checkpoints.save_weights(source.step or 0, split(model)[1], record)
             checkpoints.close()
         except checkpoint.SaveFailed as error:
             raise UserError(f"output {output} is not written: {error}") from error
-
-
-def _other_files(folder: Path) -> dict[str, Path]:
-    """The files of a published folder beside its weights and config.json: tokenizer, templates, code, licence."""
-    return {
-        path.name: path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name[0] != "." and path.name != CONFIG and not path.name.endswith(_WEIGHTS)
-    }
 
 
 def _generation_config(model: Transformer, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,7 +242,7 @@ def _tokenizer_files(folder: Path, tokenizer: Tokenizer) -> dict[str, bytes | Pa
     if tokenizer.chat_template is None:
         files["chat_template.jinja"] = tokenizer.default_chat_template.encode()
     if tokenizer.kind == "sentencepiece":
-        files.setdefault("tokenizer_config.json", _as_json(_sentencepiece_config(tokenizer)))
+        files.setdefault("tokenizer_config.json", as_json(_sentencepiece_config(tokenizer)))
     return files
 
 
@@ -241,10 +260,6 @@ def _sentencepiece_config(tokenizer: Tokenizer) -> dict[str, Any]:
         "pad_token": tokenizer.roles["eos"][1],
         "added_tokens_decoder": {str(i): {"content": name, **flags_of_token} for i, name in tokenizer.roles.values()},
     }
-
-
-def _as_json(fields: Mapping[str, Any]) -> bytes:
-    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 if __name__ == "__main__":

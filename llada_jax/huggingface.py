@@ -7,9 +7,7 @@ place, before the next one is read; and back the same way. The host never holds 
 import contextlib
 import dataclasses
 import functools
-import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from llada_jax import distributed, mesh, published, tensor_files
 from llada_jax.config import ComputeConfig, ModelConfig, UserError
-from llada_jax.folders import whole_folder
+from llada_jax.folders import as_json, check_output, put_files, whole_folder
 from llada_jax.model import Transformer, abstract_model, merge, split
 from llada_jax.published import CONFIG, PublishedTensor, model_config, published_tensors, read_json
 from llada_jax.tensor_files import Folder
@@ -41,7 +39,7 @@ class Published:
     fields: dict[str, Any]  # of config.json
     naming: str  # of the tensors: llada or llama
     dtype: str  # float32 or bfloat16: what holds all tensors exactly
-    uniform: bool  # whether all tensors are of that dtype
+    dtypes: dict[str, str]  # of each tensor, by its name: float32, bfloat16 or float16
 
 
 @contextlib.contextmanager
@@ -58,8 +56,9 @@ def opened(directory: str | os.PathLike) -> Iterator[tuple[Published, Folder]]:
         folder = Folder(directory, files)
         naming = "llama" if published.LLAMA["embedding"] in folder else "llada"
         folder.check(published.expected_tensors(config, naming))
-        dtype = "bfloat16" if folder.dtypes() == {"bfloat16"} else "float32"
-        yield Published(config, fields, naming, dtype, folder.dtypes() == {dtype}), folder
+        dtypes = folder.dtypes()
+        dtype = "bfloat16" if set(dtypes.values()) == {"bfloat16"} else "float32"
+        yield Published(config, fields, naming, dtype, dtypes), folder
 
 
 def inspect(directory: str | os.PathLike) -> Published:
@@ -205,6 +204,7 @@ def save_model(
     directory: str | os.PathLike,
     *,
     dtype: jax.typing.DTypeLike | None = None,
+    dtypes: Mapping[str, str] | None = None,
     naming: str = "llada",
     original: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes | Path] | None = None,
@@ -220,6 +220,7 @@ def save_model(
       model: on any mesh.
       directory: new, or an empty folder.
       dtype: of the tensors, float32 or bfloat16. None = that of the parameters: no bit of them changes.
+      dtypes: of tensors that are to have another one, by their names in `naming`; float16 too.
       naming: of the tensors, "llada" or "llama".
       original: the fields of the config.json that the model came with; all are kept, unless they are for the other
         naming: then its names are replaced. None = those of `published.published_config`.
@@ -237,12 +238,18 @@ def save_model(
         raise UserError(f"naming={naming!r}: choose {' or '.join(published.NAMINGS)}")
     if shard_bytes < 1:
         raise UserError(f"shard_bytes={shard_bytes}: at least one byte is needed")
-    fields = _fields(model.config, original, naming, dtype.name)
     tensors = {tensor.name: tensor for tensor in published_tensors(model.config, naming)}
+    written = {name: np.dtype(jnp.dtype((dtypes or {}).get(name, dtype))) for name in tensors}
+    kinds = {each.name for each in written.values()}
+    fields = _fields(model.config, original, naming, kinds.pop() if len(kinds) == 1 else "float32")
+    first = distributed.index() == 0
+    # Before any tensor is fetched, for all: the others would wait for one that has left.
+    if problem := distributed.first_problem("output", _problem(directory) if first else None):
+        raise UserError(problem)
     params = split(model)[1]
 
     def read(name: str) -> np.ndarray:
-        tensor = tensors[name]
+        tensor, dtype = tensors[name], written[name]
         if tensor.layer is None:
             # A copy: jax keeps what was fetched of an array as long as that lives.
             array = _copy(params[tensor.parameter], dtype)
@@ -255,13 +262,21 @@ def save_model(
     def watched(names: Iterable[str]) -> Iterable[str]:
         return tqdm.tqdm(names, desc="writing", unit="tensor", disable=not progress, file=sys.stderr)
 
-    first = distributed.index() == 0
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     with mesh.mesh_of(model.embedding[...]), whole_folder(directory) if first else contextlib.nullcontext() as folder:
         if first:
-            _put(folder, {CONFIG: _as_json(fields), **(files or {})})
-        tensor_files.write(folder, shapes, dtype, shard_bytes, read, first, watched)
+            put_files(folder, {**(files or {}), CONFIG: as_json(fields)})
+        tensor_files.write(folder, shapes, written, shard_bytes, read, first, watched)
     distributed.barrier("model written")
+
+
+def _problem(directory: str | os.PathLike) -> str | None:
+    """Why this folder cannot be written, as far as can be seen now."""
+    try:
+        check_output(directory)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _fields(model: ModelConfig, original: Mapping[str, Any] | None, naming: str, dtype: str) -> dict[str, Any]:
@@ -277,18 +292,8 @@ def _fields(model: ModelConfig, original: Mapping[str, Any] | None, naming: str,
         return dict(original)
     # Written for the other naming: its own names, and what says which code reads the tensors, would mislead.
     (other,) = published.NAMINGS.keys() - {naming}
-    misleading = published.own_names(other) | {"architectures", "auto_map"}
-    kept = {name: value for name, value in original.items() if name not in misleading}
-    return kept | published.published_config(model, naming, dtype, published.sequence_length(original) or 4096)
-
-
-def _as_json(fields: Mapping[str, Any]) -> bytes:
-    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _put(folder: Path, files: Mapping[str, bytes | Path]) -> None:
-    for name, content in files.items():
-        if isinstance(content, bytes):
-            (folder / name).write_bytes(content)
-        else:
-            shutil.copyfile(content, folder / name)
+    misleading = published.own_names(other) | {"architectures", "auto_map", "model_type", "vocab_size", "token_count"}
+    kept = {name: value for name, value in original.items() if name not in misleading and value is not None}
+    nulls = {name: None for name, value in original.items() if name not in misleading and value is None}
+    fresh = published.published_config(model, naming, dtype, published.sequence_length(original) or 4096)
+    return nulls | fresh | kept

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from llada_jax import mesh as meshes
 from llada_jax.config import ComputeConfig, ModelConfig, UserError
+from llada_jax.folders import is_workdir
 from llada_jax.model import Transformer, compute_dtype, resolve_compute
 from llada_jax.tokenizer import Tokenizer, find_tokenizer
 
@@ -19,7 +20,7 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     step: int | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
-    """The model in a folder and its tokenizer (None if the folder has none).
+    """The model in a folder and its tokenizer (None if the folder has none), which knows the model's own ids.
 
     Args:
       path: a training workdir, a published folder (config.json and *.safetensors), or what convert wrote.
@@ -31,8 +32,9 @@ def load(
       UserError: no model there, or not one that can be used; says what is wrong in one line.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path} is no folder: give a training workdir or a published model's folder")
+    trained_here = is_workdir(path, "model ")
+    if not trained_here and step is not None:
+        raise UserError(f"{path} is a published folder: it has no step {step}")
     try:
         dtype = compute_dtype(ComputeConfig(dtype="" if dtype is None else jnp.dtype(dtype).name))
     except (TypeError, UserError) as error:
@@ -40,12 +42,8 @@ def load(
     if mesh is None and jax.sharding.get_abstract_mesh().empty:
         mesh = meshes.one_device_mesh()
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        if (path / "checkpoints").is_dir():
+        if trained_here:
             model, tokenizer = _from_workdir(path, dtype, step)
-        elif not any(path.glob("*.safetensors*")):
-            raise UserError(f"{path} has no model: neither checkpoints/ (a training workdir) nor *.safetensors in it")
-        elif step is not None:
-            raise UserError(f"{path} is a published folder: it has no step {step}")
         else:
             model, tokenizer = _from_published(path, dtype)
         # For the devices it lies on, whatever the default ones are, or those that it was trained on. One layer after
@@ -57,22 +55,42 @@ def load(
 
 def _from_workdir(path: Path, dtype: jnp.dtype, step: int | None) -> tuple[Transformer, Tokenizer | None]:
     # Here, not above: Orbax takes a second to import, which a published folder does not need.
-    from llada_jax import checkpoint
+    from llada_jax import checkpoint, workdir
 
-    model = checkpoint.load_model(path, step, jax.sharding.get_mesh(), dtype)
-    return model, find_tokenizer(path / "tokenizer")
+    tokenizer = fitted(find_tokenizer(path / "tokenizer"), workdir.read_config(path)[0].model, path)
+    return checkpoint.load_model(path, step, jax.sharding.get_mesh(), dtype), tokenizer
 
 
 def _from_published(path: Path, dtype: jnp.dtype) -> tuple[Transformer, Tokenizer | None]:
     from llada_jax import huggingface
 
-    tokenizer = find_tokenizer(path)
+    tokenizer = fitted(find_tokenizer(path), huggingface.inspect(path).config, path)
     model = huggingface.load_model(path, dtype, lambda config: with_tokenizer(config, tokenizer))
     return model, tokenizer
 
 
+def fitted(tokenizer: Tokenizer | None, config: ModelConfig, source: str | Path) -> Tokenizer | None:
+    """The tokenizer with the ids of MASK, BOS and EOS that the model's config states.
+
+    Args:
+      tokenizer: as its files say; None = there is none.
+      config: of the model.
+      source: the folder of both, for messages.
+
+    Raises UserError: the tokenizer has tokens that the model has no embedding for.
+    """
+    if tokenizer is None:
+        return None
+    if tokenizer.own_size > config.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {tokenizer.own_size} tokens, the model's embedding {config.vocab_size}: "
+            "they do not belong together"
+        )
+    return tokenizer.of_model(config.mask_id, config.bos_id, config.eos_id)
+
+
 def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
-    """The config with what it does not say itself taken from the tokenizer: the number of tokens and special ids.
+    """The config with what it does not say itself taken from the (fitted) tokenizer: number of tokens, special ids.
 
     An id beyond the vocabulary is no token of the model: it stays unknown.
     """

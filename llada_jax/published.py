@@ -5,7 +5,7 @@ Nothing here reads a tensor: that is huggingface.py's.
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,30 +43,46 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "alibi": (False,),
     "attention_bias": (False, None),
     "attention_layer_norm": (False,),
+    "attention_multiplier": (None,),
     "attn_logit_softcapping": (None,),
     "bias_for_layer_norm": (False, None),
     "block_group_size": (1,),
     "block_type": ("llama",),
     "clip_qkv": (None,),
+    "embedding_multiplier": (1, None),
     "final_logit_softcapping": (None,),
     "include_bias": (False,),
     "include_qkv_bias": (False, None),
     "input_emb_norm": (False,),
+    "is_causal": (False, None),
+    "is_decoder": (False, None),
     "layer_norm_type": ("rms",),
     "layer_norm_with_affine": (True,),
+    "logit_scale": (1, None),
+    "logits_scaling": (1, None),
     "mlp_bias": (False, None),
+    "multi_query_attention": (False, True, None),
+    "n_routed_experts": (None, 0),
     "norm_after": (False, None),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
     "partial_rotary_factor": (1, None),
+    "qk_norm": (False, None),
     "quantization_config": (None,),
+    "query_pre_attn_scalar": (None,),
+    "residual_multiplier": (1, None),
     "rope": (True,),
+    "rope_interleaved": (False, None),
     "rope_scaling": (None,),
+    "rotary_pct": (1, None),
+    "scale_depth": (None,),
+    "scale_emb": (1, None),
     "scale_logits": (False,),
     "sliding_window": (None,),
     "use_qk_norm": (False, None),
     "use_sliding_window": (False, None),
 }
+# rope_full_precision is none of them: RoPE is in fp32 here, which is what it asks for and more than its absence does.
 
 # Names of the tensors in the two namings, by the names of our parameters.
 LLADA = {
@@ -123,11 +139,15 @@ def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelCon
         if name in published and published[name] not in values:
             wanted = " or ".join(json.dumps(value) for value in values)
             raise UserError(f"{source}: {name}={_short(published[name])} is not supported, only {wanted}")
+    _refuse_causal(published, source)
     found = {}
     for field, names in FIELDS.items():
-        values = [published[name] for name in names if published.get(name) is not None]
+        values = {name: published[name] for name in names if published.get(name) is not None}
         if values:
-            found[field] = values[0]
+            found[field] = next(iter(values.values()))
+        if field != "vocab_size" and len(values) > 1 and any(value != found[field] for value in values.values()):
+            named = " and ".join(f"{name}={_short(value)}" for name, value in values.items())
+            raise UserError(f"{source}: {named} contradict each other")
     if isinstance(found.get("eos_id"), list) and found["eos_id"]:
         found["eos_id"] = found["eos_id"][0]
     if "feed_forward" not in found and published.get("mlp_ratio") is not None and _is_int(found.get("width")):
@@ -137,8 +157,8 @@ def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelCon
     for field in REQUIRED:
         if field not in found:
             raise UserError(f"{source}: {' or '.join(FIELDS[field])} is missing")
-    if published.get("multi_query_attention"):
-        found.setdefault("kv_heads", 1)
+    if published.get("multi_query_attention") and found.setdefault("kv_heads", 1) != 1:
+        raise UserError(f"{source}: multi_query_attention has one key/value head, not {_short(found['kv_heads'])}")
     found.setdefault("kv_heads", found["heads"])
     found.setdefault("tied_embeddings", False)
     _check_values(found, source)
@@ -151,13 +171,38 @@ def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelCon
         raise UserError(
             f"{source}: head_dim={_short(published['head_dim'])} is not supported, only {config.head_width}"
         )
-    # Rows of the embedding beyond the vocabulary only fill it up.
-    tokens = published.get("vocab_size")
-    if tokens is not None and not _is_int(tokens):
-        raise UserError(f"{source}: vocab_size must be an integer, not {_short(tokens)}")
-    if 0 < (tokens or 0) < config.vocab_size:
-        config.token_count = tokens
+    config.token_count = _token_count(published, config, source)
     return config
+
+
+def _token_count(published: Mapping[str, Any], config: ModelConfig, source: str) -> int | None:
+    """How many tokens there are, if some rows of the embedding only fill it up."""
+    name = "token_count" if published.get("token_count") is not None else "vocab_size"
+    tokens = published.get(name)
+    if tokens is None:
+        return None
+    if not _is_int(tokens):
+        raise UserError(f"{source}: {name} must be an integer, not {_short(tokens)}")
+    if not 0 < tokens <= config.vocab_size:
+        raise UserError(f"{source}: {name}={_short(tokens)} does not fit an embedding of {config.vocab_size} rows")
+    # MASK is never chosen, so it may be one of those rows.
+    if (config.eos_id or 0) >= tokens:
+        raise UserError(f"{source}: eos_token_id={config.eos_id} is no token: {name} is {tokens}")
+    return None if tokens == config.vocab_size else tokens
+
+
+def _refuse_causal(published: Mapping[str, Any], source: str) -> None:
+    """UserError for a model that attends causally; one in Llama's names that has a MASK is a LLaDA."""
+    classes = published.get("architectures") or []
+    causal = isinstance(classes, list) and any(isinstance(c, str) and c.endswith("ForCausalLM") for c in classes)
+    if causal and published.get("mask_token_id") is None:
+        raise UserError(
+            f"{source}: architectures={_short(classes)} attends causally, this model does not "
+            "(a masked diffusion model under that name states its mask_token_id)"
+        )
+    layers = published.get("layer_types")
+    if layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)):
+        raise UserError(f'{source}: layer_types={_short(layers)} is not supported, only "full_attention"')
 
 
 def _with_rope(published: Mapping[str, Any], source: str) -> Mapping[str, Any]:
@@ -165,9 +210,15 @@ def _with_rope(published: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     rope = published.get("rope_parameters")
     if rope is None:
         return published
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default" or not rope.get("rope_theta"):
+    plain = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1,)}
+    if not isinstance(rope, dict) or any(
+        name != "rope_theta" and value is not None and value not in plain.get(name, ()) for name, value in rope.items()
+    ):
         raise UserError(f"{source}: rope_parameters={_short(rope)} is not supported, only plain RoPE")
-    return {"rope_theta": rope["rope_theta"], **published}
+    inner, outer = rope.get("rope_theta"), published.get("rope_theta")
+    if inner is not None and outer is not None and inner != outer:
+        raise UserError(f"{source}: rope_theta={_short(outer)} and {_short(inner)} in rope_parameters contradict")
+    return {**published, "rope_theta": inner if outer is None else outer}
 
 
 def _check_values(found: Mapping[str, Any], source: str) -> None:
@@ -182,7 +233,8 @@ def _check_values(found: Mapping[str, Any], source: str) -> None:
     for field in ("rope_theta", "norm_eps"):
         value = found[field]
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        require(number and math.isfinite(value) and value > 0, field, "a positive number")
+        # Compared, not converted: an integer may have more digits than a float can hold.
+        require(number and 0 < value <= sys.float_info.max, field, "a positive number")
     require(isinstance(found["tied_embeddings"], bool), "tied_embeddings", "true or false")
     for field in ("mask_id", "bos_id", "eos_id"):
         if field in found:
@@ -219,7 +271,9 @@ def published_config(
     } | {"torch_dtype": dtype, "use_cache": False}
     if naming == "llama":
         fields |= {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        return fields | {"rope_scaling": None, "max_position_embeddings": sequence_length}
+        # Llama's vocab_size counts rows of the embedding.
+        tokens = {} if model.token_count is None else {"token_count": model.token_count}
+        return fields | tokens | {"rope_scaling": None, "max_position_embeddings": sequence_length}
     code = "GSAI-ML/LLaDA-8B-Base--"
     return fields | {
         "activation_type": "silu",

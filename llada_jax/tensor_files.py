@@ -58,9 +58,9 @@ class Folder:
         """A tensor that is read when it is cut."""
         return self._tensors[name].get_slice(name)
 
-    def dtypes(self) -> set[str]:
-        """The dtypes of its tensors, by numpy's names."""
-        return {DTYPES[self[name].get_dtype()] for name in self._tensors if not _is_table(name)}
+    def dtypes(self) -> dict[str, str]:
+        """The dtype of each tensor, by numpy's name."""
+        return {name: DTYPES[self[name].get_dtype()] for name in self._tensors if not _is_table(name)}
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """UserError unless there are exactly these tensors, of these shapes and of a float dtype."""
@@ -107,7 +107,7 @@ def _open(path: Path, files: contextlib.ExitStack, named: str) -> Any:
 def write(
     directory: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
+    dtypes: Mapping[str, np.dtype],
     shard_bytes: int,
     read: Callable[[str], np.ndarray],
     here: bool = True,
@@ -118,14 +118,15 @@ def write(
     Args:
       directory: exists.
       shapes: name -> shape, in the order in which they fill the files.
-      dtype: of all of them, float32, bfloat16 or float16.
+      dtypes: of each, float32, bfloat16 or float16.
       shard_bytes: of tensors per file at most, unless a single tensor has more.
       read: gives a tensor by its name, once each. It may be a view of any strides: rows are put in order in parts.
       here: whether this process writes; if not it calls `read` all the same, which may be a collective.
       progress: wraps the names while they are gone through.
     """
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
-    files = _fill(sizes, shard_bytes)
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    # Larger dtypes first in a file, so that each tensor starts at a multiple of its own.
+    files = _fill(sizes, shard_bytes, lambda name: (-dtypes[name].itemsize, name))
     place = {name: file for file, names in files.items() for name in names}
     with contextlib.ExitStack() as current:
         out = None
@@ -133,10 +134,11 @@ def write(
             if here and name == files[place[name]][0]:
                 current.close()
                 out = current.enter_context(_finished(directory / place[name]))
-                out.write(_header({name: shapes[name] for name in files[place[name]]}, dtype))
+                out.write(_header({name: (shapes[name], dtypes[name]) for name in files[place[name]]}))
             tensor = read(name)
-            if tensor.shape != shapes[name] or tensor.dtype != dtype:
-                raise ValueError(f"{name}: {tensor.shape} of {tensor.dtype}, expected {shapes[name]} of {dtype}")
+            if (tensor.shape, tensor.dtype) != (shapes[name], dtypes[name]):
+                wanted = f"{shapes[name]} of {dtypes[name]}"
+                raise ValueError(f"{name}: {tensor.shape} of {tensor.dtype}, expected {wanted}")
             if here:
                 _write_rows(out, tensor)
     if here and len(files) > 1:
@@ -145,7 +147,7 @@ def write(
             out.write((json.dumps(index, indent=2) + "\n").encode())
 
 
-def _fill(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
+def _fill(sizes: Mapping[str, int], shard_bytes: int, order: Callable[[str], Any]) -> dict[str, list[str]]:
     """File name -> tensors in it, in the order in which they are written there."""
     shards: list[list[str]] = [[]]
     used = 0
@@ -156,18 +158,19 @@ def _fill(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[str]]:
         shards[-1].append(name)
         used += size
     if len(shards) == 1:
-        return {SINGLE: sorted(shards[0])}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": sorted(names) for i, names in enumerate(shards, start=1)}
+        return {SINGLE: sorted(shards[0], key=order)}
+    numbered = enumerate(shards, start=1)
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": sorted(names, key=order) for i, names in numbered}
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
+def _header(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
     """What a file starts with: the length of a JSON object, and that object, which says where each tensor lies."""
-    code = next(code for code, name in DTYPES.items() if name == dtype.name)
+    codes = {name: code for code, name in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in tensors.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": codes[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors are aligned in a file that is mapped
     return len(text).to_bytes(8, "little") + text

@@ -23,6 +23,7 @@ from llada_jax.data import pipeline, remote
 from llada_jax.data.manifest import TOKENIZER_FOLDER, load_manifest
 from llada_jax.data.sets import prepared_sets
 from llada_jax.distributed import log
+from llada_jax.folders import is_workdir, keep_published
 from llada_jax.loop import Loop, NonFinite
 from llada_jax.model import parameter_count, resolve_compute, split
 from llada_jax.tokenizer import find_tokenizer, load_tokenizer
@@ -163,6 +164,8 @@ def _train(config: Config, folder: Path) -> int:
             raise UserError(f"{where} is at step {first_step}, beyond config.steps={config.steps}")
         if distributed.index() == 0:
             workdir.keep_tokenizer(folder, os.path.join(paths[0], TOKENIZER_FOLDER))
+            if config.init_from and not restored:
+                keep_published(folder, Path(config.init_from))  # what convert gives back
             workdir.write_config(folder, config, identity)
             workdir.record_start(folder, config, first_step)
         distributed.barrier("workdir is ready")  # no checkpoint without its config
@@ -187,7 +190,7 @@ def _stored_run(folder: Path) -> tuple[dict, dict] | None:
     if checkpoint.weights_record(folder, steps[-1]):
         raise UserError(
             f"{folder} holds weights alone, no run that could go on: take another --workdir, and start from them with "
-            f"--config.init_from={folder} --config.init_weights_only"
+            f"--config.init_from={folder}"
         )
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has checkpoints but no config.json that says of what: take another --workdir")
@@ -211,12 +214,8 @@ def _find_source(config: Config) -> int | None:
     if not config.init_from:
         return None
     source = Path(config.init_from)
-    if (source / checkpoint.FOLDER).is_dir():
+    if is_workdir(source, "config.init_from="):
         return checkpoint.choose_step(source, config.init_step)
-    if not any(source.glob("*.safetensors*")):
-        raise UserError(
-            f"config.init_from={source} has no model: neither checkpoints (a training workdir) nor *.safetensors"
-        )
     if config.init_step is not None:
         raise UserError(f"config.init_step={config.init_step}: {source} is a published folder, it has no steps")
     return None
@@ -237,12 +236,15 @@ def _check_source(config: Config, step: int | None) -> None:
         return
     parent, _ = workdir.read_config(source)
     early = dataclasses.replace(config, model=_filled(config.model, parent.model))
-    if config.init_weights_only:
+    if _weights_only(config, step):
         _same_model(parent.model, early.model, source)
         return
-    if checkpoint.weights_record(source, step):
-        raise UserError(f"{source} holds weights alone, no optimiser state: {_WEIGHTS_REMEDY}")
     workdir.check_same_run((parent, {}), (early, {}), source, _WEIGHTS_REMEDY)
+
+
+def _weights_only(config: Config, step: int) -> bool:
+    """Whether this run takes the weights alone: it was told to, or there is nothing else (of what convert wrote)."""
+    return config.init_weights_only or checkpoint.weights_record(config.init_from, step) is not None
 
 
 def _filled(wanted: ModelConfig, found: ModelConfig) -> ModelConfig:
@@ -266,7 +268,7 @@ def _first_state(config: Config, identity: dict, step: int | None, device_mesh: 
         model = huggingface.load_model(source, jnp.float32, lambda model: _same_model(model, config.model, source))
         return make_state(config, split(model)[1])
     parent, parent_identity = workdir.read_config(source)
-    if config.init_weights_only:
+    if _weights_only(config, step):
         _same_model(parent.model, config.model, source)
         _same_tokenizer(parent_identity["tokenizer"], identity, source)
         log(f"starting from the weights of {source} at step {step}")

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from test_huggingface import rename_to_llama, tensors_of
 
 import llada_jax
-from llada_jax import checkpoint, published, tensor_files
+from llada_jax import checkpoint, huggingface, published, tensor_files
 from llada_jax.checkpoint import Checkpoints
 from llada_jax.config import Config, ModelConfig, UserError
 from llada_jax.convert import convert
@@ -129,18 +129,35 @@ def test_another_dtype_and_naming(tmp_path):
         np.testing.assert_array_equal(tensors_of(tmp_path / "again")[name], rounded)
 
 
-def test_float16_becomes_float32(tmp_path):
+@pytest.mark.parametrize("mixed", [False, True])
+def test_float16_and_mixed_files_keep_each_tensors_dtype(tmp_path, mixed):
     tensors = {n: t.astype(np.float16) for n, t in load_file(PARITY / "mha" / "model.safetensors").items()}
+    tensors["model.transformer.wte.weight"][:4, 0] = np.array([-0.0, 6e-8, -65504, 1 + 2**-10], np.float16)
+    if mixed:
+        tensors["model.transformer.blocks.1.q_proj.weight"] = (ODD_BITS[1] * np.ones((48, 48))).astype(np.float32)
+        tensors["model.transformer.ln_f.weight"] = ODD_BITS[:1].astype(ml_dtypes.bfloat16).repeat(48)
     source = tmp_path / "source"
     source.mkdir()
     save_file(tensors, source / "model.safetensors")
     config = json.loads((PARITY / "mha" / "config.json").read_text()) | {"torch_dtype": "float16"}
     (source / "config.json").write_text(json.dumps(config))
-    convert(source, tmp_path / "out", "huggingface")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
-    for name, tensor in tensors_of(tmp_path / "out").items():
-        assert tensor.dtype == np.float32
-        np.testing.assert_array_equal(tensor, tensors[name].astype(np.float32))
+    convert(source, tmp_path / "ours", "orbax")
+    convert(tmp_path / "ours", tmp_path / "moved", "orbax")
+    convert(tmp_path / "moved", tmp_path / "back", "huggingface")
+    convert(source, tmp_path / "straight", "huggingface", shard_bytes=100_000)
+    for out in (tmp_path / "back", tmp_path / "straight"):
+        assert json.loads((out / "config.json").read_text()) == config
+        written = tensors_of(out)
+        for name, tensor in tensors.items():
+            assert written[name].dtype == tensor.dtype and written[name].tobytes() == tensor.tobytes(), name
+    convert(tmp_path / "ours", tmp_path / "llama", "huggingface", naming="llama")
+    renamed = rename_to_llama(config, tensors)[1]
+    assert {n: t.tobytes() for n, t in tensors_of(tmp_path / "llama").items()} == {
+        name: tensor.tobytes() for name, tensor in renamed.items()
+    }
+    convert(tmp_path / "ours", tmp_path / "rounded", "huggingface", dtype="bfloat16")
+    assert {t.dtype for t in tensors_of(tmp_path / "rounded").values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert json.loads((tmp_path / "rounded" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
 def test_a_model_trained_here(workdir, tmp_path):
@@ -192,17 +209,29 @@ def test_weights_alone_of_a_workdir(workdir, tmp_path):
     assert "params" in saved and "opt_state" not in saved
 
 
-def test_damage_is_found(tmp_path):
-    convert(PARITY / "mha", tmp_path / "out", "orbax", dtype="bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_damage_is_found(tmp_path, dtype):
+    """Also where what was saved is cast to another dtype."""
+    convert(PARITY / "mha", tmp_path / "out", "orbax", dtype=dtype)
     record = tmp_path / "out" / "checkpoints" / "0" / "run" / "metadata"
     run = json.loads(record.read_text())
     run["fingerprint"]["params/embedding"] += 1
     record.write_text(json.dumps(run))
     with pytest.raises(UserError, match="the content of params/embedding is not what was saved"):
         llada_jax.load(tmp_path / "out", dtype="bfloat16")
+    with pytest.raises(UserError, match="the content of params/embedding is not what was saved"):
+        convert(tmp_path / "out", tmp_path / "back", "huggingface", dtype="bfloat16")
+    assert not (tmp_path / "back").exists()
 
 
-def test_mistakes_are_named(workdir, tmp_path):
+def test_a_workdir_in_another_dtype(workdir):
+    exact, rounded = (llada_jax.load(workdir, dtype=dtype)[0] for dtype in ("float32", "bfloat16"))
+    wanted = jax.tree.map(lambda p: p.astype(jnp.bfloat16), split(exact)[1])
+    jax.tree.map(np.testing.assert_array_equal, split(rounded)[1], wanted)
+    assert {leaf.dtype for leaf in jax.tree.leaves(split(rounded)[1])} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_mistakes_are_named_before_anything_is_read(workdir, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     (tmp_path / "file").touch()
@@ -216,9 +245,19 @@ def test_mistakes_are_named(workdir, tmp_path):
         ((workdir, out, "huggingface"), {"step": 7}, "no checkpoint of step 7; it has 0, 3"),
         ((PARITY / "mha", out, "huggingface"), {"step": 7}, "has no steps"),
         ((PARITY / "mha", out, "orbax"), {"naming": "llama"}, "naming is for format=huggingface"),
-        ((PARITY / "mha", out, "huggingface"), {"shard_bytes": 0}, "shard_gb must be positive"),
+        ((PARITY / "mha", out, "huggingface"), {"shard_bytes": 0}, "shard_bytes=0: a positive integer"),
+        ((PARITY / "mha", out, "huggingface"), {"shard_bytes": float("nan")}, "shard_bytes=nan: a positive integer"),
         ((PARITY / "mha", out, "gguf"), {}, "choose huggingface or orbax"),
+        ((PARITY / "mha", out, "orbax"), {"dtype": "int8"}, "dtype='int8': choose float32 or bfloat16"),
+        ((PARITY / "mha", out, "orbax"), {"dtype": "float16"}, "dtype='float16': choose float32 or bfloat16"),
+        ((PARITY / "mha", out, "huggingface"), {"naming": "foo"}, "naming='foo': choose llada or llama"),
     ]
+
+    def no_reading(*_, **__):
+        raise AssertionError("read before it was checked")
+
+    monkeypatch.setattr(huggingface, "_read_parameter", no_reading)
+    monkeypatch.setattr(checkpoint, "_read_arrays", no_reading)
     for arguments, options, words in cases:
         with pytest.raises(UserError, match=words):
             convert(*arguments, **options)

@@ -274,7 +274,8 @@ def test_float16_is_read_exactly(make_mesh, folder):
     change_tensors(folder, to_float16)
     tensor = load_file(folder / "model.safetensors")[Q_PROJ].astype(np.float32)
     np.testing.assert_array_equal(read(folder, make_mesh()).blocks.q_proj[1], tensor.T.reshape(64, 4, 16))
-    assert huggingface.inspect(folder).dtype == "float32" and not huggingface.inspect(folder).uniform
+    found = huggingface.inspect(folder)
+    assert found.dtype == "float32" and set(found.dtypes.values()) == {"float16"}
 
 
 def test_newer_folders_keep_ropes_base_elsewhere(folder):

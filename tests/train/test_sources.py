@@ -72,20 +72,41 @@ def test_a_published_folder(run, reference, tmp_path, capfd):
             assert value.tobytes() == theirs[name].tobytes(), name
 
 
+def test_what_is_tuned_from_a_published_folder_keeps_what_is_its_own(run, reference, tmp_path):
+    """Its config fields, code and licence come back, from a run, from one that goes on from it, and through orbax."""
+    own = {"something": [1], "max_sequence_length": 64, "auto_map": {"AutoModel": "code.Model"}, "pad_token_id": 5}
+    publish(reference, tmp_path / "published", **own)
+    fields = json.loads((tmp_path / "published" / "config.json").read_text())
+    (tmp_path / "published" / "code.py").write_text("pass")
+    (tmp_path / "published" / "additional").mkdir()
+    (tmp_path / "published" / "additional" / "LICENSE").write_text("MIT")
+    assert run(tmp_path / "run", init_from=str(tmp_path / "published"), steps=1) == 0
+    assert run(tmp_path / "again", init_from=str(tmp_path / "run"), init_weights_only=True, steps=1) == 0
+    convert(tmp_path / "again", tmp_path / "ours", "orbax")
+    for i, source in enumerate(("run", "again", "ours")):
+        out = tmp_path / f"out_{i}"
+        convert(tmp_path / source, out, "huggingface")
+        assert json.loads((out / "config.json").read_text()) == fields, source
+        assert (out / "code.py").read_text() == "pass" and (out / "additional" / "LICENSE").read_text() == "MIT"
+        assert (out / "tokenizer.model").read_bytes() == (reference / "tokenizer" / "tokenizer.model").read_bytes()
+    short = fields | {"max_sequence_length": 16}
+    (tmp_path / "run" / "published" / "config.json").write_text(json.dumps(short))
+    convert(tmp_path / "run", tmp_path / "longer", "huggingface")
+    assert json.loads((tmp_path / "longer" / "config.json").read_text())["max_sequence_length"] == 32
+
+
 def test_weights_alone(run, reference, tmp_path, capfd):
     """What convert writes in our own format: weights to start from, but no run to go on with."""
     weights = tmp_path / "weights"
     convert(reference, weights, "orbax", step=10)
     settings = {"optimizer__peak_learning_rate": 0.0, "steps": 1}
-    assert run(tmp_path / "run", 2, init_from=str(weights), init_weights_only=True, **settings) == 0
+    assert run(tmp_path / "run", 2, init_from=str(weights), **settings) == 0
     convert(tmp_path / "run", tmp_path / "back", "orbax")
     assert f"starting from the weights of {weights} at step 10" in capfd.readouterr().err
     ours, theirs = state_of(tmp_path / "run"), state_of(reference, 10)
     for name, value in ours.items():
         if name.startswith(".params"):
             assert value.tobytes() == theirs[name].tobytes(), name
-    with pytest.raises(UserError, match="holds weights alone, no optimiser state: set --config.init_weights_only"):
-        run(tmp_path / "other", init_from=str(weights), **settings)
     with pytest.raises(UserError, match="holds weights alone, no run that could go on: take another --workdir"):
         run(weights)
     assert checkpoint.steps_in(weights) == [10]
@@ -124,7 +145,8 @@ def test_sources_that_do_not_fit(run, reference, tmp_path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     publish(reference, tmp_path / "published", mask_token_id=7)
     cases = [
-        ({"init_from": str(tmp_path / "nowhere")}, "config.init_from=.*nowhere has no model"),
+        ({"init_from": str(tmp_path / "nowhere")}, "config.init_from=.*nowhere is no folder"),
+        ({"init_from": str(tmp_path)}, "config.init_from=.* has no model: neither checkpoints/"),
         ({"init_from": str(tmp_path / "empty")}, "has no checkpoint yet"),
         ({"init_from": str(reference), "init_step": 11}, "no checkpoint of step 11; it has 5, 10, 15, 20"),
         ({"init_from": str(reference), "model__layers": 3}, "config.model.layers is 3, but .* was trained with 2"),
