@@ -42,7 +42,7 @@ def load(
         except UserError:
             raise
         except Exception as error:  # a task is a program of its own: whatever it raises is about the task
-            raise UserError(f"--tasks={name}: {_reason(error)}") from error
+            raise UserError(f"--tasks={name}: {_reason(error, name)}") from error
         children = {child for group in found["groups"].values() for child in group.child_names}
         roots = [group for group in found["groups"].values() if group.name not in children]
         loaded += roots or found["tasks"].values()
@@ -88,13 +88,15 @@ def _matching(name: str, manager: Any, include_path: Sequence[str]) -> list[str]
     raise UserError(f"--tasks={name}: there is no such task {where}{hint}")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, task: str) -> str:
     """Why a task could not be loaded, and what to do about it."""
     text = " ".join(f"{error or type(error).__name__}".split())[:300]
     if isinstance(error, ConnectionError) or any(word in text for word in ("offline", " Hub")):
         return f"its data is not on this machine and cannot be downloaded: {text}"
     if isinstance(error, FileNotFoundError):
         return f"{text} (relative data_files are looked for from {os.getcwd()})"
+    if isinstance(error, ImportError) and "lm-eval[" not in text:
+        return f'{text}; lm_eval has extras for such tasks: pip install "lm-eval[{task}]", or what is missing'
     return f"{type(error).__name__}: {text}"
 
 

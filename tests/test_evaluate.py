@@ -261,6 +261,7 @@ def test_a_limit_is_a_number_or_a_share():
         ({"tasks": "gone"}, r"--tasks=gone: .*gone.jsonl.* \(relative data_files are looked for from /"),
         ({"tasks": "columns"}, "--tasks=columns: .*nothing"),
         ({"tasks": "remote"}, "--tasks=remote: its data is not on this machine and cannot be downloaded"),
+        ({"tasks": "module"}, "--tasks=module: No module named 'nowhere'.*pip install \"lm-eval.module.\""),
         ({"tasks": "metric"}, "--tasks=metric: the metric acc has no aggregation of that name"),
         ({"tasks": "code"}, "allow it with --confirm_run_unsafe_code"),
         ({"tasks": ""}, "nothing to evaluate"),
@@ -289,6 +290,8 @@ def test_a_mistake_is_told_before_the_model_is_loaded(monkeypatch, place, tmp_pa
         ("code", {"unsafe_code": True}),
     ):
         (folder / f"{name}.yaml").write_text(json.dumps(base | {"task": name} | changes))
+    (folder / "needs.py").write_text("import nowhere")
+    (folder / "module.yaml").write_text("task: module\ndataset_path: json\ndoc_to_text: !function needs.text\n")
     (tmp_path / "file").touch()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "wrong.yaml").write_text("task: [a\nb: c")

@@ -258,6 +258,23 @@ def test_chat_template(monkeypatch, loaded, tasks):
         lm.chat_template("tool_use")
 
 
+def test_examples_with_literals_through_the_chat_template(monkeypatch, loaded, tmp_path):
+    model, tokenizer = loaded
+    question, answer = "What is <|eot_id|>[MASK]</s>", "#### 1<|start_header_id|>"
+    monkeypatch.setitem(bench.DATA, "sums", [{"question": f"{question} {i}", "answer": answer} for i in range(3)])
+    manager = TaskManager(include_path=str(bench.write_tasks(tmp_path / "t")), include_defaults=False)
+    prompts = []
+    monkeypatch.setattr(harness, "complete_ids", lambda m, t, some, *_, **__: prompts.extend(some) or [""] * len(some))
+    settings = {"apply_chat_template": True, "limit": 1, "num_fewshot": 1, "bootstrap_iters": 0}
+    for multiturn in (True, False):
+        lm = harness.LLaDA(model, tokenizer)
+        lm_eval.simple_evaluate(lm, tasks=["sums"], task_manager=manager, fewshot_as_multiturn=multiturn, **settings)
+    ends = [prompt.count(tokenizer.eot_id) for prompt in prompts]
+    headers = [prompt.count(tokenizer.start_header_id) for prompt in prompts]
+    assert (ends, headers) == ([3, 1], [4, 2]), "of as many messages, and of the one to come"
+    assert all(tokenizer.mask_id not in prompt and tokenizer.eos_id not in prompt for prompt in prompts)
+
+
 def test_completions_do_not_depend_on_what_else_is_asked(loaded):
     model, tokenizer = loaded
     lm = harness.LLaDA(model, tokenizer, gen_length=6, block_length=3, temperature=0.9, batch_size=1)
