@@ -8,8 +8,6 @@ from llada_jax import chat_template
 from llada_jax.config import UserError
 from llada_jax.tokenizer import load_tokenizer, train_tokenizer
 
-FORMAT = Path(__file__).parent.parent.parent / "shared" / "llada_format"
-
 # As LLaDA-8B has it in its tokenizer_config.json: it always writes the assistant's header.
 PUBLISHED = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
@@ -220,7 +218,8 @@ def test_templates_that_fail_are_one_line(tmp_path, template, words):
 @pytest.mark.parametrize(
     "messages", [[], "Hi", ["Hi"], {"role": "user", "content": "x"}, [{"role": "user"}], [{"content": "x"}],
                  [{"role": "user", "content": None}], [{"role": "user", "content": ["x"]}],
-                 [{"role": 1, "content": ""}]]
+                 [{"role": 1, "content": ""}], [{"role": "user", "content": "", "x": [{1}]}],
+                 [{"role": "user", "content": "", "x": {1: 2}}]]
 )  # fmt: skip
 def test_what_is_no_chat_is_named(published, messages):
     for call in (published.render_chat, published.encode_chat):
@@ -234,6 +233,72 @@ def test_nested_values_of_a_message_are_the_users_too(tmp_path):
     assert ids.count(t.eot_id) == 1 and t.decode(ids) == "<|eot_id|><|eot_id|>"
 
 
+TOOLS = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}"
+    "<|eot_id|>{% endfor %}"
+)
+
+
+def call(arguments):
+    function = {"name": "look_up", "arguments": arguments}
+    return [{"role": "assistant", "content": "x", "tool_calls": [{"function": function}]}]
+
+
+def test_keys_of_a_message_are_the_users_too(tmp_path):
+    t = with_template(tmp_path, TOOLS)
+    for arguments in ({"<|eot_id|>": 1}, {"a": {"<|eot_id|>": [1]}}, {"a": "<|eot_id|>"}):
+        ids = t.encode_chat(call(arguments), add_generation_prompt=False)
+        assert ids.count(t.eot_id) == 1 and t.decode(ids) == t.render_chat(call(arguments), add_generation_prompt=False)
+    ordinary = call({"city": "Oslo", "id_of_it": 3, "name": "[x]"})
+    text = t.render_chat(ordinary, add_generation_prompt=False)
+    assert t.encode_chat(ordinary, add_generation_prompt=False) == reference_ids(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [
+        ("{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}", [{"role": "<|eot", "content": "_id|>"}]),
+        ("{% for m in messages %}<|{{ m.role }}|>{% endfor %}", [{"role": "eot_id", "content": ""}]),
+        ("{% for m in messages %}<|{{ m.content }}|>{% endfor %}", user("eot_id")),
+        ("{% for m in messages %}<|eot{{ m.content }}{% endfor %}", user("_id|>")),
+        ("{{ messages[0].args | tojson }}<|eot_id|>", [{"role": "user", "content": "", "args": {"<|eot_id|>": 1}}]),
+    ],
+)
+def test_what_a_message_and_the_template_make_together_is_no_token(tmp_path, template, messages):
+    t = with_template(tmp_path, template)
+    ids = t.encode_chat(messages)
+    assert ids.count(t.eot_id) == template.count("<|eot_id|>") and t.decode(ids) == t.render_chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ messages[0].content | replace('[[', '<') }}", "[[|eot_id|>"),
+        ("{{ messages[0].content | replace('</think>', '') }}", "<|eot</think>_id|></think>"),
+        ("{{ messages[0].content }}{% if 'stop' in messages[0].content %}<|eot_id|>{% endif %}", "please stop"),
+    ],
+)
+def test_a_template_in_which_a_message_makes_a_token_is_refused(tmp_path, template, text):
+    t = with_template(tmp_path, template)
+    assert t.decode(t.encode_chat(user("Hi"))) == "Hi"
+    with pytest.raises(UserError, match="reads control tokens out of a message, or parts of them"):
+        t.encode_chat(user(text))
+
+
+def test_roles_that_the_template_names_are_its_own(tmp_path):
+    named = "{% for m in messages %}{% if m.role == 'CLS' %}[{{ m.role }}]{% else %}{{ m.role }}{% endif %}{% endfor %}"
+    t = with_template(tmp_path, named)
+    message = [{"role": "CLS", "content": ""}]
+    assert t.encode_chat(message) == reference_ids(tmp_path, "[CLS]") and len(t.encode_chat(message)) == 1
+
+
+def test_odd_files_are_named(tmp_path):
+    odd = {"special_tokens_map.json": '{"additional_special_tokens": [{"x": 1}]}'}
+    with pytest.raises(UserError, match=f"{tmp_path}: special_tokens_map.json: additional_special_tokens must be"):
+        load_tokenizer(make_folder(tmp_path, PUBLISHED, odd))
+
+
 def test_characters_that_the_user_wrote_stay(published):
     text = "".join(map(chr, chat_template._MARKS[:50])) + "<|eot_id|>"
     ids = published.encode_chat(user(text))
@@ -241,11 +306,9 @@ def test_characters_that_the_user_wrote_stay(published):
     assert published.decode(ids) == published.render_chat(user(text))
 
 
-@pytest.mark.skipif(not FORMAT.is_dir(), reason="no published metadata of LLaDA-8B beside this folder")
 def test_the_template_is_the_published_one():
-    config = json.loads((FORMAT / "tokenizer_config.json").read_text())
-    assert config["chat_template"] == PUBLISHED
-    files = {name: (FORMAT / name).read_bytes() for name in chat_template.FILES if (FORMAT / name).exists()}
+    """llada_8b/tokenizer_config.json has the fields of LLaDA-8B's that matter here."""
+    files = {"tokenizer_config.json": (Path(__file__).parent / "llada_8b" / "tokenizer_config.json").read_bytes()}
     assert chat_template.find_source(files) == PUBLISHED
     found = chat_template.special_tokens(files, {})
     assert (found["bos_token"], found["eos_token"]) == ("<|startoftext|>", "<|endoftext|>")

@@ -133,15 +133,8 @@ def test_bfloat16_and_float32(make_mesh, folder):
     same(widened, jax.tree.map(lambda p: p.astype(jnp.float32), rounded))
 
 
-# What ../shared/llada_format says of LLaDA-8B: its config, and its index by patterns of names.
-LLADA_8B = {
-    "activation_type": "silu", "alibi": False, "attention_layer_norm": False, "bias_for_layer_norm": False,
-    "block_group_size": 1, "block_type": "llama", "d_model": 4096, "embedding_size": 126464,
-    "eos_token_id": 126081, "include_bias": False, "include_qkv_bias": False, "input_emb_norm": False,
-    "layer_norm_type": "rms", "layer_norm_with_affine": True, "mask_token_id": 126336, "mlp_hidden_size": 12288,
-    "multi_query_attention": None, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "rms_norm_eps": 1e-05,
-    "rope": True, "rope_theta": 500000.0, "scale_logits": False, "vocab_size": 126464, "weight_tying": False,
-}  # fmt: skip
+# What is published of LLaDA-8B: its config.json, and its index by patterns of names.
+LLADA_8B = json.loads((Path(__file__).parent / "llada_8b" / "config.json").read_text())
 IN_A_LAYER = "attn_norm attn_out ff_norm ff_out ff_proj k_proj q_proj up_proj v_proj".split()
 OUTSIDE = [f"model.transformer.{name}.weight" for name in ("ff_out", "ln_f", "wte")]
 TOTAL_SIZE = 16031162368
@@ -161,17 +154,15 @@ def test_the_load_of_the_published_8b_is_planned():
     assert published.model_config(LLADA_8B | {"vocab_size": 126349}).token_count == 126349
     assert published.model_config(LLADA_8B | {"n_kv_heads": None, "multi_query_attention": True}).kv_heads == 1
     assert published.model_config({k: v for k, v in LLADA_8B.items() if k != "n_kv_heads"}).kv_heads == 32
+    assert set(LLADA_8B) <= set(published.published_config(config))
 
 
 @pytest.mark.skipif(not FORMAT.is_dir(), reason="no published metadata of LLaDA-8B beside this folder")
 def test_the_published_8b_itself():
-    fields = json.loads((FORMAT / "config.json").read_text())
+    assert json.loads((FORMAT / "config.json").read_text()) == LLADA_8B
     index = json.loads((FORMAT / tensor_files.INDEX).read_text())
-    config = published.model_config(fields)
-    assert config == published.model_config(LLADA_8B)
-    assert set(published.expected_tensors(config)) == set(index["weight_map"])
+    assert set(published.expected_tensors(published.model_config(LLADA_8B))) == set(index["weight_map"])
     assert index["metadata"]["total_size"] == TOTAL_SIZE
-    assert set(fields) <= set(published.published_config(config))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +188,24 @@ def test_the_published_8b_itself():
         ({"rope_theta": "1e4"}, 'rope_theta must be a positive number, not "1e4"'),
         ({"rope_theta": ...}, "rope_theta is missing"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters=.* is not supported"),
+        ({"rope_parameters": {"type": "linear", "factor": 4.0}}, "rope_parameters=.* is not supported"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters=.* is not supported"),
+        ({"rope_parameters": {"rope_theta": 1e3}}, "rope_theta=500000.0 and 1000.0 in rope_parameters contradict"),
+        ({"rope_theta": 10**400}, "rope_theta must be a positive number, not 1000.*\\.\\.\\."),
+        ({"mask_token_id": 10**400}, "mask_token_id must be below the vocabulary"),
+        ({"num_attention_heads": 8}, "n_heads=4 and num_attention_heads=8 contradict"),
+        ({"tie_word_embeddings": True}, "weight_tying=false and tie_word_embeddings=true contradict"),
+        ({"multi_query_attention": True}, "multi_query_attention has one key/value head, not 2"),
+        ({"residual_multiplier": 0.2}, "residual_multiplier=0.2 is not supported, only 1 or null"),
+        ({"logits_scaling": 8}, "logits_scaling=8 is not supported"),
+        ({"embedding_multiplier": 12}, "embedding_multiplier=12 is not supported"),
+        ({"attention_multiplier": 0.01}, "attention_multiplier=0.01 is not supported"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0 is not supported"),
+        ({"is_causal": True}, "is_causal=true is not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.* is not supported"),
+        ({"architectures": ["LlamaForCausalLM"], "mask_token_id": ...}, "architectures=.* attends causally"),
+        ({"vocab_size": 513}, "vocab_size=513 does not fit an embedding of 512 rows"),
+        ({"vocab_size": 500}, "eos_token_id=500 is no token: vocab_size is 500"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
         ({"rms_norm_eps": ...}, "rms_norm_eps is missing"),
         ({"mask_token_id": {}}, "mask_token_id must be an integer"),
@@ -211,10 +220,22 @@ def test_the_published_8b_itself():
         ({"weight_tying": True}, "model.transformer.ff_out.weight is not part"),
     ],
 )
-def test_a_config_that_does_not_fit_is_named(make_mesh, folder, changes, words):
+def test_a_config_that_does_not_fit_is_named_before_a_tensor_is_read(make_mesh, folder, monkeypatch, changes, words):
     change_config(folder, **changes)
+    monkeypatch.setattr(huggingface, "_read_parameter", lambda *_: pytest.fail("read before it was checked"))
     with pytest.raises(UserError, match=words):
         read(folder, make_mesh())
+
+
+def test_what_changes_nothing_is_accepted(folder):
+    config = huggingface.inspect(folder).config
+    neutral = {"residual_multiplier": 1.0, "logits_scaling": 1, "is_causal": False, "num_attention_heads": 4}
+    neutral |= {"layer_types": ["full_attention"] * 3, "rope_full_precision": False, "tie_word_embeddings": False}
+    neutral |= {"architectures": ["LlamaForCausalLM"], "rope_parameters": {"rope_type": "default", "factor": None}}
+    change_config(folder, **neutral)
+    assert huggingface.inspect(folder).config == config
+    change_config(folder, vocab_size=508)  # MASK, 511, is never chosen
+    assert huggingface.inspect(folder).config.token_count == 508
 
 
 def test_damaged_folders_are_named(make_mesh, folder):
@@ -246,6 +267,12 @@ def test_damaged_folders_are_named(make_mesh, folder):
     other = next(name for name in weight_map.values() if name != shard.name)
     index.write_text(json.dumps({"weight_map": weight_map | {Q_PROJ: other}}))
     refused(f"{Q_PROJ} should be in {other}, it is in {shard.name}")
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    twice = load_file(folder / other) | {Q_PROJ: load_file(shard)[Q_PROJ]}
+    before = (folder / other).read_bytes()
+    save_file(twice, folder / other)
+    refused(f"{Q_PROJ} should be in|tensor {Q_PROJ} is in more than one file")
+    (folder / other).write_bytes(before)
     index.unlink()
     refused("3 .safetensors files, expected one")
     for wrong in ("{", "[" * 100_000, "\xff"):
@@ -280,6 +307,8 @@ def test_float16_is_read_exactly(make_mesh, folder):
 
 def test_newer_folders_keep_ropes_base_elsewhere(folder):
     change_config(folder, rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 1000.0})
+    assert huggingface.inspect(folder).config.rope_theta == 1000.0
+    change_config(folder, rope_theta=1000.0)
     assert huggingface.inspect(folder).config.rope_theta == 1000.0
 
 
@@ -348,17 +377,45 @@ def test_a_mesh_that_does_not_divide_is_named(make_mesh, folder):
         read(folder, make_mesh(1, 1, 4))
 
 
+def test_renaming_keeps_what_it_does_not_rename(make_mesh, tmp_path):
+    model = read(PARITY / "gqa", make_mesh())
+    original = json.loads((PARITY / "gqa" / "config.json").read_text())
+    original |= {"vocab_size": 508, "eos_token_id": [500, 501], "pad_token_id": 7, "mine": None, "n_kv_heads": None}
+    model.config.token_count = 508
+    huggingface.save_model(model, tmp_path / "llama", naming="llama", original=original | {"n_kv_heads": 2})
+    fields = json.loads((tmp_path / "llama" / "config.json").read_text())
+    assert (fields["eos_token_id"], fields["pad_token_id"], fields["mine"]) == ([500, 501], 7, None)
+    assert fields["vocab_size"] == 512 and fields["model_type"] == "llama" and fields["num_key_value_heads"] == 2
+    assert huggingface.inspect(tmp_path / "llama").config.token_count == 508
+    huggingface.save_model(model, tmp_path / "back", original=fields)
+    fields = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert fields["vocab_size"] == 508 and fields["embedding_size"] == 512 and fields["eos_token_id"] == [500, 501]
+    assert "token_count" not in fields and huggingface.inspect(tmp_path / "back").config.token_count == 508
+
+
+def test_a_link_to_an_empty_folder_is_written_to(make_mesh, tmp_path):
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    huggingface.save_model(read(PARITY / "gqa", make_mesh()), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "out" / "model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+
+
 SEVERAL = """
 import sys, jax
 from llada_jax import distributed, huggingface, mesh
-from llada_jax.config import DistributedConfig
+from llada_jax.config import DistributedConfig, UserError
 source, output, address, process = sys.argv[1:]
 def main():
     with jax.set_mesh(mesh.mesh_over((1, 2, 2), jax.devices())):
         model = huggingface.load_model(source, "float32")
     assert not model.embedding[...].is_fully_addressable
     huggingface.save_model(model, output, shard_bytes=200_000)
-    return 0
+    try:
+        huggingface.save_model(model, output)
+    except UserError as error:  # in both of them
+        assert "exists and is not an empty folder" in str(error)
+        return 0
 sys.exit(distributed.run(main, DistributedConfig(), address, 2, int(process)))
 """
 
