@@ -53,7 +53,9 @@ def folder(request, tmp_path):
     (folder / "special_tokens_map.json").write_text('{"bos_token":   "<|startoftext|>"}')
     (folder / "generation_config.json").write_text('{"eos_token_id":500}')
     (folder / "pytorch_model.bin").write_bytes(b"x")
-    (folder / "assets").mkdir()
+    (folder / "vocab.bin").write_bytes(b"x")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     return folder
 
 
@@ -75,15 +77,21 @@ def workdir(tmp_path_factory, make_mesh):
     return folder
 
 
+def other_contents(folder):
+    """All files but config.json and weights."""
+    left_out = (".safetensors", ".index.json", "pytorch_model.bin")
+    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    files.pop(Path("config.json"))
+    return {name: path.read_bytes() for name, path in files.items() if not str(name).endswith(left_out)}
+
+
 def assert_same_published(one, other):
     ours, theirs = tensors_of(one), tensors_of(other)
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert ours[name].dtype == theirs[name].dtype and ours[name].tobytes() == theirs[name].tobytes(), name
     assert json.loads((one / "config.json").read_text()) == json.loads((other / "config.json").read_text())
-    files = {path.name: path.read_bytes() for path in one.iterdir() if path.is_file() and "model" not in path.name}
-    files.pop("config.json")
-    assert files == {name: (other / name).read_bytes() for name in files}
+    assert other_contents(one) == other_contents(other)
     assert (other / "modeling_llada.py").exists() and not (other / "pytorch_model.bin").exists()
 
 
@@ -127,6 +135,22 @@ def test_another_dtype_and_naming(tmp_path):
     for name, tensor in load_file(source / "model.safetensors").items():
         rounded = tensor.astype(ml_dtypes.bfloat16).astype(np.float32)
         np.testing.assert_array_equal(tensors_of(tmp_path / "again")[name], rounded)
+
+
+def test_a_sentencepiece_folder_there_and_back(workdir, tmp_path):
+    """The tokenizer is the same, whether its control tokens are named in a file or appended by us."""
+    convert(workdir, tmp_path / "published", "huggingface")
+    wanted = find_tokenizer(workdir / "tokenizer")
+    config = tmp_path / "published" / "tokenizer_config.json"
+    for i, change in enumerate((lambda: None, lambda: config.write_text(json.dumps({"chat_template": "T"})))):
+        change()
+        convert(tmp_path / "published", tmp_path / f"ours_{i}", "orbax")
+        convert(tmp_path / f"ours_{i}", tmp_path / f"back_{i}", "huggingface")
+        for name in ("published", f"back_{i}", f"ours_{i}/tokenizer"):
+            found = find_tokenizer(tmp_path / name)
+            assert found.sha256 == wanted.sha256 and found.roles == wanted.roles and found.size == wanted.size
+        assert other_contents(tmp_path / f"back_{i}") == other_contents(tmp_path / "published")
+        assert (tmp_path / f"back_{i}" / "tokenizer_config.json").read_bytes() == config.read_bytes()
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -304,8 +328,11 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path, kill):
 
 def test_the_command(tmp_path):
     command = [sys.executable, "-m", "llada_jax.convert", f"--input={PARITY / 'mha'}", f"--output={tmp_path / 'out'}"]
-    command += ["--format=huggingface", "--shard_gb=0.0002"]
+    command += ["--format=huggingface"]
     environment = dict(os.environ, PYTHONPATH=str(PARITY.parent.parent))
+    done = subprocess.run([*command, "--shard_gb=nan"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2 and "--shard_gb=nan: a positive number" in done.stderr, done.stderr
+    command += ["--shard_gb=0.0002"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0 and done.stdout == "" and "writing: 100%" in done.stderr, done.stderr
     index = json.loads((tmp_path / "out" / tensor_files.INDEX).read_text())

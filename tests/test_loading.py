@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,14 @@ import numpy as np
 import pytest
 
 import llada_jax
+import llada_jax.convert
+from llada_jax import huggingface
 from llada_jax.checkpoint import Checkpoints
+from llada_jax.completion import Options, finished_text, make_prompt
 from llada_jax.config import Config, ModelConfig, UserError
 from llada_jax.loading import with_tokenizer
 from llada_jax.model import split
-from llada_jax.tokenizer import train_tokenizer
+from llada_jax.tokenizer import find_tokenizer, train_tokenizer
 from llada_jax.train_step import make_state
 from llada_jax.workdir import write_config
 
@@ -60,6 +64,40 @@ def test_a_training_workdir(make_mesh, tmp_path):
     assert llada_jax.load(tmp_path, dtype=jnp.bfloat16, step=0)[0].embedding[...].dtype == jnp.bfloat16
     with pytest.raises(UserError, match="no checkpoint of step 7"):
         llada_jax.load(tmp_path, step=7)
+
+
+def published_with(folder, vocab_size, **changes):
+    """The tiny published model with a tokenizer that has none of its ids."""
+    train_tokenizer([Path(__file__).read_text() * 2], vocab_size, folder)
+    shutil.copy(PARITY / "mha" / "model.safetensors", folder)
+    config = json.loads((PARITY / "mha" / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_the_tokenizer_knows_the_models_own_ids(tmp_path):
+    folder = published_with(tmp_path / "m", 380, bos_token_id=9)
+    model, tokenizer = llada_jax.load(folder)
+    assert (model.config.mask_id, model.config.eos_id, model.config.bos_id) == (511, 500, 9)
+    assert (tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id) == (511, 500, 9)
+    assert model.config.token_count == 512, "EOS can be chosen"
+    assert tokenizer.encode("a [MASK]", special=True)[-1] == 511 and tokenizer.decode([511]) == "[MASK]"
+    assert tokenizer.sha256 == find_tokenizer(folder).sha256
+    prompt = make_prompt([5, 511], model, tokenizer, Options())
+    tokens_T = np.array([5, 6, 500, 7])
+    assert prompt.masks == 1 and finished_text(tokens_T, prompt, model, tokenizer) == tokenizer.decode([5, 6])
+    llada_jax.convert.convert(folder, tmp_path / "ours", "orbax")
+    ours, again = llada_jax.load(tmp_path / "ours")
+    assert ours.config == model.config and again.roles == tokenizer.roles
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, monkeypatch):
+    folder = published_with(tmp_path / "m", 560)
+    monkeypatch.setattr(huggingface, "_read_parameter", lambda *_: pytest.fail("read before it was checked"))
+    with pytest.raises(UserError, match="the tokenizer has 556 tokens, the model's embedding 512"):
+        llada_jax.load(folder)
+    with pytest.raises(UserError, match="the tokenizer has 556 tokens, the model's embedding 512"):
+        llada_jax.convert.convert(folder, tmp_path / "out", "orbax")
 
 
 class Tokenizer:

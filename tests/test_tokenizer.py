@@ -244,6 +244,76 @@ def test_tokens_that_only_the_config_knows(tmp_path):
     assert t.decode([402]) == "[MASK]"
 
 
+def test_tokens_that_files_add_to_sentencepiece(trained, tmp_path):
+    """396 pieces; tokens that the files name after them are where they say, and ours come after those."""
+    trained.save(tmp_path)
+    decoder = {"0": {"content": "<unk>", "special": True}, "396": {"content": "<pad>", "special": True}}
+    decoder |= {"397": {"content": "<mask>", "special": True}, "399": {"content": "<tool>"}}
+    config = {"added_tokens_decoder": decoder, "mask_token": {"content": "<mask>"}, "pad_token": "<pad>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<end>"}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<mask>": 397, "<end>": 401}))
+    t = load_tokenizer(tmp_path)
+    assert (t.own_size, t.bos_id, t.eos_id, t.mask_id) == (402, trained.bos_id, 401, 397)
+    assert (t.start_header_id, t.end_header_id, t.eot_id, t.size) == (402, 403, 404, 405)
+    assert t.encode("The [MASK]<pad><end>", special=True)[-3:] == [397, 396, 401]
+    assert t.decode([397, 396, 400, 401]) == "[MASK]<pad>\ufffd<end>"
+    plain = "The <pad> <mask><tool> small<tool>"  # one that is not special is found in any text
+    assert t.encode(plain).count(399) == 2 and not {396, 397, 401} & set(t.encode(plain))
+    assert t.decode(t.encode(plain)) == plain
+    assert t.token_bytes()[[396, 399, 400]].tolist() == [0, 6, 0]
+    assert load_tokenizer(tmp_path / "tokenizer.model").sha256 == t.sha256
+    t.save(tmp_path / "copy")
+    assert find_tokenizer(tmp_path / "copy").sha256 == t.sha256 != trained.sha256
+
+
+def test_what_files_say_of_the_pieces_changes_no_tokenizer(trained, tmp_path):
+    """As in most published folders; a run that was trained with one must still know it."""
+    trained.save(tmp_path)
+    pieces = ("<unk>", PUBLISHED["bos"], PUBLISHED["eos"])
+    decoder = {str(i): {"content": name, "special": True} for i, name in enumerate(pieces)}
+    config = {"added_tokens_decoder": decoder, "bos_token": PUBLISHED["bos"], "eos_token": PUBLISHED["eos"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"unk_token": "<unk>"}))
+    t = load_tokenizer(tmp_path)
+    assert t.sha256 == trained.sha256 and t.roles == trained.roles and t.size == trained.size
+
+
+def test_sha256_stays_what_it_was():
+    """Runs are compared by it when they go on."""
+
+    class Backend:
+        kind, size, special, named = "huggingface", 7, {"</s>": 2, "<x>": 5}, {"eos": "</s>"}
+        files = {"tokenizer.json": b"{}"}  # noqa: RUF012
+
+    wanted = "9a62458929b1773e1ea534f3fd2a74f0994d748e4caa65ef4606f0c3e5cf60ed"
+    assert tokenizer_module.Tokenizer(Backend()).sha256 == wanted
+
+
+def test_the_models_own_ids(any_tokenizer):
+    t = any_tokenizer
+    m = t.of_model(mask_id=510, bos_id=None, eos_id=500)
+    assert (m.mask_id, m.eos_id, m.bos_id, m.size) == (510, 500, t.bos_id, 511) and m.sha256 == t.sha256
+    assert m.encode("The [MASK]<|mdm_mask|>", special=True)[-2:] == [510, 510]
+    assert m.decode([510, 500], skip_special=True) == "" and m.decode([510]) == "[MASK]"
+    assert m.encode(m.decode([500]), special=True) == [500]
+    assert (m.start_header_id, m.end_header_id, m.eot_id) == (t.start_header_id, t.end_header_id, t.eot_id)
+    assert m.token_bytes().shape == (511,) and m.encode("The fox [MASK]") == t.encode("The fox [MASK]")
+    same = t.of_model(t.mask_id, t.bos_id, t.eos_id)
+    assert same.roles == t.roles and same.size == t.size
+    nothing = t.of_model(None, None, None)
+    assert nothing.roles == t.roles
+    moved = t.of_model(t.eot_id, None, None)  # an appended role gives way
+    assert moved.mask_id == t.eot_id and moved.eot_id == t.size and len({i for i, _ in moved.roles.values()}) == 6
+
+
+def test_a_models_ids_that_the_tokenizer_has(tmp_path):
+    special = [*PUBLISHED.values(), "[CLS]", *CHAT]
+    t = load_tokenizer(byte_level(tmp_path, special))
+    tuned = t.of_model(mask_id=403, bos_id=None, eos_id=t.eot_id)
+    assert tuned.roles["mask"] == (403, "[CLS]") and tuned.encode("[MASK][CLS]", special=True) == [403, 403]
+    assert tuned.decode([402]) == "<|mdm_mask|>"
+    assert tuned.eos_id == t.eos_id, "the model's EOS is its end of turn: both end a text"
+
+
 def test_no_tokenizer(tmp_path):
     assert find_tokenizer(tmp_path) is None
     with pytest.raises(UserError, match="no tokenizer"):
