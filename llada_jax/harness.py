@@ -123,7 +123,7 @@ class LLaDA(TemplateLM):
             confidence_eos_eot_inf=confidence_eos_eot_inf,
             **({} if block_length is None else {"block_length": block_length}),
         )
-        self._control = self.tokenizer._special_pattern  # one group: the literal of a control token
+        self._control = self.tokenizer.control_pattern
         self.key = jax.random.key(seed)
         self.ignored: set[str] = set()  # settings of tasks that were told of
 
@@ -160,7 +160,7 @@ class LLaDA(TemplateLM):
         return start + last["content"]
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text, back = self.tokenizer._marked_chat(messages, add_generation_prompt)
+        text, back = self.tokenizer.marked_chat(messages, add_generation_prompt)
         return self._control.sub(lambda found: CONTROL + found[0], text).translate(back)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:

@@ -36,6 +36,7 @@ class Tokenizer:
       vocab_size: `size` rounded up to a multiple of 128, the rows of a model's embedding.
       bos_id, eos_id, mask_id, start_header_id, end_header_id, eot_id: the six roles.
       roles: role ("bos", "eos", "mask", ...) -> (id, the tokenizer's own literal for it).
+      control_pattern: finds the literals of control tokens in a text; its one group is the literal.
       chat_template: the Jinja source of the folder's own chat template; None = it has none, the default is used.
       default_chat_template: the Jinja source of LLaDA's, with this tokenizer's literals.
       sha256: hash of the content and of the six roles; equal on any machine. The chat template is not in it, nor
@@ -69,7 +70,7 @@ class Tokenizer:
         by_id = [(i, literal) for special in (backend.special, self._special) for literal, i in special.items()]
         self._literals = dict(by_id) | {self.mask_id: MASK_LITERAL}
         longest_first = sorted(self._special, key=len, reverse=True)
-        self._special_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.control_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.roles = roles
         bos, start_header, end_header, eot = (roles[name][1] for name in ("bos", "start_header", "end_header", "eot"))
         self._header = f"{start_header}assistant{end_header}\n\n"
@@ -103,7 +104,7 @@ class Tokenizer:
     def _encode_special(self, text: str, continuation: bool, true: Callable[[str], str] = str) -> list[int]:
         """Literals of control tokens as one token each; the text between them as `true` gives it."""
         ids: list[int] = []
-        for part in self._special_pattern.split(text):
+        for part in self.control_pattern.split(text):
             if part in self._special:
                 ids.append(self._special[part])
                 continuation = ids[-1] not in (self.bos_id, self.eos_id)
@@ -126,10 +127,10 @@ class Tokenizer:
 
         Raises UserError: a message without role or content, a template that fails or refuses them.
         """
-        chat_template.check_messages(messages)
         if add_generation_prompt:
+            chat_template.check_messages(messages)
             return self._chat_text(messages, True)
-        text, back = self._marked_chat(messages, False)
+        text, back = self.marked_chat(messages, False)
         return text.translate(back)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
@@ -138,13 +139,18 @@ class Tokenizer:
         A literal such as "<|eot_id|>" in a message is encoded as the characters that it is. All other ids are those
         that the tokenizer gives the rendered text with control tokens recognised.
         """
-        chat_template.check_messages(messages)
-        text, back = self._marked_chat(messages, add_generation_prompt)
+        text, back = self.marked_chat(messages, add_generation_prompt)
         return self._encode_special(text, False, lambda part: part.translate(back))
 
-    def _marked_chat(
+    def marked_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
     ) -> tuple[str, dict[int, str]]:
+        """A chat as text in which all that stands there as a control token was written by the template.
+
+        Returns the text, and what `str.translate` takes to make the messages in it what they were. Arguments and
+        errors beside that are those of `render_chat`.
+        """
+        chat_template.check_messages(messages)
         text, back = chat_template.render_marked(
             self.chat_template or self.default_chat_template,
             lambda m: self._chat_text(m, add_generation_prompt),
