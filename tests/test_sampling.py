@@ -105,13 +105,12 @@ def test_a_row_is_the_same_alone_as_in_a_batch(model, prompts, temperature):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"logits_eos_inf": True}, {"confidence_eos_eot_inf": True}, {"confidence_eos_eot_inf": True, "temperature": 1.3}],
-    ids=["never", "late", "late-sampled"],
+    [{"logits_eos_inf": True}, {"confidence_eos_eot_inf": True, "temperature": 1.3}],
+    ids=["never", "late"],
 )
 def test_rules_for_eos_change_what_comes_out(model, prompts, changes):
-    key, without = jax.random.key(3), {name: 0.0 if name == "temperature" else False for name in changes}
-    ruled, free = settings(**ENDS, **changes), settings(**ENDS, **(changes | without | {"temperature": 0.0}))
-    free = dataclasses.replace(free, temperature=ruled.temperature)
+    key, ruled = jax.random.key(3), settings(**ENDS, **changes)
+    free = settings(**ENDS, temperature=ruled.temperature)
     ruled_BT, free_BT = (np.asarray(generate(model, prompts[0], c, key, prompts[1])) for c in (ruled, free))
     assert (ruled_BT != free_BT).any()
     assert 22 in free_BT[:, PROMPT_LENGTH:]
@@ -147,8 +146,9 @@ def test_tokens_are_those_of_the_published_code(name, case):
     key = jax.random.key(0)
     out_BT = generate(model, cases["prompt"], config, key, cases["prompt_mask"])
     np.testing.assert_array_equal(out_BT, cases[f"gen{case}"])
-    alone_BT = generate(model, cases["prompt"][1:, 9:], config, key)  # no padding, no mask
-    np.testing.assert_array_equal(alone_BT[0], cases[f"gen{case}"][1, 9:])
+    if config.cfg_scale:
+        alone_BT = generate(model, cases["prompt"][1:, 9:], config, key)  # no padding, no mask
+        np.testing.assert_array_equal(alone_BT[0], cases[f"gen{case}"][1, 9:])
 
 
 def test_step_by_step_is_one_call(model, prompts):
