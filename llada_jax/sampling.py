@@ -127,7 +127,7 @@ def _reverse_step(
     """The canvas after one more reverse step of every row."""
     block_B, inner_B, count_B, _ = _plan(rows, tokens_BT, step, dials.steps, config)
     batch, length = tokens_BT.shape
-    # At least 2: of a slice of shape (1, 1) JAX cannot tell how it is split. What is no slot of the block is not masked.
+    # At least 2: of a slice of shape (1, 1) JAX cannot tell how it is split. No slot of the block: not masked.
     width = max(2, min(config.block_length, length))
     chunk = min(width, HEAD_CHUNK)
     width += -width % chunk
