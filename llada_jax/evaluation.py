@@ -26,6 +26,7 @@ import numpy as np
 from llada_jax import __version__, distributed, loading, mesh, reversal, tasks
 from llada_jax.completion import Options
 from llada_jax.config import MeshConfig, UserError
+from llada_jax.folders import write_text
 from llada_jax.model import Transformer
 from llada_jax.sampling import check_settings
 from llada_jax.tokenizer import Tokenizer
@@ -137,7 +138,8 @@ def run(job: Evaluation) -> int:
         "seconds": round(time.monotonic() - started, 1),
     }
     if distributed.index() == 0:
-        _write(Path(job.output), results)
+        text = json.dumps(results, indent=2, ensure_ascii=False, default=_plain)
+        write_text(Path(job.output), text + "\n")
         print(table(results))
     return 0
 
@@ -294,19 +296,6 @@ def _versions() -> dict[str, str]:
 def _plain(value: Any) -> Any:
     """For JSON: what a task's config holds beside plain values."""
     return value.item() if isinstance(value, np.generic) else str(value)
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    """Writes the file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        text = json.dumps(results, indent=2, ensure_ascii=False, default=_plain)
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"--output={path}: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def table(results: dict[str, Any]) -> str:

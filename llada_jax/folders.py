@@ -1,4 +1,4 @@
-"""Folders of models: of which kind they are, what they hold beside weights, and written whole or not at all."""
+"""Folders of models: of which kind they are, what they hold beside weights; and outputs, whole or not at all."""
 
 import contextlib
 import errno
@@ -87,6 +87,18 @@ def keep_published(workdir: Path, source: Path) -> None:
 def as_json(fields: Mapping[str, Any]) -> bytes:
     """A file of these fields."""
     return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the file of a flag --output whole or not at all. UserError if it cannot be written."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"--output={path}: {error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def check_output(directory: str | os.PathLike) -> Path:

@@ -28,7 +28,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from llada_jax import distributed, loading, scoring
+from llada_jax import distributed, loading, published, scoring
 from llada_jax.completion import Options, complete_ids
 from llada_jax.config import UserError
 from llada_jax.model import Transformer
@@ -47,7 +47,6 @@ _KNOWN = {"until", "do_sample", "temperature", "max_gen_toks"}
 # making, with what documents and examples say. No character, so no text has it.
 CONTROL = "\ufdd0"
 _PLACE = "\ufdd1"  # likewise no character: where a message goes
-_LENGTHS = ("sequence_length", "max_sequence_length", "max_position_embeddings")
 
 
 @register_model("llada_jax")
@@ -339,9 +338,8 @@ def model_length(folder: str | Path) -> int | None:
     """The tokens that the model in a folder was trained with, by its config.json; None if that does not say."""
     try:
         record = json.loads((Path(folder) / "config.json").read_text())
-        record = record.get("config", record)  # a training workdir has more in its file
-        lengths = (record.get(name) for name in _LENGTHS)
-        return next((length for length in lengths if isinstance(length, int)), None)
+        run = record.get("config")  # of a training workdir
+        return published.sequence_length(record) if run is None else run.get("sequence_length")
     except (OSError, ValueError, AttributeError):
         return None
 

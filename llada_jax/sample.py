@@ -5,7 +5,6 @@ goes to stderr. With --prompts=FILE.jsonl (lines {"prompt": "..."}) and --output
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from absl import flags
 from llada_jax import command_line, terminal
 from llada_jax.completion import DEFAULTS, Options, complete, encode_prompt, finished_text, make_batches, row_keys
 from llada_jax.config import UserError
+from llada_jax.folders import write_text
 from llada_jax.loading import load
 from llada_jax.model import Transformer
 from llada_jax.sampling import check_settings, denoise_steps
@@ -146,15 +146,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Writes a JSONL file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"--output={path}: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 if __name__ == "__main__":
