@@ -72,9 +72,10 @@ def settings(**changes) -> SamplerConfig:
         {"confidence_eos_eot_inf": True, "temperature": 1.3, **ENDS},
         {"confidence_eos_eot_inf": True, "temperature": 0.7, "remasking": "random", **ENDS},
         {"stop_at_end": True, "block_length": 4, **ENDS},
+        {"stop_at_end": True, "block_length": 5, "steps": 19, **ENDS},  # EOS first in a block that goes on
     ],
     ids="uneven surplus fewer-than-blocks random sampled infilling guided guided-random no-eos late-eos "
-    "late-eos-sampled late-eos-random stop".split(),
+    "late-eos-sampled late-eos-random stop stop-after-the-block".split(),
 )
 def test_generate_is_the_plain_sampler(model, prompts, changes):
     config, key = settings(**changes), jax.random.key(3)
