@@ -62,14 +62,7 @@ def _independent(key: jax.Array, row_B: jax.Array) -> jax.Array:
 T_SAMPLING = {"independent": _independent, "low_discrepancy": low_discrepancy}
 
 
-def pretrain(
-    key: jax.Array,
-    tokens_BT: jax.Array,
-    length_B: jax.Array,
-    row_B: jax.Array,
-    config: DiffusionConfig,
-    mask_id: int,
-) -> Corrupted:
+def pretrain(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int) -> Corrupted:
     """Eq. 3: each real token is masked with p_mask = (1 - eps) t + eps, and weighs 1 / p_mask.
 
     The loss of a row, sum(weight * nll), is divided by its length; its expectation is the bound
@@ -77,22 +70,49 @@ def pretrain(
 
     Args:
       key: the step's key.
-      tokens_BT: int32 x_0.
-      length_B: int32, real tokens of each row; the rest is padding, neither masked nor counted.
+      batch: "tokens" int32 (B, T), x_0, and "length" int32 (B,), real tokens of each row; the rest is padding, neither
+        masked nor counted.
       row_B: int32 rows in the global batch.
       config: t_sampling and eps.
       mask_id: id of MASK.
     """
+    return _mask_from(jnp.zeros_like(batch["length"]), key, batch, row_B, config, mask_id)
+
+
+def sft(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int) -> Corrupted:
+    """Eq. 5: as `pretrain`, of the response given the prompt, which is never masked.
+
+    The loss of a row is divided by the length of its response, L' = length - prompt, EOS padding up to `length`
+    counted; its expectation is -E_t[1/t sum_i 1[r_t^i = MASK] log p(r_0^i | p_0, r_t)] / L'.
+
+    Args:
+      batch: also has "prompt" int32 (B,), below "length": tokens of the prompt, at the start of each row.
+    """
+    return _mask_from(batch["prompt"], key, batch, row_B, config, mask_id)
+
+
+def sft_whole(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int) -> Corrupted:
+    """iLLaDA's form of instruction tuning (arXiv 2606.25331): prompt and response are masked alike, as text is."""
+    return pretrain(key, batch, row_B, config, mask_id)
+
+
+def _mask_from(
+    first_B: jax.Array, key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int
+) -> Corrupted:
+    """The forward process on the positions from first_B up to the length of each row."""
+    tokens_BT, length_B = batch["tokens"], batch["length"]
     t_B = sample_t(key, row_B, config.t_sampling)
     p_mask_B = (1 - config.eps) * t_B + config.eps
     length = tokens_BT.shape[1]
     uniform_BT = jax.vmap(lambda k: unit_interval(jax.random.bits(jax.random.fold_in(k, 1), (length,), jnp.uint32)))(
         row_keys(key, row_B)
     )
-    real_BT = jnp.arange(length) < length_B[:, None]
-    mask_BT = (uniform_BT < p_mask_B[:, None]) & real_BT
-    weight_BT = jnp.where(mask_BT, 1 / (p_mask_B * length_B)[:, None], 0.0)
+    position_T = jnp.arange(length)
+    free_BT = (position_T >= first_B[:, None]) & (position_T < length_B[:, None])
+    mask_BT = (uniform_BT < p_mask_B[:, None]) & free_BT
+    weight_BT = jnp.where(mask_BT, 1 / (p_mask_B * (length_B - first_B))[:, None], 0.0)
     return Corrupted(jnp.where(mask_BT, mask_id, tokens_BT), mask_BT, weight_BT, p_mask_B)
 
 
-OBJECTIVES = {"pretrain": pretrain}
+OBJECTIVES = {"pretrain": pretrain, "sft": sft, "sft_whole": sft_whole}
+OF_CHAT = ("sft", "sft_whole")  # those that take prompts with responses; the others take packed text

@@ -26,8 +26,7 @@ def first_batch(config: Config, batch: dict, tokenizer: Tokenizer, step: int, ch
         rows = jnp.arange(config.batch_size, dtype=jnp.int32, out_sharding=mesh.ROWS_B)
         noisy = objective(
             diffusion.step_key(config.seed, step),
-            batch["tokens"],
-            batch["length"],
+            batch,
             rows,
             config.diffusion,
             config.model.mask_id,

@@ -68,9 +68,10 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, b
 
     options go to the compiler, see `hardware.compiler_options`.
 
-    batch holds "tokens" int32 (B, T) and "length" int32 (B,), rows split over the batch axes.
+    batch holds "tokens" int32 (B, T) and "length" int32 (B,), rows split over the batch axes, and what else the
+    objective takes.
     metrics are scalars on the device, except the two vectors over mask-ratio buckets:
-      loss          nats per token, Eq. 3, mean over the rows of the global batch
+      loss          nats per token, Eq. 3 or 5, mean over the rows of the global batch
       grad_norm     global norm before clipping
       learning_rate of this step
       skipped       1 if loss or gradients were not finite and nothing was applied
@@ -81,8 +82,9 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, b
     optimizer = make_optimizer(config.optimizer)
     objective = diffusion.OBJECTIVES[config.diffusion.objective]
 
-    def loss_of(params, key, tokens_BT, length_B, row_B):
-        noisy = objective(key, tokens_BT, length_B, row_B, config.diffusion, config.model.mask_id)
+    def loss_of(params, key, batch, row_B):
+        noisy = objective(key, batch, row_B, config.diffusion, config.model.mask_id)
+        tokens_BT, length_B = batch["tokens"], batch["length"]
         total, nll_BT = masked_loss(merge(graphdef, params), noisy, tokens_BT, length_B, config.compute.loss_chunk)
         bucket_B = jnp.minimum((noisy.p_mask_B * config.logging.buckets).astype(jnp.int32), config.logging.buckets - 1)
         member_BK = (bucket_B[:, None] == jnp.arange(config.logging.buckets)).astype(jnp.float32)
@@ -100,7 +102,7 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, b
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = diffusion.step_key(config.seed, state.step)
         rows = jnp.arange(config.batch_size, dtype=jnp.int32, out_sharding=mesh.ROWS_B)
-        inputs = (batch["tokens"], batch["length"], rows)
+        inputs = (batch, rows)
         if config.accumulation == 1:
             (loss, sums), grads = gradient(state.params, key, *inputs)
         else:

@@ -39,7 +39,11 @@ def many_steps():
     def run(tokens_BT, length_B, step_S, config, mask_id):
         rows = jnp.arange(len(length_B), dtype=jnp.int32)
         one = lambda step: diffusion.pretrain(  # noqa: E731
-            diffusion.step_key(5, step), tokens_BT, length_B, rows, DiffusionConfig(**dict(config)), mask_id
+            diffusion.step_key(5, step),
+            {"tokens": tokens_BT, "length": length_B},
+            rows,
+            DiffusionConfig(**dict(config)),
+            mask_id,
         )
         return jax.vmap(one)(step_S)
 
@@ -91,7 +95,11 @@ def test_loss_of_the_whole_road_is_unbiased(toy, make_mesh, kind):
         def loss(params, step, tokens_BT, length_B):
             row_B = jnp.arange(rows, dtype=jnp.int32, out_sharding=mesh.ROWS_B)
             noisy = diffusion.pretrain(
-                diffusion.step_key(1, step), tokens_BT, length_B, row_B, config, toy.config.mask_id
+                diffusion.step_key(1, step),
+                {"tokens": tokens_BT, "length": length_B},
+                row_B,
+                config,
+                toy.config.mask_id,
             )
             return masked_loss(merge(graphdef, params), noisy, tokens_BT, length_B, 64)[0] / rows
 
@@ -183,7 +191,9 @@ def test_mask_rate_and_weight_of_each_row(rng, kind):
     tokens = rng.integers(0, 50, (24, width)).astype(np.int32)
     length = np.where(np.arange(24) % 3 == 2, rng.integers(1, width, 24), width).astype(np.int32)
     key, rows = diffusion.step_key(0, 9), jnp.arange(24, dtype=jnp.int32)
-    noisy = diffusion.Corrupted(*map(np.asarray, diffusion.pretrain(key, tokens, length, rows, config, 50)))
+    noisy = diffusion.Corrupted(
+        *map(np.asarray, diffusion.pretrain(key, {"tokens": tokens, "length": length}, rows, config, 50))
+    )
     real = np.arange(width) < length[:, None]
     t = np.asarray(diffusion.sample_t(key, rows, kind))
     p = noisy.p_mask_B.astype(np.float64)
@@ -202,20 +212,19 @@ def test_smallest_mask_ratio_is_eps():
     """Eq. 3 with p_mask >= eps: weights are bounded by 1 / (eps * length)."""
     config = DiffusionConfig(eps=0.25)
     rows = jnp.arange(2000, dtype=jnp.int32)
-    tokens, length = np.zeros((2000, 2), np.int32), np.full(2000, 2, np.int32)
-    p = np.asarray(diffusion.pretrain(diffusion.step_key(0, 0), tokens, length, rows, config, 1).p_mask_B)
+    batch = {"tokens": np.zeros((2000, 2), np.int32), "length": np.full(2000, 2, np.int32)}
+    p = np.asarray(diffusion.pretrain(diffusion.step_key(0, 0), batch, rows, config, 1).p_mask_B)
     assert 0.25 <= p.min() < 0.251 and 0.999 < p.max() <= 1
 
 
 def test_noise_of_places_rows_and_steps_is_independent():
     """Masking noise, cleaned of t: no correlation between neighbours, rows, steps, or with t itself."""
     width, rows = 2048, jnp.arange(16, dtype=jnp.int32)
+    batch = {"tokens": np.zeros((16, width), np.int32), "length": np.full(16, width)}
     config = DiffusionConfig()
 
     def centred(seed, step):
-        noisy = diffusion.pretrain(
-            diffusion.step_key(seed, step), np.zeros((16, width), np.int32), np.full(16, width), rows, config, 1
-        )
+        noisy = diffusion.pretrain(diffusion.step_key(seed, step), batch, rows, config, 1)
         p = np.asarray(noisy.p_mask_B, np.float64)[:, None]
         return (np.asarray(noisy.mask_BT) - p) / np.sqrt(p * (1 - p)), p[:, 0]
 
@@ -238,7 +247,12 @@ def test_noise_does_not_depend_on_the_mesh_nor_the_batch(rng, make_mesh, kind):
     length = np.full(16, 32, np.int32)
     length[3] = 5
     rows = np.arange(16, dtype=np.int32)
-    run = jax.jit(lambda step, *inputs: diffusion.pretrain(diffusion.step_key(0, step), *inputs, config, 50))
+
+    @jax.jit
+    def run(step, tokens_BT, length_B, row_B):
+        batch = {"tokens": tokens_BT, "length": length_B}
+        return diffusion.pretrain(diffusion.step_key(0, step), batch, row_B, config, 50)
+
     with jax.set_mesh(make_mesh()):
         whole = fields(run(4, tokens, length, rows))
     for sizes in ((2, 2, 2), (1, 8, 1)):

@@ -32,7 +32,11 @@ def test_first_batch_is_what_the_step_sees(make_mesh, sizes):
         batch = mesh.place_batch({"tokens": tokens, "length": length}, device_mesh, 8)
         text = report.first_batch(config, batch, Letters(), step=6)
     noisy = diffusion.pretrain(
-        diffusion.step_key(3, 6), tokens, length, np.arange(8, dtype=np.int32), config.diffusion, 28
+        diffusion.step_key(3, 6),
+        {"tokens": tokens, "length": length},
+        np.arange(8, dtype=np.int32),
+        config.diffusion,
+        28,
     )
     mask = np.asarray(noisy.mask_BT)[0]
     masked = "".join("[MASK]" if m else chr(97 + i) for i, m in zip(range(14), mask, strict=False))

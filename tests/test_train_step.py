@@ -124,7 +124,7 @@ def test_it_learns(trainer, first_state):
 def noise_of(config, step, batch):
     rows = jnp.arange(B, dtype=jnp.int32)
     key = diffusion.step_key(config.seed, step)
-    return diffusion.pretrain(key, batch["tokens"], batch["length"], rows, config.diffusion, 63)
+    return diffusion.pretrain(key, batch, rows, config.diffusion, 63)
 
 
 def test_equals_a_plain_step(curve, trainer, first_state, make_mesh):

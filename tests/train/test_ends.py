@@ -137,8 +137,9 @@ def poisoned(first: int, last: int):
             batch = {**batch, "length": batch["length"] + 1000}
         return place(batch, mesh, batch_size)
 
-    def objective(key, tokens_BT, length_B, *rest):
-        noisy = pretrain(key, tokens_BT, length_B % 1000, *rest)
+    def objective(key, batch, *rest):
+        length_B = batch["length"]
+        noisy = pretrain(key, {**batch, "length": length_B % 1000}, *rest)
         return noisy._replace(weight_BT=jnp.where(length_B[:, None] > 1000, jnp.nan, noisy.weight_BT))
 
     with pytest.MonkeyPatch.context() as patch:
