@@ -18,6 +18,16 @@ class UserError(Exception):
 
 
 @dataclasses.dataclass(unsafe_hash=True, slots=True)
+class LoraConfig:
+    """Low-rank adaptation (arXiv 2106.09685): W + alpha / rank A B, of which only A and B are trained."""
+
+    rank: int = 0  # r, columns of A and rows of B; 0 = none: all weights are trained
+    alpha: float = 16.0  # the adapters' product is scaled by alpha / rank
+    # The matrices inside the layers that get adapters.
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
+
+
+@dataclasses.dataclass(unsafe_hash=True, slots=True)
 class ModelConfig:
     """Architecture (hashable: it is static data of the model) and the ids it gives special meaning."""
 
@@ -36,6 +46,7 @@ class ModelConfig:
     bos_id: int | None = None
     eos_id: int | None = None
     eot_id: int | None = None
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     @property
     def head_width(self) -> int:

@@ -66,10 +66,12 @@ def test_leaves_name_every_setting_once():
     names = [name for name, _ in configs.leaves(Config())]
     assert len(names) == len(set(names))
     assert {"seed", "steps", "model.mask_id", "optimizer.schedule", "mesh.fsdp", "sampling.prompts"} <= set(names)
-    groups = [f for f in dataclasses.fields(Config) if dataclasses.is_dataclass(getattr(Config(), f.name))]
-    expected = len(dataclasses.fields(Config)) - len(groups)
-    expected += sum(len(dataclasses.fields(getattr(Config(), f.name))) for f in groups)
-    assert len(names) == expected
+
+    def count(node):
+        values = [getattr(node, field.name) for field in dataclasses.fields(node)]
+        return sum(count(value) if dataclasses.is_dataclass(value) else 1 for value in values)
+
+    assert len(names) == count(Config())
 
 
 def test_differences_name_old_and_new():
