@@ -36,6 +36,21 @@ PARAMETERS = {
     "ff_proj": P("fsdp", "tensor"),  # DF
     "up_proj": P("fsdp", "tensor"),  # DF
     "ff_out": P("tensor", "fsdp"),  # FD
+    # Low-rank adapters (lora.py), R their rank: A lies as the inputs of its matrix do, B as the outputs.
+    "q_proj_a": P("fsdp", None),  # DR
+    "q_proj_b": P(None, "tensor", None),  # RHK
+    "k_proj_a": P("fsdp", None),  # DR
+    "k_proj_b": P(None, "tensor", None),  # RGK
+    "v_proj_a": P("fsdp", None),  # DR
+    "v_proj_b": P(None, "tensor", None),  # RGK
+    "attn_out_a": P("tensor", None, None),  # HKR
+    "attn_out_b": P(None, "fsdp"),  # RD
+    "ff_proj_a": P("fsdp", None),  # DR
+    "ff_proj_b": P(None, "tensor"),  # RF
+    "up_proj_a": P("fsdp", None),  # DR
+    "up_proj_b": P(None, "tensor"),  # RF
+    "ff_out_a": P("tensor", None),  # FR
+    "ff_out_b": P(None, "fsdp"),  # RD
 }
 
 ROWS_B = P(BATCH)

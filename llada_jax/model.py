@@ -4,11 +4,13 @@ A pre-norm Llama block without biases, RMSNorm, SwiGLU, RoPE; no time input, sin
 ratio is visible in the tokens. Modules are used strictly as pytrees of parameters.
 
 Letters in names: B batch, T (and S, of keys) sequence, D model width, H heads, G key/value
-heads, K head width, F feed-forward, V vocabulary, L layers.
+heads, K head width, F feed-forward, V vocabulary, L layers, R rank of the low-rank adapters.
 """
 
+import copy
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,17 @@ from llada_jax import mesh
 from llada_jax.attention import SAVED_NAME, attention, choose_kernel
 from llada_jax.config import ComputeConfig, ModelConfig, UserError
 from llada_jax.cpu import project
+
+# The matrices inside a layer: the letters of their inputs and of their outputs.
+MATRICES = {
+    "q_proj": ("d", "hk"),
+    "k_proj": ("d", "gk"),
+    "v_proj": ("d", "gk"),
+    "attn_out": ("hk", "d"),
+    "ff_proj": ("d", "f"),
+    "up_proj": ("d", "f"),
+    "ff_out": ("f", "d"),
+}
 
 
 def _save_attention(primitive, *_, **params) -> bool:
@@ -113,21 +126,39 @@ class Block(nnx.Module):
         self.ff_proj = make("ff_proj", shape=(c.width, c.feed_forward), sigma=inner)
         self.up_proj = make("up_proj", shape=(c.width, c.feed_forward), sigma=inner)
         self.ff_out = make("ff_out", shape=(c.feed_forward, c.width), sigma=c.feed_forward**-0.5 * outer)
+        for name in c.lora.targets if c.lora.rank else ():
+            shape, count = getattr(self, name).shape, len(MATRICES[name][0])
+            a, b = (*shape[:count], c.lora.rank), (c.lora.rank, *shape[count:])
+            setattr(self, f"{name}_a", make(f"{name}_a", shape=a, sigma=math.prod(shape[:count]) ** -0.5))
+            # Zeros: the start is exactly the model without adapters.
+            b_spec = mesh.PARAMETERS[f"{name}_b"]
+            setattr(self, f"{name}_b", nnx.Param(jnp.zeros(b, jnp.float32, out_sharding=b_spec)))
 
     def __call__(self, x_BTD, rope, real, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
         """x_BTD plus attention plus feed-forward, in the dtype of x_BTD."""
+        # The kernel is decided for the devices in use: "cpu" says what they are.
+        product = project if compute.attention == "cpu" else _einsum
 
         def use(name: str) -> jax.Array:
             # Cast before the gather: half the bytes travel.
             weight = getattr(self, name)[...].astype(x_BTD.dtype)
             return jax.reshard(weight, mesh.gathered(mesh.PARAMETERS[name]))
 
-        # The kernel is decided for the devices in use: "cpu" says what they are.
-        product = project if compute.attention == "cpu" else _einsum
+        def linear(name: str, x: jax.Array, out_sharding: P) -> jax.Array:
+            inputs, outputs = MATRICES[name]
+            y = product(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, use(name), out_sharding)
+            if not hasattr(self, f"{name}_a"):
+                return y
+            # Beside it, never W + A B: what backpropagates into that is as large as W. Sums over heads or feed-forward
+            # cross the tensor shards while they are thin.
+            xa_BTR = _einsum(f"bt{inputs},{inputs}r->btr", x, use(f"{name}_a"), mesh.HIDDEN_BTD)
+            xa_BTR *= config.lora.alpha / config.lora.rank
+            return y + _einsum(f"btr,r{outputs}->bt{outputs}", xa_BTR, use(f"{name}_b"), out_sharding)
+
         h_BTD = rms_norm(x_BTD, self.attn_norm[...], config.norm_eps)
-        q_BTHK = product("btd,dhk->bthk", h_BTD, use("q_proj"), mesh.HEADS_BTHK)
-        k_BTGK = product("btd,dgk->btgk", h_BTD, use("k_proj"), mesh.HEADS_BTHK)
-        v_BTGK = product("btd,dgk->btgk", h_BTD, use("v_proj"), mesh.HEADS_BTHK)
+        q_BTHK = linear("q_proj", h_BTD, mesh.HEADS_BTHK)
+        k_BTGK = linear("k_proj", h_BTD, mesh.HEADS_BTHK)
+        v_BTGK = linear("v_proj", h_BTD, mesh.HEADS_BTHK)
         o_BTHK = attention(
             apply_rope(q_BTHK, *rope),
             apply_rope(k_BTGK, *rope),
@@ -137,13 +168,13 @@ class Block(nnx.Module):
             query_chunk=compute.query_chunk,
         )
         o_BTHK = checkpoint_name(o_BTHK, SAVED_NAME)
-        x_BTD += product("bthk,hkd->btd", o_BTHK, use("attn_out"), mesh.HIDDEN_BTD)
+        x_BTD += linear("attn_out", o_BTHK, mesh.HIDDEN_BTD)
 
         h_BTD = rms_norm(x_BTD, self.ff_norm[...], config.norm_eps)
-        gate_BTF = product("btd,df->btf", h_BTD, use("ff_proj"), mesh.FEED_FORWARD_BTF)
-        up_BTF = product("btd,df->btf", h_BTD, use("up_proj"), mesh.FEED_FORWARD_BTF)
+        gate_BTF = linear("ff_proj", h_BTD, mesh.FEED_FORWARD_BTF)
+        up_BTF = linear("up_proj", h_BTD, mesh.FEED_FORWARD_BTF)
         f_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        return x_BTD + product("btf,fd->btd", f_BTF, use("ff_out"), mesh.HIDDEN_BTD)
+        return x_BTD + linear("ff_out", f_BTF, mesh.HIDDEN_BTD)
 
 
 class Transformer(nnx.Module):
@@ -156,7 +187,7 @@ class Transformer(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, key: jax.Array):
-        self.config = dataclasses.replace(config)  # a copy: static data must not change under the caller's hands
+        self.config = copy.deepcopy(config)  # a copy: static data must not change under the caller's hands
         self.compute = dataclasses.replace(compute)
         embedding_key, head_key, blocks_key = jax.random.split(key, 3)
         shape, sigma = (config.vocab_size, config.width), config.width**-0.5
