@@ -32,8 +32,8 @@ def partition(params: dict) -> tuple[dict, dict]:
     return {"blocks": adapters}, {**params, "blocks": frozen}
 
 
-def combine(trainable: dict, frozen: dict) -> dict:
-    """The inverse of `partition`; without anything frozen, `trainable` as it is."""
+def combine(trainable: dict, frozen: dict | None) -> dict:
+    """The inverse of `partition`; without anything frozen ({} or None), `trainable` as it is."""
     return {**frozen, "blocks": {**frozen["blocks"], **trainable["blocks"]}} if frozen else trainable
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from llada_jax import diffusion, mesh
+from llada_jax import diffusion, lora, mesh
 from llada_jax.attention import CHOICES
 from llada_jax.config import Config, UserError
 from llada_jax.cross_entropy import linear_cross_entropy
@@ -24,7 +24,7 @@ class TrainState:
     """All that a run needs to go on."""
 
     step: jax.Array  # int32, steps done, skipped ones included
-    params: dict  # fp32
+    params: dict  # fp32; all of the model's, or its adapters alone (config.model.lora)
     opt_state: tuple
 
 
@@ -49,10 +49,14 @@ def make_state(config: Config, params: dict | None = None) -> TrainState:
 
     Args:
       config: of the run.
-      params: weights to start from; None = freshly initialised.
+      params: what is trained, to start from; None = freshly initialised.
     """
     if params is None:
-        params = split(initialise(config.model, config.compute, jax.random.key(config.seed)))[1]
+        key = jax.random.key(config.seed)
+        if config.model.lora.rank:
+            params = lora.initialise(config.model, config.compute, key)
+        else:
+            params = split(initialise(config.model, config.compute, key))[1]
     opt_state = jax.jit(make_optimizer(config.optimizer).init)(params)
     return TrainState(jnp.zeros((), jnp.int32, out_sharding=P()), params, opt_state)
 
@@ -64,9 +68,10 @@ def masked_loss(model: Transformer, noisy: diffusion.Corrupted, tokens_BT, lengt
 
 
 def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, bool | int] | None = None) -> Callable:
-    """train_step(state, batch) -> state, metrics; jitted, donating state; call it under `jax.set_mesh`.
+    """train_step(state, batch, frozen=None) -> state, metrics; jitted, donating state; call it under `jax.set_mesh`.
 
-    options go to the compiler, see `hardware.compiler_options`.
+    options go to the compiler, see `hardware.compiler_options`. frozen holds what the model has beside state.params
+    and is not trained, see `lora.partition`: no gradient of it is formed.
 
     batch holds "tokens" int32 (B, T) and "length" int32 (B,), rows split over the batch axes, and what else the
     objective takes.
@@ -82,10 +87,11 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, b
     optimizer = make_optimizer(config.optimizer)
     objective = diffusion.OBJECTIVES[config.diffusion.objective]
 
-    def loss_of(params, key, batch, row_B):
+    def loss_of(params, frozen, key, batch, row_B):
         noisy = objective(key, batch, row_B, config.diffusion, config.model.mask_id)
         tokens_BT, length_B = batch["tokens"], batch["length"]
-        total, nll_BT = masked_loss(merge(graphdef, params), noisy, tokens_BT, length_B, config.compute.loss_chunk)
+        model = merge(graphdef, lora.combine(params, frozen))
+        total, nll_BT = masked_loss(model, noisy, tokens_BT, length_B, config.compute.loss_chunk)
         bucket_B = jnp.minimum((noisy.p_mask_B * config.logging.buckets).astype(jnp.int32), config.logging.buckets - 1)
         member_BK = (bucket_B[:, None] == jnp.arange(config.logging.buckets)).astype(jnp.float32)
         sums = {
@@ -99,21 +105,21 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, b
 
     gradient = jax.value_and_grad(loss_of, has_aux=True)
 
-    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    def train_step(state: TrainState, batch: dict, frozen: dict | None = None) -> tuple[TrainState, dict]:
         key = diffusion.step_key(config.seed, state.step)
         rows = jnp.arange(config.batch_size, dtype=jnp.int32, out_sharding=mesh.ROWS_B)
         inputs = (batch, rows)
         if config.accumulation == 1:
-            (loss, sums), grads = gradient(state.params, key, *inputs)
+            (loss, sums), grads = gradient(state.params, frozen, key, *inputs)
         else:
             # Micro-batches are summed in fp32; the loss is a sum over rows over the batch size, so this is
             # the large batch's gradient. Zeros as the start keep one program, not a first case of its own. The sums
             # are a second (sharded) copy of the gradients: a scan over layers gives its gradients as new arrays.
             def add(total, micro):
-                return jax.tree.map(jnp.add, total, gradient(state.params, key, *micro)), None
+                return jax.tree.map(jnp.add, total, gradient(state.params, frozen, key, *micro)), None
 
             micro = jax.tree.map(lambda x: micro_batches(x, config.accumulation), inputs)
-            shapes = jax.eval_shape(gradient, state.params, key, *jax.tree.map(lambda x: x[0], micro))
+            shapes = jax.eval_shape(gradient, state.params, frozen, key, *jax.tree.map(lambda x: x[0], micro))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), shapes)
             ((loss, sums), grads), _ = jax.lax.scan(add, zeros, micro)
 
