@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from llada_jax import collectives, config_check, mesh, metrics, topology
+from llada_jax import collectives, config_check, lora, mesh, metrics, topology
 from llada_jax.config import Config, UserError
 from llada_jax.hardware import GIB, GPU, compiler_options
 from llada_jax.model import abstract_model, parameter_count, resolve_compute, split
@@ -51,7 +51,8 @@ def plan(config: Config, target: str) -> tuple[dict, str]:
         "chips": chips,
         "slices": hardware.slices,
         "mesh": dict(zip(mesh.AXES, sizes, strict=True)),
-        "parameters": parameter_count(config.model),
+        "parameters": parameter_count(lora.plain(config.model)),
+        "adapter_parameters": parameter_count(config.model) - parameter_count(lora.plain(config.model)),
         "sequences_per_step": config.batch_size,
         "sequence_length": config.sequence_length,
         "accumulation": config.accumulation,
@@ -99,7 +100,16 @@ def lower(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         state = jax.eval_shape(lambda: make_state(config))
         batch = {"tokens": rows(shape, mesh.TOKENS_BT), "length": rows(shape[:1], mesh.ROWS_B)}
         options = compiler_options(device_mesh.devices.flat[0], config.compute.deterministic)
-        return make_train_step(config, graphdef, options).lower(state, batch)
+        return make_train_step(config, graphdef, options).lower(state, batch, frozen(config))
+
+
+def frozen(config: Config) -> dict:
+    """What the step is given beside the state: with adapters all other weights, abstract, in the compute dtype."""
+    if not config.model.lora.rank:
+        return {}
+    weights = lora.partition(split(abstract_model(config.model, config.compute))[1])[1]
+    dtype = jnp.dtype(config.compute.dtype)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)
 
 
 def costs(config: Config, hardware: topology.Topology, text: str) -> dict:
@@ -147,11 +157,12 @@ def page(record: dict) -> str:
     """The plan for a reader."""
     compute, chips = record["compute"], record["chips"]
     place = "slice" if "libtpu" in record["versions"] else "node"
+    adapters = f", of adapters {record['adapter_parameters']:,}" if record["adapter_parameters"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     lines = [
         f"{record['topology']}: {chips} chips, {record['slices']} {place}(s), mesh {record['mesh']} ({versions})",
-        f"{record['parameters']:,} parameters; {record['sequences_per_step']} x {record['sequence_length']} tokens per "
-        f"step, {record['sequences_per_chip']:g} sequences per chip x {record['accumulation']}",
+        f"{record['parameters']:,} parameters{adapters}; {record['sequences_per_step']} x {record['sequence_length']} "
+        f"tokens per step, {record['sequences_per_chip']:g} sequences per chip x {record['accumulation']}",
         f"{compute['dtype']}, attention {compute['attention']}, remat {compute['remat']}, optimizer state "
         f"{record['optimizer_state_dtype']}",
     ]

@@ -13,6 +13,7 @@ import numpy as np
 from llada_jax import distributed
 from llada_jax.config import ComputeConfig, LoggingConfig, ModelConfig, UserError
 from llada_jax.hardware import chip_of
+from llada_jax.model import MATRICES
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -24,6 +25,8 @@ def peak_flops(device_kind: str) -> float | None:
 def flops_per_token(model: ModelConfig, sequence_length: int, head_share: float = 0.5) -> float:
     """FLOPs of a training step per token: 6 per matmul parameter and 12 L T D for attention, all of it real.
 
+    With low-rank adapters 4 per matmul parameter, whose gradient is not formed, and 6 per parameter of theirs.
+
     Args:
       model: the architecture, with vocab_size known.
       sequence_length: T.
@@ -32,19 +35,32 @@ def flops_per_token(model: ModelConfig, sequence_length: int, head_share: float 
     attention = 2 * model.width * (model.heads + model.kv_heads) * model.head_width
     layer = attention + 3 * model.width * model.feed_forward
     head = head_share * model.width * model.vocab_size
-    return 6 * (model.layers * layer + head) + 12 * model.layers * sequence_length * model.width
+    weights, adapters = model.layers * layer + head, model.layers * sum(_adapter_parameters(model).values())
+    passes = 4 if adapters else 6
+    return passes * weights + 6 * adapters + 12 * model.layers * sequence_length * model.width
+
+
+def _adapter_parameters(model: ModelConfig) -> dict[str, int]:
+    """Name in mesh.PARAMETERS -> number of parameters, of the adapters of one layer; {} if there are none."""
+    heads, kv_heads = model.heads * model.head_width, model.kv_heads * model.head_width
+    sizes, found = {"d": model.width, "hk": heads, "gk": kv_heads, "f": model.feed_forward}, {}
+    for name in model.lora.targets if model.lora.rank else ():
+        for part, letters in zip("ab", MATRICES[name], strict=True):
+            found[f"{name}_{part}"] = model.lora.rank * sizes[letters]
+    return found
 
 
 def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, compute: ComputeConfig) -> float:
     """FLOPs per token that a training step executes beyond `flops_per_token`, by compute.remat and the kernel.
 
-    Counted: the layers' matmuls, but not ff_out, on whose output no gradient depends, and attention.
+    Counted: attention and the layers' matmuls, but not ff_out (nor its adapter's B): no gradient depends on its output.
     """
     attention = 4 * sequence_length * model.width
     # Every kernel but the plain one holds no scores for the backward pass: it makes them again, one matmul of two.
     again = 0 if compute.attention == "reference" else attention / 2
     projections = 2 * model.width * (model.heads + model.kv_heads) * model.head_width
-    matmuls = 2 * (projections + 2 * model.width * model.feed_forward)
+    adapters = sum(size for name, size in _adapter_parameters(model).items() if name != "ff_out_b")
+    matmuls = 2 * (projections + 2 * model.width * model.feed_forward + adapters)
     again += {"none": 0, "dots": 0, "attention": matmuls, "full": matmuls + attention}[compute.remat]
     return model.layers * again
 
