@@ -33,7 +33,7 @@ class Options:
         # Not just as many steps as tokens: the last block may be short, and shares the steps evenly with the others.
         blocks = -(-(masks + gen_length) // max(self.block_length, 1))
         steps = max(1, blocks * self.block_length) if self.steps is None else self.steps
-        same = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        same = {field.name: getattr(self, field.name) for field in dataclasses.fields(Options)}
         return SamplerConfig(**(same | {"steps": steps, "gen_length": gen_length}))
 
 
@@ -111,15 +111,16 @@ def finished_text(tokens_T: np.ndarray, prompt: Prompt, model: Transformer, toke
       tokens_T: the canvas, without the padding.
     """
     start = len(prompt.ids_T)
-    ends = {model.config.eos_id, model.config.eot_id, tokenizer.eos_id, tokenizer.eot_id}
-    continuation = []
-    for i in tokens_T[start:].tolist():
-        if i in ends:
-            break
-        continuation.append(i)
+    continuation = tokens_T[start : start + text_length(tokens_T[start:], model, tokenizer)].tolist()
     if prompt.masks:
         return tokenizer.decode([*tokens_T[:start].tolist(), *continuation], skip_special=True)
     return tokenizer.decode(continuation, skip_special=True, continuation=start > 0)
+
+
+def text_length(tokens_T: np.ndarray, model: Transformer, tokenizer: Tokenizer) -> int:
+    """The number of tokens before the first EOS or end of turn, by the model's ids or the tokenizer's own."""
+    ends = {model.config.eos_id, model.config.eot_id, tokenizer.eos_id, tokenizer.eot_id}
+    return next((at for at, i in enumerate(tokens_T.tolist()) if i in ends), len(tokens_T))
 
 
 def complete(

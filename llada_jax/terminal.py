@@ -1,9 +1,10 @@
 """Denoising as one sees it: a text in a terminal, redrawn in place while its tokens appear."""
 
+import contextlib
 import os
 import time
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
 import numpy as np
@@ -20,7 +21,13 @@ Line = list[tuple[str, str]]  # one entry per character: it (with what combines 
 
 
 def spans(
-    tokens_T: np.ndarray, given_T: np.ndarray, new_T: np.ndarray, mask_id: int, tokenizer: Tokenizer, mask: str
+    tokens_T: np.ndarray,
+    given_T: np.ndarray,
+    new_T: np.ndarray,
+    mask_id: int,
+    tokenizer: Tokenizer,
+    mask: str,
+    continuation: bool = False,
 ) -> Spans:
     """The text of a canvas in runs of one kind.
 
@@ -29,10 +36,10 @@ def spans(
       given_T: bool, the user's own tokens.
       new_T: bool, revealed by the last step.
       mask_id: drawn as `mask`, one each.
+      continuation: the canvas goes on where other text ended, as in `Tokenizer.decode`.
     """
     result: Spans = []
     run: list[int] = []
-    continuation = False
 
     def kind(i: int) -> str:
         if tokens_T[i] == mask_id:
@@ -84,8 +91,22 @@ def lay_out(text: Iterable[tuple[str, str]], columns: int) -> list[Line]:
             elif category[0] == "C" or category in ("Zl", "Zp"):
                 put("\ufffd", 1, style)
             else:
-                put(character, 2 if unicodedata.east_asian_width(character) in "WF" else 1, style)
+                put(character, _cells(character), style)
     return lines
+
+
+def harmless(text: str) -> str:
+    """The text to print in a terminal, in which it can neither move the cursor nor change a colour."""
+    return "\n".join("".join(character for character, _ in line) for line in lay_out([(text, "text")], 1 << 30))
+
+
+def width(line: Line) -> int:
+    """Cells that the line takes in a terminal."""
+    return sum(_cells(character[0]) for character, _ in line)
+
+
+def _cells(character: str) -> int:
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def visible(lines: Sequence[Line], rows: int) -> Sequence[Line]:
@@ -115,12 +136,26 @@ def can_draw(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb" and os.name != "nt"
 
 
+@contextlib.contextmanager
+def unechoed(stream: TextIO) -> Iterator[None]:
+    """Within it the terminal does not show what is typed, which would shift what is drawn; it is not lost."""
+    import termios  # not on every system; where it is not, nothing is drawn
+
+    before = termios.tcgetattr(stream.fileno())
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    try:
+        termios.tcsetattr(stream.fileno(), termios.TCSADRAIN, silent)
+        yield
+    finally:
+        termios.tcsetattr(stream.fileno(), termios.TCSADRAIN, before)
+
+
 class Screen:
     """A place in the terminal that is drawn over and over; a context manager that leaves the cursor visible."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self._drawn = 0  # lines
+        self._drawn: list[int] = []  # widths of the lines, cells
         self._last = 0.0
         try:
             "░".encode(stream.encoding or "ascii")
@@ -137,25 +172,33 @@ class Screen:
 
     def draw(self, text: Spans, status: str) -> None:
         """Draws the text, the part of it where something happens if it is too long, and a status line."""
-        try:
-            columns, rows = os.get_terminal_size(self._stream.fileno())
-        except OSError:
-            columns, rows = 80, 24
+        columns, rows = self._size()
         # The last column stays free: terminals differ in what they do after it.
-        columns, rows = max(columns or 80, 10) - 1, max(rows or 24, 4) - 1
+        columns, rows = max(columns, 10) - 1, max(rows, 4) - 1
         lines = list(visible(lay_out(text, columns), rows - 1)) + lay_out([(status, "status")], columns)[:1]
         time.sleep(max(0.0, self._last + FRAME_SECONDS - time.monotonic()))
         self._last = time.monotonic()
         self._write(self._erased() + "".join(painted(line) + "\n" for line in lines))
-        self._drawn = len(lines)
+        self._drawn = [width(line) for line in lines]
 
     def finish(self, text: Spans) -> None:
         """Replaces what was drawn by the whole text, however long."""
         self._write(self._erased() + "".join(painted(line) + "\n" for line in lay_out(text, 1 << 30)))
-        self._drawn = 0
+        self._drawn = []
 
     def _erased(self) -> str:
-        return (f"\x1b[{self._drawn}F" if self._drawn else "") + "\x1b[J"
+        columns = self._size()[0]
+        # A terminal that has become narrower breaks the lines in it anew.
+        lines = sum(max(1, -(-cells // columns)) for cells in self._drawn)
+        return (f"\x1b[{lines}F" if lines else "") + "\x1b[J"
+
+    def _size(self) -> tuple[int, int]:
+        """Columns and rows."""
+        try:
+            columns, rows = os.get_terminal_size(self._stream.fileno())
+        except OSError:
+            columns, rows = 80, 24
+        return columns or 80, rows or 24
 
     def _write(self, text: str) -> None:
         encoding = self._stream.encoding or "ascii"
