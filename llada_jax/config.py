@@ -75,7 +75,8 @@ class ComputeConfig:
 class DiffusionConfig:
     """The forward process q(x_t | x_0) and the objective."""
 
-    objective: str = "pretrain"  # a name in diffusion.OBJECTIVES
+    # pretrain (Eq. 3) | sft (Eq. 5, of responses given prompts) | sft_whole (prompts are masked too, as in iLLaDA)
+    objective: str = "pretrain"
     eps: float = 1e-3  # p_mask = (1 - eps) t + eps
     t_sampling: str = "low_discrepancy"  # independent (the paper) | low_discrepancy (lower variance)
     random_length_every: int = 100  # rows: one row in every so many gets a random length; 0 = never

@@ -7,6 +7,7 @@ import types
 import typing
 
 from llada_jax.config import Config, DistributedConfig, ModelConfig, UserError, leaves
+from llada_jax.diffusion import OF_CHAT
 
 DISTRIBUTED = tuple(f"distributed.{field.name}" for field in dataclasses.fields(DistributedConfig))
 
@@ -74,6 +75,13 @@ def validate(config: Config) -> None:
         config.accumulation,
         f"does not divide batch_size={config.batch_size}",
     )
+    if config.diffusion.objective in OF_CHAT:
+        _require(
+            config.diffusion.random_length_every == 0,
+            "diffusion.random_length_every",
+            config.diffusion.random_length_every,
+            f"cuts rows of text: set it to 0 for the objective {config.diffusion.objective}",
+        )
     if bool(config.data.path) == bool(config.data.input):
         raise UserError(
             "set exactly one of config.data.path (prepared sets) and config.data.input (text to prepare); "

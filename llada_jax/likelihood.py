@@ -1,4 +1,4 @@
-"""The Monte Carlo bound on the log-likelihood (Eq. 6 of arXiv 2502.09992).
+"""The Monte Carlo bound on the log-likelihood (Eq. 6 and 14 of arXiv 2502.09992).
 
 -log p(x_0) <= E[ L / l * sum_i 1[x_l^i = MASK] -log p(x_0^i | x_l) ], l uniform in 1..L and exactly l of
 the L tokens masked, without replacement. Its variance is far below that of the 1/t form.
@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from llada_jax import mesh
 from llada_jax.config import ValidationConfig
 from llada_jax.cross_entropy import linear_cross_entropy
+from llada_jax.data.rows import HeldOut
 from llada_jax.diffusion import low_discrepancy, row_keys, unit_interval
 from llada_jax.model import Transformer, merge
 
@@ -39,6 +40,12 @@ def exact_mask(key_B: jax.Array, length_B: jax.Array, masked_B: jax.Array, width
         return jnp.zeros(width, bool).at[order_T].set(position_T < masked)
 
     return jax.vmap(one_row)(key_B, length_B, masked_B)
+
+
+def moved(mask_BT: jax.Array, first_B: jax.Array) -> jax.Array:
+    """The mask with position 0 of each row at first_B; positions that would leave the row at its end are not set."""
+    width = mask_BT.shape[1]
+    return jnp.take_along_axis(mask_BT, (jnp.arange(width) - first_B[:, None]) % width, axis=1)
 
 
 def masked_nats(
@@ -73,31 +80,33 @@ def bound(
     params: dict,
     tokens_BT: jax.Array,
     length_B: jax.Array,
+    prompt_B: jax.Array,
     row_B: jax.Array,
     key: jax.Array,
     *,
     chunk: int,
     mask_id: int,
 ) -> jax.Array:
-    """One sample of the bound for each row with an empty prompt: fp32 nats (B,), whole on every device.
+    """One sample of the bound for what comes after each row's prompt: fp32 nats (B,), whole on every device.
 
     l is drawn with low discrepancy over row_B, so that a set of rows covers all mask ratios evenly;
-    for each single row it is uniform in 1..length.
+    for each single row it is uniform in 1..length - prompt.
     """
     model = merge(graphdef, params)
     unit_B = unit_interval(low_discrepancy(key, row_B))
-    masked_B = jnp.minimum((unit_B * length_B).astype(jnp.int32) + 1, length_B)
+    judged_B = length_B - prompt_B
+    masked_B = jnp.minimum((unit_B * judged_B).astype(jnp.int32) + 1, judged_B)
     width = tokens_BT.shape[1]
-    mask_BT = exact_mask(row_keys(jax.random.fold_in(key, 1), row_B), length_B, masked_B, width)
+    mask_BT = moved(exact_mask(row_keys(jax.random.fold_in(key, 1), row_B), judged_B, masked_B, width), prompt_B)
     return masked_nats(
-        model, lambda x_l_BT: model.trunk(x_l_BT, length_B), tokens_BT, mask_BT, length_B / masked_B, chunk, mask_id
+        model, lambda x_l_BT: model.trunk(x_l_BT, length_B), tokens_BT, mask_BT, judged_B / masked_B, chunk, mask_id
     )
 
 
 def validate(
     graphdef: nnx.GraphDef,
     params: dict,
-    rows: tuple[np.ndarray, np.ndarray, np.ndarray],
+    rows: HeldOut,
     config: ValidationConfig,
     *,
     batch_size: int,
@@ -108,16 +117,16 @@ def validate(
 
     Args:
       graphdef, params: the model as `model.split` gives it, on the mesh in use.
-      rows: tokens int32 (N, T), length int32 (N,), bytes of text int64 (N,).
+      rows: of text, or of answers with their prompts, which are given.
       config: samples per row and the seed of the noise.
       batch_size: rows per forward pass, divisible by the batch shards.
       chunk: positions per chunk of the loss.
       mask_id: id of MASK.
 
     Returns:
-      nats_per_token (EOS counts as a token), perplexity, bits_per_byte (EOS has no bytes).
+      nats_per_token (EOS counts as a token, the prompt does not), perplexity, bits_per_byte (EOS has no bytes).
     """
-    tokens_NT, length_N, bytes_N = rows
+    tokens_NT, length_N, prompt_N, bytes_N = rows
     count, total, mesh_ = len(tokens_NT), 0.0, jax.sharding.get_mesh()
     mine = np.array(mesh.local_rows(mesh_, batch_size))
     for sample in range(config.samples):
@@ -126,15 +135,14 @@ def validate(
             # The last batch is filled up with row 0, whose result is dropped: one compiled shape.
             row = first + mine
             index = np.where(row < count, row, 0)
-            batch = {"tokens": tokens_NT[index], "length": length_N[index], "row": row.astype(np.int32)}
-            batch = mesh.place_batch(batch, mesh_, batch_size)
-            nats_B = bound(
-                graphdef, params, batch["tokens"], batch["length"], batch["row"], key, chunk=chunk, mask_id=mask_id
-            )
+            batch = {name: x[index] for name, x in zip(("tokens", "length", "prompt"), rows, strict=False)}
+            batch = mesh.place_batch({**batch, "row": row.astype(np.int32)}, mesh_, batch_size)
+            nats_B = bound(graphdef, params, *batch.values(), key, chunk=chunk, mask_id=mask_id)
             total += float(np.asarray(nats_B, np.float64)[: count - first].sum())
-    nats = total / config.samples / int(length_N.sum())
+    tokens = int((length_N - prompt_N).sum())
+    nats = total / config.samples / tokens
     return {
         "nats_per_token": nats,
         "perplexity": math.exp(min(nats, 700.0)),
-        "bits_per_byte": nats * int(length_N.sum()) / math.log(2) / max(int(bytes_N.sum()), 1),
+        "bits_per_byte": nats * tokens / math.log(2) / max(int(bytes_N.sum()), 1),
     }

@@ -13,7 +13,9 @@ import jax
 from llada_jax import checkpoint, command_line, distributed, likelihood, mesh, metrics, report
 from llada_jax import config as configs
 from llada_jax.config import Config
-from llada_jax.data import pipeline
+from llada_jax.data.pipeline import Data
+from llada_jax.data.rows import HeldOut
+from llada_jax.data.sets import is_chat
 from llada_jax.distributed import log
 from llada_jax.hardware import compiler_options
 from llada_jax.model import abstract_model, resolve_compute, split
@@ -36,7 +38,7 @@ class Loop:
         device_mesh: jax.sharding.Mesh,
         saved: checkpoint.Checkpoints,
         tokenizer: Tokenizer,
-        held_out: tuple | None,
+        held_out: HeldOut | None,
         state: TrainState,
         record: dict,
     ):
@@ -44,7 +46,7 @@ class Loop:
 
         Args:
           config, folder, device_mesh, saved, tokenizer: of the run.
-          held_out: rows for validation as `pipeline.validation_rows` gives them, None = no validation.
+          held_out: rows for validation, None = no validation.
           state: where it starts; given to `run` next.
           record: what a checkpoint keeps of a loop, see `_save`; {} at the start of a run.
         """
@@ -59,6 +61,7 @@ class Loop:
         self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
         self.speed = metrics.Speed(config.model, config.sequence_length)
         self.steps_since_log = self.tokens_since_log = 0
+        self.widths: set[int] = set()  # of the batches, for which the train step is compiled
         self.bits_per_byte = float("nan")
         self.tracing = False
         self.stop = StopSignal()
@@ -70,7 +73,7 @@ class Loop:
         if profile.steps and profile.first_step < self.first_step:
             log(f"no profile: config.profile.first_step={profile.first_step} lies before step {self.first_step}")
 
-    def run(self, state: TrainState, data: pipeline.TrainingData) -> int:
+    def run(self, state: TrainState, data: Data) -> int:
         """Trains to config.steps.
 
         Returns:
@@ -92,6 +95,8 @@ class Loop:
             threads=config.data.read_threads,
         )
         try:
+            if self.first_step == 0 and config.init_from and self.held_out is not None:
+                self.writer.write(0, self._validate(state))  # what the weights can do that it starts from
             while self.done < config.steps:
                 if self.stop.received(self.done):
                     return self._leave(state)
@@ -104,9 +109,15 @@ class Loop:
 
     def _step(self, train_step, state: TrainState, batches) -> TrainState:
         first = self.done == self.first_step
-        # After the first step nothing crosses between host and device that is not asked for by name.
-        with jax.transfer_guard("allow" if first else "disallow"):
-            batch = mesh.place_batch(next(batches)[1], self.mesh, self.config.batch_size)
+        rows = next(batches)[1]
+        width = rows["tokens"].shape[1]
+        compiles = width not in self.widths  # rows of conversations come in a few
+        self.widths.add(width)
+        if compiles and not first:
+            log(f"compiling the train step for rows of {width} tokens ...")
+        # Once it is compiled nothing crosses between host and device that is not asked for by name.
+        with jax.transfer_guard("allow" if compiles else "disallow"):
+            batch = mesh.place_batch(rows, self.mesh, self.config.batch_size)
             if first:
                 log(report.first_batch(self.config, batch, self.tokenizer, self.done))
                 log("compiling the train step ...")
@@ -194,7 +205,7 @@ class Loop:
         self.saved.wait()
         if self.config.report and self.held_out is not None and distributed.index() == 0:
             marks = report.yardsticks(self.held_out, self.tokenizer)
-            held_out_bytes = int(self.held_out[2].sum())
+            held_out_bytes = int(self.held_out.bytes_N.sum())
             print(report.final_report(str(self.folder), self.bits_per_byte, marks, held_out_bytes))
         return command_line.FINISHED
 
@@ -219,10 +230,11 @@ class Loop:
     def _sample(self, state: TrainState) -> None:
         if not self.config.sampling.prompts:
             return
+        chat = is_chat(self.config)
         samples = report.sample_texts(
-            self.graphdef, state.params, self.tokenizer, self.config.sampling, self.config.seed
+            self.graphdef, state.params, self.tokenizer, self.config.sampling, self.config.seed, chat
         )
-        text = report.show_samples(samples)
+        text = report.show_samples(samples, chat)
         log(f"samples at step {self.done}:\n{text}")
         if distributed.index() == 0:
             with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:

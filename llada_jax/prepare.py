@@ -1,7 +1,8 @@
-"""python -m llada_jax.prepare: text files -> a prepared set to train on.
+"""python -m llada_jax.prepare: text files, or conversations -> a prepared set to train on.
 
 python -m llada_jax.prepare --input='text/*.jsonl.gz' --output=sets/text --tokenizer=tokenizer.model
 python -m llada_jax.prepare --input=book.txt --output=sets/book --train_tokenizer=4096 --sequence_length=512
+python -m llada_jax.prepare --chat --input='chats/*.jsonl.gz' --output=sets/chats --tokenizer=LLaDA-8B-Base
 """
 
 import time
@@ -9,7 +10,11 @@ import time
 from absl import flags
 
 from llada_jax import command_line
+from llada_jax.config import UserError
+from llada_jax.data.manifest import Manifest
+from llada_jax.data.pairs import RULES
 from llada_jax.data.prepare import prepare
+from llada_jax.data.prepare_chat import prepare_chat
 
 _INPUT = flags.DEFINE_multi_string(
     "input",
@@ -18,13 +23,27 @@ _INPUT = flags.DEFINE_multi_string(
     "source files of Python's standard library. May be repeated.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder to write; it must not exist yet.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "SentencePiece .model, tokenizer.json, or a folder with either.")
+_CHAT = flags.DEFINE_boolean(
+    "chat",
+    False,
+    "The input is conversations for instruction tuning: .jsonl (also .gz, .xz) whose lines have messages, prompt and "
+    "response, instruction (input) output, or (context) question and answer.",
+)
+_TOO_LONG = flags.DEFINE_enum(
+    "too_long", "drop", RULES, "What becomes of an answer that is longer, with its prompt, than --sequence_length."
+)
+_GROUP_KEY = flags.DEFINE_string(
+    "group_key", None, "Key whose value a conversation shares with others that are held out with it, e.g. a document."
+)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "SentencePiece .model, tokenizer.json, or a folder with either: a model's, a training workdir."
+)
 _TRAIN_TOKENIZER = flags.DEFINE_integer(
     "train_tokenizer", None, "Instead of --tokenizer: the size of a vocabulary to train on the text."
 )
 _SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 4096, "Tokens per row.")
 _VALIDATION_FRACTION = flags.DEFINE_float(
-    "validation_fraction", 0.02, "Share of the documents that is held out, chosen by the hash of their text."
+    "validation_fraction", 0.02, "Share of the documents (or conversations) held out, chosen by the hash of their text."
 )
 _WORKERS = flags.DEFINE_integer("workers", 0, "Processes that tokenise; 0 = one per core. The result is the same.")
 _TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of the text in .jsonl, its column in .parquet.")
@@ -35,25 +54,61 @@ def main() -> None:
     """Prepares what the flags say and prints a summary."""
     start = time.monotonic()
     output = _OUTPUT.value
+    same = {
+        "sequence_length": _SEQUENCE_LENGTH.value,
+        "validation_fraction": _VALIDATION_FRACTION.value,
+        "workers": _WORKERS.value,
+    }
+    if _CHAT.value:
+        _refuse("--chat", {"train_tokenizer": _TRAIN_TOKENIZER, "text_key": _TEXT_KEY})
+        if _TOKENIZER.value is None:
+            raise UserError("--tokenizer is missing: conversations are prepared for the model that is to be tuned")
+        chat = {"too_long": _TOO_LONG.value, "group_key": _GROUP_KEY.value}
+        manifest = prepare_chat(_INPUT.value, output, tokenizer=_TOKENIZER.value, **chat, **same)
+        print(_chat_summary(output, manifest, time.monotonic() - start))
+        return
+    _refuse("text", {"too_long": _TOO_LONG, "group_key": _GROUP_KEY})
     manifest = prepare(
         _INPUT.value,
         output,
         tokenizer=_TOKENIZER.value,
         train_tokenizer=_TRAIN_TOKENIZER.value,
-        sequence_length=_SEQUENCE_LENGTH.value,
-        validation_fraction=_VALIDATION_FRACTION.value,
-        workers=_WORKERS.value,
         text_key=_TEXT_KEY.value,
+        **same,
     )
-    seconds = time.monotonic() - start
+    print(_text_summary(output, manifest, time.monotonic() - start))
+
+
+def _refuse(kind: str, others: dict[str, flags.FlagHolder]) -> None:
+    """UserError for a flag that has no meaning here."""
+    for name, holder in others.items():
+        if holder.present:
+            raise UserError(f"--{name} has no meaning for {kind}")
+
+
+def _text_summary(output: str, manifest: Manifest, seconds: float) -> str:
     train, validation = manifest.train, manifest.validation
     tokens = train.tokens + validation.tokens
-    print(
+    return (
         f"{output}: {train.rows:,} rows to train on and {validation.rows:,} held out, of {manifest.sequence_length:,} "
         f"tokens\n"
         f"{tokens:,} tokens, {(train.bytes + validation.bytes) / tokens:.2f} bytes per token, "
         f"vocabulary {manifest.tokenizer_size:,}, {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)\n"
         f"next: {_next_command(output, manifest.sequence_length)}"
+    )
+
+
+def _chat_summary(output: str, manifest: Manifest, seconds: float) -> str:
+    train, validation, chat = manifest.train, manifest.validation, manifest.chat
+    return (
+        f"{output}: {train.rows:,} answers of {train.documents:,} conversations to train on, {validation.rows:,} of "
+        f"{validation.documents:,} held out\n"
+        f"longer than {manifest.sequence_length:,} tokens: {chat.dropped:,} answers left out, {chat.cut:,} cut; "
+        f"without text: {chat.empty:,} left out\n"
+        f"{train.tokens + validation.tokens:,} tokens, an epoch is {train.documents:,} rows, {seconds:.1f} s\n"
+        f"next: python -m llada_jax.train --config=configs/small_sft.py --workdir=runs/tuned "
+        f"--config.init_from={_TOKENIZER.value} --config.data.path={output} "
+        f"--config.sequence_length={manifest.sequence_length}"
     )
 
 

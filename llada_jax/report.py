@@ -11,8 +11,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from llada_jax import diffusion, mesh
-from llada_jax.completion import Options, complete
+from llada_jax.completion import Options, complete, complete_ids
 from llada_jax.config import Config, SamplingConfig
+from llada_jax.data.rows import HeldOut
 from llada_jax.model import merge
 from llada_jax.tokenizer import MASK_LITERAL, Tokenizer
 
@@ -49,12 +50,21 @@ def _cut(text: str, characters: int) -> str:
 
 
 def sample_texts(
-    graphdef: nnx.GraphDef, params: dict, tokenizer: Tokenizer, config: SamplingConfig, seed: int
+    graphdef: nnx.GraphDef, params: dict, tokenizer: Tokenizer, config: SamplingConfig, seed: int, chat: bool = False
 ) -> list[tuple[str, str]]:
-    """(prompt, whole text) of each of config.prompts; one with [MASK] in it is filled in, not continued."""
+    """(prompt, whole text) of each of config.prompts; one with [MASK] in it is filled in, not continued.
+
+    If `chat`, they are messages of a user: (message, answer).
+    """
     options = Options(steps=config.steps, block_length=config.block_length, temperature=config.temperature)
     texts = []
     for prompt in config.prompts:
+        if chat:
+            ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
+            one = dataclasses.replace(options, gen_length=config.gen_length)
+            (text,) = complete_ids(merge(graphdef, params), tokenizer, [ids], one, jax.random.key(seed))
+            texts.append((prompt, text))
+            continue
         fills = MASK_LITERAL in prompt
         one = dataclasses.replace(options, gen_length=0 if fills else config.gen_length)
         (text,) = complete(merge(graphdef, params), tokenizer, [prompt], one, jax.random.key(seed))
@@ -62,25 +72,25 @@ def sample_texts(
     return texts
 
 
-def show_samples(samples: list[tuple[str, str]]) -> str:
-    """Samples for the console, each under its prompt."""
+def show_samples(samples: list[tuple[str, str]], chat: bool = False) -> str:
+    """Samples of `sample_texts` for the console, each under its prompt."""
     blocks = []
     for prompt, text in samples:
-        kind = "infilling" if MASK_LITERAL in prompt else "completion"
+        kind = "answer" if chat else "infilling" if MASK_LITERAL in prompt else "completion"
         shown = prompt.replace(MASK_LITERAL, "_")
         body = "\n".join("  | " + line for line in text.split("\n"))
-        blocks.append(f"{kind} of {_cut(shown, 120)!r}:\n{body}")
+        blocks.append(f"{kind} {'to' if chat else 'of'} {_cut(shown, 120)!r}:\n{body}")
     return "\n".join(blocks)
 
 
-def yardsticks(rows: tuple[np.ndarray, np.ndarray, np.ndarray], tokenizer: Tokenizer) -> dict[str, float]:
+def yardsticks(rows: HeldOut, tokenizer: Tokenizer) -> dict[str, float]:
     """Bits per byte of two models without context on the held-out rows: token unigrams, and xz -9.
 
     Args:
-      rows: tokens int32 (N, T), length int32 (N,), bytes int64 (N,), as `likelihood.validate` takes them.
+      rows: of text, as `likelihood.validate` takes them.
       tokenizer: turns the tokens back into the bytes that xz compresses.
     """
-    tokens_NT, length_N, bytes_N = rows
+    tokens_NT, length_N, _, bytes_N = rows
     ids = np.concatenate([row[:n] for row, n in zip(tokens_NT, length_N, strict=True)])
     counts = np.bincount(ids)
     counts = counts[counts > 0]

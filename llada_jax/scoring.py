@@ -23,7 +23,7 @@ from llada_jax.batching import HEAD_CHUNK, Requests, check_requests, check_setti
 from llada_jax.config import UserError
 from llada_jax.diffusion import unit_interval
 from llada_jax.greedy import greedy_matches
-from llada_jax.likelihood import exact_mask, masked_nats
+from llada_jax.likelihood import exact_mask, masked_nats, moved
 from llada_jax.model import Transformer
 
 __all__ = [
@@ -191,8 +191,7 @@ def _masks(key: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.
     bits_BT = (subset_B[:, None] >> jnp.minimum(jnp.arange(width), 31)) & 1 == 1
     mask_BT = jnp.where((samples_B == 0)[:, None], bits_BT, drawn_BT)
     # Counted from the answer's first token so far.
-    mask_BT = jnp.take_along_axis(mask_BT, (jnp.arange(width) - batch["prompt"][:, None]) % width, axis=1)
-    return mask_BT, answer_B / masked_B
+    return moved(mask_BT, batch["prompt"]), answer_B / masked_B
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "guided"))

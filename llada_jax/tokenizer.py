@@ -142,6 +142,21 @@ class Tokenizer:
         text, back = self.marked_chat(messages, add_generation_prompt)
         return self._encode_special(text, False, lambda part: part.translate(back))
 
+    def encode_answer(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
+        """The ids of a chat in two parts: what asks for its last message, and that message.
+
+        The first is `encode_chat(messages[:-1])`, what a model is given to answer. The second is what the template
+        writes of the answer, with what ends it (LLaDA's: <|eot_id|>). UserError as `render_chat`, and for a template
+        that does not go on with the answer where it asks for one.
+        """
+        before = self._chat_text(messages[:-1], True)
+        text, back = self.marked_chat(messages, False)
+        if not text.translate(back).startswith(before):
+            raise UserError("the chat template writes an answer otherwise than it asks for one: it cannot be learned")
+        # Marks stand for one character each: the prompt is as long in both.
+        answer = self._encode_special(text[len(before) :], True, lambda part: part.translate(back))
+        return self.encode_chat(messages[:-1]), answer
+
     def marked_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
     ) -> tuple[str, dict[int, str]]:
@@ -249,7 +264,7 @@ def find_tokenizer(directory: str | os.PathLike) -> Tokenizer | None:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Loads a SentencePiece .model, a tokenizer.json, or a folder with either.
+    """Loads a SentencePiece .model, a tokenizer.json, or a folder with either, such as a model's or a training workdir.
 
     Beside a file named tokenizer.json or tokenizer.model, as in a folder, tokenizer_config.json and
     special_tokens_map.json (and added_tokens.json of SentencePiece) are read, and the chat template
@@ -258,7 +273,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """
     file = epath.Path(path)
     if file.is_dir():
-        tokenizer = find_tokenizer(file)
+        tokenizer = find_tokenizer(file) or find_tokenizer(file / "tokenizer")  # a workdir's, or a prepared set's
         if tokenizer is None:
             raise UserError(f"{path} has no tokenizer: neither tokenizer.json nor tokenizer.model is in it")
         return tokenizer

@@ -19,9 +19,9 @@ from ml_collections import config_flags
 from llada_jax import checkpoint, command_line, config_check, distributed, mesh, workdir
 from llada_jax import config as configs
 from llada_jax.config import Config, ModelConfig, UserError
-from llada_jax.data import pipeline, remote
+from llada_jax.data import remote
 from llada_jax.data.manifest import TOKENIZER_FOLDER, load_manifest
-from llada_jax.data.sets import prepared_sets
+from llada_jax.data.sets import is_chat, open_held_out, open_training, prepared_sets
 from llada_jax.distributed import log
 from llada_jax.folders import is_workdir, keep_published
 from llada_jax.loop import Loop, NonFinite
@@ -120,20 +120,10 @@ def _train(config: Config, folder: Path) -> int:
         raise UserError(f"{paths[0]}/{TOKENIZER_FOLDER} is not the tokenizer that the set was prepared with")
     config_check.resolve_ids(config.model, tokenizer)
     config_check.validate(config)
-    data = pipeline.TrainingData(
-        paths,
-        config.data.weights,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        sequence_length=config.sequence_length,
-        random_length_every=config.diffusion.random_length_every,
-        vocab_size=config.model.vocab_size,
-    )
-    held_out = None
-    if config.validation.rows and any(manifest.validation.rows for manifest in manifests):
-        held_out = pipeline.validation_rows(
-            paths, config.validation.rows, config.sequence_length, config.model.vocab_size
-        )
+    data = open_training(config, paths)
+    held_out = open_held_out(config, paths)
+    if is_chat(config):
+        log(f"{data.conversations:,} conversations: {config.steps * config.batch_size / data.conversations:.2f} epochs")
     if held_out is None and config.validation.rows:
         log("no validation: the prepared sets hold no rows out")
     identity = workdir.identity(config, manifests, tokenizer.sha256)

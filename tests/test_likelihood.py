@@ -10,6 +10,7 @@ import pytest
 
 from llada_jax import diffusion, likelihood, mesh
 from llada_jax.config import ValidationConfig
+from llada_jax.data.rows import HeldOut
 from llada_jax.model import split
 
 
@@ -59,7 +60,8 @@ def run_bound(toy, device_mesh, rows, key, first_row=0):
         params = jax.tree.map(lambda x: jax.device_put(np.asarray(x), jax.typeof(x).sharding.spec), params)
         length = np.where(np.arange(rows) % 4 == 3, 3, 6).astype(np.int32)
         tokens = np.where(np.arange(6) < length[:, None], toy.x_0, 7).astype(np.int32)
-        placed = mesh.place_rows(tokens, length, np.arange(first_row, first_row + rows, dtype=np.int32))
+        row = np.arange(first_row, first_row + rows, dtype=np.int32)
+        placed = mesh.place_rows(tokens, length, np.zeros_like(length), row)
         nats = likelihood.bound(graphdef, params, *placed, key, chunk=512, mask_id=toy.config.mask_id)
         return np.asarray(nats, np.float64), length
 
@@ -95,7 +97,7 @@ def test_every_number_of_masked_tokens_is_drawn_alike(toy, monkeypatch, make_mes
 def held_out(toy, count):
     length = np.where(np.arange(count) % 5 == 2, 3, 6).astype(np.int32)
     tokens = np.where(np.arange(6) < length[:, None], (toy.x_0 + np.arange(count)[:, None]) % 14, 7).astype(np.int32)
-    return tokens, length, 2 * length.astype(np.int64)
+    return HeldOut(tokens, length, np.zeros_like(length), 2 * length.astype(np.int64))
 
 
 def validate(toy, device_mesh, rows, batch_size, **settings):
@@ -118,11 +120,11 @@ def test_validation_is_the_same_number_again_and_anywhere(toy, make_mesh):
 
 def test_validation_is_the_mean_of_its_bounds(toy, make_mesh):
     """Sums over all rows, once each, over all tokens; the samples of a row have noise of their own."""
-    tokens, length, size = rows = held_out(toy, 13)
+    tokens, length, prompt, size = rows = held_out(toy, 13)
     got = validate(toy, make_mesh(), rows, 8, samples=3, seed=9)
     with jax.set_mesh(make_mesh()):
         graphdef, params = split(toy.model)
-        placed = mesh.place_rows(tokens, length, np.arange(13, dtype=np.int32))
+        placed = mesh.place_rows(tokens, length, prompt, np.arange(13, dtype=np.int32))
         keys = [jax.random.fold_in(jax.random.key(9), sample) for sample in range(3)]
         bounds = [
             np.asarray(likelihood.bound(graphdef, params, *placed, key, chunk=64, mask_id=15), np.float64)
@@ -136,6 +138,5 @@ def test_validation_is_the_mean_of_its_bounds(toy, make_mesh):
 
 
 def test_rows_without_bytes_do_not_divide_by_zero(toy, make_mesh):
-    tokens, length, _ = held_out(toy, 3)
-    got = validate(toy, make_mesh(), (tokens, length, np.zeros(3, np.int64)), 8)
+    got = validate(toy, make_mesh(), held_out(toy, 3)._replace(bytes_N=np.zeros(3, np.int64)), 8)
     assert all(math.isfinite(value) for value in got.values())

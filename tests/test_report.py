@@ -9,6 +9,7 @@ import pytest
 
 from llada_jax import diffusion, mesh, report
 from llada_jax.config import Config, ModelConfig, SamplingConfig
+from llada_jax.data.rows import HeldOut
 from llada_jax.model import split
 
 
@@ -53,7 +54,7 @@ def test_first_batch_is_what_the_step_sees(make_mesh, sizes):
 def test_yardsticks_on_known_bytes():
     """8 letters equally often are 3 bits each; what lies beyond a row's length does not count; xz -9 as it is."""
     tokens = np.stack([np.arange(16) % 8, np.r_[np.arange(8), np.full(8, 9)]]).astype(np.int32)
-    rows = tokens, np.array([16, 8], np.int32), np.array([16, 8], np.int64)
+    rows = HeldOut(tokens, np.array([16, 8], np.int32), np.zeros(2, np.int32), np.array([16, 8], np.int64))
     marks = report.yardsticks(rows, Letters())
     assert marks["unigram_bits_per_byte"] == pytest.approx(3)
     text = b"abcdefgh" * 3
@@ -61,7 +62,7 @@ def test_yardsticks_on_known_bytes():
 
 
 def test_yardsticks_count_eos_in_bits_but_not_in_bytes():
-    rows = np.array([[0, 0, 0, 26]], np.int32), np.array([4], np.int32), np.array([3], np.int64)
+    rows = HeldOut(np.array([[0, 0, 0, 26]], np.int32), *(np.array([n]) for n in (4, 0, 3)))
     marks = report.yardsticks(rows, Letters())
     entropy = 4 * (0.75 * math.log2(4 / 3) + 0.25 * 2)
     assert marks["unigram_bits_per_byte"] == pytest.approx(entropy / 3)

@@ -1,20 +1,65 @@
 """The output folder: it appears under its name only when everything in it is complete."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from llada_jax.config import UserError
 from llada_jax.data.manifest import MANIFEST_FILE, Manifest
+from llada_jax.tokenizer import Tokenizer
 
 _LOCK_FILE = ".lock"
+SHARD_BYTES = 1 << 28  # of a shard before compression
+_MAX_SEQUENCE_LENGTH = 1 << 20
+
+
+def check_settings(
+    output: str | os.PathLike, sequence_length: int, fraction: float, workers: int, shard_rows: int
+) -> Path:
+    """The output folder, once all settings are known to make sense. UserError says which does not."""
+    if not 2 <= sequence_length <= _MAX_SEQUENCE_LENGTH:
+        raise UserError(f"sequence_length={sequence_length}: from 2 to {_MAX_SEQUENCE_LENGTH} is possible")
+    if not 0 <= fraction < 1:
+        raise UserError(f"validation_fraction={fraction}: from 0 to below 1 is possible")
+    if workers < 0 or shard_rows < 0:
+        raise UserError(f"workers={workers} and shard_rows={shard_rows} must not be negative")
+    if not os.fspath(output):
+        raise UserError("output: name the folder to write")
+    if "://" in os.fspath(output):
+        raise UserError(f"output {output}: prepare into a local folder, then copy it there")
+    target = Path(os.path.abspath(output))
+    refuse_existing(target)
+    return target
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def id_dtype(tokenizer: Tokenizer) -> str:
+    """The dtype of ids in the records."""
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+@contextlib.contextmanager
+def write_errors(output: str | os.PathLike) -> Iterator[None]:
+    """UserError for an OSError in it."""
+    try:
+        yield
+    except OSError as error:
+        reason = "no space left on the disk" if error.errno == errno.ENOSPC else " ".join(str(error).split())
+        raise UserError(f"output {output} cannot be written: {reason}") from error
 
 
 def refuse_existing(target: Path) -> None:
@@ -87,3 +132,38 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Progress:
+    """A bar on a terminal, elsewhere a line every half minute, both on stderr."""
+
+    def __init__(self, total: int, enabled: bool):
+        """`total`: bytes of the input."""
+        self._total = total
+        self._tokens = 0
+        self._start = self._last = time.monotonic()
+        self._lines = enabled and not sys.stderr.isatty()
+        self._bar = None
+        if enabled and not self._lines:
+            import tqdm
+
+            self._bar = tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="preparing", file=sys.stderr)
+
+    def update(self, position: int, tokens: int) -> None:
+        """Tells how many bytes of the input are read, and how many tokens were made since the last time."""
+        self._tokens += tokens
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(position - self._bar.n)
+            self._bar.set_postfix_str(f"{self._tokens / max(now - self._start, 1e-9):,.0f} tokens/s", refresh=False)
+        elif self._lines and now - self._last > 30:
+            self._last = now
+            done = 100 * position // max(self._total, 1)
+            print(f"preparing: {done} % of the input, {self._tokens:,} tokens", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

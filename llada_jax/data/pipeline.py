@@ -24,14 +24,15 @@ from etils import epath
 
 from llada_jax.config import UserError
 from llada_jax.data.manifest import Manifest, load_manifest
-from llada_jax.data.rows import Row, decode_row
+from llada_jax.data.pairs import Pair, decode_pair
+from llada_jax.data.rows import HeldOut, Row, decode_row
 
 _OPEN_THREADS = 16  # shards looked at in parallel when a run starts: with gs:// each takes a round trip
 _READER_OPTIONS = {"max_parallelism": "0"}  # the fastest for random access
 
 
-class TrainingData:
-    """The training rows of one or several prepared sets.
+class Data:
+    """The training rows of one or several prepared sets; what a batch of them is, a subclass says.
 
     Attributes:
       manifests: of the sets.
@@ -40,31 +41,9 @@ class TrainingData:
     """
 
     def __init__(
-        self,
-        paths: Sequence[str],
-        weights: Sequence[float] = (),
-        *,
-        seed: int,
-        batch_size: int,
-        sequence_length: int,
-        random_length_every: int,
-        vocab_size: int,
+        self, sets: Sequence["Rows"], sizes: Sequence[int], weights: Sequence[float], seed: int, batch_size: int
     ):
-        """Opens and checks everything.
-
-        Args:
-          paths: folders written by llada_jax.prepare.
-          weights: share of each set in the rows, in any scale; () = by number of rows, so that all sets end an
-            epoch together.
-          seed: any int >= 0; order of the rows and their random lengths.
-          batch_size: rows per step, over all hosts.
-          sequence_length: T, which must be that of the sets.
-          random_length_every: rows; exactly one in every so many gets a length uniform in 1..T; 0 = never.
-          vocab_size: of the model; no id may reach it.
-
-        Raises UserError for a set, weight or shard that cannot be used.
-        """
-        sets = _open_sets(paths, "train", sequence_length, vocab_size)
+        """`sizes`: what an epoch of each set takes, of which `_place` gives one; UserError for impossible weights."""
         if weights and len(weights) != len(sets):
             raise UserError(f"data.weights has {len(weights)} values for {len(sets)} sets in data.path")
         if any(not math.isfinite(w) or w < 0 for w in weights) or (weights and not any(weights)):
@@ -75,15 +54,19 @@ class TrainingData:
         self.manifests: tuple[Manifest, ...] = tuple(rows.manifest for rows in sets)
         self.hashes: tuple[str, ...] = tuple(manifest.sha256 for manifest in self.manifests)
         self.eos_id = self.manifests[0].eos_id
-        self._seed, self._batch_size, self._T = seed, batch_size, sequence_length
-        self._every = random_length_every
-        self._proportions = _integer_proportions(weights or [len(rows) for rows in sets])
+        self._sets, self._sizes = sets, sizes
+        self._seed, self._batch_size = seed, batch_size
+        self._proportions = _integer_proportions(weights or sizes)
         self._shuffled = [
             # Grain counts epochs by adding 1 to the seed: seeds far apart keep sets and runs independent.
-            grain.MapDataset.source(rows).shuffle(seed=_digest(seed, "shuffle", i) % 2**32).repeat()
-            for i, rows in enumerate(sets)
+            grain.MapDataset.range(size).shuffle(seed=digest(seed, "shuffle", i) % 2**32).repeat()
+            for i, size in enumerate(sizes)
         ]
-        self._random_length = functools.lru_cache(maxsize=64)(self._draw_random_length)
+
+    def _place(self, n: int) -> tuple[int, int, int]:
+        """Of row n of the run: which set, which of its `sizes`, and in which of that set's epochs."""
+        which, place = _select(n, self._proportions)
+        return which, int(self._shuffled[which][place]), place // self._sizes[which]
 
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """Rows of one step.
@@ -92,28 +75,9 @@ class TrainingData:
           step: from 0.
           rows: places in the global batch, each in 0..batch_size - 1.
 
-        Returns:
-          "tokens": int32 [len(rows), T]; "length": int32 [len(rows)], beyond which a row is EOS, neither
-          attended to nor counted.
-
         Raises UserError if a row is damaged or holds an id that the model does not have.
         """
-        tokens = np.empty((len(rows), self._T), np.int32)
-        lengths = np.empty(len(rows), np.int32)
-        for k, row in enumerate(rows):
-            n = int(step) * self._batch_size + int(row)
-            which, place = _select(n, self._proportions)
-            record: Row = self._shuffled[which][place]
-            length = record.length
-            if self._every:
-                block, offset = divmod(n, self._every)
-                short_offset, short_length = self._random_length(block)
-                if offset == short_offset:
-                    length = min(length, short_length)
-            tokens[k] = record.tokens
-            tokens[k, length:] = self.eos_id
-            lengths[k] = length
-        return {"tokens": tokens, "length": lengths}
+        raise NotImplementedError
 
     def iterate(
         self, start_step: int, rows: Sequence[int], *, prefetch: int = 4, threads: int = 1
@@ -146,31 +110,92 @@ class TrainingData:
         finally:
             executor.shutdown(wait=True, cancel_futures=True)
 
+
+class TrainingData(Data):
+    """Packed text."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        weights: Sequence[float] = (),
+        *,
+        seed: int,
+        batch_size: int,
+        sequence_length: int,
+        random_length_every: int,
+        vocab_size: int,
+    ):
+        """Opens and checks everything.
+
+        Args:
+          paths: folders written by llada_jax.prepare.
+          weights: share of each set in the rows, in any scale; () = by number of rows, so that all sets end an
+            epoch together.
+          seed: any int >= 0; order of the rows and their random lengths.
+          batch_size: rows per step, over all hosts.
+          sequence_length: T, which must be that of the sets.
+          random_length_every: rows; exactly one in every so many gets a length uniform in 1..T; 0 = never.
+          vocab_size: of the model; no id may reach it.
+
+        Raises UserError for a set, weight or shard that cannot be used.
+        """
+        sets = open_sets(paths, "train", sequence_length, vocab_size, chat=False)
+        super().__init__(sets, [len(rows) for rows in sets], weights, seed, batch_size)
+        self._T, self._every = sequence_length, random_length_every
+        self._random_length = functools.lru_cache(maxsize=64)(self._draw_random_length)
+
+    def batch(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """As `Data.batch`.
+
+        Returns:
+          "tokens": int32 [len(rows), T]; "length": int32 [len(rows)], beyond which a row is EOS, neither
+          attended to nor counted.
+        """
+        tokens = np.empty((len(rows), self._T), np.int32)
+        lengths = np.empty(len(rows), np.int32)
+        for k, row in enumerate(rows):
+            n = int(step) * self._batch_size + int(row)
+            which, index, _ = self._place(n)
+            record: Row = self._sets[which][index]
+            length = record.length
+            if self._every:
+                block, offset = divmod(n, self._every)
+                short_offset, short_length = self._random_length(block)
+                if offset == short_offset:
+                    length = min(length, short_length)
+            tokens[k] = record.tokens
+            tokens[k, length:] = self.eos_id
+            lengths[k] = length
+        return {"tokens": tokens, "length": lengths}
+
     def _draw_random_length(self, block: int) -> tuple[int, int]:
         """Which row of a block is cut short, and to which length."""
         # Philox is counter-based; its raw output, unlike the distributions of numpy, never changes.
-        key = np.array([_digest(self._seed, "length", 0), block], np.uint64)
+        key = np.array([digest(self._seed, "length", 0), block], np.uint64)
         offset, length = np.random.Philox(key=key).random_raw(2)
         return int(offset) % self._every, int(length) % self._T + 1
 
 
-def validation_rows(
-    paths: Sequence[str], rows: int, sequence_length: int, vocab_size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The first held-out rows, taken from the sets in turn: always the same ones.
+def validation_rows(paths: Sequence[str], rows: int, sequence_length: int, vocab_size: int) -> HeldOut:
+    """The first held-out rows of text, taken from the sets in turn: always the same ones.
 
-    Returns tokens int32 [N, T], length int32 [N] and bytes of text int64 [N]; N is less than `rows` if the sets hold
-    out less. Raises UserError as `TrainingData` does.
+    There are fewer than `rows` if the sets hold out less. Raises UserError as `TrainingData` does.
     """
-    sets = _open_sets(paths, "validation", sequence_length, vocab_size)
-    in_turn = sorted((row, which) for which, s in enumerate(sets) for row in range(min(rows, len(s))))[:rows]
-    chosen = [sets[which][row] for row, which in in_turn]
+    sets = open_sets(paths, "validation", sequence_length, vocab_size, chat=False)
+    chosen: list[Row] = [sets[which][i] for which, i in in_turn([*map(len, sets)], rows)]
     tokens = np.array([row.tokens for row in chosen], np.int32).reshape(len(chosen), sequence_length)
-    return tokens, np.array([row.length for row in chosen], np.int32), np.array([r.bytes for r in chosen], np.int64)
+    length = np.array([row.length for row in chosen], np.int32)
+    return HeldOut(tokens, length, np.zeros_like(length), np.array([row.bytes for row in chosen], np.int64))
 
 
-class _Rows:
-    """Random access to the checked rows of one split of one set: what Grain calls a data source."""
+def in_turn(sizes: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """(which, place in it) of the first `count` items of sequences of these sizes, one of each in turn."""
+    order = sorted((i, which) for which, size in enumerate(sizes) for i in range(min(count, size)))[:count]
+    return [(which, i) for i, which in order]
+
+
+class Rows:
+    """Random access to the checked rows of one split of one set."""
 
     def __init__(self, path: str, manifest: Manifest, split: str, vocab_size: int):
         self.path, self.manifest = path, manifest
@@ -189,9 +214,10 @@ class _Rows:
     def __len__(self) -> int:
         return self._len
 
-    def __getitem__(self, index: int) -> Row:
+    def __getitem__(self, index: int) -> Row | Pair:
+        decode = decode_pair if self.manifest.chat else decode_row
         try:
-            row = decode_row(self._records[index], self.manifest.dtype, self.manifest.sequence_length)
+            row = decode(self._records[index], self.manifest.dtype, self.manifest.sequence_length)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{self._place(index)} is damaged: {' '.join(str(error).split())}") from error
         highest = int(row.tokens.max())
@@ -210,12 +236,21 @@ class _Rows:
         raise IndexError(index)
 
 
-def _open_sets(paths: Sequence[str], split: str, sequence_length: int, vocab_size: int) -> list[_Rows]:
-    """Opens one split of every set; all manifests are looked at before any shard."""
+def open_sets(paths: Sequence[str], split: str, sequence_length: int, vocab_size: int, chat: bool) -> list[Rows]:
+    """Opens one split of every set, which must hold conversations or, if not `chat`, text.
+
+    All manifests are looked at before any shard. Raises UserError for a set that cannot be used.
+    """
     if not paths:
         raise UserError("data.path: no prepared set is named")
     manifests = [load_manifest(path) for path in paths]
     for path, manifest in zip(paths, manifests, strict=True):
+        if chat != (manifest.chat is not None):
+            held, wanted = ("conversations", "text") if manifest.chat else ("text", "conversations")
+            raise UserError(
+                f"{path} holds {held}, and config.diffusion.objective trains on {wanted}: "
+                "choose another objective, or prepare the set with" + ("out" if manifest.chat else "") + " --chat"
+            )
         if manifest.sequence_length != sequence_length:
             raise UserError(
                 f"{path} is prepared for a sequence length of {manifest.sequence_length}, and sequence_length is "
@@ -228,7 +263,9 @@ def _open_sets(paths: Sequence[str], split: str, sequence_length: int, vocab_siz
                 f"{path} has a tokenizer of {manifest.tokenizer_size} ids, and the model's vocabulary is {vocab_size}: "
                 f"model.vocab_size={manifest.vocab_size} would do"
             )
-    return [_Rows(path, manifest, split, vocab_size) for path, manifest in zip(paths, manifests, strict=True)]
+        if chat and manifest.chat.template_sha256 != manifests[0].chat.template_sha256:
+            raise UserError(f"{path} and {paths[0]} have different chat templates: prepare them with the same one")
+    return [Rows(path, manifest, split, vocab_size) for path, manifest in zip(paths, manifests, strict=True)]
 
 
 def _check_shard(file: str, shard: Any) -> None:
@@ -251,7 +288,7 @@ def _check_shard(file: str, shard: Any) -> None:
         raise UserError(f"{file} is damaged: copy it again, or prepare the set again")
 
 
-def _digest(seed: int, purpose: str, index: int) -> int:
+def digest(seed: int, purpose: str, index: int) -> int:
     """64 bits out of any seed, another for each purpose and index."""
     text = f"{seed} {purpose} {index}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -17,10 +17,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from llada_jax.config import UserError
 from llada_jax.data.text import cut
 from llada_jax.tokenizer import Tokenizer, load_tokenizer
 
@@ -36,12 +37,25 @@ class Tokens(NamedTuple):
     lengths: list[int]  # tokens of each text
 
 
+class Work(Protocol):
+    """A named tuple that is tokenised by one process: its result and itself can be pickled."""
+
+    tag: Any  # the caller's, kept in its process
+
+    def tokenize(self, tokenizer: Tokenizer, token_bytes: np.ndarray) -> Any:
+        """The result. A UserError is raised where the results are read."""
+
+
 class Batch(NamedTuple):
     """Texts that are tokenised together."""
 
     texts: Sequence[str]
     continues: Sequence[bool]  # whether each goes on from the text before it
-    tag: Any = None  # the caller's, kept in its process
+    tag: Any = None
+
+    def tokenize(self, tokenizer: Tokenizer, token_bytes: np.ndarray) -> Tokens:
+        """`tokenize` of this module."""
+        return tokenize(tokenizer, token_bytes, self)
 
 
 def tokenize(tokenizer: Tokenizer, token_bytes: np.ndarray, batch: Batch) -> Tokens:
@@ -90,13 +104,13 @@ class Pool:
             self._idle.put(process)
         self._threads = ThreadPoolExecutor(workers)  # one waits for each process
 
-    def map(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tokens]]:
-        """Yields each batch with its tokens, in order; raises RuntimeError if a worker fails."""
+    def map(self, batches: Iterable[Work]) -> Iterator[tuple[Work, Any]]:
+        """Yields each batch with its result, in order; raises RuntimeError if a worker fails."""
         if self._workers == 1:
             for batch in batches:
-                yield batch, tokenize(self._tokenizer, self._token_bytes, batch)
+                yield batch, batch.tokenize(self._tokenizer, self._token_bytes)
             return
-        running: deque[tuple[Batch, Future[Tokens]]] = deque()
+        running: deque[tuple[Work, Future[Any]]] = deque()
         for batch in batches:
             running.append((batch, self._threads.submit(self._call, batch)))
             if len(running) >= _AHEAD * self._workers:
@@ -106,7 +120,7 @@ class Pool:
             first, future = running.popleft()
             yield first, future.result()
 
-    def _call(self, batch: Batch) -> Tokens:
+    def _call(self, batch: Work) -> Any:
         process = self._idle.get()
         try:
             pickle.dump(batch._replace(tag=None), process.stdin, pickle.HIGHEST_PROTOCOL)
@@ -117,6 +131,8 @@ class Pool:
             raise RuntimeError(f"a tokenisation process died (exit code {code}; -9: out of memory?)") from error
         finally:
             self._idle.put(process)
+        if isinstance(result, UserError):
+            raise result
         if isinstance(result, str):
             raise RuntimeError(f"a tokenisation process failed:\n{result}")
         return result
@@ -154,7 +170,9 @@ def _serve(tokenizer_path: str) -> None:
         except EOFError:
             return
         try:
-            result: Any = tokenize(tokenizer, token_bytes, batch)
+            result: Any = batch.tokenize(tokenizer, token_bytes)
+        except UserError as error:
+            result = error
         except Exception:
             result = traceback.format_exc()
         try:

@@ -6,34 +6,36 @@ text that was contiguous in its source: a document, or, where a long .txt file i
 This stream of tokens is cut into rows of `sequence_length` without regard to documents; only the last row
 of a split is padded.
 
-Held-out text. A document (or piece) belongs to validation if the hash of its text is below a fraction of
-the range of the hash, so the same text is always on the same side. If that holds for none, the one with
-the smallest hash is held out.
+Held-out text. A document (or piece) belongs to validation by the hash of its text, see data/held_out.py: the same
+text is always on the same side.
 """
 
-import errno
-import hashlib
 import os
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from llada_jax.config import UserError
-from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest, Source, Split
-from llada_jax.data.output import publish, refuse_existing, temporary_folder
+from llada_jax.data.held_out import HASH_RULE, held_out_below, text_hash
+from llada_jax.data.manifest import SPLITS, TOKENIZER_FOLDER, Manifest, Source, tokenizer_fields
+from llada_jax.data.output import (
+    SHARD_BYTES,
+    Progress,
+    check_settings,
+    cores,
+    id_dtype,
+    publish,
+    temporary_folder,
+    write_errors,
+)
 from llada_jax.data.pool import Batch, Pool
 from llada_jax.data.rows import SplitWriter
 from llada_jax.data.text import Corpus, Piece
 from llada_jax.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-_HASH_BITS = 64
-_HASH_RULE = "blake2b, 8 bytes, little-endian, of the text in UTF-8"
 _BATCH_CHARACTERS = 1 << 18  # of text that a worker tokenises at a time
-_SHARD_BYTES = 1 << 28  # of a shard before compression
-_MAX_SEQUENCE_LENGTH = 1 << 20
 
 
 def prepare(
@@ -68,93 +70,43 @@ def prepare(
 
     Raises UserError for anything wrong with the input, the tokenizer, the settings or the output folder.
     """
-    target = _check(output, tokenizer, train_tokenizer, sequence_length, validation_fraction, workers, shard_rows)
+    if (tokenizer is None) == (train_tokenizer is None):
+        raise UserError("give either tokenizer (a file or folder) or train_tokenizer (a vocabulary size)")
+    target = check_settings(output, sequence_length, validation_fraction, workers, shard_rows)
     corpus = Corpus(inputs, text_key)
     loaded = load_tokenizer(tokenizer) if tokenizer is not None else None
-    below = _held_out_below(corpus, validation_fraction)
-    try:
-        with temporary_folder(target) as folder:
-            if loaded is None:
-                loaded = _train(corpus, below, train_tokenizer, folder / TOKENIZER_FOLDER, progress)
-            else:
-                loaded.save(folder / TOKENIZER_FOLDER)
-            dtype = "uint16" if loaded.vocab_size <= 1 << 16 else "uint32"
-            shard_rows = shard_rows or max(1, _SHARD_BYTES // (8 + sequence_length * np.dtype(dtype).itemsize))
-            writers = [
-                SplitWriter(folder, name, sequence_length, dtype, loaded.eos_id, shard_rows)
-                for name in ("train", "validation")
-            ]
-            sources = _write_rows(corpus, below, folder, writers, workers or _cores(), progress)
-            train, validation = (writer.finish() for writer in writers)
-            if not train.rows:
-                raise UserError("all of the text is held out for validation: give more text or a smaller fraction")
-            manifest = _manifest(loaded, sequence_length, dtype, validation_fraction, below, train, validation, sources)
-            publish(folder, target, manifest)
-    except OSError as error:
-        reason = "no space left on the disk" if error.errno == errno.ENOSPC else " ".join(str(error).split())
-        raise UserError(f"output {output} cannot be written: {reason}") from error
-    return manifest
-
-
-def _check(
-    output: str | os.PathLike,
-    tokenizer: str | None,
-    train_size: int | None,
-    sequence_length: int,
-    fraction: float,
-    workers: int,
-    shard_rows: int,
-) -> Path:
-    """The output folder, once all settings are known to make sense."""
-    if (tokenizer is None) == (train_size is None):
-        raise UserError("give either tokenizer (a file or folder) or train_tokenizer (a vocabulary size)")
-    if not 2 <= sequence_length <= _MAX_SEQUENCE_LENGTH:
-        raise UserError(f"sequence_length={sequence_length}: from 2 to {_MAX_SEQUENCE_LENGTH} is possible")
-    if not 0 <= fraction < 1:
-        raise UserError(f"validation_fraction={fraction}: from 0 to below 1 is possible")
-    if workers < 0 or shard_rows < 0:
-        raise UserError(f"workers={workers} and shard_rows={shard_rows} must not be negative")
-    if not os.fspath(output):
-        raise UserError("output: name the folder to write")
-    if "://" in os.fspath(output):
-        raise UserError(f"output {output}: prepare into a local folder, then copy it there")
-    target = Path(os.path.abspath(output))
-    refuse_existing(target)
-    return target
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=_HASH_BITS // 8).digest(), "little")
-
-
-def _held_out_below(corpus: Corpus, fraction: float) -> int:
-    """The bound below which a text's hash holds it out. Reads only until the first such text, if there is one."""
-    below = int(fraction * 2**_HASH_BITS)
-    smallest = largest = None
-    for piece in corpus:
-        key = _hash(piece.text)
-        if not below or key < below:
-            return below
-        smallest = key if smallest is None else min(key, smallest)
-        largest = key if largest is None else max(key, largest)
-    if smallest is None:
-        raise UserError(f"there is no text in the input: {', '.join(corpus.inputs)}")
-    if smallest == largest:
-        raise UserError(
-            f"validation_fraction={fraction} needs at least two documents and the input is one: "
-            "give more, or validation_fraction=0"
+    below = held_out_below((piece.text for piece in corpus), validation_fraction, corpus.inputs)
+    with write_errors(output), temporary_folder(target) as folder:
+        if loaded is None:
+            loaded = _train(corpus, below, train_tokenizer, folder / TOKENIZER_FOLDER, progress)
+        else:
+            loaded.save(folder / TOKENIZER_FOLDER)
+        dtype = id_dtype(loaded)
+        shard_rows = shard_rows or max(1, SHARD_BYTES // (8 + sequence_length * np.dtype(dtype).itemsize))
+        writers = [SplitWriter(folder, name, sequence_length, dtype, loaded.eos_id, shard_rows) for name in SPLITS]
+        sources = _write_rows(corpus, below, folder, writers, workers or cores(), progress)
+        train, validation = (writer.finish() for writer in writers)
+        if not train.rows:
+            raise UserError("all of the text is held out for validation: give more text or a smaller fraction")
+        manifest = Manifest(
+            **tokenizer_fields(loaded),
+            sequence_length=sequence_length,
+            dtype=dtype,
+            validation_fraction=validation_fraction,
+            validation_hash=HASH_RULE,
+            validation_below=below,
+            train=train,
+            validation=validation,
+            sources=sources,
         )
-    return smallest + 1
+        publish(folder, target, manifest)
+    return manifest
 
 
 def _train(corpus: Corpus, below: int, size: int, folder: Path, progress: bool) -> Tokenizer:
     if progress:
         print(f"training a tokenizer of {size} tokens", file=sys.stderr)
-    return train_tokenizer((piece.text for piece in corpus if _hash(piece.text) >= below), size, folder)
+    return train_tokenizer((piece.text for piece in corpus if text_hash(piece.text) >= below), size, folder)
 
 
 def _write_rows(
@@ -162,7 +114,7 @@ def _write_rows(
 ) -> tuple[Source, ...]:
     """Tokenises the corpus into the writers (train, validation); returns the counts per input."""
     totals = np.zeros((len(corpus.inputs), 3), np.int64)  # documents, tokens, bytes
-    report = _Progress(corpus.total_bytes, progress)
+    report = Progress(corpus.total_bytes, progress)
     with Pool(folder / TOKENIZER_FOLDER, workers) as pool, report:
         for batch, tokens in pool.map(_batches(corpus, below)):
             start = 0
@@ -199,7 +151,7 @@ def _stretches(corpus: Corpus, below: int) -> Iterator[tuple[Piece, int, bool, b
     """Each piece, its split (0 train, 1 validation), whether it continues the piece before, whether EOS follows."""
     waiting: tuple[Piece, int, bool] | None = None
     for piece in corpus:
-        split = int(_hash(piece.text) < below)
+        split = int(text_hash(piece.text) < below)
         continued = False
         if waiting is not None:
             before, before_split, before_continued = waiting
@@ -208,68 +160,3 @@ def _stretches(corpus: Corpus, below: int) -> Iterator[tuple[Piece, int, bool, b
         waiting = piece, split, continued
     if waiting is not None:
         yield *waiting, True
-
-
-def _manifest(
-    tokenizer: Tokenizer,
-    sequence_length: int,
-    dtype: str,
-    fraction: float,
-    below: int,
-    train: Split,
-    validation: Split,
-    sources: tuple[Source, ...],
-) -> Manifest:
-    return Manifest(
-        tokenizer_kind=tokenizer.kind,
-        tokenizer_sha256=tokenizer.sha256,
-        tokenizer_size=tokenizer.size,
-        vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        mask_id=tokenizer.mask_id,
-        start_header_id=tokenizer.start_header_id,
-        end_header_id=tokenizer.end_header_id,
-        eot_id=tokenizer.eot_id,
-        sequence_length=sequence_length,
-        dtype=dtype,
-        validation_fraction=fraction,
-        validation_hash=_HASH_RULE,
-        validation_below=below,
-        train=train,
-        validation=validation,
-        sources=sources,
-    )
-
-
-class _Progress:
-    """A bar on a terminal, elsewhere a line every half minute, both on stderr."""
-
-    def __init__(self, total: int, enabled: bool):
-        self._total = total
-        self._tokens = 0
-        self._start = self._last = time.monotonic()
-        self._lines = enabled and not sys.stderr.isatty()
-        self._bar = None
-        if enabled and not self._lines:
-            import tqdm
-
-            self._bar = tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="preparing", file=sys.stderr)
-
-    def update(self, position: int, tokens: int) -> None:
-        self._tokens += tokens
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(position - self._bar.n)
-            self._bar.set_postfix_str(f"{self._tokens / max(now - self._start, 1e-9):,.0f} tokens/s", refresh=False)
-        elif self._lines and now - self._last > 30:
-            self._last = now
-            done = 100 * position // max(self._total, 1)
-            print(f"preparing: {done} % of the input, {self._tokens:,} tokens", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

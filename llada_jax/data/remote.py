@@ -24,7 +24,7 @@ from pathlib import Path
 from etils import epath
 
 from llada_jax.config import UserError
-from llada_jax.data.manifest import MANIFEST_FILE, SPLITS, TOKENIZER_FOLDER, Manifest, Shard, load_manifest
+from llada_jax.data.manifest import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, Shard, load_manifest
 
 _COPIES_AT_ONCE = 8
 _CHUNK = 1 << 24  # bytes
@@ -51,7 +51,7 @@ def local_copy(path: str, cache: str, report: Callable[[str], None] = print) -> 
     manifest = _remote_manifest(path)
     root = Path(cache or "~/.cache/llada_jax").expanduser()
     target = root / manifest.sha256[:24]
-    shards = [shard for split in SPLITS for shard in manifest.split(split).shards]
+    shards = manifest.files()
     try:
         target.mkdir(parents=True, exist_ok=True)
         with (root / f"{target.name}.lock").open("w") as lock:
@@ -60,7 +60,7 @@ def local_copy(path: str, cache: str, report: Callable[[str], None] = print) -> 
                 return str(target)
             missing = _missing(shards, target)
             size = sum(shard.size for shard in missing)
-            report(f"copying {len(missing)} shards ({size / 2**30:.2f} GiB) of {path} to {target}")
+            report(f"copying {len(missing)} files ({size / 2**30:.2f} GiB) of {path} to {target}")
             with ThreadPoolExecutor(_COPIES_AT_ONCE) as executor:
                 for _ in executor.map(lambda shard: _copy(epath.Path(path) / shard.name, target, shard), missing):
                     pass

@@ -40,19 +40,81 @@ def decode_row(record: bytes, dtype: str, sequence_length: int) -> Row:
     return Row(tokens, int(length), int(bytes_))
 
 
+class HeldOut(NamedTuple):
+    """Held-out rows, all of one width: text, or answers with their prompts."""
+
+    tokens_NT: np.ndarray  # int32
+    length_N: np.ndarray  # int32, true lengths, prompts included
+    prompt_N: np.ndarray  # int32, tokens of the prompt at the start of each row; 0 of text
+    bytes_N: np.ndarray  # int64, of text, or of the answers
+
+
+class ShardWriter:
+    """Writes the records of one split as shards."""
+
+    def __init__(self, directory: Path, name: str, shard_rows: int):
+        """`shard_rows`: rows per shard, at most."""
+        self._directory, self._name, self._shard_rows = directory, name, shard_rows
+        self._writer: ArrayRecordWriter | None = None
+        self._shards: list[Shard] = []
+        self._written = 0  # rows in the open shard
+        self.rows = 0
+
+    def write(self, record: bytes) -> None:
+        """Appends a record; raises OSError if it cannot be written."""
+        try:
+            if self._writer is None:
+                self._writer = ArrayRecordWriter(str(self._path()), _WRITER_OPTIONS)
+            self._writer.write(record)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+        self.rows += 1
+        self._written += 1
+        if self._written == self._shard_rows:
+            self._close_shard()
+
+    def finish(self) -> tuple[Shard, ...]:
+        """Closes the last shard."""
+        self._close_shard()
+        return tuple(self._shards)
+
+    def _path(self) -> Path:
+        return self._directory / f"{self._name}-{len(self._shards):05d}.arrayrecord"
+
+    def _close_shard(self) -> None:
+        if self._writer is None:
+            return
+        path = self._path()
+        try:
+            self._writer.close()
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+        reader = ArrayRecordReader(str(path))
+        if not reader.ok() or reader.num_records() != self._written:
+            raise OSError(f"{path.name} was not written completely (disk full?)")
+        reader.close()
+        self._shards.append(finished_file(path, self._written))
+        self._writer, self._written = None, 0
+
+
+def finished_file(path: Path, rows: int) -> Shard:
+    """What the manifest says of a file, once all of it is on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Shard(path.name, rows, path.stat().st_size, digest)
+
+
 class SplitWriter:
     """Packs the token stream of one split into rows and writes them as shards."""
 
     def __init__(self, directory: Path, name: str, sequence_length: int, dtype: str, eos_id: int, shard_rows: int):
         """`shard_rows`: rows per shard, at most."""
-        self._directory, self._name, self._shard_rows = directory, name, shard_rows
+        self._writer = ShardWriter(directory, name, shard_rows)
         self._eos = np.array([eos_id], np.uint32)
         self._ids = np.full(sequence_length, eos_id, np.dtype(dtype).newbyteorder("<"))
         self._fill = self._row_bytes = 0  # of the row under construction
-        self._writer: ArrayRecordWriter | None = None
-        self._shards: list[Shard] = []
-        self._written = 0  # rows in the open shard
-        self._rows = self._tokens = self._bytes = self._documents = 0
+        self._tokens = self._bytes = self._documents = 0
 
     def add(self, ids: np.ndarray, counts: np.ndarray) -> None:
         """Appends tokens, each standing for `counts` bytes of text; raises OSError if they cannot be written."""
@@ -78,40 +140,9 @@ class SplitWriter:
         if self._fill:
             self._ids[self._fill :] = self._eos[0]
             self._write_row()
-        self._close_shard()
-        return Split(self._rows, self._tokens, self._bytes, self._documents, tuple(self._shards))
+        shards = self._writer.finish()
+        return Split(self._writer.rows, self._tokens, self._bytes, self._documents, shards)
 
     def _write_row(self) -> None:
-        record = encode_row(self._ids, self._fill, self._row_bytes)
-        try:
-            if self._writer is None:
-                self._writer = ArrayRecordWriter(str(self._path()), _WRITER_OPTIONS)
-            self._writer.write(record)
-        except RuntimeError as error:
-            raise OSError(str(error)) from error
+        self._writer.write(encode_row(self._ids, self._fill, self._row_bytes))
         self._fill = self._row_bytes = 0
-        self._rows += 1
-        self._written += 1
-        if self._written == self._shard_rows:
-            self._close_shard()
-
-    def _path(self) -> Path:
-        return self._directory / f"{self._name}-{len(self._shards):05d}.arrayrecord"
-
-    def _close_shard(self) -> None:
-        if self._writer is None:
-            return
-        path = self._path()
-        try:
-            self._writer.close()
-        except RuntimeError as error:
-            raise OSError(str(error)) from error
-        reader = ArrayRecordReader(str(path))
-        if not reader.ok() or reader.num_records() != self._written:
-            raise OSError(f"{path.name} was not written completely (disk full?)")
-        reader.close()
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self._shards.append(Shard(path.name, self._written, path.stat().st_size, digest))
-        self._writer, self._written = None, 0

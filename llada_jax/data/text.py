@@ -5,6 +5,7 @@ more than 65,536 characters comes in pieces of at most 16,384 characters, cut at
 line at a space, in a longer word anywhere); the pieces of a file together are exactly its text.
 """
 
+import contextlib
 import glob
 import gzip
 import io
@@ -14,7 +15,7 @@ import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from llada_jax.config import UserError
 from llada_jax.data import stdlib
@@ -48,23 +49,11 @@ class Corpus:
 
     def __init__(self, inputs: Sequence[str], text_key: str = "text"):
         """Raises UserError for an input that names no file, an unknown kind of file, or a file named twice."""
-        if not inputs:
-            raise UserError("no input: give at least one file, glob or the word stdlib")
         self.inputs = tuple(inputs)
         self._text_key = text_key
-        self._files: list[tuple[int, Path]] = []
-        self.total_bytes = 0
+        self._files = input_files(self.inputs)
+        self.total_bytes = sum(file.stat().st_size for _, file in self._files)
         self.position = 0
-        seen: dict[str, str] = {}
-        for source, name in enumerate(self.inputs):
-            files = stdlib.source_files() if name == STDLIB else _expand(name)
-            for file in files:
-                path = os.path.realpath(file)
-                if path in seen:
-                    raise UserError(f"input {name}: {file} is already given by {seen[path]}; name every file once")
-                seen[path] = name
-                self.total_bytes += file.stat().st_size
-                self._files.append((source, file))
 
     def file_count(self, source: int) -> int:
         """Number of files that input `source` stands for."""
@@ -72,34 +61,62 @@ class Corpus:
 
     def __iter__(self) -> Iterator[Piece]:
         """Yields the pieces; raises UserError, naming file and line, for whatever cannot be read."""
+        for source, (text, last) in self._walk():
+            if text:
+                yield Piece(text, source, last)
+
+    def _walk(self) -> Iterator[tuple[int, Any]]:
+        """(index of the input, what `_read` yields) of all files."""
         finished = 0
         for source, file in self._files:
-            for text, last, position in self._read(source, file):
+            for item, position in self._read(source, file):
                 self.position = finished + position
-                if text:
-                    yield Piece(text, source, last)
+                yield source, item
             finished += file.stat().st_size
         self.position = finished
 
-    def _read(self, source: int, file: Path) -> Iterator[tuple[str, bool, int]]:
-        """Yields text, whether its document ends, and bytes of the file read so far."""
+    def _read(self, source: int, file: Path) -> Iterator[tuple[Any, int]]:
+        """Yields (text, whether its document ends), and bytes of the file read so far."""
         if self.inputs[source] == STDLIB:
-            yield stdlib.read_source(file), True, 0
+            yield (stdlib.read_source(file), True), 0
             return
-        kind, compression = _kind(file)
-        try:
-            with file.open("rb") as raw:
-                if kind == ".parquet":
-                    pieces = _read_parquet(file, raw, self._text_key)
-                else:
-                    stream = _COMPRESSIONS[compression](raw) if compression else raw
-                    pieces = _read_txt(file, stream) if kind == ".txt" else _read_jsonl(file, stream, self._text_key)
-                for text, last in pieces:
-                    yield text, last, raw.tell()
-        except _DAMAGED as error:
-            raise UserError(f"{file} is damaged or cut short: {error}") from error
-        except OSError as error:
-            raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
+        kind, _ = _kind(file)
+        with opened(file) as (raw, stream):
+            if kind == ".parquet":
+                pieces = _read_parquet(file, raw, self._text_key)
+            else:
+                pieces = _read_txt(file, stream) if kind == ".txt" else _read_jsonl(file, stream, self._text_key)
+            for piece in pieces:
+                yield piece, raw.tell()
+
+
+def input_files(inputs: Sequence[str]) -> list[tuple[int, Path]]:
+    """(index of the input, file) of all files that inputs name. UserError as `Corpus`."""
+    if not inputs:
+        raise UserError("no input: give at least one file, glob or the word stdlib")
+    found: list[tuple[int, Path]] = []
+    seen: dict[str, str] = {}
+    for source, name in enumerate(inputs):
+        for file in stdlib.source_files() if name == STDLIB else _expand(name):
+            path = os.path.realpath(file)
+            if path in seen:
+                raise UserError(f"input {name}: {file} is already given by {seen[path]}; name every file once")
+            seen[path] = name
+            found.append((source, file))
+    return found
+
+
+@contextlib.contextmanager
+def opened(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The file as stored, and decompressed; UserError for what goes wrong while they are read."""
+    compression = _kind(file)[1]
+    try:
+        with file.open("rb") as raw:
+            yield raw, _COMPRESSIONS[compression](raw) if compression else raw
+    except _DAMAGED as error:
+        raise UserError(f"{file} is damaged or cut short: {error}") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def _expand(name: str) -> list[Path]:
@@ -157,19 +174,26 @@ def cut(text: str) -> Iterator[str]:
 
 
 def _read_jsonl(file: Path, stream: BinaryIO, key: str) -> Iterator[tuple[str, bool]]:
+    for where, record in json_lines(file, stream):
+        if not isinstance(record, dict) or not isinstance(record.get(key), str):
+            raise UserError(f'{where}: no text under the key "{key}" (text_key names another)')
+        yield valid(record[key], where), True
+
+
+def json_lines(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """File and line, and the value of each line that is not empty; UserError for one that is not JSON."""
     for number, line in enumerate(stream, start=1):
+        where = f"{file}, line {number}"
         try:
             content = line.decode("utf-8-sig" if number == 1 else "utf-8")
             if not content.strip():
                 continue
             record = json.loads(content)
         except UnicodeDecodeError as error:
-            raise UserError(f"{file}, line {number}: not UTF-8 text: {error.reason}") from error
+            raise UserError(f"{where}: not UTF-8 text: {error.reason}") from error
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}, line {number}: not JSON: {error}") from error
-        if not isinstance(record, dict) or not isinstance(record.get(key), str):
-            raise UserError(f'{file}, line {number}: no text under the key "{key}" (text_key names another)')
-        yield _valid(record[key], f"{file}, line {number}"), True
+            raise UserError(f"{where}: not JSON: {error}") from error
+        yield where, record
 
 
 def _read_parquet(file: Path, raw: BinaryIO, column: str) -> Iterator[tuple[str, bool]]:
@@ -195,8 +219,8 @@ def _read_parquet(file: Path, raw: BinaryIO, column: str) -> Iterator[tuple[str,
         raise UserError(f"{file} is not a parquet file that can be read: {' '.join(str(error).split())}") from error
 
 
-def _valid(text: str, where: str) -> str:
-    """JSON can spell half of a surrogate pair, which is no character."""
+def valid(text: str, where: str) -> str:
+    """The text; UserError if it has no UTF-8 form. JSON can spell half of a surrogate pair, which is no character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -227,8 +227,8 @@ def test_interpreter_ends_with_an_open_iterator(sets):
 def test_validation_rows_are_fixed_and_from_all_sets(sets):
     held_out = [all_rows(path, "validation") for path in sets]
     total = sum(map(len, held_out))
-    tokens, length, bytes_ = validation_rows(sets, 10**6, T, VOCAB)
-    assert tokens.shape == (total, T)
+    tokens, length, prompt, bytes_ = validation_rows(sets, 10**6, T, VOCAB)
+    assert tokens.shape == (total, T) and not prompt.any()
     assert (tokens.dtype, length.dtype, bytes_.dtype) == (np.int32, np.int32, np.int64)
     assert as_counter(tokens) == as_counter(np.concatenate(held_out))
     assert [tokens[i].tolist() for i in range(3)] == [rows[0].tolist() for rows in held_out]
@@ -236,7 +236,7 @@ def test_validation_rows_are_fixed_and_from_all_sets(sets):
     assert length.sum() == sum(m.validation.tokens for m in manifests)
     assert bytes_.sum() == sum(m.validation.bytes for m in manifests)
     fewer = validation_rows(sets, 5, T, VOCAB)
-    for some, every in zip(fewer, (tokens, length, bytes_), strict=True):
+    for some, every in zip(fewer, (tokens, length, prompt, bytes_), strict=True):
         assert (some == every[:5]).all()
     assert validation_rows(sets, 0, T, VOCAB)[0].shape == (0, T)
 

@@ -66,7 +66,7 @@ def test_a_set_is_copied_whole_and_once(bucket, prepared, tmp_path):
     folder = local_copy("gs://bucket/set", str(tmp_path), lines.append)
     assert Path(folder).parent == tmp_path and files(Path(folder)) == files(prepared)
     shards = len(list(prepared.glob("*.arrayrecord")))
-    assert shards > 3 and len(lines) == 1 and f"copying {shards} shards" in lines[0]
+    assert shards > 3 and len(lines) == 1 and f"copying {shards} files" in lines[0]
     Bucket.opened.clear()
     assert local_copy("gs://bucket/set", str(tmp_path), lines.append) == folder
     assert Bucket.opened == ["manifest.json"] and len(lines) == 1
