@@ -148,7 +148,7 @@ class Writer:
         if not self._on:
             return
         path = workdir / "metrics.jsonl"
-        drop_after(path, first_step)
+        drop_after(path, first_step or -1)  # what was written before the first step is written again
         self._file = path.open("a")
         if config.tensorboard:
             self._board = _Board(workdir / "tensorboard", first_step)
