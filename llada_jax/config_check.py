@@ -6,7 +6,7 @@ import math
 import types
 import typing
 
-from llada_jax.config import Config, DistributedConfig, ModelConfig, UserError, leaves
+from llada_jax.config import Config, DistributedConfig, LoraConfig, ModelConfig, UserError, leaves
 from llada_jax.diffusion import OF_CHAT
 
 DISTRIBUTED = tuple(f"distributed.{field.name}" for field in dataclasses.fields(DistributedConfig))
@@ -33,12 +33,13 @@ def validate(config: Config) -> None:
         _require(values[name] >= 1, name, values[name], "must be at least 1")
     not_negative = ("seed", "validation.every", "validation.rows", "validation.seed", "sampling.every",
                     "sampling.gen_length", "sampling.temperature", "checkpoint.permanent_every", "compute.unroll",
+                    "model.lora.rank",
                     "diffusion.random_length_every", "optimizer.clip_norm", "optimizer.weight_decay",
                     "optimizer.peak_learning_rate", "data.workers", "profile.steps", "profile.first_step",
                     "model.vocab_size")  # fmt: skip
     for name in not_negative:
         _require(values[name] >= 0, name, values[name], "must not be negative")
-    for name in ("optimizer.adam_eps", "model.norm_eps", "model.rope_theta"):
+    for name in ("optimizer.adam_eps", "model.norm_eps", "model.rope_theta", "model.lora.alpha"):
         _require(values[name] > 0, name, values[name], "must be positive")
     for name in ("seed", "validation.seed"):
         _require(values[name] < 2**32, name, values[name], "must be below 2**32")
@@ -48,6 +49,7 @@ def validate(config: Config) -> None:
     _require(
         model.heads % model.kv_heads == 0, "model.kv_heads", model.kv_heads, f"does not divide heads={model.heads}"
     )
+    _check_lora(config)
     for name in ("token_count", "mask_id", "bos_id", "eos_id", "eot_id"):
         value = getattr(model, name)
         if value is not None and model.vocab_size:
@@ -104,6 +106,28 @@ def validate(config: Config) -> None:
             f"config.checkpoint.permanent_every={config.checkpoint.permanent_every} is not a multiple of "
             f"config.checkpoint.every={config.checkpoint.every}"
         )
+
+
+def _check_lora(config: Config) -> None:
+    lora, known = config.model.lora, LoraConfig().targets
+    # It must be hashable: a list is not.
+    _require(isinstance(lora.targets, tuple), "model.lora.targets", lora.targets, "must be a tuple")
+    named = set(lora.targets)
+    _require(
+        named <= set(known) and len(named) == len(lora.targets),
+        "model.lora.targets",
+        lora.targets,
+        f"must name some of {', '.join(known)}, each once",
+    )
+    if not lora.rank:
+        return
+    _require(lora.targets != (), "model.lora.targets", "()", "leaves model.lora.rank nothing to adapt: name a matrix")
+    _require(
+        config.optimizer.name == "adamw", "optimizer.name", config.optimizer.name, "is not for model.lora: set adamw"
+    )
+    _require(
+        config.init_from != "", "model.lora.rank", lora.rank, "adapts weights that are there: set config.init_from"
+    )
 
 
 def _require(condition: bool, name: str, value, problem: str) -> None:
