@@ -31,7 +31,7 @@ class LoraConfig:
 class ModelConfig:
     """Architecture (hashable: it is static data of the model) and the ids it gives special meaning."""
 
-    layers: int = 32  # L
+    layers: int = 32  # L; 0 = all of the architecture is that of config.init_from
     width: int = 4096  # D
     heads: int = 32  # H, query heads; head width K = width / heads
     kv_heads: int = 32  # G, key/value heads: heads = multi-head, fewer = grouped-query attention

@@ -23,7 +23,7 @@ def check_distributed(config: Config) -> None:
 def validate(config: Config) -> None:
     """UserError, one line naming the setting, for a wrong type or an impossible combination. Touches no device."""
     _check_types(config, "config")
-    positive = ("steps", "batch_size", "sequence_length", "accumulation", "model.layers", "model.width", "model.heads",
+    positive = ("steps", "batch_size", "sequence_length", "accumulation", "model.width", "model.heads",
                 "model.kv_heads", "model.feed_forward", "compute.query_chunk", "compute.loss_chunk", "checkpoint.every",
                 "checkpoint.keep", "logging.every", "logging.buckets", "optimizer.max_nonfinite", "sampling.steps",
                 "sampling.block_length", "validation.samples", "data.prefetch", "data.read_threads",
@@ -36,9 +36,11 @@ def validate(config: Config) -> None:
                     "model.lora.rank",
                     "diffusion.random_length_every", "optimizer.clip_norm", "optimizer.weight_decay",
                     "optimizer.peak_learning_rate", "data.workers", "profile.steps", "profile.first_step",
-                    "model.vocab_size")  # fmt: skip
+                    "model.vocab_size", "model.layers")  # fmt: skip
     for name in not_negative:
         _require(values[name] >= 0, name, values[name], "must not be negative")
+    if not values["model.layers"] and not config.init_from:
+        raise UserError("config.model.layers=0 takes the architecture of config.init_from: set one of them")
     for name in ("optimizer.adam_eps", "model.norm_eps", "model.rope_theta", "model.lora.alpha"):
         _require(values[name] > 0, name, values[name], "must be positive")
     for name in ("seed", "validation.seed"):
