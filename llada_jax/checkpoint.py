@@ -1,11 +1,13 @@
 """Checkpoints of a run (Orbax): asynchronous saves, retention, restore on any mesh, damage found and named.
 
 A workdir holds config.json, tokenizer/ and checkpoints/STEP/. A checkpoint holds the TrainState and a small
-"run" record: the fingerprint of every array, by which a damaged one is recognised, and the metrics window.
+"run" record: the fingerprint of every array, by which a damaged one is recognised, and the metrics window. A run with
+low-rank adapters has no more than these in its TrainState; the weights that they adapt are in base/, written once.
 """
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import logging
@@ -18,21 +20,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decision_policy
 
-from llada_jax import distributed
+from llada_jax import distributed, lora
 from llada_jax import workdir as workdirs
-from llada_jax.config import CheckpointConfig, Config, UserError
+from llada_jax.config import CheckpointConfig, Config, LoraConfig, UserError
+from llada_jax.fingerprint import fingerprint
 from llada_jax.folders import CHECKPOINTS
 from llada_jax.model import Transformer, abstract_model, merge, split
 from llada_jax.train_step import TrainState, make_state
 
 FOLDER = CHECKPOINTS
+BASE = "base"  # in the workdir of a run with adapters
 
 
 class Damaged(Exception):
@@ -41,43 +44,6 @@ class Damaged(Exception):
 
 class SaveFailed(Exception):
     """A checkpoint could not be written, or must not be."""
-
-
-@jax.jit
-def _sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sum of the bits of an array modulo 2**32, and whether all of it is finite; the same on any mesh."""
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    infinity = None
-    if jnp.issubdtype(x.dtype, jnp.floating):
-        infinity = int(np.array(np.inf, x.dtype).view(unsigned))  # its exponent: infinities and NaN have it too
-
-    def one(bits: jax.Array) -> tuple[jax.Array, jax.Array]:
-        finite = jnp.bool_(True) if infinity is None else jnp.all(bits & infinity != infinity)
-        return jnp.sum(bits.astype(jnp.uint32), dtype=jnp.uint32), finite
-
-    bits = jax.lax.bitcast_convert_type(x, unsigned)
-    if x.ndim < 3:
-        return one(bits)
-
-    # XLA's CPU backend writes down what it sums up, in 32 bits: of one layer at a time, not of all.
-    def add(total: tuple[jax.Array, jax.Array], layer: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        found, finite = one(layer)
-        return (total[0] + found, total[1] & finite), None
-
-    return jax.lax.scan(add, (jnp.uint32(0), jnp.bool_(True)), bits)[0]
-
-
-def fingerprint(tree: Any) -> tuple[dict[str, int], list[str]]:
-    """A number per array, by its name, that any flipped bit changes; and the names of those that are not finite."""
-    sums, broken = {}, []
-    for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        # Array by array: in one program they would all have memory of their own.
-        found, finite = jax.device_get(_sum(x))
-        sums[name] = int(found)
-        if not finite:
-            broken.append(name)
-    return sums, broken
 
 
 def _as_dict(state: TrainState) -> dict:
@@ -342,12 +308,20 @@ def load_state(workdir: str | os.PathLike, step: int | None, config: Config, mes
 def load_params(workdir: str | os.PathLike, step: int | None, config: Config, mesh: Mesh, dtype: Any = None) -> dict:
     """The parameters alone, as nested dicts in `dtype` (None = fp32), on `mesh`. UserError as `load_state`.
 
-    Where `dtype` is not what was saved, they are read one by one: beside them there is memory for the largest one.
+    Of a run with low-rank adapters they are those of the merged model (`lora.merge`); so config.model.lora is not
+    looked at. Where `dtype` is not what was saved, they are read one by one: beside them there is memory for the
+    largest one.
     """
     _quiet()
     step = choose_step(workdir, step)
-    target = _target(lambda: split(Transformer(config.model, config.compute, jax.random.key(0)))[1], mesh)
-    wanted = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    key, wanted = jax.random.key(0), jnp.dtype(jnp.float32 if dtype is None else dtype)
+    if (adapted := _adapted(workdir)).rank:
+        model = dataclasses.replace(config.model, lora=adapted)
+        target = _target(lambda: lora.initialise(model, config.compute, key), mesh)
+        base = load_base(workdir, config, mesh, wanted)
+        with jax.set_mesh(mesh):
+            return lora.merge(lora.combine(_load(workdir, step, {"params": target})["params"], base), model)
+    target = _target(lambda: split(Transformer(lora.plain(config.model), config.compute, key))[1], mesh)
     saved = jnp.dtype((weights_record(workdir, step) or {}).get("dtype", "float32"))
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, saved, sharding=x.sharding), target)
     with jax.set_mesh(mesh):
@@ -366,14 +340,47 @@ def load_params(workdir: str | os.PathLike, step: int | None, config: Config, me
 
 
 def load_model(workdir: str | os.PathLike, step: int | None, mesh: Mesh, dtype: Any = None) -> Transformer:
-    """The model of a workdir at a step (None = the newest), its parameters in `dtype` (None = fp32), on `mesh`."""
+    """The model of a workdir at a step (None = the newest), its parameters in `dtype` (None = fp32), on `mesh`.
+
+    Of a run with low-rank adapters it is the merged model, without any.
+    """
     config, _ = workdirs.read_config(workdir)
+    config.model = lora.plain(config.model)
     if dtype is not None:
         config.compute.dtype = jnp.dtype(dtype).name
     params = load_params(workdir, step, config, mesh, dtype)
     with jax.set_mesh(mesh):
         graphdef, _ = split(abstract_model(config.model, config.compute))
     return merge(graphdef, params)
+
+
+def _adapted(workdir: str | os.PathLike) -> LoraConfig:
+    """The adapters that its checkpoints hold; none, where no config.json speaks of any."""
+    return workdirs.read_config(workdir)[0].model.lora if (Path(workdir) / "config.json").exists() else LoraConfig()
+
+
+def write_base(workdir: str | os.PathLike, frozen: dict) -> None:
+    """Writes the weights that a run adapts, in their dtype, into its workdir; {} = it adapts none.
+
+    To be called before the first checkpoint: until there is one, nothing depends on what an earlier start left here,
+    and it is written anew. All of it is on disk when this returns. SaveFailed as `Checkpoints.save`.
+    """
+    base = Path(workdir) / BASE
+    if distributed.index() == 0:
+        shutil.rmtree(base, ignore_errors=True)
+    distributed.barrier("base removed")
+    if frozen:
+        saved = Checkpoints(base, CheckpointConfig())
+        saved.save_weights(0, frozen, {})
+        saved.close()
+
+
+def load_base(workdir: str | os.PathLike, config: Config, mesh: Mesh, dtype: Any) -> dict:
+    """What `write_base` wrote, in `dtype`, on `mesh`. UserError if it is missing or damaged."""
+    base = Path(workdir) / BASE
+    if not steps_in(base):
+        raise UserError(f"{base} is missing: the checkpoints of {workdir} hold adapters alone, of no use without it")
+    return load_params(base, None, config, mesh, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -53,7 +53,7 @@ def plan(config: Config, target: str) -> tuple[dict, str]:
         "slices": hardware.slices,
         "mesh": dict(zip(mesh.AXES, sizes, strict=True)),
         "parameters": parameter_count(lora.plain(config.model)),
-        "adapter_parameters": parameter_count(config.model) - parameter_count(lora.plain(config.model)),
+        "adapter_parameters": lora.adapter_count(config.model),
         "sequences_per_step": config.batch_size,
         "sequence_length": config.sequence_length,
         "accumulation": config.accumulation,

@@ -260,6 +260,7 @@ def identify(path: str, step: int | None = None) -> dict[str, Any]:
 
         record["step"] = checkpoint.choose_step(folder, step)
         weights = _content(folder / checkpoint.FOLDER / str(record["step"]) / "run" / "metadata")
+        weights += _content(folder / checkpoint.BASE / checkpoint.FOLDER / "0" / "run" / "metadata")  # under adapters
     else:
         found = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
         weights = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]).encode()

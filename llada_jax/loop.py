@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from llada_jax import checkpoint, command_line, distributed, likelihood, mesh, metrics, report
+from llada_jax import checkpoint, command_line, distributed, likelihood, lora, mesh, metrics, report
 from llada_jax import config as configs
 from llada_jax.config import Config
 from llada_jax.data.pipeline import Data
@@ -40,6 +40,7 @@ class Loop:
         tokenizer: Tokenizer,
         held_out: HeldOut | None,
         state: TrainState,
+        frozen: dict,
         record: dict,
     ):
         """Opens what is written to; metrics and samples beyond the state's step are dropped from it.
@@ -48,6 +49,7 @@ class Loop:
           config, folder, device_mesh, saved, tokenizer: of the run.
           held_out: rows for validation, None = no validation.
           state: where it starts; given to `run` next.
+          frozen: what the model has beside state.params and is not trained, see `lora.partition`; {} = nothing.
           record: what a checkpoint keeps of a loop, see `_save`; {} at the start of a run.
         """
         self.config, self.folder, self.mesh = config, folder, device_mesh
@@ -55,6 +57,7 @@ class Loop:
         self.graphdef, _ = split(
             abstract_model(config.model, resolve_compute(config.model, config.compute, device_mesh.devices.flat[0]))
         )
+        self.frozen = frozen
         self.first_step = self.done = int(state.step)
         self.pending: tuple[int, dict] | None = None  # (step, metrics): dispatched, not looked at yet
         self.window = metrics.Window(config.logging.buckets, record.get("window"))
@@ -121,7 +124,7 @@ class Loop:
             if first:
                 log(report.first_batch(self.config, batch, self.tokenizer, self.done))
                 log("compiling the train step ...")
-            state, values = train_step(state, batch)
+            state, values = train_step(state, batch, self.frozen)
             self._look()
         self.done += 1
         self.pending = (self.done, values)
@@ -213,7 +216,7 @@ class Loop:
         config = self.config
         values = likelihood.validate(
             self.graphdef,
-            state.params,
+            lora.combine(state.params, self.frozen),
             self.held_out,
             config.validation,
             batch_size=config.batch_size // config.accumulation,
@@ -231,8 +234,9 @@ class Loop:
         if not self.config.sampling.prompts:
             return
         chat = is_chat(self.config)
+        params = lora.combine(state.params, self.frozen)
         samples = report.sample_texts(
-            self.graphdef, state.params, self.tokenizer, self.config.sampling, self.config.seed, chat
+            self.graphdef, params, self.tokenizer, self.config.sampling, self.config.seed, chat
         )
         text = report.show_samples(samples, chat)
         log(f"samples at step {self.done}:\n{text}")

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from llada_jax import mesh
 from llada_jax.config import ComputeConfig, LoraConfig, ModelConfig
-from llada_jax.model import MATRICES, Transformer, split
+from llada_jax.model import MATRICES, Transformer, parameter_count, split
 
 ADAPTERS = frozenset(f"{name}_{part}" for name in MATRICES for part in "ab")
 
@@ -22,6 +22,11 @@ ADAPTERS = frozenset(f"{name}_{part}" for name in MATRICES for part in "ab")
 def plain(config: ModelConfig) -> ModelConfig:
     """The config of the same model without adapters."""
     return dataclasses.replace(config, lora=LoraConfig())
+
+
+def adapter_count(config: ModelConfig) -> int:
+    """Number of the adapters' parameters, without allocating any."""
+    return parameter_count(config) - parameter_count(plain(config))
 
 
 def partition(params: dict) -> tuple[dict, dict]:

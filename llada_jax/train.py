@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import checkpoint, command_line, config_check, distributed, mesh, workdir
+from llada_jax import checkpoint, command_line, config_check, distributed, lora, mesh, workdir
 from llada_jax import config as configs
 from llada_jax.config import Config, ModelConfig, UserError
 from llada_jax.data import remote
@@ -131,8 +131,10 @@ def _train(config: Config, folder: Path) -> int:
     changed = _check_resume(stored, (config, identity), folder) if stored else {}
 
     mesh.check_model(config.model, sizes)  # once more: now the vocabulary is known
+    adapters = f" and {lora.adapter_count(config.model):,} of adapters" if config.model.lora.rank else ""
     log(
-        f"{parameter_count(config.model):,} parameters, {tokenizer.size:,} tokens in the vocabulary, "
+        f"{parameter_count(lora.plain(config.model)):,} parameters{adapters}, "
+        f"{tokenizer.size:,} tokens in the vocabulary, "
         f"mesh {dict(device_mesh.shape)} of {device_mesh.devices.flat[0].device_kind}, "
         f"{compute.dtype}, attention {compute.attention}, remat {compute.remat}"
     )
@@ -143,15 +145,19 @@ def _train(config: Config, folder: Path) -> int:
         restored = saved.restore(config, device_mesh, log)
         if restored:
             state, record = restored
+            frozen = checkpoint.load_base(folder, config, device_mesh, compute.dtype) if config.model.lora.rank else {}
             log(f"resuming {folder} at step {int(state.step)}")
             for name, (before, after) in changed.items():
                 log(f"  config.{name}: {before} -> {after}")
         else:
-            state, record = _first_state(config, identity, source, device_mesh), {}
+            state, frozen = _first_state(config, identity, source, device_mesh, compute.dtype)
+            record: dict = {}
         first_step = int(state.step)
         if first_step > config.steps:
             where = folder if restored else config.init_from
             raise UserError(f"{where} is at step {first_step}, beyond config.steps={config.steps}")
+        if not restored:
+            checkpoint.write_base(folder, frozen)
         if distributed.index() == 0:
             workdir.keep_tokenizer(folder, os.path.join(paths[0], TOKENIZER_FOLDER))
             if config.init_from and not restored:
@@ -160,7 +166,7 @@ def _train(config: Config, folder: Path) -> int:
             workdir.record_start(folder, config, first_step)
         distributed.barrier("workdir is ready")  # no checkpoint without its config
 
-        loop = Loop(config, folder, device_mesh, saved, tokenizer, held_out, state, record)
+        loop = Loop(config, folder, device_mesh, saved, tokenizer, held_out, state, frozen, record)
         whole = False
         try:
             code = loop.run(state, data)
@@ -226,15 +232,19 @@ def _check_source(config: Config, step: int | None) -> None:
         return
     parent, _ = workdir.read_config(source)
     early = dataclasses.replace(config, model=_filled(config.model, parent.model))
-    if _weights_only(config, step):
+    if _weights_only(config, step, parent):
         _same_model(parent.model, early.model, source)
         return
     workdir.check_same_run((parent, {}), (early, {}), source, _WEIGHTS_REMEDY)
 
 
-def _weights_only(config: Config, step: int) -> bool:
-    """Whether this run takes the weights alone: it was told to, or there is nothing else (of what convert wrote)."""
-    return config.init_weights_only or checkpoint.weights_record(config.init_from, step) is not None
+def _weights_only(config: Config, step: int, parent: Config) -> bool:
+    """Whether this run takes the weights alone: it was told to, or there is nothing else that it could go on from.
+
+    So of what convert wrote, and for adapters, of a run without any.
+    """
+    adapts_anew = config.model.lora.rank > 0 and parent.model.lora.rank == 0
+    return config.init_weights_only or adapts_anew or checkpoint.weights_record(config.init_from, step) is not None
 
 
 def _filled(wanted: ModelConfig, found: ModelConfig) -> ModelConfig:
@@ -244,28 +254,37 @@ def _filled(wanted: ModelConfig, found: ModelConfig) -> ModelConfig:
     return dataclasses.replace(wanted, **{name: getattr(found, name) for name in unknown})
 
 
-def _first_state(config: Config, identity: dict, step: int | None, device_mesh: jax.sharding.Mesh) -> TrainState:
-    """A new state, or one taken from config.init_from (at `step`, None = a published folder)."""
+def _first_state(
+    config: Config, identity: dict, step: int | None, device_mesh: jax.sharding.Mesh, compute_dtype: str
+) -> tuple[TrainState, dict]:
+    """A new state, or one taken from config.init_from (at `step`, None = a published folder), and the frozen weights.
+
+    The latter, in the compute dtype, are all that low-rank adapters stand beside; without any they are {}.
+    """
     if not config.init_from:
-        return make_state(config)
-    source = config.init_from
+        return make_state(config), {}
+    source, adapts = config.init_from, config.model.lora.rank > 0
+    dtype = jnp.dtype(compute_dtype if adapts else jnp.float32)
     if step is None:
         from llada_jax import huggingface
 
         if (tokenizer := find_tokenizer(source)) is not None:
             _same_tokenizer(tokenizer.sha256, identity, source)
         log(f"starting from the weights of {source}")
-        model = huggingface.load_model(source, jnp.float32, lambda model: _same_model(model, config.model, source))
-        return make_state(config, split(model)[1])
+        wanted = lora.plain(config.model)
+        weights = split(huggingface.load_model(source, dtype, lambda model: _same_model(model, wanted, source)))[1]
+        return (make_state(config), weights) if adapts else (make_state(config, weights), {})
     parent, parent_identity = workdir.read_config(source)
-    if _weights_only(config, step):
+    if _weights_only(config, step, parent):
         _same_model(parent.model, config.model, source)
         _same_tokenizer(parent_identity["tokenizer"], identity, source)
         log(f"starting from the weights of {source} at step {step}")
-        return make_state(config, checkpoint.load_params(source, step, config, device_mesh))
+        weights = checkpoint.load_params(source, step, config, device_mesh, dtype)
+        return (make_state(config), weights) if adapts else (make_state(config, weights), {})
     workdir.check_same_run((parent, parent_identity), (config, identity), source, _WEIGHTS_REMEDY)
     log(f"branching from {source} at step {step}")
-    return checkpoint.load_state(source, step, config, device_mesh)
+    frozen = checkpoint.load_base(source, config, device_mesh, dtype) if adapts else {}
+    return checkpoint.load_state(source, step, config, device_mesh), frozen
 
 
 def _same_tokenizer(theirs: str | None, identity: dict, source: str) -> None:
@@ -275,10 +294,13 @@ def _same_tokenizer(theirs: str | None, identity: dict, source: str) -> None:
 
 
 def _same_model(found: ModelConfig, wanted: ModelConfig, source: str) -> ModelConfig:
-    """`wanted`. UserError unless weights of `found` fit it; what `found` does not know (None) fits."""
+    """`wanted`. UserError unless weights of `found` fit it; what `found` does not know (None) fits.
+
+    Adapters do not matter: weights are taken with those of `found` merged into them, and without any of `wanted`.
+    """
     for field in dataclasses.fields(ModelConfig):
         ours, theirs = getattr(wanted, field.name), getattr(found, field.name)
-        if theirs is not None and theirs != ours and field.name != "token_count":
+        if theirs is not None and theirs != ours and field.name not in ("token_count", "lora"):
             raise UserError(f"config.model.{field.name} is {ours}, but {source} has {theirs}: its weights do not fit")
     return wanted
 
