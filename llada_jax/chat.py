@@ -158,8 +158,8 @@ class Chat:
             "/help": self._help,
         }
         # What is not text in the encoding of the system is replaced, in and out: it is no reason to end.
-        for stream in (sys.stdin, sys.stdout):
-            stream.reconfigure(errors="replace")
+        sys.stdin.reconfigure(errors="replace", newline=None)  # None: lines may end as on other systems
+        sys.stdout.reconfigure(errors="replace")
 
     def run(self) -> None:
         """Takes messages and commands until /quit or the end of stdin."""

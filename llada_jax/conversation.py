@@ -139,9 +139,7 @@ class Conversation:
     def instruct(self, text: str) -> None:
         """Sets the system message; "" = none. Errors as `replace`."""
         system = [{"role": "system", "content": text}] if text else []
-        attempts = self._attempts
         self.replace([*system, *(message for message in self.messages if message["role"] != "system")])
-        self._attempts = attempts
 
     def set(self, name: str, text: str) -> None:
         """Changes a setting. UserError, and nothing changes, if that is impossible."""
@@ -174,7 +172,6 @@ class Conversation:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), turn), self._attempts)
         self._attempts += 1
         config = settings.sampler(0, settings.gen_length)
-        config = dataclasses.replace(config, stop_at_end=self.model.config.eos_id is not None)
         # Few lengths, few compilations; at least one token of padding, as a canvas without any is another program.
         padding = LENGTH_MULTIPLE - len(ids) % LENGTH_MULTIPLE
         prompt_BT = np.pad(np.asarray([ids], np.int32), ((0, 0), (padding, 0)))
@@ -183,7 +180,8 @@ class Conversation:
         for step, (tokens_BT, new_BT) in enumerate(_with_memory(steps, prompt_BT.shape[1] + settings.gen_length)):
             tokens_T, new_T = (x_BT[0, prompt_BT.shape[1] :] for x_BT in (tokens_BT, new_BT))
             end = text_length(tokens_T, self.model, self.tokenizer)
-            # What is decided stays: once nothing before the end is masked, the rest of its block does not matter.
+            # What is decided stays: once nothing before the end is masked, neither the rest of its block nor the blocks
+            # after it matter. So nothing is asked of the sampler's own stop_at_end, which waits for the block's end.
             done = not np.any(tokens_T[:end] == self.model.config.mask_id)
             frame = Frame(tokens_T[:end], new_T[:end], step, done, end < len(tokens_T))
             if done:
