@@ -208,6 +208,58 @@ def test_mask_rate_and_weight_of_each_row(rng, kind):
     assert noisy.tokens_BT.dtype == np.int32 and noisy.weight_BT.dtype == noisy.p_mask_B.dtype == np.float32
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_sft_is_unbiased_and_leaves_the_prompt(toy, kind):
+    """Eq. 5 against the enumeration of every masking of the response: per token of it, EOS padding included."""
+    config, steps, full = DiffusionConfig(eps=0.02, t_sampling=kind), 8000, len(toy.x_0)
+    prompts = np.tile(np.array([0, 2, 4], np.int32), 8)
+    batch = {
+        "tokens": np.tile(np.r_[toy.x_0, 7, 7].astype(np.int32), (24, 1)),  # two beyond the length: true padding
+        "length": np.full(24, full, np.int32),
+        "prompt": prompts,
+    }
+
+    @jax.jit
+    def run(step):
+        return diffusion.sft(diffusion.step_key(5, step), batch, jnp.arange(24, dtype=jnp.int32), config, 15)
+
+    noisy = diffusion.Corrupted(*map(np.asarray, jax.vmap(run)(np.arange(steps))))
+    place = np.arange(full + 2)
+    given = (place < prompts[:, None]) | (place >= full)
+    assert not noisy.mask_BT[:, given].any() and not noisy.weight_BT[:, given].any()
+    assert (noisy.tokens_BT[:, given] == batch["tokens"][given]).all()
+    assert (noisy.tokens_BT[noisy.mask_BT] == 15).all()
+    for prompt in (0, 2, 4):
+        rows = prompts == prompt
+        mask, weight = noisy.mask_BT[:, rows, :full], noisy.weight_BT[:, rows, :full].astype(np.float64)
+        number = (mask << np.arange(full)).sum(axis=-1)
+        loss = (weight * toy.nll[full][number]).sum(axis=-1).mean(axis=1)
+        error = loss.std() / np.sqrt(len(loss))
+        exact = exact_loss(toy.nll[full][np.arange(2 ** (full - prompt)) << prompt][:, prompt:], config.eps)
+        assert error < 0.01 * exact
+        assert abs(loss.mean() - exact) < 3.5 * error
+
+
+def test_objectives_beside_the_prompt(rng):
+    """Without a prompt SFT is pre-training; iLLaDA's form masks the prompt as the response; all of it bitwise."""
+    tokens = rng.integers(0, 50, (8, 40)).astype(np.int32)
+    batch = {"tokens": tokens, "length": np.full(8, 33, np.int32), "prompt": np.zeros(8, np.int32)}
+    arguments = jnp.arange(8, dtype=jnp.int32), DiffusionConfig(), 50
+    key = diffusion.step_key(1, 2)
+    plain = diffusion.pretrain(key, {"tokens": tokens, "length": batch["length"]}, *arguments)
+    for other in (
+        diffusion.sft(key, batch, *arguments),
+        diffusion.sft_whole(key, {**batch, "prompt": None}, *arguments),
+    ):
+        for a, b in zip(plain, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+    prompted = diffusion.sft(key, {**batch, "prompt": np.full(8, 20, np.int32)}, *arguments)
+    np.testing.assert_array_equal(prompted.mask_BT, plain.mask_BT & (np.arange(40) >= 20))
+    np.testing.assert_allclose(
+        prompted.weight_BT, np.where(prompted.mask_BT, plain.weight_BT * (33 / 13), 0), rtol=1e-6
+    )
+
+
 def test_smallest_mask_ratio_is_eps():
     """Eq. 3 with p_mask >= eps: weights are bounded by 1 / (eps * length)."""
     config = DiffusionConfig(eps=0.25)

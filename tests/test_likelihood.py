@@ -80,6 +80,29 @@ def test_bound_is_unbiased(toy, make_mesh):
         assert abs(seen.mean() - exact) < 3.5 * error
 
 
+def test_bound_of_an_answer_is_unbiased(toy, make_mesh):
+    """Given its prompt, which is never masked (Eq. 14), against the enumeration of every subset of the answer."""
+    prompts, rows = (2, 3, 5), 3072
+    prompt = np.array(prompts, np.int32)[np.arange(rows) % 3]
+    tokens = np.tile(np.r_[toy.x_0, 7].astype(np.int32), (rows, 1))
+    values = {n: [] for n in prompts}
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        graphdef, params = split(toy.model)
+        params = jax.tree.map(lambda x: jax.device_put(np.asarray(x), jax.typeof(x).sharding.spec), params)
+        placed = mesh.place_rows(tokens, np.full(rows, 6, np.int32), prompt, np.arange(rows, dtype=np.int32))
+        for sample in range(4):
+            key = jax.random.fold_in(jax.random.key(8), sample)
+            nats = np.asarray(likelihood.bound(graphdef, params, *placed, key, chunk=512, mask_id=15), np.float64)
+            for n, seen in values.items():
+                seen.append(nats[prompt == n])
+    for n, seen in values.items():
+        seen = np.concatenate(seen)
+        exact = eq_6(toy.nll[6][np.arange(2 ** (6 - n)) << n][:, n:])
+        error = seen.std() / math.sqrt(len(seen))
+        assert error < 0.01 * exact
+        assert abs(seen.mean() - exact) < 3.5 * error + 1e-4 * exact  # one token left: no error to speak of
+
+
 def test_every_number_of_masked_tokens_is_drawn_alike(toy, monkeypatch, make_mesh):
     """l covers 1..L evenly over the rows of one batch: low discrepancy, far closer than chance."""
     # With nll = 1 / weight ** 2 a row's sum tells l: l * (L / l) / (L / l) ** 2 = l ** 2 / L.
@@ -135,6 +158,19 @@ def test_validation_is_the_mean_of_its_bounds(toy, make_mesh):
     assert got["nats_per_token"] == pytest.approx(nats, rel=1e-5)
     assert got["perplexity"] == pytest.approx(math.exp(nats), rel=1e-5)
     assert got["bits_per_byte"] == pytest.approx(nats * length.sum() / math.log(2) / size.sum(), rel=1e-5)
+
+
+def test_validation_of_answers_counts_their_tokens_alone(toy, make_mesh):
+    rows = held_out(toy, 11)
+    rows = rows._replace(prompt_N=np.where(np.arange(11) % 2, 1, 2).astype(np.int32))
+    got = validate(toy, make_mesh(), rows, 8)
+    with jax.set_mesh(make_mesh()):
+        graphdef, params = split(toy.model)
+        placed = mesh.place_rows(*rows[:3], np.arange(11, dtype=np.int32))
+        key = jax.random.fold_in(jax.random.key(0), 0)
+        nats = np.asarray(likelihood.bound(graphdef, params, *placed, key, chunk=64, mask_id=15), np.float64).sum()
+    assert got["nats_per_token"] == pytest.approx(nats / (rows.length_N - rows.prompt_N).sum(), rel=1e-5)
+    assert got["bits_per_byte"] == pytest.approx(nats / math.log(2) / rows.bytes_N.sum(), rel=1e-5)
 
 
 def test_rows_without_bytes_do_not_divide_by_zero(toy, make_mesh):
