@@ -54,6 +54,22 @@ REMAT = {
 }
 
 
+def _policy(compute: ComputeConfig, rank: int):
+    """REMAT's; but what adapters of this rank add to a product is not kept: it is as large, and quickly computed."""
+    policy = REMAT[compute.remat]
+    if policy is None or not rank:
+        return policy
+
+    def keeps(primitive, *inputs, **params) -> bool:
+        if primitive.name == "dot_general":
+            (summed, _), _ = params["dimension_numbers"]
+            if [inputs[0].shape[axis] for axis in summed] == [rank]:
+                return False
+        return policy(primitive, *inputs, **params)
+
+    return keeps
+
+
 def compute_dtype(compute: ComputeConfig, platform: str | None = None) -> jnp.dtype:
     """dtype of activations and matmul operands: bfloat16 on accelerators, float32 on CPU, unless set.
 
@@ -213,7 +229,7 @@ class Transformer(nnx.Module):
         def layer(x_BTD, block):
             return block(x_BTD, rope, real, config, compute), None
 
-        if (policy := REMAT[compute.remat]) is not None:
+        if (policy := _policy(compute, config.lora.rank)) is not None:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         x_BTD, _ = jax.lax.scan(layer, x_BTD, self.blocks, unroll=compute.unroll or config.layers)
         return rms_norm(x_BTD, self.final_norm[...], config.norm_eps)
