@@ -45,18 +45,20 @@ _CONFIDENCE_EOS_EOT_INF = flags.DEFINE_boolean(
 _SEED = flags.DEFINE_integer("seed", _DEFAULTS.seed, "Of the noise: equal conversations have equal answers.")
 
 HELP = """\
-/again              answer my last message again (with a temperature: another answer)
+/again              answer my last message again (with a temperature: otherwise)
 /edit [TEXT]        change my last message: to TEXT, or in the line editor
 /undo               take back my last message and its answer
 /new                forget the conversation; system message and settings stay
-/system [TEXT]      set the system message; without TEXT: none
-/set [NAME VALUE]   change a setting, VALUE may be "default"; without NAME: show all
+/system [TEXT]      set the system message; alone: have none
+/set [NAME VALUE]   change a setting (VALUE: or default); alone: show them
 /show               show the conversation
-/save [FILE]        write it as JSON; without FILE: to where it was saved or loaded last
-/load FILE          go on with a conversation in place of this one
+/save [FILE]        write it as JSON; alone: where it was last saved or loaded
+/load FILE          go on with another conversation
 /help, /quit        this; leave (or Ctrl-D)
-A message that begins with / is written with // there. In a terminal a line that ends with \\ goes on in the next.
-Ctrl-C stops an answer: nothing of it is kept, your message stays for /again or /edit, or the next takes its place."""
+
+// at the beginning of a message stands for /. In a terminal a line that ends
+with \\ goes on in the next. Ctrl-C stops an answer: nothing of it is kept, your
+message stays for /again and /edit, or the next one takes its place."""
 
 
 def main() -> int | None:
@@ -164,6 +166,8 @@ class Chat:
     def run(self) -> None:
         """Takes messages and commands until /quit or the end of stdin."""
         if self._in_terminal:
+            if self._path is not None:
+                self._note(f"{len(self._conversation.messages)} messages from {self._path}: /show shows them")
             self._note("/help lists the commands, Ctrl-D leaves")
         while True:
             try:

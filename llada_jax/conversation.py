@@ -120,7 +120,8 @@ class Conversation:
 
     def say(self, text: str) -> None:
         """The user's next message. It takes the place of one that has no answer. Errors as `replace`."""
-        before = self.messages[:-1] if self._open() else self.messages
+        unanswered = bool(self.messages) and self.messages[-1]["role"] == "user"
+        before = self.messages[:-1] if unanswered else self.messages
         self.replace([*before, {"role": "user", "content": text}])
 
     def edit(self, text: str) -> None:
@@ -189,9 +190,6 @@ class Conversation:
             yield frame
             if done:
                 return
-
-    def _open(self) -> bool:
-        return bool(self.messages) and self.messages[-1]["role"] == "user"
 
     def _asked(self) -> list[Message]:
         if not (asked := _asked(self.messages)):
