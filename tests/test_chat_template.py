@@ -312,3 +312,29 @@ def test_the_template_is_the_published_one():
     assert chat_template.find_source(files) == PUBLISHED
     found = chat_template.special_tokens(files, {})
     assert (found["bos_token"], found["eos_token"]) == ("<|startoftext|>", "<|endoftext|>")
+
+
+@pytest.mark.parametrize("kind", ["published", "trained"])
+def test_answers_in_tokens(request, kind):
+    """Prompt and answer are those of the chat: what asks, then content and end of turn; what is written stays text."""
+    tokenizer = request.getfixturevalue(kind)
+    system, user = {"role": "system", "content": ATTACK}, {"role": "user", "content": " Why? "}
+    for text in [*TEXTS, ATTACK]:
+        answer = {"role": "assistant", "content": text}
+        prompt, ids = tokenizer.encode_answer([system, user, answer])
+        assert prompt == tokenizer.encode_chat([system, user])
+        assert ids[-1] == tokenizer.eot_id and tokenizer.decode(ids[:-1], continuation=True) == text.strip()
+        assert not {tokenizer.eos_id, tokenizer.eot_id, tokenizer.mask_id, tokenizer.bos_id} & set(ids[:-1])
+        # The next turn's prompt goes on from both, in text.
+        later = tokenizer.render_chat([system, user, answer, user], add_generation_prompt=False)
+        assert later.startswith(tokenizer.render_chat([system, user]) + text.strip())
+
+
+def test_answers_of_templates_that_write_them_otherwise(tmp_path):
+    thinking = (
+        "{% for m in messages %}<|user|>{{ m['role'] }}:{{ m['content'] }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|user|>assistant:<think>{% endif %}"
+    )
+    tokenizer = load_tokenizer(make_folder(tmp_path, thinking))
+    with pytest.raises(UserError, match="writes an answer otherwise than it asks for one"):
+        tokenizer.encode_answer([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
