@@ -24,6 +24,7 @@ from llada_jax import checkpoint, distributed, train, workdir
 from llada_jax import mesh as meshes
 from llada_jax.config import UserError
 from llada_jax.data.prepare import prepare
+from llada_jax.data.prepare_chat import prepare_chat
 
 GONE = 60  # seconds: once one process has ended none may be left after that; the launcher would kill it
 ALL = 300  # seconds: a start that ends at no time is killed
@@ -155,6 +156,25 @@ def test_each_process_reads_only_its_rows(whole):
         read = re.findall(r"^rows (\d+) (\[.*\])$", Path(f"{whole[0]}.{process}").read_text(), re.MULTILINE)
         assert set(range(20)) <= {int(step) for step, _ in read}
         assert all(json.loads(which) == rows for _, which in read)
+
+
+def test_conversations_have_the_same_length_everywhere(launch, prepared, tmp_path):
+    """Answers are padded to the longest of all processes' rows, which none of them has read: losses of one process."""
+    lines = ({"prompt": "fox " * (i % 9), "response": "child " * (i % 13 + 1)} for i in range(60))
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chats = str(tmp_path / "set")
+    prepare_chat(
+        [str(tmp_path / "chats.jsonl")], chats, tokenizer=prepared, sequence_length=64, workers=1, progress=False
+    )
+    settings = ("diffusion.objective=sft", "diffusion.random_length_every=0", "sequence_length=64", "steps=6")
+    overrides = (f"data.path={chats}", *settings, "sampling.prompts=()", *FAST)
+    end = launch([sys.executable, "-m", "llada_jax.train", *tiny.command(tmp_path / "two", *overrides)], devices=1)
+    assert end.codes == [0, 0], end.said
+    process = tiny.start(["-m", "llada_jax.train", *tiny.command(tmp_path / "one", *overrides)], devices=2)
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    ours, theirs = ([r for r in tiny.records(tmp_path / name) if "loss" in r] for name in ("two", "one"))
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-3)
 
 
 def test_only_one_process_writes_and_speaks(whole):
