@@ -9,7 +9,6 @@ stderr; Ctrl-C between two answers ends it, with exit code 130.
 """
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -22,10 +21,10 @@ from types import ModuleType
 import numpy as np
 from absl import flags
 
-from llada_jax import command_line, published, terminal
+from llada_jax import command_line, terminal
 from llada_jax.config import UserError
 from llada_jax.conversation import Conversation, Frame, Settings, check_dialogue, read_messages, write_messages
-from llada_jax.loading import load
+from llada_jax.loading import load, trained_length
 
 _DEFAULTS = Settings()
 _MODEL = flags.DEFINE_string("model", None, "A training workdir, or a folder with a published model.")
@@ -88,21 +87,11 @@ def main() -> int | None:
     if _SYSTEM.value is not None:
         conversation.instruct(_SYSTEM.value)
     try:
-        Chat(conversation, trained_length(Path(_MODEL.value)), path).run()
+        Chat(conversation, trained_length(_MODEL.value), path).run()
     except BrokenPipeError:
         # Who reads the answers has gone. Python would complain when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return command_line.FAILURE
-
-
-def trained_length(folder: Path) -> int | None:
-    """The tokens that the model in a folder was trained with, by its config.json; None if that does not say."""
-    try:
-        record = json.loads((folder / "config.json").read_text())
-        run = record.get("config")  # of a training workdir
-        return published.sequence_length(record) if run is None else run.get("sequence_length")
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def line_editor() -> ModuleType | None:

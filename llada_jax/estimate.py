@@ -36,6 +36,8 @@ def plan(config: Config, target: str) -> tuple[dict, str]:
     """
     config_check.validate(config)
     check_choices(config)
+    if not config.model.layers:
+        raise UserError("config.model.layers is 0: a plan does not look into config.init_from, set the architecture")
     if not config.model.vocab_size:
         raise UserError("config.model.vocab_size is 0: a plan reads no tokenizer, so it must be set")
     if config.model.mask_id is None:

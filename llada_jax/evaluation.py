@@ -216,7 +216,7 @@ def _harness(
 
     settings = job.settings()
     if settings["max_length"] is None:
-        settings["max_length"] = harness.model_length(job.model)
+        settings["max_length"] = loading.trained_length(job.model)
     lm = harness.LLaDA(model, tokenizer, batch_size=batch_size, **settings)
     if distributed.index() == 0:
         logging.getLogger("lm_eval").setLevel(logging.WARNING)

@@ -28,7 +28,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from llada_jax import distributed, loading, published, scoring
+from llada_jax import distributed, loading, scoring
 from llada_jax.completion import Options, complete_ids
 from llada_jax.config import UserError
 from llada_jax.model import Transformer
@@ -105,7 +105,7 @@ class LLaDA(TemplateLM):
             raise UserError("pretrained=DIR is missing: a training workdir, or a folder with a published model")
         if isinstance(source, str | Path):
             self.model, self.tokenizer = loading.load(source, mesh, dtype, step)
-            self.max_length = model_length(source) if max_length is None else max_length
+            self.max_length = loading.trained_length(source) if max_length is None else max_length
         else:
             self.model, self.tokenizer, self.max_length = source, tokenizer, max_length
         if self.tokenizer is None:
@@ -332,16 +332,6 @@ class LLaDA(TemplateLM):
                         self.cache_hook.add_partial(kind, given[i], result)
                     report(0, len(results))
         return [results[i] for i in range(len(given))]
-
-
-def model_length(folder: str | Path) -> int | None:
-    """The tokens that the model in a folder was trained with, by its config.json; None if that does not say."""
-    try:
-        record = json.loads((Path(folder) / "config.json").read_text())
-        run = record.get("config")  # of a training workdir
-        return published.sequence_length(record) if run is None else run.get("sequence_length")
-    except (OSError, ValueError, AttributeError):
-        return None
 
 
 def _numbers(prompts: Iterable[Sequence[int]], sampled: Iterable[bool]) -> Iterator[int]:

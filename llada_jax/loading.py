@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from llada_jax import mesh as meshes
+from llada_jax import published
 from llada_jax.config import ComputeConfig, ModelConfig, UserError
 from llada_jax.folders import is_workdir
 from llada_jax.model import Transformer, compute_dtype, resolve_compute
@@ -103,3 +105,13 @@ def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelCon
     return dataclasses.replace(
         config, **{name: value for name, value in missing.items() if getattr(config, name) is None}
     )
+
+
+def trained_length(folder: str | Path) -> int | None:
+    """The tokens that the model in a folder was trained with, by its config.json; None if that does not say."""
+    try:
+        record = json.loads((Path(folder) / "config.json").read_text())
+        run = record.get("config")  # of a training workdir
+        return published.sequence_length(record) if run is None else run.get("sequence_length")
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -99,6 +99,9 @@ def _train(config: Config, folder: Path) -> int:
     if stored:
         stored = configs.from_dict(stored[0]), stored[1]
     source = None if stored else distributed.first_decides("source", lambda: _find_source(config))
+    if not config.model.layers:
+        config.model = _architecture(config, stored and stored[0], source)
+        config_check.validate(config)
 
     # What the devices can do, before the longest wait: text may have to be prepared.
     device_mesh = mesh.make_mesh(config.mesh)
@@ -215,6 +218,19 @@ def _find_source(config: Config) -> int | None:
     if config.init_step is not None:
         raise UserError(f"config.init_step={config.init_step}: {source} is a published folder, it has no steps")
     return None
+
+
+def _architecture(config: Config, stored: Config | None, step: int | None) -> ModelConfig:
+    """The model of the run in the workdir, or of config.init_from, with the adapters that this one is to have."""
+    if stored:
+        found = stored.model
+    elif step is None:
+        from llada_jax import huggingface
+
+        found = huggingface.inspect(config.init_from).config
+    else:
+        found = workdir.read_config(config.init_from)[0].model
+    return dataclasses.replace(found, lora=config.model.lora)
 
 
 def _check_source(config: Config, step: int | None) -> None:

@@ -320,8 +320,6 @@ def test_arguments(folder, loaded, tmp_path):
         with pytest.raises(UserError, match=words):
             harness.LLaDA(**arguments)
     assert harness.LLaDA(model=folder, batch_size="auto", max_length=99).max_length == 99
-    (tmp_path / "config.json").write_text('{"config": {"sequence_length": 32}}')
-    assert harness.model_length(tmp_path) == 32 and harness.model_length(tmp_path / "none") is None
 
 
 def test_lm_eval_does_not_fork():

@@ -11,7 +11,7 @@ import pytest
 
 import llada_jax
 import llada_jax.convert
-from llada_jax import huggingface
+from llada_jax import huggingface, loading
 from llada_jax.checkpoint import Checkpoints
 from llada_jax.completion import Options, finished_text, make_prompt
 from llada_jax.config import Config, ModelConfig, UserError
@@ -136,3 +136,14 @@ def test_the_package_alone_imports_no_jax():
     code = "import sys, llada_jax, llada_jax.tokenizer; assert 'jax' not in sys.modules; print(llada_jax.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_length_a_model_was_trained_with(tmp_path):
+    assert loading.trained_length(tmp_path) is None
+    for content, length in (
+        ('{"config": {"sequence_length": 32}}', 32),
+        ('{"max_sequence_length": 64}', 64),
+        ("{", None),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        assert loading.trained_length(tmp_path) == length

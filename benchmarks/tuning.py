@@ -1,0 +1,123 @@
+"""What instruction tuning changes: on held-out conversations, the bound on the answers, and answers that are written.
+
+    python benchmarks/tuning.py --model=runs/base --model=runs/tuned --set=data/gsm8k --answers=100 \
+        --format='\\n#### -?[0-9][0-9,.]*$'
+
+Prints one JSON line per model, set and (with --every_checkpoint) checkpoint:
+
+  nats_per_token, bits_per_byte   the bound (Eq. 14) on the answers given the prompts, each with its one EOS
+  stops       share of the written answers that end (EOS or end of turn) within --gen_length tokens
+  in_format   share that end and whose text matches --format; in_format_reference: of the answers that were held out
+  correct     share whose text is the held-out answer; with --format, whose match is, with what the pattern matches
+  words       median number of words; words_reference: of the answers that were held out
+
+The prompts are rendered with each set's chat template, for a model that has never seen it too.
+"""
+
+import json
+import re
+import statistics
+import time
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from llada_jax import checkpoint, likelihood, mesh
+from llada_jax.completion import Options, make_batches, make_prompt, row_keys, text_length
+from llada_jax.config import ValidationConfig
+from llada_jax.data.chat import held_out_answers
+from llada_jax.data.manifest import load_manifest
+from llada_jax.data.rows import HeldOut
+from llada_jax.loading import load
+from llada_jax.model import Transformer, split
+from llada_jax.sampling import generate
+from llada_jax.tokenizer import Tokenizer
+
+_MODELS = flags.DEFINE_multi_string("model", None, "Training workdirs or published folders.", required=True)
+_SETS = flags.DEFINE_multi_string("set", None, "Folders written by prepare --chat, with held-out rows.", required=True)
+_EVERY_CHECKPOINT = flags.DEFINE_boolean("every_checkpoint", False, "All checkpoints of the workdirs, not the newest.")
+_ROWS = flags.DEFINE_integer("rows", 256, "Held-out answers that the bound is taken of.")
+_SAMPLES = flags.DEFINE_integer("samples", 8, "Samples of each.")
+_ANSWERS = flags.DEFINE_integer("answers", 0, "Prompts that are answered; 0 = none.")
+_FORMAT = flags.DEFINE_string("format", None, "Regular expression that an answer in the asked format has.")
+_GEN_LENGTH = flags.DEFINE_integer("gen_length", 64, "Tokens of an answer, at most.")
+_STEPS = flags.DEFINE_integer("steps", None, "Reverse steps; default: one per token.")
+_BLOCK_LENGTH = flags.DEFINE_integer("block_length", 32, "Tokens per block.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows at once.")
+
+
+def bound(model: Transformer, rows: HeldOut) -> dict[str, float]:
+    """Eq. 14 on all rows."""
+    with mesh.mesh_of(model.embedding[...]):
+        values = likelihood.validate(
+            *split(model), rows, ValidationConfig(samples=_SAMPLES.value), batch_size=_BATCH_SIZE.value, chunk=512,
+            mask_id=model.config.mask_id,
+        )  # fmt: skip
+    return {name: round(values[name], 4) for name in ("nats_per_token", "bits_per_byte")}
+
+
+def answers(model: Transformer, tokenizer: Tokenizer, rows: HeldOut) -> dict[str, float]:
+    """What the model writes, greedily, beside what was held out."""
+    options = Options(steps=_STEPS.value, gen_length=_GEN_LENGTH.value, block_length=_BLOCK_LENGTH.value)
+    pairs = list(zip(*rows[:3], strict=True))
+    prompts = [make_prompt(tokens_T[:given], model, tokenizer, options) for tokens_T, _, given in pairs]
+    wanted = [decoded(tokens_T[given:length], tokenizer) for tokens_T, length, given in pairs]
+    written: dict[int, tuple[str, bool]] = {}
+    for batch in make_batches(model, prompts, options, _BATCH_SIZE.value):
+        keys_B = row_keys(jax.random.key(0), batch.rows)
+        tokens_BT = np.asarray(generate(model, batch.prompt_BT, batch.config, keys_B, batch.real_BT))
+        for i, row_T in zip(batch.rows, tokens_BT[:, -_GEN_LENGTH.value :], strict=True):
+            length = text_length(row_T, model, tokenizer)
+            written[i] = decoded(row_T[:length], tokenizer), length < len(row_T)
+    texts, ended = zip(*(written[i] for i in range(len(prompts))), strict=True)
+    formed, references = [matched(text) for text in texts], [matched(text) for text in wanted]
+    result = {
+        "answers": len(texts),
+        "stops": share(ended),
+        "words": statistics.median(len(text.split()) for text in texts),
+        "words_reference": statistics.median(len(text.split()) for text in wanted),
+        "correct": share(a is not None and a == b for a, b in zip(formed, references, strict=True)),
+    }
+    if _FORMAT.value:
+        result["in_format"] = share(end and text is not None for end, text in zip(ended, formed, strict=True))
+        result["in_format_reference"] = share(text is not None for text in references)
+    shown = [{"prompt": decoded(pairs[i][0][: pairs[i][2]], tokenizer)[-200:], "answer": texts[i]} for i in range(3)]
+    return result | {"examples": shown}
+
+
+def decoded(ids_T: np.ndarray, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(ids_T.tolist(), skip_special=True, continuation=True)
+
+
+def matched(text: str) -> str | None:
+    if _FORMAT.value is None:
+        return " ".join(text.lower().split())
+    found = re.search(_FORMAT.value, text.rstrip())
+    return found and found[0].strip()
+
+
+def share(values) -> float:
+    values = list(values)
+    return round(sum(values) / len(values), 4)
+
+
+def main(_) -> None:
+    """Prints the lines."""
+    for folder in _MODELS.value:
+        steps = checkpoint.saved_steps(folder) if _EVERY_CHECKPOINT.value else [None]
+        for step in steps:
+            model, tokenizer = load(folder, step=step)
+            for path in _SETS.value:
+                length = load_manifest(path).sequence_length
+                started = time.monotonic()
+                rows = held_out_answers([path], _ROWS.value, length, model.config.vocab_size)
+                record = {"model": folder, "step": step, "set": path, "rows": len(rows.tokens_NT), **bound(model, rows)}
+                if _ANSWERS.value:
+                    some = held_out_answers([path], _ANSWERS.value, length, model.config.vocab_size)
+                    record |= answers(model, tokenizer, some)
+                print(json.dumps(record | {"seconds": round(time.monotonic() - started, 1)}), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
