@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The plans of configs/8b.py for all its hardware: bash benchmarks/plans.sh [OUTPUT_DIR [NAME ...]]
-# Writes NAME.json into OUTPUT_DIR (benchmarks/plans), for all names in HARDWARE of configs/8b.py or those given.
-# Needs pip install "jax[tpu]" and, for the h200 plan, "jax[cuda13]"; no accelerator. A plan takes 2 to 4 CPU minutes.
+# The plans of configs/8b.py and 8b_sft.py for all their hardware: bash benchmarks/plans.sh [OUTPUT_DIR [NAME ...]]
+# Writes NAME.json into OUTPUT_DIR (benchmarks/plans), for the names in HARDWARE of both files or those given; in front
+# of a name of 8b_sft.py stands "8b_sft-", as in 8b_sft-lora-h200-1.
+# Needs pip install "jax[tpu]" and, for GPUs, "jax[cuda13]"; no accelerator. A plan takes up to 4 CPU minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 out=${1:-benchmarks/plans}
@@ -10,16 +11,20 @@ mkdir -p "$out"
 if [ $# -eq 0 ]; then
     mapfile -t names < <(python - <<'PYTHON'
 import runpy
-print("\n".join(filter(None, runpy.run_path("configs/8b.py")["HARDWARE"])))
+for file, prefix in ("8b", ""), ("8b_sft", "8b_sft-"):
+    for name in filter(None, runpy.run_path(f"configs/{file}.py")["HARDWARE"]):
+        print(prefix + name)
 PYTHON
     )
     set -- "${names[@]}"
 fi
 failed=0
 for name in "$@"; do
-    topology=${name/-/:}
-    echo "== $topology"
-    python -m llada_jax.plan --config="configs/8b.py:$name" --topology="$topology" --json >"$out/$name.tmp" ||
+    file=8b hardware=$name
+    if [[ $name == 8b_sft-* ]]; then file=8b_sft hardware=${name#8b_sft-}; fi
+    topology=${hardware#lora-} topology=${topology/-/:}
+    echo "== $file, $hardware"
+    python -m llada_jax.plan --config="configs/$file.py:$hardware" --topology="$topology" --json >"$out/$name.tmp" ||
         { failed=1; echo "   exit code $?"; }
     if [ -s "$out/$name.tmp" ]; then mv "$out/$name.tmp" "$out/$name.json"; else rm -f "$out/$name.tmp"; fi
 done

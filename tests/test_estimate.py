@@ -204,3 +204,16 @@ def test_the_recorded_8b_plans_are_of_these_configs(name):
     assert (record["accumulation"], record["compute"]["remat"], record["mesh"]["data"]) == wanted
     assert record["sequences_per_step"] * record["sequence_length"] == 1280 * 4096
     assert record["parameters"] == 8_015_581_184
+
+
+TUNING = runpy.run_path(str(ROOT / "configs" / "8b_sft.py"))["HARDWARE"]
+
+
+@pytest.mark.parametrize("name", [name for name in TUNING if name])
+def test_the_recorded_tuning_plans_are_of_these_configs(name):
+    record = json.loads((ROOT / "benchmarks" / "plans" / f"8b_sft-{name}.json").read_text())
+    wanted = TUNING[name]
+    assert record["fits"] and record["topology"] == name.removeprefix("lora-").replace("-", ":", 1)
+    assert (record["accumulation"], record["compute"]["remat"]) == (wanted.accumulation, wanted.remat)
+    assert record["sequences_per_step"] * record["sequence_length"] == 256 * 4096
+    assert record["parameters"] == 8_015_581_184 and record["adapter_parameters"] == wanted.rank * 2_621_440
