@@ -154,8 +154,11 @@ class Tokenizer:
         if not text.translate(back).startswith(before):
             raise UserError("the chat template writes an answer otherwise than it asks for one: it cannot be learned")
         # Marks stand for one character each: the prompt is as long in both.
-        answer = self._encode_special(text[len(before) :], True, lambda part: part.translate(back))
-        return self.encode_chat(messages[:-1]), answer
+        answer = text[len(before) :]
+        if answer.rstrip().endswith(tuple(self._special)):  # a line end there belongs to the next message
+            answer = answer.rstrip()
+        ids = self._encode_special(answer, True, lambda part: part.translate(back))
+        return self.encode_chat(messages[:-1]), ids
 
     def marked_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool

@@ -126,7 +126,8 @@ def _train(config: Config, folder: Path) -> int:
     data = open_training(config, paths)
     held_out = open_held_out(config, paths)
     if is_chat(config):
-        log(f"{data.conversations:,} conversations: {config.steps * config.batch_size / data.conversations:.2f} epochs")
+        for path, (conversations, epochs) in data.epochs(config.steps * config.batch_size).items():
+            log(f"{path}: {conversations:,} conversations, {epochs:.2f} epochs")
     if held_out is None and config.validation.rows:
         log("no validation: the prepared sets hold no rows out")
     identity = workdir.identity(config, manifests, tokenizer.sha256)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llada_jax.config import UserError
 from llada_jax.data.pairs import Pair, load_index
 from llada_jax.data.pipeline import Data, digest, in_turn, open_sets
 from llada_jax.data.rows import HeldOut
@@ -48,7 +49,14 @@ class ChatData(Data):
         self._indices = [load_index(rows.path, rows.manifest, "train") for rows in sets]
         super().__init__(sets, [len(starts) - 1 for starts, _ in self._indices], weights, seed, batch_size)
         self._T = sequence_length
-        self.conversations = sum(self._sizes)
+
+    def epochs(self, rows: int) -> dict[str, tuple[int, float]]:
+        """Path of each set -> its conversations, and how often a run of `rows` rows takes each of them."""
+        total = sum(self._proportions)
+        return {
+            s.path: (size, rows * share / total / size)
+            for s, size, share in zip(self._sets, self._sizes, self._proportions, strict=True)
+        }
 
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """As `Data.batch`.
@@ -61,13 +69,17 @@ class ChatData(Data):
         first = int(step) * self._batch_size
         records = [self._record(first + row) for row in range(self._batch_size)]
         longest = int(max(self._indices[which][1][index] for which, index in records))
-        tokens = np.full((len(rows), width_of(longest, self._T)), self.eos_id, np.int32)
+        tokens_BT = np.full((len(rows), width_of(longest, self._T)), self.eos_id, np.int32)
         prompt = np.empty(len(rows), np.int32)
         for k, row in enumerate(rows):
             which, index = records[int(row)]
             pair: Pair = self._sets[which][index]
-            tokens[k, : pair.length], prompt[k] = pair.tokens, pair.prompt
-        return {"tokens": tokens, "length": np.full(len(rows), longest, np.int32), "prompt": prompt}
+            if pair.length != self._indices[which][1][index]:
+                raise UserError(
+                    f"{self._sets[which].path}: row {index} is not as long as its index says: prepare it again"
+                )
+            tokens_BT[k, : pair.length], prompt[k] = pair.tokens, pair.prompt
+        return {"tokens": tokens_BT, "length": np.full(len(rows), longest, np.int32), "prompt": prompt}
 
     def _record(self, n: int) -> tuple[int, int]:
         """Of row n of the run: which set, and which of its records."""
@@ -81,17 +93,21 @@ class ChatData(Data):
 
 
 def held_out_answers(paths: Sequence[str], rows: int, sequence_length: int, vocab_size: int) -> HeldOut:
-    """The last answers of the first held-out conversations, taken from the sets in turn: always the same ones.
+    """The last answers of some held-out conversations, drawn from the sets in turn: always the same ones.
 
     Without padding up to the longest: the bound is that of the answers, each with its one EOS. There are fewer than
     `rows` if the sets hold out less. Raises UserError as `ChatData` does.
     """
     sets = open_sets(paths, "validation", sequence_length, vocab_size, chat=True)
-    last = [load_index(s.path, s.manifest, "validation")[0][1:] - 1 for s in sets]
-    pairs: list[Pair] = [sets[which][int(last[which][i])] for which, i in in_turn([*map(len, last)], rows)]
+    last = []
+    for s in sets:
+        starts, _ = load_index(s.path, s.manifest, "validation")
+        # Files are often sorted: the first conversations are no sample of all.
+        last.append(sorted((starts[1:] - 1).tolist(), key=lambda row: digest(0, "held out", row)))
+    pairs: list[Pair] = [sets[which][last[which][i]] for which, i in in_turn([*map(len, last)], rows)]
     width = width_of(max((pair.length for pair in pairs), default=1), sequence_length)
-    tokens = np.full((len(pairs), width), sets[0].manifest.eos_id, np.int32)
-    for row_T, pair in zip(tokens, pairs, strict=True):
+    tokens_NT = np.full((len(pairs), width), sets[0].manifest.eos_id, np.int32)
+    for row_T, pair in zip(tokens_NT, pairs, strict=True):
         row_T[: pair.length] = pair.tokens
     length, prompt = (np.array([getattr(pair, name) for pair in pairs], np.int32) for name in ("length", "prompt"))
-    return HeldOut(tokens, length, prompt, np.array([pair.bytes for pair in pairs], np.int64))
+    return HeldOut(tokens_NT, length, prompt, np.array([pair.bytes for pair in pairs], np.int64))

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from llada_jax.chat_template import check_messages
 from llada_jax.config import UserError
-from llada_jax.data.text import Corpus, json_lines, opened, valid
+from llada_jax.data.text import Corpus, json_lines, kind_of, opened, valid
 
 ASSISTANT = "assistant"
 # Keys that tell the shape -> keys whose texts are the user's message, in order; the answer. In brackets: may be absent.
@@ -47,12 +47,13 @@ class Conversations(Corpus):
 
         Args:
           inputs: files or globs.
-          group_key: key of a line's value that it shares with those of its group; None = each is a group of its own.
+          group_key: key of a line's value that it shares with those of its group; None = those that are alike up to
+            their first answer are a group.
         """
         super().__init__(inputs)
         self._group_key = group_key
         for _, file in self._files:
-            if ".jsonl" not in file.suffixes[-2:]:
+            if kind_of(file)[0] != ".jsonl":
                 raise UserError(f"{file}: conversations are read from .jsonl files (also .gz, .xz)")
 
     def __iter__(self) -> Iterator[Conversation]:
@@ -60,9 +61,9 @@ class Conversations(Corpus):
         for source, (where, record) in self._walk():
             messages = messages_of(record, where)
             if self._group_key is None:
-                group = json.dumps(messages, sort_keys=True)
-            elif isinstance(record.get(self._group_key), str | int):
-                group = str(record[self._group_key])
+                group = json.dumps(messages[: answers(messages)[0]], sort_keys=True)
+            elif isinstance(record.get(self._group_key), str | int | float):
+                group = valid(str(record[self._group_key]), where)
             else:
                 raise UserError(f'{where}: no text or number under the key "{self._group_key}" (group_key)')
             yield Conversation(messages, source, where, group)

@@ -32,7 +32,7 @@ def held_out_below(texts: Iterable[str], fraction: float, inputs: Sequence[str])
         raise UserError(f"there is no text in the input: {', '.join(inputs)}")
     if smallest == largest:
         raise UserError(
-            f"validation_fraction={fraction} needs at least two documents and the input is one: "
+            f"validation_fraction={fraction} needs at least two documents (or groups) and the input is one: "
             "give more, or validation_fraction=0"
         )
     return smallest + 1

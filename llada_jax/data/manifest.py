@@ -55,9 +55,10 @@ class Chat:
 
     template_sha256: str  # of the chat template
     too_long: str  # what was done with answers that are too long with their prompts: drop | cut
+    group_key: str | None  # of conversations that are held out together; None = those that begin alike
     dropped: int  # answers left out because they, or their prompts, are too long
     cut: int  # answers that lost earlier turns of their prompt, or their own end
-    empty: int  # answers left out because there is no text in them
+    empty: int  # answers left out because there is no text in them, or before them
     train_index: Shard  # the index beside the shards
     validation_index: Shard
 

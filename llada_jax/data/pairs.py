@@ -8,6 +8,9 @@ The index of a split, a .npy file, has two uint32 columns: of each row the numbe
 its tokens. By it every host knows how long rows are that only others read.
 """
 
+import array
+import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +25,7 @@ from llada_jax.data.rows import ShardWriter, finished_file
 from llada_jax.tokenizer import Tokenizer
 
 HEADER = np.dtype("<u4")
+HEADER_BYTES = 3 * HEADER.itemsize
 RULES = ("drop", "cut")
 
 
@@ -46,13 +50,13 @@ def encode_pair(pair: Pair, dtype: str) -> bytes:
 def decode_pair(record: bytes, dtype: str, sequence_length: int) -> Pair:
     """Reads a record; raises ValueError if it is no pair of at most `sequence_length` ids of `dtype`."""
     kind = np.dtype(dtype).newbyteorder("<")
-    if len(record) < 3 * HEADER.itemsize:
+    if len(record) < HEADER_BYTES:
         raise ValueError(f"a record of {len(record)} bytes is no prompt with its answer")
     prompt, answer, bytes_ = map(int, np.frombuffer(record, HEADER, 3))
     length = prompt + answer
-    if not (prompt and answer and length <= sequence_length and len(record) == 12 + length * kind.itemsize):
+    if not (prompt and answer and length <= sequence_length and len(record) == HEADER_BYTES + length * kind.itemsize):
         raise ValueError(f"a record of {len(record)} bytes is no prompt of {prompt} and answer of {answer} in {dtype}")
-    return Pair(np.frombuffer(record, kind, length, offset=12).astype(np.int32), prompt, bytes_)
+    return Pair(np.frombuffer(record, kind, length, offset=HEADER_BYTES).astype(np.int32), prompt, bytes_)
 
 
 class Encoded(NamedTuple):
@@ -78,47 +82,53 @@ class ChatBatch(NamedTuple):
         pairs, dropped, cut, empty = [], 0, 0, 0
         for messages, where in zip(self.messages, self.where, strict=True):
             pairs.append([])
+            turns = [k for k, message in enumerate(messages) if message["role"] == "user"]
+            first = 0  # of the turns: the oldest that is kept. What is too old for one answer is so for all later ones.
             for i in answers(messages):
-                if not messages[i]["content"].strip():
+                if not (messages[i]["content"].strip() and any(m["content"].strip() for m in messages[:i])):
                     empty += 1
                     continue
                 try:
-                    found = fitted = _pair(tokenizer, token_bytes, messages[: i + 1])
-                    if found.length > self.sequence_length:
-                        fitted = self._fit(tokenizer, token_bytes, i, messages)
+                    pair, whole, first = self._fit(tokenizer, token_bytes, messages[: i + 1], turns, first)
                 except UserError as error:
                     raise UserError(f"{where}: {error}") from None
-                if fitted is None:
+                if pair is None:
                     dropped += 1
                     continue
-                cut += fitted is not found
-                pairs[-1].append(fitted)
+                cut += not whole
+                pairs[-1].append(pair)
         return Encoded(pairs, dropped, cut, empty)
 
     def _fit(
-        self, tokenizer: Tokenizer, token_bytes: np.ndarray, i: int, messages: Sequence[dict[str, Any]]
-    ) -> Pair | None:
-        """Without the oldest turns; if the last alone is too long, without the end of its answer; else None."""
-        if self.too_long == "drop":
-            return None
-        turns = [k for k in range(i) if messages[k]["role"] == "user"]
-        system = list(messages[: turns[0]]) if turns else []
-        for turn in turns[1:]:
-            pair = _pair(tokenizer, token_bytes, [*system, *messages[turn : i + 1]])
+        self,
+        tokenizer: Tokenizer,
+        token_bytes: np.ndarray,
+        messages: Sequence[dict[str, Any]],
+        turns: Sequence[int],
+        first: int,
+    ) -> tuple[Pair | None, bool, int]:
+        """The pair for the last message, None if it is dropped; whether all of it is there; the oldest turn kept."""
+        last = max(sum(turn < len(messages) - 1 for turn in turns) - 1, 0)
+        while True:
+            kept = [*messages[: turns[0]], *messages[turns[first] :]] if first else messages
+            pair = _pair(tokenizer, token_bytes, kept)
             if pair.length <= self.sequence_length:
-                return pair
-        last = messages[turns[-1] : i + 1] if turns else messages[: i + 1]
-        pair = _pair(tokenizer, token_bytes, [*system, *last])
+                return pair, not first, first
+            if self.too_long == "drop":
+                return None, False, first
+            if first == last:
+                break
+            first += 1
         if pair.prompt >= self.sequence_length:
-            return None
-        return _counted(pair.tokens[: self.sequence_length], pair.prompt, token_bytes)
+            return None, False, first
+        return _counted(pair.tokens[: self.sequence_length], pair.prompt, token_bytes), False, first
 
 
 def _pair(tokenizer: Tokenizer, token_bytes: np.ndarray, messages: Sequence[dict[str, Any]]) -> Pair:
     prompt, answer = tokenizer.encode_answer(messages)
-    if answer[-1:] != [tokenizer.eos_id]:
-        answer.append(tokenizer.eos_id)
-    return _counted(np.array(prompt + answer, np.int32), len(prompt), token_bytes)
+    if tokenizer.eos_id in answer:  # what a template writes after it is not part of the answer
+        answer = answer[: answer.index(tokenizer.eos_id)]
+    return _counted(np.array([*prompt, *answer, tokenizer.eos_id], np.int32), len(prompt), token_bytes)
 
 
 def _counted(tokens: np.ndarray, prompt: int, token_bytes: np.ndarray) -> Pair:
@@ -133,14 +143,14 @@ class PairWriter:
         self._path = directory / f"{name}.index.npy"
         self._dtype = dtype
         self._writer = ShardWriter(directory, name, shard_rows)
-        self._index: list[tuple[int, int]] = []
+        self._index = array.array("I")  # conversation and length in turn
         self._bytes = self._conversations = 0
 
     def add(self, pairs: Sequence[Pair]) -> None:
         """Appends a conversation, nothing if no answer of it is left; raises OSError if it cannot be written."""
         for pair in pairs:
             self._writer.write(encode_pair(pair, self._dtype))
-            self._index.append((self._conversations, pair.length))
+            self._index.extend((self._conversations, pair.length))
             self._bytes += pair.bytes
         self._conversations += bool(pairs)
 
@@ -163,16 +173,11 @@ def load_index(path: str, manifest: Manifest, split: str) -> tuple[np.ndarray, n
     entry = manifest.index(split)
     file = epath.Path(path) / entry.name
     try:
-        with file.open("rb") as opened:
-            index_N2 = np.load(opened, allow_pickle=False)
+        content = file.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing: copy the whole folder, or prepare the set again") from error
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{file} is damaged: copy it again, or prepare the set again") from error
-    if index_N2.shape != (manifest.split(split).rows, 2) or file.stat().length != entry.size:
-        raise UserError(f"{file} is not the index of this set: copy it again, or prepare the set again")
-    conversation_N, length_N = index_N2.astype(np.int64).T
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise UserError(f"{file} is damaged, or of another set: copy it again, or prepare the set again")
+    conversation_N, length_N = np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64).T
     starts = np.flatnonzero(np.diff(conversation_N, prepend=-1))
-    if len(starts) != manifest.split(split).documents or (len(length_N) and length_N.max() > manifest.sequence_length):
-        raise UserError(f"{file} is damaged: copy it again, or prepare the set again")
     return np.append(starts, len(length_N)), length_N

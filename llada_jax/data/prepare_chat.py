@@ -8,9 +8,10 @@ tokenizer's folder renders them (LLaDA's own if there is none), and EOS. One tha
          system message in front stays; if the last turn alone is too long, the answer loses its end, and with it its
          EOS. It is left out if there is no room for an answer.
 
-An answer without text is left out. The manifest says how many were dropped, cut and empty.
+An answer without text, or to nothing but that, is left out. The manifest says how many were dropped, cut and empty.
 
-Held out are whole conversations, by the hash of their messages, or of what the group key names: see data/held_out.py.
+Held out are whole conversations, by the hash of what comes before their first answer, so that those that begin alike
+are on the same side; or of what the group key names. See data/held_out.py.
 """
 
 import os
@@ -32,7 +33,7 @@ from llada_jax.data.output import (
     temporary_folder,
     write_errors,
 )
-from llada_jax.data.pairs import RULES, ChatBatch, Encoded, PairWriter
+from llada_jax.data.pairs import HEADER_BYTES, RULES, ChatBatch, Encoded, PairWriter
 from llada_jax.data.pool import Pool
 from llada_jax.tokenizer import load_tokenizer
 
@@ -80,7 +81,7 @@ def prepare_chat(
     with write_errors(output), temporary_folder(target) as folder:
         loaded.save(folder / TOKENIZER_FOLDER)
         dtype = id_dtype(loaded)
-        shard_rows = shard_rows or max(1, SHARD_BYTES // (12 + sequence_length * np.dtype(dtype).itemsize))
+        shard_rows = shard_rows or max(1, SHARD_BYTES // (HEADER_BYTES + sequence_length * np.dtype(dtype).itemsize))
         writers = [PairWriter(folder, name, dtype, shard_rows) for name in SPLITS]
         totals = np.zeros((len(conversations.inputs), 3), np.int64)  # conversations, tokens, bytes
         dropped = cut = empty = 0
@@ -102,7 +103,7 @@ def prepare_chat(
             sequence_length=sequence_length,
             dtype=dtype,
             validation_fraction=validation_fraction,
-            validation_hash=HASH_RULE,
+            validation_hash=f"{HASH_RULE}; of {group_key or 'the messages before the first answer, as JSON'}",
             validation_below=below,
             train=train,
             validation=validation,
@@ -112,7 +113,7 @@ def prepare_chat(
             ),
             chat=Chat(
                 template_hash(loaded.chat_template or loaded.default_chat_template),
-                too_long, dropped, cut, empty, train_index, validation_index,
+                too_long, group_key, dropped, cut, empty, train_index, validation_index,
             ),
         )  # fmt: skip
         publish(folder, target, manifest)

@@ -80,7 +80,7 @@ class Corpus:
         if self.inputs[source] == STDLIB:
             yield (stdlib.read_source(file), True), 0
             return
-        kind, _ = _kind(file)
+        kind, _ = kind_of(file)
         with opened(file) as (raw, stream):
             if kind == ".parquet":
                 pieces = _read_parquet(file, raw, self._text_key)
@@ -109,7 +109,7 @@ def input_files(inputs: Sequence[str]) -> list[tuple[int, Path]]:
 @contextlib.contextmanager
 def opened(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """The file as stored, and decompressed; UserError for what goes wrong while they are read."""
-    compression = _kind(file)[1]
+    compression = kind_of(file)[1]
     try:
         with file.open("rb") as raw:
             yield raw, _COMPRESSIONS[compression](raw) if compression else raw
@@ -127,13 +127,13 @@ def _expand(name: str) -> list[Path]:
     if not files:
         raise UserError(f"input {name}: there is no such file")
     for file in files:
-        _kind(file)
+        kind_of(file)
         if not os.access(file, os.R_OK):
             raise UserError(f"{file} cannot be read: permission denied")
     return files
 
 
-def _kind(file: Path) -> tuple[str, str]:
+def kind_of(file: Path) -> tuple[str, str]:
     """Format and compression, both as file name endings."""
     compression = file.suffix if file.suffix in _COMPRESSIONS else ""
     kind = Path(file.stem).suffix if compression else file.suffix

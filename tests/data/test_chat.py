@@ -1,5 +1,6 @@
 """Prepared conversations and the batches they give: whole, padded as the paper pads, the same on every host."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
 from llada_jax.config import UserError
-from llada_jax.data import chat
+from llada_jax.data import chat, pairs
 from llada_jax.data.chat import ChatData, held_out_answers, width_of, widths
 from llada_jax.data.manifest import load_manifest
 from llada_jax.data.pairs import decode_pair, encode_pair, load_index
@@ -121,18 +122,19 @@ def test_too_long_ones_are_dropped_or_cut_and_counted(tmp_path, tokenizer_folder
     long_answer = {"prompt": "Tell.", "response": "river " * 400}
     long_prompt = {"prompt": "river " * 400, "response": "That."}
     lines = [{"prompt": "a", "response": "b"}, many_turns, long_answer, long_prompt, {"prompt": "c", "response": " \n"}]
+    lines.append({"prompt": " ", "response": "d"})
     lengths = [len(sum(tokenizer.encode_answer(many_turns["messages"][: k + 1]), [])) + 1 for k in range(2, 13, 2)]
     over = sum(length > T for length in lengths)
     assert 0 < over < 6
 
     dropped = make_set(tmp_path / "drop", tokenizer_folder, lines, validation_fraction=0.0)
     chat_ = load_manifest(dropped).chat
-    assert (chat_.too_long, chat_.dropped, chat_.cut, chat_.empty) == ("drop", over + 2, 0, 1)
+    assert (chat_.too_long, chat_.dropped, chat_.cut, chat_.empty) == ("drop", over + 2, 0, 2)
     assert len(pairs_of(dropped)) == 1 + 6 - over
 
     cut = make_set(tmp_path / "cut", tokenizer_folder, lines, too_long="cut", validation_fraction=0.0)
     chat_ = load_manifest(cut).chat
-    assert (chat_.dropped, chat_.cut, chat_.empty) == (1, over + 1, 1)
+    assert (chat_.dropped, chat_.cut, chat_.empty) == (1, over + 1, 2)
     found = pairs_of(cut)
     assert len(found) == 1 + 6 + 1 and max(pair.length for pair in found) <= T
     for pair in found[1 + 6 - over : 7]:  # oldest turns are gone, the system message and the last turn are not
@@ -142,6 +144,37 @@ def test_too_long_ones_are_dropped_or_cut_and_counted(tmp_path, tokenizer_folder
     assert tokenizer.decode(found[6].tokens[: found[6].prompt]).count("1.5?") == 1
     answer = found[7]
     assert answer.length == T and tokenizer.eos_id not in answer.tokens and answer.prompt < 40
+
+
+def test_long_conversations_are_cut_in_no_time_to_speak_of(tmp_path, tokenizer_folder, monkeypatch):
+    """Each answer's oldest turn is looked for from the one of the answer before: two renderings per answer."""
+    asked = []
+    encode = pairs._pair
+    monkeypatch.setattr(pairs, "_pair", lambda *arguments: asked.append(1) or encode(*arguments))
+    path = make_set(tmp_path, tokenizer_folder, [talk(60, 1)], too_long="cut", validation_fraction=0.0)
+    assert len(pairs_of(path)) == 60 and len(asked) <= 2 * 60
+    tokenizer = load_tokenizer(tokenizer_folder)
+    for k, pair in enumerate(pairs_of(path)):
+        turns = tokenizer.decode(pair.tokens[: pair.prompt]).count("user")
+        if turns <= k:  # one turn more would not fit
+            messages = talk(60, 1)["messages"][: 3 + 2 * k]
+            more = [messages[0], *messages[-2 * (turns + 1) :]]
+            assert len(sum(tokenizer.encode_answer(more), [])) + 1 > T
+
+
+def test_what_templates_write_after_the_end_is_not_learned(tmp_path, tokenizer_folder):
+    for name, end in (("line", "<|eot_id|>\n"), ("eos", "{{ eos_token }}\n")):
+        shutil.copytree(tokenizer_folder, tmp_path / name)
+        (tmp_path / name / "chat_template.jinja").write_text(
+            "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}" + end + "{% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}"
+        )
+        path = make_set(tmp_path / f"{name}_set", str(tmp_path / name), [talk(1, 1)], validation_fraction=0.0)
+        tokenizer, (pair,) = load_tokenizer(tmp_path / name), pairs_of(path)
+        answer = pair.tokens[pair.prompt :].tolist()
+        assert answer[-1] == tokenizer.eos_id and answer.count(tokenizer.eos_id) == 1
+        text = tokenizer.decode(answer, skip_special=True, continuation=True)
+        assert not text.endswith("\n") and text.startswith("Answer 1.0") and pair.bytes == len(text.encode())
 
 
 def test_widths_are_few_and_divisible():
@@ -160,16 +193,16 @@ def test_answers_are_padded_with_eos_to_the_longest_of_the_global_batch(prepared
     for step in range(30):
         batch = data.batch(step, range(BATCH))
         tokens, length, prompt = batch["tokens"], batch["length"], batch["prompt"]
-        pairs = []
+        rows = []
         for row, p in zip(tokens, prompt, strict=True):
             ends = np.flatnonzero(row == eos)
-            pairs.append(found[tuple(row[: ends[0] + 1].tolist())])  # each is a whole record
-            assert pairs[-1].prompt == p and (row[ends[0] :] == eos).all()
-        longest = max(pair.length for pair in pairs)
+            rows.append(found[tuple(row[: ends[0] + 1].tolist())])  # each is a whole record
+            assert rows[-1].prompt == p and (row[ends[0] :] == eos).all()
+        longest = max(pair.length for pair in rows)
         assert (length == longest).all() and tokens.shape[1] == width_of(longest, T)
         assert tokens.dtype == length.dtype == prompt.dtype == np.int32
         widths_seen.add(tokens.shape[1])
-    assert widths_seen <= set(widths(T))
+    assert len(widths_seen) > 1
 
 
 def test_a_host_reads_its_own_rows_and_knows_the_batch(prepared, monkeypatch):
@@ -191,8 +224,9 @@ def test_a_host_reads_its_own_rows_and_knows_the_batch(prepared, monkeypatch):
 def test_every_conversation_once_per_epoch_and_its_answers_in_turn(prepared):
     data = open_chat([prepared])
     starts, _ = load_index(prepared, load_manifest(prepared), "train")
-    conversations, most = data.conversations, int(np.diff(starts).max())
-    assert conversations == load_manifest(prepared).train.documents == len(starts) - 1
+    conversations, most = len(starts) - 1, int(np.diff(starts).max())
+    assert conversations == load_manifest(prepared).train.documents
+    assert data.epochs(3 * conversations) == {prepared: (conversations, 3.0)}
     drawn = [data._record(n)[1] for n in range(6 * conversations)]
     epochs = np.array(drawn).reshape(6, conversations)
     owner = np.searchsorted(starts, epochs, side="right") - 1
@@ -242,8 +276,12 @@ def test_held_out_answers(prepared, tokenizer_folder):
     manifest = load_manifest(prepared)
     assert len(rows.tokens_NT) == manifest.validation.documents
     starts, lengths = load_index(prepared, manifest, "validation")
-    pairs = [pairs_of(prepared, "validation")[i] for i in starts[1:] - 1]  # of each conversation the last answer
-    for tokens_T, length, prompt, size, pair in zip(*rows, pairs, strict=True):
+    # Of each conversation the last answer, in an order that is not the file's.
+    pairs = [pairs_of(prepared, "validation")[i] for i in starts[1:] - 1]
+    by_tokens = {tuple(pair.tokens.tolist()): pair for pair in pairs}
+    found = [by_tokens.pop(tuple(row[:n].tolist())) for row, n in zip(rows.tokens_NT, rows.length_N, strict=True)]
+    assert not by_tokens and [pair.length for pair in found] != [pair.length for pair in pairs]
+    for tokens_T, length, prompt, size, pair in zip(*rows, found, strict=True):
         assert tokens_T[:length].tolist() == pair.tokens.tolist() and (tokens_T[length:] == tokenizer.eos_id).all()
         assert (length, prompt, size) == (pair.length, pair.prompt, pair.bytes)
     assert rows.tokens_NT.shape[1] == width_of(max(pair.length for pair in pairs), T)
@@ -280,15 +318,18 @@ def test_sets_that_are_not_whole(prepared, tmp_path):
     path, index = copy("other")
     with index.open("wb") as file:
         np.save(file, np.zeros((3, 2), "<u4"))
-    with pytest.raises(UserError, match="is not the index of this set"):
+    with pytest.raises(UserError, match="train.index.npy is damaged, or of another set"):
         open_chat([path])
     path, index = copy("long")
     wrong = np.load(index)
-    wrong[0, 1] = T + 1
+    wrong[:, 1] = 3
     with index.open("wb") as file:
         np.save(file, wrong)
-    with pytest.raises(UserError, match="train.index.npy is damaged"):
-        open_chat([path])
+    manifest = tmp_path / "long" / "manifest.json"
+    sha256 = load_manifest(path).chat.train_index.sha256
+    manifest.write_text(manifest.read_text().replace(sha256, hashlib.sha256(index.read_bytes()).hexdigest()))
+    with pytest.raises(UserError, match="row [0-9]+ is not as long as its index says"):
+        open_chat([path]).batch(0, range(BATCH))
 
 
 def test_settings_that_cannot_be(prepared, tmp_path, tokenizer_folder):

@@ -74,11 +74,17 @@ def test_groups(tmp_path):
     path = write(tmp_path / "a.jsonl", lines)
     assert [each.group for each in Conversations([path], "story")] == ["0", "1", "0", "1"]
     assert len({each.group for each in Conversations([path])}) == 4
+    same = write(tmp_path / "same.jsonl", [{"prompt": "a", "response": str(i)} for i in range(3)])
+    assert len({each.group for each in Conversations([same])}) == 1  # they begin alike
+    odd = write(tmp_path / "odd.jsonl", ['{"prompt": "a", "response": "b", "story": "\\ud800"}\n'])
+    with pytest.raises(UserError, match="odd.jsonl, line 1: .* is not a valid character"):
+        list(Conversations([odd], "story"))
     with pytest.raises(UserError, match="line 1: no text or number under the key .chapter."):
         list(Conversations([path], "chapter"))
 
 
 def test_only_lines_of_json_are_read(tmp_path):
-    (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match="conversations are read from .jsonl files"):
-        Conversations([str(tmp_path / "a.txt")])
+    for name in ("a.txt", "a.jsonl.txt"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(UserError, match="conversations are read from .jsonl files"):
+            Conversations([str(tmp_path / name)])
