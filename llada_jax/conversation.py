@@ -1,4 +1,4 @@
-"""A conversation: its messages, its settings and one answer at a time. What of it is seen, and where, is chat.py's.
+"""A conversation: its messages, its settings and one answer at a time. What a user sees of it: chat_session.py.
 
 An answer is the reverse process (Section 2.4 of arXiv 2502.09992) on [chat so far | MASK ... MASK], watched step by
 step, so that it can be stopped. Messages and settings change only when a change is known to be possible, the
@@ -6,23 +6,20 @@ answer only when the new one is whole: whatever fails or is stopped leaves a con
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from llada_jax.chat_template import check_messages
 from llada_jax.completion import LENGTH_MULTIPLE, Options, text_length
 from llada_jax.config import UserError
-from llada_jax.folders import write_text
+from llada_jax.dialogue import TYPED, Message, asked, check_dialogue, shortened
 from llada_jax.model import Transformer
 from llada_jax.sampling import check_settings, denoise_steps, resolve
 from llada_jax.tokenizer import Tokenizer
 
-Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": text}, as in training data
+LONGEST = 1 << 20  # tokens of an answer; the longest of any model are a small part of it
 
 _WORDS = {True: ("on", "true", "yes", "1"), False: ("off", "false", "no", "0")}
 _KINDS = {int: "a whole number", float: "a number", bool: "on or off"}
@@ -37,10 +34,10 @@ class Settings(Options):
 
     def checked(self, model: Transformer | None = None) -> "Settings":
         """These settings. UserError names one that is impossible, with this model or (None) with any."""
-        if self.gen_length < 1:
-            raise UserError(f"gen_length={self.gen_length}: it must be at least 1")
+        if not 1 <= self.gen_length <= LONGEST:
+            raise UserError(f"gen_length={shortened(self.gen_length)}: it must be at least 1 and at most {LONGEST:,}")
         if not 0 <= self.seed < 1 << 32:
-            raise UserError(f"seed={self.seed}: it must be from 0 to 2**32 - 1")
+            raise UserError(f"seed={shortened(self.seed)}: it must be from 0 to 2**32 - 1")
         config = check_settings(self.sampler(0, self.gen_length))
         if model is not None:
             resolve(config, model)
@@ -50,9 +47,11 @@ class Settings(Options):
         """These settings with one as a user types it; "default" is its default. UserError names what is wrong."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         if name not in defaults:
-            raise UserError(f"there is no setting {name!r}: {', '.join(defaults)}")
+            raise UserError(f"there is no setting {shortened(name)!r}: {', '.join(defaults)}")
         kind = int if defaults[name] is None else type(defaults[name])
         try:
+            if len(text) > TYPED:  # no number: some of them are
+                raise ValueError
             if text == "default":
                 value = defaults[name]
             elif kind is bool:
@@ -60,7 +59,7 @@ class Settings(Options):
             else:
                 value = kind(text)
         except (ValueError, StopIteration):
-            raise UserError(f"{name}={text}: it must be {_KINDS[kind]}, or default") from None
+            raise UserError(f"{name}={shortened(text)}: it must be {_KINDS[kind]}, or default") from None
         return dataclasses.replace(self, **{name: value}).checked()
 
     def described(self) -> dict[str, str]:
@@ -108,8 +107,8 @@ class Conversation:
         """Makes these the conversation. UserError, and nothing changes, if they are none or the template refuses."""
         messages = check_dialogue(messages)
         # The template is tried on what will be answered; without a turn, on one that stands for it.
-        asked = _asked(messages) or [*messages, {"role": "user", "content": "?"}]
-        highest = max(self.tokenizer.encode_chat(asked))
+        tried = asked(messages) or [*messages, {"role": "user", "content": "?"}]
+        highest = max(self.tokenizer.encode_chat(tried))
         if highest >= self.model.config.vocab_size:
             raise UserError(
                 f"the chat template needs token {highest}, the model's vocabulary is {self.model.config.vocab_size}: "
@@ -140,7 +139,9 @@ class Conversation:
     def instruct(self, text: str) -> None:
         """Sets the system message; "" = none. Errors as `replace`."""
         system = [{"role": "system", "content": text}] if text else []
+        attempts = self._attempts
         self.replace([*system, *(message for message in self.messages if message["role"] != "system")])
+        self._attempts = attempts  # the message stays: another answer to it is still another
 
     def set(self, name: str, text: str) -> None:
         """Changes a setting. UserError, and nothing changes, if that is impossible."""
@@ -162,14 +163,15 @@ class Conversation:
         """Answers the user's last message, or answers it again.
 
         Yields the answer before the first reverse step and after each. With the last, `done`, it is in the
-        conversation, in the place of an earlier answer; who stops before keeps the conversation as it is. The noise
-        depends on the seed, the turn, and how many answers to it were begun before.
+        conversation, in the place of an earlier answer; who stops before keeps the conversation as it is. If the
+        messages are changed in between, the answer is to none of them any more: it ends without that last one. The
+        noise depends on the seed, the turn, and how many answers to it were begun before.
 
         Raises UserError: there is nothing to answer, or not the memory for it.
         """
-        asked, settings = self._asked(), self.settings
-        ids = self.tokenizer.encode_chat(asked)
-        turn = sum(message["role"] == "user" for message in asked)
+        before, chat, settings = self.messages, self._asked(), self.settings
+        ids = self.tokenizer.encode_chat(chat)
+        turn = sum(message["role"] == "user" for message in chat)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), turn), self._attempts)
         self._attempts += 1
         config = settings.sampler(0, settings.gen_length)
@@ -185,83 +187,25 @@ class Conversation:
             # after it matter. So nothing is asked of the sampler's own stop_at_end, which waits for the block's end.
             done = not np.any(tokens_T[:end] == self.model.config.mask_id)
             frame = Frame(tokens_T[:end], new_T[:end], step, done, end < len(tokens_T))
+            if self.messages is not before:
+                return
             if done:
-                self.messages = [*asked, {"role": "assistant", "content": self.text(frame)}]
+                self.messages = [*chat, {"role": "assistant", "content": self.text(frame)}]
             yield frame
             if done:
                 return
 
     def _asked(self) -> list[Message]:
-        if not (asked := _asked(self.messages)):
+        if not (found := asked(self.messages)):
             raise UserError("there is no message yet: write one")
-        return asked
-
-
-def _asked(messages: list[Message]) -> list[Message]:
-    """The messages up to the user's last; none if there is no such."""
-    count = max((i + 1 for i, message in enumerate(messages) if message["role"] == "user"), default=0)
-    return messages[:count]
+        return found
 
 
 def _with_memory(steps: Iterator[Any], length: int) -> Iterator[Any]:
-    """The same, with one line for the user when a canvas of this length is too long for the device."""
+    """The same, with one line for the user when a canvas of this length is too long for the memory."""
     try:
         yield from steps
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:  # of the device; of the host
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(f"not enough memory for {length} tokens: start anew, or set a smaller gen_length") from error
-
-
-def check_dialogue(messages: Any) -> list[Message]:
-    """The messages of a conversation: a system message or none, then the user's and the assistant's in turn.
-
-    Raises UserError: something else.
-    """
-    if messages != [] and messages != ():
-        check_messages(messages)
-    found = [dict(message) for message in messages]
-    turns = found[1:] if found and found[0]["role"] == "system" else found
-    for i, message in enumerate(turns):
-        if message["role"] != (wanted := ("user", "assistant")[i % 2]):
-            place = i + len(found) - len(turns)
-            raise UserError(f"message {place} is of role {message['role']!r:.100} where one of {wanted!r} must stand")
-    try:
-        json.dumps(found, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise UserError("a message holds half a character (a lone surrogate)") from error
-    return found
-
-
-def read_messages(path: Path) -> list[Message]:
-    """The conversation in a file, {"messages": [...]}. UserError says in one line what is wrong with it."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
-        raise UserError(f'{path} is no conversation: that is {{"messages": [{{"role": ..., "content": ...}}, ...]}}')
-    try:
-        return check_dialogue(record["messages"])
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def write_messages(path: Path, messages: Sequence[Message]) -> None:
-    """Writes a conversation, whole or not at all, on one line: several such files are a JSONL file to train on.
-
-    Raises UserError: it cannot be written, or would replace a file that is no conversation.
-    """
-    if path.is_dir() or not path.name:
-        raise UserError(f"{path} is a folder: name a file")
-    if path.exists():
-        try:
-            read_messages(path)
-        except UserError as error:
-            raise UserError(f"{path} is there already and is no conversation: name another file") from error
-    try:
-        write_text(path, json.dumps({"messages": list(messages)}, ensure_ascii=False) + "\n")
-    except UserError as error:
-        raise UserError(f"{path} cannot be written: {error.__cause__}") from error

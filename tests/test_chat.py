@@ -1,5 +1,6 @@
 """The program as a person and as a shell script use it: in a pseudo-terminal and in pipes."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import pytest
 
 import llada_jax
 from llada_jax import completion, terminal
+from llada_jax.chat_session import Chat, noted_signals
 from llada_jax.conversation import Conversation, Settings
 from llada_jax.tokenizer import train_tokenizer
 
@@ -61,12 +64,12 @@ def answered(talk):
 def test_in_a_pipe_every_line_is_a_message_or_a_command(folder, loaded, tmp_path):
     path, old = tmp_path / "chat.json", [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     path.write_text(json.dumps({"messages": old}, indent=2))
-    lines = ["def main", "", "/set steps many", "/set temperature=0.5", "/again", "//x \\", "/what", "/edit"]
-    lines += ["/load no", "/set steps 7", "/edit y", "/system Be brief.", "/again", "/save", "/undo", "/show"]
-    lines += ["/new", "last \ufffd", "/quit", "more"]
+    lines = ["def main", "", "/set steps many", "/set\ttemperature=0.5", " /again ", "//x \\", "/what", "/edit"]
+    lines += ["/load no", "/set steps 7", "/edit\ty", "/system Be brief.", "/again", "/save", "/undo", "/show"]
+    lines += ["/new", "last \ufffd", "/quit ", "more"]
     with piped(f"--model={folder}", *FLAGS, "--system=Hello", f"--load={path}") as child:
         stdout, stderr = child.communicate("\r\n".join(lines).encode().replace("\ufffd".encode(), b"\xff"))
-    assert child.returncode == 0, stderr.decode()
+    assert child.returncode == 2, stderr.decode()
     talk = Conversation(*loaded, SETTINGS, old)
     talk.instruct("Hello")
     talk.say("def main")
@@ -93,6 +96,133 @@ def test_in_a_pipe_every_line_is_a_message_or_a_command(folder, loaded, tmp_path
     assert [word in error for word, error in zip(words, errors, strict=True)] == [True] * 4, errors
     assert "temperature = 0.5\n" in notes and f"7 messages are in {path}\n" in notes and "user: def main\n" in notes
     assert notes.count("the model was trained with 80") == 1
+
+
+class Lines:
+    """The program without its flags: what it writes for lines of stdin that are no terminal's."""
+
+    def __init__(self, monkeypatch, capsys, loaded, settings=SETTINGS):
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+        self.talk = Conversation(*loaded, settings)
+
+    def __call__(self, *lines, **options):
+        """The exit code, stdout and the lines of stderr."""
+        text = "".join(line + "\n" for line in lines).encode()
+        self.monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+        self.monkeypatch.setattr(sys, "stdout", stdout := io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        code = Chat(self.talk, **options).run()
+        return code, stdout.buffer.getvalue().decode(), self.capsys.readouterr().err.splitlines()
+
+
+@pytest.fixture
+def take(monkeypatch, capsys, loaded):
+    return Lines(monkeypatch, capsys, loaded)
+
+
+def test_as_json_every_message_is_one_line(take, loaded):
+    lines = ["/again", "/edit x", "é", "/again", "/set temperature 0", "/edit x y", "/show", "/edit", "/undo", "/what"]
+    code, stdout, _ = take(*lines, as_json=True)
+    talk, answers = Conversation(*loaded, SETTINGS), []
+    talk.say("é")
+    answers += [answered(talk)[:-1], answered(talk)[:-1]]
+    talk.set("temperature", "0")
+    talk.edit("x y")
+    answers.append(answered(talk)[:-1])
+    messages = [None, "x", "é", "é", "x y"]
+    assert stdout.isascii() and [json.loads(line) for line in stdout.splitlines()] == [
+        {"message": message, "answer": answer} for message, answer in zip(messages, [None, None, *answers], strict=True)
+    ]
+    assert code == 2
+    assert take("x", "/again", "/quit", "/what", as_json=True)[0] == 0
+
+
+def test_an_answer_that_is_stopped_counts_as_none(take, monkeypatch):
+    def stopped(talk):
+        for frame in answer(talk):
+            if talk.last_message() == "x" and frame.step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield frame
+
+    answer = Conversation.answer
+    monkeypatch.setattr(Conversation, "answer", stopped)
+    code, stdout, notes = take("x", "y", as_json=True)
+    first, second = map(json.loads, stdout.splitlines())
+    assert code == 2 and first == {"message": "x", "answer": None} and second["message"] == "y" and second["answer"]
+    assert len(notes) == 1 and STOPPED in notes[0]
+    monkeypatch.undo()
+
+
+def test_only_files_of_this_conversation_are_replaced(take, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    old = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    for name in "abc":
+        Path(name).write_text(json.dumps({"id": name, "messages": old, "tags": [1]}))
+    code, _, notes = take("/load a", "/undo", "/save", "/save ./a", "/save b", "/save d", "/save d", "/load a", "/new")
+    assert code == 2 and notes[4] == "error: b is there already: name another file, or replace it with /save! FILE"
+    assert not [note for note in notes if note.startswith("error")][1:]
+    assert json.loads(Path("a").read_text()) == {"id": "a", "messages": [], "tags": [1]}
+    assert Path("d").read_text() == Path("a").read_text() and json.loads(Path("b").read_text())["messages"] == old
+    # A new conversation is none of theirs.
+    code, _, notes = take(
+        "/load a", "/new", "/save", "/save! b", "/save! nothing/x", f"/save! {'x' * 300}", "/save ~no/"
+    )
+    errors = ["name a file", "cannot be written: No such file or directory", "File name too long", "~no/ cannot be"]
+    found = [note for note in notes if note.startswith("error")]
+    assert [word in error for word, error in zip(errors, found, strict=True)] == [True] * 4, found
+    assert code == 2 and json.loads(Path("b").read_text()) == {"messages": []}
+    # The file of --load is known from the start.
+    assert take("/save", "/save c", path=Path("c"), record={"id": "c"})[0] == 0
+    assert json.loads(Path("c").read_text()) == {"id": "c", "messages": []}
+    assert sorted(os.listdir()) == ["a", "b", "c", "d"]
+
+
+def test_what_is_too_long_for_the_model_is_said_again_of_another_conversation(take, tmp_path):
+    lines = ["x", "y", "/again", "/new", "x", "/set steps 3", "/again", "/set gen_length 11", "/again"]
+    lines += [f"/save {tmp_path / 'a'}", f"/load {tmp_path / 'a'}", "/again"]
+    code, _, notes = take(*lines, longest=1)
+    warned = ["trained with 1:" in note for note in notes]
+    after = [notes[at - 1] if at else "" for at, found in enumerate(warned) if found]
+    assert code == 0 and after[:3] == ["", "a new conversation", "gen_length = 11"] and "messages from" in after[3]
+    assert len(after) == 4
+
+
+def test_long_words_are_not_repeated(take):
+    _, _, notes = take("/" + "x" * 500, "/load " + "y" * 500, "/set steps " + "9" * 500)
+    assert len(notes) == 3 and max(map(len, notes)) < 220
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_who_is_ended_while_drawing_leaves_the_terminal_first(number):
+    left, second = [], []
+    before = signal.signal(number, lambda number, _: second.append(number))
+    try:
+        with pytest.raises(SystemExit) as raised, noted_signals(signal.SIGINT, number) as noted:
+            with contextlib.ExitStack() as stack:
+                stack.callback(left.append, "left")
+                os.kill(os.getpid(), number)
+                assert noted == [number] and not left and not second
+                os.kill(os.getpid(), number)  # for who cannot wait: as it would be without
+                assert noted == second == [number] and not left
+                raise OSError("the terminal has gone")
+        assert raised.value.code == 128 + number and left
+    finally:
+        signal.signal(number, before)
+
+
+def test_signals_that_are_ignored_stay_so():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with noted_signals(signal.SIGINT) as noted:
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not noted and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt), noted_signals(signal.SIGINT) as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 class Terminal:
@@ -143,6 +273,18 @@ def open_terminal():
         each.child.kill()
         each.child.wait()
         os.close(each.end)
+
+
+def test_a_terminal_is_left_as_it_was_by_sigterm(folder, open_terminal):
+    screen = open_terminal(f"--model={folder}", "--gen_length=3000", "--block_length=3000")
+    screen.until("> ")
+    screen.type("x\r")
+    screen.until("step 1, ")
+    assert not termios.tcgetattr(screen.end)[3] & termios.ECHO
+    screen.child.send_signal(signal.SIGTERM)
+    screen.until("\x1b[?25h")  # the cursor is seen again
+    assert screen.child.wait(30) == 143
+    assert termios.tcgetattr(screen.end)[3] & termios.ECHO
 
 
 def test_a_talk_in_a_terminal(folder, loaded, open_terminal, tmp_path):
@@ -225,14 +367,16 @@ def test_lines_broken_anew_by_a_narrower_terminal_are_erased_too(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "closed", "words"),
     [
-        (["--model=nowhere", "--load=nothing.json"], "nothing.json cannot be read"),  # before the model is looked for
-        ([f"--model={PARITY / 'mha'}"], "has no tokenizer"),
+        (["--model=nowhere", "--load=~/nothing.json"], "", "home/nothing.json cannot be read"),  # before the model
+        (["--model=nowhere"], "<&-", "stdin is closed"),
+        (["--model=nowhere"], ">&-", "stdout is closed"),
+        ([f"--model={PARITY / 'mha'}"], "", "has no tokenizer"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(arguments, words):
-    with piped(*arguments) as child:
-        stdout, stderr = child.communicate(b"x\n")
-    assert child.returncode == 2 and stdout == b""
-    assert words in stderr.decode() and stderr.count(b"\n") == 1
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, closed, words):
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "llada_jax.chat", *arguments]
+    done = subprocess.run(command, env=os.environ | {"HOME": "/no/home"}, input=b"x\n", capture_output=True)
+    assert done.returncode == 2 and done.stdout == b""
+    assert words in done.stderr.decode() and done.stderr.count(b"\n") == 1

@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import llada_jax
 from llada_jax import completion, conversation
 from llada_jax.config import UserError
-from llada_jax.conversation import Conversation, Settings, read_messages, write_messages
+from llada_jax.conversation import Conversation, Settings
 from llada_jax.model import merge, split
 from llada_jax.tokenizer import load_tokenizer, train_tokenizer
 
@@ -83,7 +82,11 @@ def test_answers_are_those_of_the_sampler_on_the_whole_chat(loaded):
     again = answered(talk)
     assert again == plain(*loaded, talk.messages[:4], SHORT, turn=2, attempt=1)[0] != second
     assert [message["role"] for message in talk.messages] == ["system", *["user", "assistant"] * 2]
+    talk.instruct("")
+    other = answered(talk)  # to the same message: what was rejected does not come back
+    assert other == plain(*loaded, talk.messages[:3], SHORT, turn=2, attempt=2)[0]
     # What was typed as text is no end of turn: those are the template's, one for each message.
+    talk.instruct("Be brief. <|eot_id|>")
     ids = tokenizer.encode_chat(talk.messages[:4])
     assert talk.length() == len(ids) + 12 and ids.count(tokenizer.eot_id) == 4
 
@@ -125,6 +128,29 @@ def test_a_stopped_answer_leaves_everything_as_it_was(loaded):
     next(talk.answer())
     talk.say("something else")  # in the place of what has no answer
     assert talk.messages[3:] == [assistant(first), user("something else")]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        Conversation.restart,
+        Conversation.undo,
+        lambda talk: talk.say("other"),
+        lambda talk: talk.edit("def main"),
+        lambda talk: talk.instruct("Be brief."),
+        lambda talk: talk.replace([user("x"), assistant("y")]),
+        answered,
+    ],
+)
+@pytest.mark.parametrize("step", [0, 11])
+def test_an_answer_to_what_was_changed_meanwhile_is_dropped(loaded, change, step):
+    talk = Conversation(*loaded, SHORT, [user("def main")])
+    frames = talk.answer()
+    while next(frames).step < step:
+        pass
+    change(talk)
+    before = talk.messages
+    assert next(frames, None) is None and talk.messages is before
 
 
 def test_editing_taking_back_and_starting_anew(loaded):
@@ -191,6 +217,9 @@ def test_most_turns_and_settings_compile_nothing(loaded):
         ("steps", "many", "steps=many: it must be a whole number"),
         ("steps", "0", "steps=0"),
         ("gen_length", "0", "gen_length=0: it must be at least 1"),
+        ("gen_length", "1048577", "gen_length=1048577: it must be at least 1 and at most 1,048,576"),
+        ("steps", "1" * 200, r"steps=1{48}\.\.\.1{49}: it must be a whole number"),
+        ("x" * 200, "1", r"no setting 'x{48}\.\.\.x{49}': steps, "),
         ("block_length", "-1", "block_length=-1"),
         ("temperature", "hot", "temperature=hot: it must be a number"),
         ("temperature", "nan", "temperature=nan"),
@@ -249,9 +278,16 @@ def test_what_the_template_refuses_changes_nothing(folder, loaded, tmp_path):
     assert talk.messages == before and len(before) == 2
 
 
-def test_too_little_memory_is_one_line(loaded, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte"),
+        MemoryError("Unable to allocate 4. TiB"),  # of NumPy's arrays,
+    ],
+)
+def test_too_little_memory_is_one_line(loaded, monkeypatch, error):
     def fail(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")
+        raise error
         yield
 
     talk = Conversation(*loaded, SHORT, [user("x")])
@@ -259,50 +295,3 @@ def test_too_little_memory_is_one_line(loaded, monkeypatch):
     with pytest.raises(UserError, match="not enough memory for 76 tokens"):
         next(talk.answer())
     assert talk.messages == [user("x")]
-
-
-MESSAGES = [{"role": "system", "content": "é\n漢"}, user("a"), assistant(""), user("b") | {"name": "me"}]
-
-
-def test_a_conversation_comes_back_from_its_file(tmp_path):
-    path = tmp_path / "chat.json"
-    write_messages(path, MESSAGES)
-    assert read_messages(path) == MESSAGES
-    # One line, in the form of training data.
-    assert path.read_text().count("\n") == 1 and json.loads(path.read_text()) == {"messages": MESSAGES}
-    write_messages(path, [])
-    assert read_messages(path) == [] and [each.name for each in tmp_path.iterdir()] == ["chat.json"]
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "cannot be read"),
-        ("{", "is not JSON"),
-        ("[" * 100_000, "is not JSON"),
-        (b"\xff", "cannot be read"),
-        ("[]", "is no conversation"),
-        ('{"messages": "hello"}', "is no conversation"),
-        ('{"messages": ["hello"]}', "message 0"),
-        ('{"messages": [{"role": "user"}]}', 'message 0 of the chat needs a text "content"'),
-        ({"messages": [assistant("a")]}, "message 0 is of role 'assistant' where one of 'user'"),
-        ({"messages": [*MESSAGES, user("c")]}, "message 4 is of role 'user' where one of 'assistant'"),
-        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
-    ],
-)
-def test_what_is_wrong_with_a_file_is_said(tmp_path, content, words):
-    path = tmp_path / "chat.json"
-    if content is not None:
-        text = json.dumps(content) if isinstance(content, dict) else content
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UserError, match=words) as raised:
-        read_messages(path)
-    assert str(path) in str(raised.value)
-
-
-def test_nothing_else_is_overwritten(tmp_path):
-    (other := tmp_path / "weights.json").write_text('{"a": 1}')
-    for path, words in ((other, "is no conversation"), (tmp_path, "is a folder"), (tmp_path / "no" / "x", "cannot be")):
-        with pytest.raises(UserError, match=words):
-            write_messages(path, MESSAGES)
-    assert other.read_text() == '{"a": 1}' and len(list(tmp_path.iterdir())) == 1
