@@ -59,15 +59,25 @@ def spans(
 
 
 def lay_out(text: Iterable[tuple[str, str]], columns: int) -> list[Line]:
-    """Lines of at most `columns` cells. Nothing in the text can move the cursor or change its colour."""
+    """Lines of at most `columns` cells, words whole unless they are longer, a space between two lines left out.
+
+    Nothing in the text can move the cursor or change its colour.
+    """
     lines: list[Line] = [[]]
     used = 0
 
     def put(character: str, cells: int, style: str) -> None:
         nonlocal used
         if used + cells > columns:
-            lines.append([])
-            used = 0
+            end = len(lines[-1])
+            while end and not _may_end_line(*lines[-1][end - 1]) and not _may_end_line(character, style):
+                end -= 1
+            moved = lines[-1][end:] if end else []
+            del lines[-1][len(lines[-1]) - len(moved) :]
+            lines.append(moved)
+            used = width(moved)
+            if character == " ":
+                return
         lines[-1].append((character, style))
         used += cells
 
@@ -103,6 +113,11 @@ def harmless(text: str) -> str:
 def width(line: Line) -> int:
     """Cells that the line takes in a terminal."""
     return sum(_cells(character[0]) for character, _ in line)
+
+
+def _may_end_line(character: str, style: str) -> bool:
+    """True of what is no part of a word: between it and what stands before or after it a line may be broken."""
+    return character == " " or style == "mask" or _cells(character[0]) == 2
 
 
 def _cells(character: str) -> int:

@@ -350,6 +350,31 @@ def test_nobody_reads_the_answers(folder):
         assert child.wait(60) == 1 and notes == ""
 
 
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ([("one two three", "text")], ["one two ", "three"]),
+        (
+            [("one tw", "text"), ("o,", "new"), (" three", "text")],
+            ["one two,", "three"],
+        ),  # a space goes, no word is torn
+        ([("one two  three", "text")], ["one two ", "three"]),
+        ([("one " + "x" * 20, "text")], ["one ", "x" * 8, "x" * 8, "x" * 4]),
+        ([("one two", "text"), ("░" * 10, "mask"), ("word", "text")], ["one two░", "░" * 8, "░word"]),
+        ([("ab░", "text"), ("░" * 3, "mask"), ("word", "text")], ["ab░░░░", "word"]),
+        ([("one 漢字漢字", "text")], ["one 漢字", "漢字"]),
+        ([("a 漢字word x", "text")], ["a 漢字", "word x"]),
+        ([("one tw\u0301oooo", "text")], ["one ", "tw\u0301oooo"]),
+        ([("one two\nx", "new")], ["one two⏎", "x"]),
+        ([("two   \tx", "text")], ["two     ", "x"]),
+    ],
+)
+def test_lines_are_broken_between_words(text, lines):
+    laid_out = terminal.lay_out(text, 8)
+    assert ["".join(character for character, _ in line) for line in laid_out] == lines
+    assert max(map(terminal.width, laid_out)) <= 8
+
+
 def test_lines_broken_anew_by_a_narrower_terminal_are_erased_too(monkeypatch):
     class Stream(io.StringIO):
         def fileno(self):
