@@ -19,6 +19,11 @@ _OUTPUT = flags.DEFINE_string("output", None, "Picture to write: .svg or .png.",
 
 COLOURS = ("#1f6fb4", "#d9730d", "#2b8a3e", "#8f4ab8")
 GREY = "#888888"  # reads on light and dark pages
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), GREY),
+    "font.size": 9,
+    "svg.hashsalt": "llada_jax",  # the same file from the same lines
+}
 
 
 def main(_) -> None:
@@ -26,25 +31,23 @@ def main(_) -> None:
     records = [json.loads(line) for name in _INPUTS.value for line in Path(name).read_text().splitlines()]
     base = records[0]["model"]
     names = list(dict.fromkeys(Path(record["set"]).name for record in records))
-    with plt.rc_context({"text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
-                         "axes.edgecolor": GREY, "font.size": 9, "svg.hashsalt": "llada_jax"}):  # fmt: skip
+    with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-        for name, colour in zip(names, COLOURS, strict=False):
-            mine = [r for r in records if Path(r["set"]).name == name]
-            points = (
-                sorted((0 if r["model"] == base else r["step"], r) for r in mine)
-                if all("step" in r for r in mine)
-                else []
-            )
-            steps = [step for step, _ in points]
-            left.plot(
-                steps, [r["nats_per_token"] for _, r in points], marker="o", markersize=3, color=colour, label=name
-            )
-            for key, style in (("in_format", "-"), ("stops", ":")):
-                drawn = [(step, r[key]) for step, r in points if key in r]
+        for i, name in enumerate(names):
+            colour = COLOURS[i % len(COLOURS)]
+            # Lines on one step complete each other, the last one counts; of the base it is its newest checkpoint's.
+            points: dict[int, dict] = {}
+            for r in (r for r in records if Path(r["set"]).name == name):
+                step = 0 if r["model"] == base else r["step"]
+                points[step] = points.get(step, {}) | r
+            steps = sorted(points)
+            bounds = [points[step]["nats_per_token"] for step in steps]
+            left.plot(steps, bounds, marker="o", markersize=3, color=colour, label=name)
+            for key, what, line in (("in_format", "ends in the asked format", "-"), ("stops", "ends", ":")):
+                drawn = [(step, points[step][key]) for step in steps if key in points[step]]
                 if drawn:
-                    label = f"{name}: {'in the asked format' if key == 'in_format' else 'ends'}"
-                    right.plot(*zip(*drawn, strict=True), style, marker="o", markersize=3, color=colour, label=label)
+                    shares = tuple(zip(*drawn, strict=True))
+                    right.plot(*shares, line, marker="o", markersize=3, color=colour, label=f"{name}: {what}")
         left.set(xlabel="steps of tuning", ylabel="bound, nats per token of the answer", ylim=(0, None))
         right.set(xlabel="steps of tuning", ylabel="share of written answers", ylim=(-0.03, 1.03))
         for axes in (left, right):

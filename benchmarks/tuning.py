@@ -21,14 +21,15 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from llada_jax import checkpoint, likelihood, mesh
+from llada_jax import checkpoint, command_line, likelihood, mesh
 from llada_jax.completion import Options, make_batches, make_prompt, row_keys, text_length
-from llada_jax.config import ValidationConfig
+from llada_jax.config import UserError, ValidationConfig
 from llada_jax.data.chat import held_out_answers
 from llada_jax.data.manifest import load_manifest
 from llada_jax.data.rows import HeldOut
+from llada_jax.folders import is_workdir
 from llada_jax.loading import load
 from llada_jax.model import Transformer, split
 from llada_jax.sampling import generate
@@ -82,7 +83,10 @@ def answers(model: Transformer, tokenizer: Tokenizer, rows: HeldOut) -> dict[str
     if _FORMAT.value:
         result["in_format"] = share(end and text is not None for end, text in zip(ended, formed, strict=True))
         result["in_format_reference"] = share(text is not None for text in references)
-    shown = [{"prompt": decoded(pairs[i][0][: pairs[i][2]], tokenizer)[-200:], "answer": texts[i]} for i in range(3)]
+    shown = [
+        {"prompt": decoded(tokens_T[:given], tokenizer)[-200:], "answer": text, "reference": reference}
+        for (tokens_T, _, given), text, reference in list(zip(pairs, texts, wanted, strict=True))[:5]
+    ]
     return result | {"examples": shown}
 
 
@@ -102,14 +106,20 @@ def share(values) -> float:
     return round(sum(values) / len(values), 4)
 
 
-def main(_) -> None:
+def main() -> None:
     """Prints the lines."""
     for folder in _MODELS.value:
-        steps = checkpoint.saved_steps(folder) if _EVERY_CHECKPOINT.value else [None]
-        for step in steps:
+        trained_here = is_workdir(folder, "--model=")
+        steps = checkpoint.saved_steps(folder) if trained_here else [None]
+        for step in steps if _EVERY_CHECKPOINT.value else steps[-1:]:
             model, tokenizer = load(folder, step=step)
             for path in _SETS.value:
-                length = load_manifest(path).sequence_length
+                manifest = load_manifest(path)
+                if tokenizer is None or tokenizer.sha256 != manifest.tokenizer_sha256:
+                    raise UserError(f"--set={path} was not prepared with the tokenizer of {folder}")
+                if not manifest.validation.rows:
+                    raise UserError(f"--set={path} holds no conversations out")
+                length = manifest.sequence_length
                 started = time.monotonic()
                 rows = held_out_answers([path], _ROWS.value, length, model.config.vocab_size)
                 record = {"model": folder, "step": step, "set": path, "rows": len(rows.tokens_NT), **bound(model, rows)}
@@ -120,4 +130,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -1,7 +1,7 @@
 """LLaDA 8B Instruct: supervised fine-tuning as in the paper (arXiv 2502.09992, Section 2.3 and Appendix B.1).
 
     python -m llada_jax.prepare --chat --input='chats/*.jsonl.gz' --output=data/sft --tokenizer=LLaDA-8B-Base
-    python -m llada_jax.train --config=configs/8b_sft.py:v5p-4x4x4 --workdir=runs/8b_sft --config.init_from=LLaDA-8B-Base
+    python -m llada_jax.train --config=configs/8b_sft.py:v5p-4x4x4 --workdir=runs/8b_sft
     python -m llada_jax.chat --model=runs/8b_sft
 
 Data: 4.5 M pairs, three epochs: 52,734 steps of 256; with other data set --config.steps to 3 * conversations / 256.
@@ -9,10 +9,12 @@ Answers are padded with EOS, which is learned, to the longest of the batch.
 Schedule: 0 -> 2.5e-5 over 50 steps, held, the last 10 % linear to 2.5e-6. AdamW, weight decay 0.1. The paper does not
 state betas and clipping: 0.9, 0.95 and 1.0 here.
 
+LLaDA-8B-Base is the published folder; --config.init_from names another one, or a workdir of configs/8b.py.
+
 Hardware is an argument of this file, a name in HARDWARE below. All of the 8 B parameters are tuned, with 16 bytes of
 memory each, but on one GPU (lora-...): there low-rank adapters are, beside weights that stay as they are in bfloat16.
-Each is accepted by the plan (`python -m llada_jax.plan --config=configs/8b_sft.py:NAME --topology=...`), whose output is
-kept in benchmarks/plans; none has been run by us.
+Each is accepted by the plan (`python -m llada_jax.plan --config=configs/8b_sft.py:NAME --topology=...`), whose output
+is kept in benchmarks/plans; none has been run by us.
 """
 
 import runpy
@@ -37,7 +39,7 @@ HARDWARE = {
     "v5e-8x8": Hardware(accumulation=2),  # 2 rows per chip
     "v5p-4x4x4": Hardware(remat="dots"),  # 4
     "h200-8": Hardware(accumulation=8, remat="dots"),  # 4
-    "lora-h200-1": Hardware(accumulation=64, rank=16),  # 4
+    "lora-h200-1": Hardware(accumulation=64, remat="dots", rank=16),  # 4
 }
 
 
@@ -63,6 +65,6 @@ def get_config(hardware: str = "") -> Config:
     config.sampling.steps = config.sampling.gen_length = 128
 
     config.accumulation, config.compute.remat, config.model.lora.rank = HARDWARE[hardware]
-    if config.model.lora.rank:  # adapters take a larger rate than the weights themselves would
+    if config.model.lora.rank:  # our choice: adapters take a larger rate than the weights themselves would
         config.optimizer.peak_learning_rate = 2e-4
     return config

@@ -6,9 +6,9 @@
         --config.data.path=data/chats
     python -m llada_jax.chat --model=runs/tuned
 
-The architecture is that of config.init_from. An epoch is as many rows as there are conversations: with 32 rows per step,
---config.steps is 3 * conversations / 32 for the paper's three epochs. The paper's 2.5e-5 is for 8 billion parameters:
-small models take a larger one.
+The architecture is that of config.init_from (config.model.layers=0). An epoch is as many rows as there are
+conversations: with 32 rows per step, --config.steps is 3 * conversations / 32 for the paper's three epochs. The paper's
+2.5e-5 is for 8 billion parameters: small models take a larger one.
 """
 
 from llada_jax.config import Config
@@ -17,16 +17,18 @@ from llada_jax.config import Config
 def get_config() -> Config:
     """The paper's recipe (`configs/8b_sft.py`) with a rate and a batch for a model of a few million parameters."""
     config = Config(steps=2_000, batch_size=32, sequence_length=512, init_weights_only=True)
+    config.init_from = "runs/base"
     config.model.layers = 0
     config.diffusion.objective = "sft"
     config.diffusion.random_length_every = 0
+    config.data.path = "data/chats"
 
     config.compute.unroll = 0
     config.compute.remat = "none"
     config.compute.loss_chunk = 128
 
     config.optimizer.peak_learning_rate = 1e-3
-    config.optimizer.schedule = ((0, 0.0), (50, 1.0), (0.9, 1.0), (1.0, 0.1))
+    config.optimizer.schedule = ((0.0, 0.0), (0.03, 1.0), (0.9, 1.0), (1.0, 0.1))
 
     config.logging.every = 50
     config.checkpoint.every = 500

@@ -2,7 +2,7 @@
 
 A workdir holds config.json, tokenizer/ and checkpoints/STEP/. A checkpoint holds the TrainState and a small
 "run" record: the fingerprint of every array, by which a damaged one is recognised, and the metrics window. A run with
-low-rank adapters has no more than these in its TrainState; the weights that they adapt are in base/, written once.
+low-rank adapters has no more than these in its TrainState; the weights that they adapt are in frozen/, written once.
 """
 
 import contextlib
@@ -10,10 +10,8 @@ import copy
 import dataclasses
 import functools
 import json
-import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,10 +30,11 @@ from llada_jax.config import CheckpointConfig, Config, LoraConfig, UserError
 from llada_jax.fingerprint import fingerprint
 from llada_jax.folders import CHECKPOINTS
 from llada_jax.model import Transformer, abstract_model, merge, split
+from llada_jax.orbax_errors import one_line, quiet
 from llada_jax.train_step import TrainState, make_state
 
 FOLDER = CHECKPOINTS
-BASE = "base"  # in the workdir of a run with adapters
+BASE = "frozen"  # in the workdir of a run with adapters: their base
 
 
 class Damaged(Exception):
@@ -68,7 +67,7 @@ class Checkpoints:
     """The checkpoints of one workdir."""
 
     def __init__(self, workdir: str | os.PathLike, config: CheckpointConfig):
-        _quiet()
+        quiet()
         self.directory = Path(workdir).absolute() / FOLDER
         self._every = config.every
         policies = [preservation_policy.LatestN(config.keep)]
@@ -126,7 +125,7 @@ class Checkpoints:
             raise
         except Exception as error:  # Orbax and TensorStore raise many kinds, often those of a background thread
             raise SaveFailed(
-                f"a checkpoint could not be written to {self.directory}: {_reason(error)}; "
+                f"a checkpoint could not be written to {self.directory}: {one_line(error)}; "
                 f"the same command goes on from the newest whole one"
             ) from error
 
@@ -155,7 +154,7 @@ class Checkpoints:
             except (MemoryError, jax.errors.JaxRuntimeError):
                 raise  # out of memory, most likely: no fault of the files
             except Exception as error:  # any failure to read is damage: Orbax and TensorStore raise many kinds
-                problem = _reason(error)
+                problem = one_line(error)
             # Each process reads its own part: what is damaged for one of them is damaged for all.
             problem = distributed.first_problem("checkpoint read", problem)
             if problem is None:
@@ -234,31 +233,6 @@ def _verify(tree: Any, expected: dict[str, int]) -> None:
             raise Damaged(f"the content of {name} is not what was saved")
 
 
-def _reason(error: BaseException) -> str:
-    """One line that says what is behind an exception of Orbax or TensorStore."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = " ".join(str(error).split("\n")[0].split())
-    if len(text) > 300:
-        text = f"{text[:100]} ... {text[-195:]}"  # TensorStore starts with what it did and ends with the cause
-    return text if isinstance(error, Damaged | UserError) else f"{type(error).__name__}: {text}"
-
-
-@functools.cache
-def _quiet() -> None:
-    """Keeps Orbax from telling of a failure itself, in dozens of tracebacks from its threads: we say it in a line."""
-    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
-    logging.getLogger("asyncio").addFilter(lambda record: "/orbax/" not in record.getMessage())
-    before = sys.unraisablehook
-
-    def hook(event: Any) -> None:
-        # Reads and writes that were still under way when one of them failed.
-        if "Event loop is closed" not in str(event.exc_value) and "_read_array_index" not in repr(event.object):
-            before(event)
-
-    sys.unraisablehook = hook
-
-
 def steps_in(workdir: str | os.PathLike) -> list[int]:
     """Steps of the complete checkpoints of a workdir, ascending: one that is being written has another name."""
     folder = Path(workdir) / FOLDER
@@ -298,7 +272,7 @@ def load_state(workdir: str | os.PathLike, step: int | None, config: Config, mes
     Raises:
       UserError: no such checkpoint, or it cannot be restored into this config.
     """
-    _quiet()
+    quiet()
     step = choose_step(workdir, step)
     target = _as_dict(_target(lambda: make_state(config), mesh))
     with jax.set_mesh(mesh):
@@ -312,7 +286,7 @@ def load_params(workdir: str | os.PathLike, step: int | None, config: Config, me
     looked at. Where `dtype` is not what was saved, they are read one by one: beside them there is memory for the
     largest one.
     """
-    _quiet()
+    quiet()
     step = choose_step(workdir, step)
     key, wanted = jax.random.key(0), jnp.dtype(jnp.float32 if dtype is None else dtype)
     if (adapted := _adapted(workdir)).rank:
@@ -360,19 +334,24 @@ def _adapted(workdir: str | os.PathLike) -> LoraConfig:
 
 
 def write_base(workdir: str | os.PathLike, frozen: dict) -> None:
-    """Writes the weights that a run adapts, in their dtype, into its workdir; {} = it adapts none.
+    """Writes the weights that a run adapts, in their dtype, into its workdir; {} = it adapts none, nothing happens.
 
     To be called before the first checkpoint: until there is one, nothing depends on what an earlier start left here,
-    and it is written anew. All of it is on disk when this returns. SaveFailed as `Checkpoints.save`.
+    and it is written anew. All of it is on disk when this returns. SaveFailed as `Checkpoints.save`; UserError if what
+    has that name already is something else.
     """
-    base = Path(workdir) / BASE
-    if distributed.index() == 0:
-        shutil.rmtree(base, ignore_errors=True)
-    distributed.barrier("base removed")
     if frozen:
+        base = Path(workdir) / BASE
+        distributed.first_decides("frozen weights", lambda: _make_room(base))
         saved = Checkpoints(base, CheckpointConfig())
         saved.save_weights(0, frozen, {})
         saved.close()
+
+
+def _make_room(base: Path) -> None:
+    if base.exists() and [path.name for path in base.iterdir()] not in ([], [FOLDER]):
+        raise UserError(f"{base} is where the weights go that adapters are added to, and it holds something else")
+    shutil.rmtree(base, ignore_errors=True)
 
 
 def load_base(workdir: str | os.PathLike, config: Config, mesh: Mesh, dtype: Any) -> dict:
@@ -390,11 +369,20 @@ def _cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def _load(workdir: str | os.PathLike, step: int, target: dict) -> dict:
     path = Path(workdir).absolute() / FOLDER / str(step)
+    tree, expected, problem = None, {}, None
     try:
-        tree = _read_arrays(path, target)
-        _verify(tree, _read_run(path)["fingerprint"])
+        tree, expected = _read_arrays(path, target), _read_run(path)["fingerprint"]
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        raise UserError(f"checkpoint {step} of {workdir} cannot be restored: {_reason(error)}") from error
+        problem = one_line(error)
+    # Each process reads its own part: what is damaged for one of them is damaged for all.
+    problem = distributed.first_problem("checkpoint read", problem)
+    if problem is None:
+        try:
+            _verify(tree, expected)
+        except Damaged as error:
+            problem = str(error)
+    if problem is not None:
+        raise UserError(f"checkpoint {step} of {workdir} cannot be restored: {problem}")
     return tree

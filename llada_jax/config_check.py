@@ -81,6 +81,9 @@ def validate(config: Config) -> None:
     )
     if config.diffusion.objective in OF_CHAT:
         _require(
+            not config.report, "report", True, f"compares text, the objective {config.diffusion.objective} has none"
+        )
+        _require(
             config.diffusion.random_length_every == 0,
             "diffusion.random_length_every",
             config.diffusion.random_length_every,

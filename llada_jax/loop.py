@@ -65,6 +65,7 @@ class Loop:
         self.speed = metrics.Speed(config.model, config.sequence_length)
         self.steps_since_log = self.tokens_since_log = 0
         self.widths: set[int] = set()  # of the batches, for which the train step is compiled
+        self.untimed: set[int] = set()  # steps that were mostly compilation
         self.bits_per_byte = float("nan")
         self.tracing = False
         self.stop = StopSignal()
@@ -118,6 +119,7 @@ class Loop:
         self.widths.add(width)
         if compiles and not first:
             log(f"compiling the train step for rows of {width} tokens ...")
+            go_on = self.speed.pause()
         # Once it is compiled nothing crosses between host and device that is not asked for by name.
         with jax.transfer_guard("allow" if compiles else "disallow"):
             batch = mesh.place_batch(rows, self.mesh, self.config.batch_size)
@@ -133,6 +135,10 @@ class Loop:
             self.stop.listen()
             if not self._logs(self.done):
                 self.speed.restart()  # this step was mostly compilation
+        elif compiles:
+            jax.block_until_ready(values)
+            self.untimed.add(self.done)
+            go_on()
         return state
 
     def _logs(self, step: int) -> bool:
@@ -145,7 +151,9 @@ class Loop:
         (step, values), self.pending = self.pending, None
         values = metrics.fetch(values)
         self.window.add(values)
-        if step > self.first_step + 1 or self._logs(step):  # the first step is timed only where it must be
+        if step not in self.untimed and (
+            step > self.first_step + 1 or self._logs(step)
+        ):  # the first step is timed only where it must be
             self.steps_since_log += 1
             self.tokens_since_log += int(values["tokens"])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if values["skipped"] else 0
@@ -153,7 +161,8 @@ class Loop:
         if self._logs(step):
             record |= self.window.summary()
             record |= {name: float(values[name]) for name in ("learning_rate", "grad_norm")}
-            record |= self.speed.summary(self.steps_since_log, self.tokens_since_log, self.config.steps - step)
+            rows = self.steps_since_log * self.config.batch_size if is_chat(self.config) else None
+            record |= self.speed.summary(self.steps_since_log, self.tokens_since_log, self.config.steps - step, rows)
             self.window = metrics.Window(self.config.logging.buckets)
             self.steps_since_log = self.tokens_since_log = 0
             log(metrics.log_line(step, self.config.steps, record))

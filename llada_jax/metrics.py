@@ -22,7 +22,7 @@ def peak_flops(device_kind: str) -> float | None:
     return chip.peak_flops if chip else None
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int, head_share: float = 0.5) -> float:
+def flops_per_token(model: ModelConfig, sequence_length: float, head_share: float = 0.5) -> float:
     """FLOPs of a training step per token: 6 per matmul parameter and 12 L T D for attention, all of it real.
 
     With low-rank adapters 4 per matmul parameter, whose gradient is not formed, and 6 per parameter of theirs.
@@ -54,6 +54,7 @@ def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, compute
     """FLOPs per token that a training step executes beyond `flops_per_token`, by compute.remat and the kernel.
 
     Counted: attention and the layers' matmuls, but not ff_out (nor its adapter's B): no gradient depends on its output.
+    Not counted: the adapters' products that "dots" computes again.
     """
     attention = 4 * sequence_length * model.width
     # Every kernel but the plain one holds no scores for the backward pass: it makes them again, one matmul of two.
@@ -102,8 +103,7 @@ class Speed:
     """Tokens per second, MFU and time left, from the tokens of the steps between two log lines."""
 
     def __init__(self, model: ModelConfig, sequence_length: int, clock: Callable[[], float] = time.perf_counter):
-        self._flops = flops_per_token(model, sequence_length)
-        self._flops_full_head = flops_per_token(model, sequence_length, head_share=1.0)
+        self._model, self._length = model, sequence_length
         self._devices = jax.device_count()
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._clock, self._since = clock, clock()
@@ -121,8 +121,12 @@ class Speed:
 
         return go_on
 
-    def summary(self, steps: int, tokens: int, steps_left: int) -> dict:
-        """Rates since the last call: step_seconds, tokens_per_second, seconds_left, mfu where the peak is known."""
+    def summary(self, steps: int, tokens: int, steps_left: int, rows: int | None = None) -> dict:
+        """Rates since the last call: step_seconds, tokens_per_second, seconds_left, mfu where the peak is known.
+
+        rows: how many the tokens lie in, where their lengths vary; None = all are of the sequence length. The head is
+        counted as if half of all tokens were masked, prompts too: at 8B that makes up to 4 % more of it.
+        """
         now = self._clock()
         elapsed, self._since = max(now - self._since, 1e-9), now
         rate = tokens / elapsed
@@ -134,8 +138,9 @@ class Speed:
         }
         if self._peak:
             # FLOPs of padding are not counted as useful.
-            result["mfu"] = rate * self._flops / self._devices / self._peak
-            result["mfu_full_head"] = rate * self._flops_full_head / self._devices / self._peak
+            length = tokens / rows if rows else self._length
+            for name, share in (("mfu", 0.5), ("mfu_full_head", 1.0)):
+                result[name] = rate * flops_per_token(self._model, length, share) / self._devices / self._peak
         return result
 
 

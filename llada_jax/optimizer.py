@@ -32,7 +32,10 @@ def schedule_points(config: OptimizerConfig, steps: int) -> list[tuple[float, fl
         if position < 0 or not 0 <= factor < float("inf"):
             raise UserError(f"config.optimizer.schedule: {point!r} must not be negative")
         if points and position < points[-1][0]:
-            raise UserError(f"config.optimizer.schedule: position {point[0]} comes before the one in front of it")
+            raise UserError(
+                f"config.optimizer.schedule: position {point[0]} comes before the one in front of it "
+                f"(step {position:g} of {steps} after step {points[-1][0]:g})"
+            )
         points.append((float(position), float(factor)))
     if not points:
         raise UserError("config.optimizer.schedule is empty: ((0, 1.0),) is a constant learning rate")

@@ -5,6 +5,8 @@ python -m llada_jax.prepare --input=book.txt --output=sets/book --train_tokenize
 python -m llada_jax.prepare --chat --input='chats/*.jsonl.gz' --output=sets/chats --tokenizer=LLaDA-8B-Base
 """
 
+import os
+import shlex
 import time
 
 from absl import flags
@@ -107,8 +109,8 @@ def _chat_summary(output: str, manifest: Manifest, seconds: float) -> str:
         f"without text: {chat.empty:,} left out\n"
         f"{train.tokens + validation.tokens:,} tokens, an epoch is {train.documents:,} rows, {seconds:.1f} s\n"
         f"next: python -m llada_jax.train --config=configs/small_sft.py --workdir=runs/tuned "
-        f"--config.init_from={_TOKENIZER.value} --config.data.path={output} "
-        f"--config.sequence_length={manifest.sequence_length}"
+        f"--config.init_from={shlex.quote(_TOKENIZER.value) if os.path.isdir(_TOKENIZER.value) else 'MODEL'} "
+        f"--config.data.path={shlex.quote(output)} --config.sequence_length={manifest.sequence_length}"
     )
 
 

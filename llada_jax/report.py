@@ -17,6 +17,8 @@ from llada_jax.data.rows import HeldOut
 from llada_jax.model import merge
 from llada_jax.tokenizer import MASK_LITERAL, Tokenizer
 
+PROMPT_SHOWN = 16  # tokens of a prompt
+
 
 def first_batch(config: Config, batch: dict, tokenizer: Tokenizer, step: int, characters: int = 300) -> str:
     """The first row of a placed batch as the train step sees it: length, t, text, masked text."""
@@ -32,14 +34,17 @@ def first_batch(config: Config, batch: dict, tokenizer: Tokenizer, step: int, ch
             config.diffusion,
             config.model.mask_id,
         )
-        whole = (batch["tokens"], noisy.tokens_BT, noisy.mask_BT, noisy.p_mask_B, batch["length"])
+        prompt_B = batch.get("prompt", jnp.zeros_like(batch["length"]))
+        whole = (batch["tokens"], noisy.tokens_BT, noisy.mask_BT, noisy.p_mask_B, batch["length"], prompt_B)
         return [jax.reshard(x, P(*(None,) * x.ndim))[0] for x in whole]
 
-    clean_T, noisy_T, mask_T, p_mask, length = jax.device_get(row_0(batch))
+    clean_T, noisy_T, mask_T, p_mask, length, prompt = jax.device_get(row_0(batch))
     t = (p_mask - config.diffusion.eps) / (1 - config.diffusion.eps)
-    clean, masked = (tokenizer.decode(x[:length]) for x in (clean_T, noisy_T))
+    first = max(0, prompt - PROMPT_SHOWN)
+    clean, masked = (tokenizer.decode(x[first:length], continuation=first > 0) for x in (clean_T, noisy_T))
+    given = f", {prompt} of the prompt" if prompt else ""
     return (
-        f"first row of step {step}: {length} tokens, t = {t:.3f}, {int(mask_T.sum())} masked\n"
+        f"first row of step {step}: {length} tokens{given}, t = {t:.3f}, {int(mask_T.sum())} masked\n"
         f"  text:   {_cut(clean, characters)!r}\n"
         f"  masked: {_cut(masked, characters)!r}"
     )

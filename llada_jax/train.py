@@ -20,7 +20,8 @@ from llada_jax import checkpoint, command_line, config_check, distributed, lora,
 from llada_jax import config as configs
 from llada_jax.config import Config, ModelConfig, UserError
 from llada_jax.data import remote
-from llada_jax.data.manifest import TOKENIZER_FOLDER, load_manifest
+from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest, load_manifest
+from llada_jax.data.pairs import template_hash
 from llada_jax.data.sets import is_chat, open_held_out, open_training, prepared_sets
 from llada_jax.distributed import log
 from llada_jax.folders import is_workdir, keep_published
@@ -128,6 +129,8 @@ def _train(config: Config, folder: Path) -> int:
     if is_chat(config):
         for path, (conversations, epochs) in data.epochs(config.steps * config.batch_size).items():
             log(f"{path}: {conversations:,} conversations, {epochs:.2f} epochs")
+    if config.init_from and not stored:
+        _same_template(manifests, config.init_from)
     if held_out is None and config.validation.rows:
         log("no validation: the prepared sets hold no rows out")
     identity = workdir.identity(config, manifests, tokenizer.sha256)
@@ -231,6 +234,13 @@ def _architecture(config: Config, stored: Config | None, step: int | None) -> Mo
         found = huggingface.inspect(config.init_from).config
     else:
         found = workdir.read_config(config.init_from)[0].model
+    for field in dataclasses.fields(ModelConfig):
+        value, theirs = getattr(config.model, field.name), getattr(found, field.name)
+        if field.name not in ("layers", "lora") and value not in (getattr(ModelConfig(), field.name), theirs):
+            raise UserError(
+                f"config.model.{field.name} is {value}, but config.model.layers=0 takes the architecture of "
+                f"{config.init_from}, which has {theirs}"
+            )
     return dataclasses.replace(found, lora=config.model.lora)
 
 
@@ -302,6 +312,18 @@ def _first_state(
     log(f"branching from {source} at step {step}")
     frozen = checkpoint.load_base(source, config, device_mesh, dtype) if adapts else {}
     return checkpoint.load_state(source, step, config, device_mesh), frozen
+
+
+def _same_template(manifests: list[Manifest], source: str) -> None:
+    """UserError if conversations were prepared with another chat template than that of the model to tune."""
+    folder = Path(source)
+    tokenizer = find_tokenizer(folder) or find_tokenizer(folder / "tokenizer")
+    chat = manifests[0].chat
+    if chat and tokenizer is not None and chat.template_sha256 != template_hash(tokenizer):
+        raise UserError(
+            f"the conversations were prepared with another chat template than that of {source}: "
+            f"prepare them with --tokenizer={source}"
+        )
 
 
 def _same_tokenizer(theirs: str | None, identity: dict, source: str) -> None:

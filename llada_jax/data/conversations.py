@@ -11,7 +11,6 @@ The last three are a message of the user, whose parts an empty line separates, a
 keys are not looked at. Files may differ, and so may lines.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -116,8 +115,3 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
 def answers(messages: Sequence[dict[str, Any]]) -> list[int]:
     """Places of the messages to learn: those of the assistant that answer something."""
     return [i for i, message in enumerate(messages) if i and message["role"] == ASSISTANT]
-
-
-def template_hash(source: str) -> str:
-    """sha256 of a chat template."""
-    return hashlib.sha256(source.encode()).hexdigest()

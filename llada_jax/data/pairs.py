@@ -135,6 +135,11 @@ def _counted(tokens: np.ndarray, prompt: int, token_bytes: np.ndarray) -> Pair:
     return Pair(tokens, prompt, int(token_bytes[tokens[prompt:]].sum(dtype=np.int64)))
 
 
+def template_hash(tokenizer: Tokenizer) -> str:
+    """sha256 of the chat template that conversations are rendered with."""
+    return hashlib.sha256((tokenizer.chat_template or tokenizer.default_chat_template).encode()).hexdigest()
+
+
 class PairWriter:
     """Writes the pairs of one split as shards and an index."""
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from llada_jax.config import UserError
-from llada_jax.data.conversations import Conversation, Conversations, template_hash
+from llada_jax.data.conversations import Conversation, Conversations
 from llada_jax.data.held_out import HASH_RULE, held_out_below, text_hash
 from llada_jax.data.manifest import SPLITS, TOKENIZER_FOLDER, Chat, Manifest, Source, tokenizer_fields
 from llada_jax.data.output import (
@@ -33,7 +33,7 @@ from llada_jax.data.output import (
     temporary_folder,
     write_errors,
 )
-from llada_jax.data.pairs import HEADER_BYTES, RULES, ChatBatch, Encoded, PairWriter
+from llada_jax.data.pairs import HEADER_BYTES, RULES, ChatBatch, Encoded, PairWriter, template_hash
 from llada_jax.data.pool import Pool
 from llada_jax.tokenizer import load_tokenizer
 
@@ -112,7 +112,7 @@ def prepare_chat(
                 for i, name in enumerate(conversations.inputs)
             ),
             chat=Chat(
-                template_hash(loaded.chat_template or loaded.default_chat_template),
+                template_hash(loaded),
                 too_long, group_key, dropped, cut, empty, train_index, validation_index,
             ),
         )  # fmt: skip

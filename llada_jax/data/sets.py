@@ -44,7 +44,10 @@ def prepared_sets(config: Config, folder: Path, stored: Config | None) -> list[s
         "workers": data.workers,
     }
     if is_chat(config):
-        prepare_chat(inputs, target, tokenizer=tokenizer, **same)
+        chat = prepare_chat(inputs, target, tokenizer=tokenizer, **same).chat
+        log(
+            f"answers left out: {chat.dropped:,} too long, {chat.empty:,} empty (llada_jax.prepare --chat can cut them)"
+        )
     else:
         trained = None if tokenizer else data.train_tokenizer
         prepare(inputs, target, tokenizer=tokenizer or None, train_tokenizer=trained, **same)

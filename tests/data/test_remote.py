@@ -1,5 +1,6 @@
 """Sets in a bucket, by way of a file system in memory that answers to gs://."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,9 @@ from fsspec.registry import _registry
 
 from llada_jax import train
 from llada_jax.config import UserError
+from llada_jax.data.chat import ChatData
 from llada_jax.data.prepare import prepare
+from llada_jax.data.prepare_chat import prepare_chat
 from llada_jax.data.remote import local_copy
 from llada_jax.tokenizer import load_tokenizer
 
@@ -70,6 +73,18 @@ def test_a_set_is_copied_whole_and_once(bucket, prepared, tmp_path):
     Bucket.opened.clear()
     assert local_copy("gs://bucket/set", str(tmp_path), lines.append) == folder
     assert Bucket.opened == ["manifest.json"] and len(lines) == 1
+
+
+def test_conversations_are_copied_with_their_index(bucket, prepared, tmp_path):
+    lines = [{"prompt": f"fox {i}", "response": "child " * (i % 5 + 1)} for i in range(40)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {"tokenizer": str(prepared), "sequence_length": 64, "workers": 1, "progress": False}
+    prepare_chat([str(tmp_path / "c.jsonl")], tmp_path / "chat", **settings)
+    bucket.put(str(tmp_path / "chat"), "gs://bucket/chat", recursive=True)
+    folder = local_copy("gs://bucket/chat", str(tmp_path / "cache"), lambda line: None)
+    assert files(Path(folder)) == files(tmp_path / "chat")
+    data = ChatData([folder], seed=0, batch_size=4, sequence_length=64, vocab_size=512)
+    assert data.batch(0, range(4))["tokens"].shape[0] == 4
 
 
 def test_a_copy_that_was_broken_off_goes_on(bucket, prepared, tmp_path):

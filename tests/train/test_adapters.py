@@ -125,12 +125,23 @@ def test_killed_while_the_weights_are_written_nothing_is_lost(run, adapted, sour
         patch.setattr(checkpoint.Checkpoints, "save_weights", dies)
         with pytest.raises(KeyboardInterrupt):
             run(folder, init_from=str(source), **SETTINGS)
-    assert checkpoint.steps_in(folder) == [] and (folder / "base").exists()
+    assert checkpoint.steps_in(folder) == [] and (folder / "frozen").exists()
     assert run(folder, init_from=str(source), **SETTINGS) == 0
     assert_same_run(folder, adapted)
     assert same(base_of(folder), base_of(adapted))
     with pytest.raises(UserError, match="config.model.lora.rank is 0, but .* was trained with 4"):
         run(folder, init_from=str(source), **(SETTINGS | {"model__lora__rank": 0}))
+
+
+def test_what_is_not_ours_stays(run, prepared, source, tmp_path):
+    """A folder of that name that holds something else is left alone, by runs with adapters and without."""
+    other = tmp_path / "run" / "frozen"
+    other.mkdir(parents=True)
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="frozen is where the weights go .* holds something else"):
+        run(tmp_path / "run", init_from=str(source), **SETTINGS)
+    assert run(tmp_path / "run", init_from=str(source), init_weights_only=True, steps=1) == 0
+    assert (other / "notes.txt").read_text() == "mine"
 
 
 def test_branches_and_further_runs(run, adapted, tmp_path):
@@ -160,17 +171,17 @@ def test_through_the_published_format_and_orbax(run, adapted, tmp_path):
 
 
 def test_a_damaged_or_missing_base_is_told_in_one_line(run, copy_of_adapted, source):
-    (record,) = (copy_of_adapted / "base").glob("checkpoints/0/run/metadata")
+    (record,) = (copy_of_adapted / "frozen").glob("checkpoints/0/run/metadata")
     content = json.loads(record.read_text())
     content["fingerprint"]["params/blocks/q_proj"] ^= 1
     record.write_text(json.dumps(content))
     settings = SETTINGS | {"init_from": str(source), "steps": 12}
     for use in (lambda: run(copy_of_adapted, **settings), lambda: llada_jax.load(copy_of_adapted)):
-        with pytest.raises(UserError, match="base cannot be restored: the content of .*q_proj is not") as found:
+        with pytest.raises(UserError, match="frozen cannot be restored: the content of .*q_proj is not") as found:
             use()
         assert "\n" not in str(found.value)
-    shutil.rmtree(copy_of_adapted / "base")
+    shutil.rmtree(copy_of_adapted / "frozen")
     for use in (lambda: run(copy_of_adapted, **settings), lambda: llada_jax.load(copy_of_adapted)):
-        with pytest.raises(UserError, match="base is missing: the checkpoints of .* hold adapters alone") as found:
+        with pytest.raises(UserError, match="frozen is missing: the checkpoints of .* hold adapters alone") as found:
             use()
         assert "\n" not in str(found.value)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -122,6 +123,8 @@ def test_prepared_on_first_use_with_the_tokenizer_of_the_base(run, reference, ch
         ({"init_from": "", "init_weights_only": False}, "model.layers=0 takes the architecture of config.init_from"),
         ({"sequence_length": 32}, "prepared for a sequence length of 64"),
         ({"diffusion__objective": "dpo"}, "choose one of 'pretrain', 'sft', 'sft_whole'"),
+        ({"model__width": 64}, "model.width is 64, but config.model.layers=0 takes the architecture of .* has 32"),
+        ({"report": True}, "report=True compares text"),
         ({"init_weights_only": False}, "set --config.init_weights_only to take its weights alone"),
     ],
 )
@@ -129,6 +132,24 @@ def test_mistakes(run, reference, chat_set, tmp_path, settings, words):
     with pytest.raises(UserError, match=words) as error:
         run(tmp_path / "run", **{**SETTINGS, "data__path": chat_set, "init_from": str(reference), **settings})
     assert "\n" not in str(error.value)
+
+
+def test_the_chat_template_is_that_of_the_model(run, reference, chats, tmp_path):
+    """What a model learns to answer to is what it will be asked with."""
+    other = tmp_path / "other"
+    shutil.copytree(reference / "tokenizer", other)
+    (other / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    settings = {"sequence_length": 64, "workers": 1, "progress": False}
+    for name, tokenizer in (("set", str(other)), ("plain", str(reference))):
+        prepare_chat([str(chats)], tmp_path / name, tokenizer=tokenizer, **settings)
+    tuning = {**SETTINGS, "init_from": str(reference)}
+    with pytest.raises(UserError, match="another chat template than that of .*: prepare them with --tokenizer="):
+        run(tmp_path / "run", **tuning, data__path=str(tmp_path / "set"))
+    with pytest.raises(UserError, match="have different chat templates"):
+        run(tmp_path / "run", **tuning, data__path=f"{tmp_path / 'set'},{tmp_path / 'plain'}")
 
 
 def test_text_is_not_for_tuning(run, reference, prepared, tmp_path):
