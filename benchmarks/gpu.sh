@@ -20,7 +20,7 @@ part() {
 part devices python -c 'import jax; print(jax.__version__, jax.devices())'
 part tests python -m pytest -q
 part attention python benchmarks/attention.py --shapes=4x4096x32x4x64,2x4096x32x32x128 --rounds=10
-part train_step python benchmarks/train_step.py --cases=150m,1b,8b --profile="$out/profile"
+part train_step python benchmarks/train_step.py --cases=150m,1b,8b,8b_lora --profile="$out/profile"
 # The plain form: all scores in memory. Fewer sequences, or they would not fit.
 part train_step_plain python benchmarks/train_step.py --cases=150m,1b --attention=reference --remat=full --batch_size=2
 part train_step_same python benchmarks/train_step.py --cases=150m,1b --remat=full --batch_size=2
@@ -38,4 +38,15 @@ part cross_entropy env XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/cro
 part startup python benchmarks/startup.py
 part quickstart python -m llada_jax.train --config=configs/quickstart.py --workdir="$out/quickstart"
 part sample python -m llada_jax.sample --model="$out/quickstart" --prompt="import " --gen_length=64
+part chat bash -c "printf 'import os\n/again\n' | python -m llada_jax.chat --model='$out/quickstart' --temperature=0.7"
+# Instruction tuning of that model, all of it and adapters alone, on sums.
+awk 'BEGIN { for (a = 1; a <= 40; a++) for (b = 1; b <= 40; b++)
+    printf "{\"question\": \"%d + %d?\", \"answer\": \"%d\"}\n", a, b, a + b }' >"$out/sums.jsonl"
+part sums python -m llada_jax.prepare --chat --input="$out/sums.jsonl" --output="$out/sums" --tokenizer="$out/quickstart" \
+    --sequence_length=128
+for rank in 0 8; do
+    part "tuned_rank_$rank" python -m llada_jax.train --config=configs/small_sft.py --workdir="$out/tuned_rank_$rank" \
+        --config.init_from="$out/quickstart" --config.data.path="$out/sums" --config.sequence_length=128 \
+        --config.steps=600 --config.model.lora.rank=$rank --config.sampling.prompts='("7 + 8?",)'
+done
 exit "$failed"

@@ -1,4 +1,4 @@
-"""Time of the train step: python benchmarks/train_step.py [--cases=cpu,150m,1b,8b] [--steps=10] [--attention=xla]
+"""Time of the train step: python benchmarks/train_step.py [--cases=cpu,1b,8b,8b_lora] [--steps=10] [--attention=xla]
 
 Prints one JSON line per case: median and range of the step time, tokens/s, FLOP/s by the model's count, MFU where
 the peak is known, peak device memory where the backend reports it. Random tokens: the time does not depend on them.
@@ -10,16 +10,17 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llada_jax import command_line, mesh, metrics
+from llada_jax import command_line, lora, mesh, metrics
 from llada_jax.config import Config, UserError
 from llada_jax.hardware import compiler_options
-from llada_jax.model import abstract_model, resolve_compute, split
+from llada_jax.model import Transformer, abstract_model, resolve_compute, split
 from llada_jax.train_step import make_state, make_train_step
 
-_CASES = flags.DEFINE_list("cases", ["cpu"], "Which of: cpu, quickstart, 150m, 1b, 8b.")
+_CASES = flags.DEFINE_list("cases", ["cpu"], "Which of: cpu, cpu_lora, quickstart, 150m, 1b, 8b, 8b_lora.")
 _ATTENTION = flags.DEFINE_string("attention", None, "Kernel instead of the one that is chosen for the device.")
 _REMAT = flags.DEFINE_string("remat", None, "Instead of the case's own.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sequences, instead of the case's own number.")
@@ -71,7 +72,42 @@ def gpu_8b() -> Config:
     return config
 
 
-CASES = {"cpu": cpu, "quickstart": quickstart, "150m": gpu_150m, "1b": gpu_1b, "8b": gpu_8b}
+def adapted(config: Config) -> Config:
+    """The same with low-rank adapters: nothing else is tuned."""
+    config.model.lora.rank, config.init_from = 16, "random weights"
+    return config
+
+
+def gpu_8b_lora() -> Config:
+    """configs/8b_sft.py:lora-h200-1, one micro-batch of 4 sequences."""
+    config = adapted(gpu_8b())
+    config.compute.remat, config.optimizer.state_dtype = "dots", "float32"
+    return config
+
+
+CASES = {
+    "cpu": cpu,
+    "cpu_lora": lambda: adapted(cpu()),
+    "quickstart": quickstart,
+    "150m": gpu_150m,
+    "1b": gpu_1b,
+    "8b": gpu_8b,
+    "8b_lora": gpu_8b_lora,
+}
+
+
+def frozen_weights(config: Config) -> dict | None:
+    """What adapters stand beside, random, in the compute dtype; None without any."""
+    if not config.model.lora.rank:
+        return None
+    dtype = jnp.dtype(config.compute.dtype)
+
+    @jax.jit
+    def make(key):
+        frozen = lora.partition(split(Transformer(config.model, config.compute, key))[1])[1]
+        return jax.tree.map(lambda x: x.astype(dtype), frozen)
+
+    return make(jax.random.key(0))
 
 
 def measure(name: str, config: Config, steps: int) -> dict:
@@ -95,16 +131,17 @@ def measure(name: str, config: Config, steps: int) -> dict:
             "length": np.full(config.batch_size, config.sequence_length, np.int32),
         }
         batch = mesh.place_batch(batch, device_mesh, config.batch_size)
+        frozen = frozen_weights(config)
         started, seconds = time.perf_counter(), []
         for _ in range(steps + 2):
-            state, values = train_step(state, batch)
+            state, values = train_step(state, batch, frozen)
             jax.block_until_ready((state, values))
             seconds.append(time.perf_counter() - started)
             started = time.perf_counter()
         if _PROFILE.value:
             with jax.profiler.trace(f"{_PROFILE.value}/{name}"):
                 for _ in range(3):
-                    state, values = train_step(state, batch)
+                    state, values = train_step(state, batch, frozen)
                 jax.block_until_ready((state, values))
     compile_seconds, timed = seconds[0], np.array(seconds[2:])
     tokens = config.batch_size * config.sequence_length
