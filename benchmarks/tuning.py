@@ -3,7 +3,7 @@
     python benchmarks/tuning.py --model=runs/base --model=runs/tuned --set=data/gsm8k --answers=100 \
         --format='\\n#### -?[0-9][0-9,.]*$'
 
-Prints one JSON line per model, set and (with --every_checkpoint) checkpoint:
+Prints one JSON line per model, checkpoint and set:
 
   nats_per_token, bits_per_byte   the bound (Eq. 14) on the answers given the prompts, each with its one EOS
   stops       share of the written answers that end (EOS or end of turn) within --gen_length tokens
@@ -18,6 +18,7 @@ import json
 import re
 import statistics
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ from llada_jax.tokenizer import Tokenizer
 
 _MODELS = flags.DEFINE_multi_string("model", None, "Training workdirs or published folders.", required=True)
 _SETS = flags.DEFINE_multi_string("set", None, "Folders written by prepare --chat, with held-out rows.", required=True)
-_EVERY_CHECKPOINT = flags.DEFINE_boolean("every_checkpoint", False, "All checkpoints of the workdirs, not the newest.")
+_CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "Steps of the workdirs, or all; default: the newest of each.")
 _ROWS = flags.DEFINE_integer("rows", 256, "Held-out answers that the bound is taken of.")
 _SAMPLES = flags.DEFINE_integer("samples", 8, "Samples of each.")
 _ANSWERS = flags.DEFINE_integer("answers", 0, "Prompts that are answered; 0 = none.")
@@ -106,12 +107,23 @@ def share(values) -> float:
     return round(sum(values) / len(values), 4)
 
 
+def checkpoints_of(folder: str) -> list[int | None]:
+    """The steps that are looked at; None = a published folder, which has none."""
+    if not is_workdir(Path(folder), "--model="):
+        return [None]
+    wanted = _CHECKPOINTS.value
+    if wanted == ["all"]:
+        return checkpoint.saved_steps(folder)
+    try:
+        return [checkpoint.choose_step(folder, int(step)) for step in wanted] or [checkpoint.choose_step(folder, None)]
+    except ValueError as error:
+        raise UserError(f"--checkpoints={','.join(wanted)}: steps, or all") from error
+
+
 def main() -> None:
     """Prints the lines."""
     for folder in _MODELS.value:
-        trained_here = is_workdir(folder, "--model=")
-        steps = checkpoint.saved_steps(folder) if trained_here else [None]
-        for step in steps if _EVERY_CHECKPOINT.value else steps[-1:]:
+        for step in checkpoints_of(folder):
             model, tokenizer = load(folder, step=step)
             for path in _SETS.value:
                 manifest = load_manifest(path)
