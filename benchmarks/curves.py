@@ -1,8 +1,8 @@
 """Draws what benchmarks/tuning.py printed: python benchmarks/curves.py --input=tuning.jsonl --output=tuning.svg
 
-Left, the bound on held-out answers given their prompts, a line for each set; right, the share of written answers that
-end in the asked format, where --format was given, and that end at all. Step 0 is the model that was tuned: it has to be
-the first --model in the file. Needs the extra `plots`.
+Left, the bound on held-out answers given their prompts, a line for each set; right, before and after tuning, the share
+of written answers that end, and that end in the asked format, where --format was given. Step 0 is the model that was
+tuned: it has to be the first --model in the file. Needs the extra `plots`.
 """
 
 import json
@@ -33,6 +33,7 @@ def main(_) -> None:
     names = list(dict.fromkeys(Path(record["set"]).name for record in records))
     with plt.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+        bars: list[tuple[str, float, float, str]] = []
         for i, name in enumerate(names):
             colour = COLOURS[i % len(COLOURS)]
             # Lines on one step complete each other, the last one counts; of the base it is its newest checkpoint's.
@@ -43,16 +44,21 @@ def main(_) -> None:
             steps = sorted(points)
             bounds = [points[step]["nats_per_token"] for step in steps]
             left.plot(steps, bounds, marker="o", markersize=3, color=colour, label=name)
-            for key, what, line in (("in_format", "ends in the asked format", "-"), ("stops", "ends", ":")):
-                drawn = [(step, points[step][key]) for step in steps if key in points[step]]
-                if drawn:
-                    shares = tuple(zip(*drawn, strict=True))
-                    right.plot(*shares, line, marker="o", markersize=3, color=colour, label=f"{name}: {what}")
+            answered = [points[step] for step in steps if "stops" in points[step]]
+            for key, what in (("stops", "ends"), ("in_format", "in the asked format")):
+                if answered and key in answered[-1]:
+                    bars.append((f"{name}: {what}", answered[0][key], answered[-1][key], colour))
+        for i, (_, before, after, colour) in enumerate(bars[::-1]):
+            right.barh(i - 0.18, after, 0.32, color=colour)
+            right.barh(i + 0.18, before, 0.32, color=GREY)
+            for at, share in ((i + 0.18, before), (i - 0.18, after)):
+                right.text(share + 0.01, at, f"{share:.0%}", va="center", fontsize=8)
+        right.set_yticks(range(len(bars)), [label for label, *_ in bars[::-1]])
         left.set(xlabel="steps of tuning", ylabel="bound, nats per token of the answer", ylim=(0, None))
-        right.set(xlabel="steps of tuning", ylabel="share of written answers", ylim=(-0.03, 1.03))
+        left.legend(frameon=False, fontsize=8)
+        right.set(xlabel="share of written answers; grey: before tuning", xlim=(0, 1.12))
         for axes in (left, right):
             axes.spines[["top", "right"]].set_visible(False)
-            axes.legend(frameon=False, fontsize=8)
         figure.savefig(
             _OUTPUT.value, transparent=True, metadata={"Date": None} if _OUTPUT.value.endswith("svg") else None
         )

@@ -46,6 +46,7 @@ _FORMAT = flags.DEFINE_string("format", None, "Regular expression that an answer
 _GEN_LENGTH = flags.DEFINE_integer("gen_length", 64, "Tokens of an answer, at most.")
 _STEPS = flags.DEFINE_integer("steps", None, "Reverse steps; default: one per token.")
 _BLOCK_LENGTH = flags.DEFINE_integer("block_length", 32, "Tokens per block.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the most probable token.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows at once.")
 
 
@@ -60,8 +61,13 @@ def bound(model: Transformer, rows: HeldOut) -> dict[str, float]:
 
 
 def answers(model: Transformer, tokenizer: Tokenizer, rows: HeldOut) -> dict[str, float]:
-    """What the model writes, greedily, beside what was held out."""
-    options = Options(steps=_STEPS.value, gen_length=_GEN_LENGTH.value, block_length=_BLOCK_LENGTH.value)
+    """What the model writes beside what was held out."""
+    options = Options(
+        steps=_STEPS.value,
+        gen_length=_GEN_LENGTH.value,
+        block_length=_BLOCK_LENGTH.value,
+        temperature=_TEMPERATURE.value,
+    )
     pairs = list(zip(*rows[:3], strict=True))
     prompts = [make_prompt(tokens_T[:given], model, tokenizer, options) for tokens_T, _, given in pairs]
     wanted = [decoded(tokens_T[given:length], tokenizer) for tokens_T, length, given in pairs]
