@@ -46,6 +46,18 @@ def loaded(folder):
     return llada_jax.load(folder)
 
 
+@pytest.fixture(autouse=True)
+def signals_of_a_terminal():
+    """What runs the tests in the background may have these ignored: programs that they start would inherit that."""
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    }
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def start(*arguments, **options):
     environment = os.environ | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-m", "llada_jax.chat", *map(str, arguments)]
