@@ -1,4 +1,4 @@
-"""LLaDA 8B Instruct: supervised fine-tuning as in the paper (arXiv 2502.09992, Section 2.3 and Appendix B.1).
+"""LLaDA 8B Instruct: supervised fine-tuning as in the paper (arXiv 2502.09992, Section 2.3 and Appendix B).
 
     python -m llada_jax.prepare --chat --input='chats/*.jsonl.gz' --output=data/sft --tokenizer=LLaDA-8B-Base
     python -m llada_jax.train --config=configs/8b_sft.py:v5p-4x4x4 --workdir=runs/8b_sft

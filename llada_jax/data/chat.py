@@ -1,4 +1,4 @@
-"""Prepared conversations -> batches for instruction tuning (Section 2.3 and Appendix B.1 of arXiv 2502.09992).
+"""Prepared conversations -> batches for instruction tuning (Section 2.3 and Appendix B of arXiv 2502.09992).
 
 As in pipeline.py a row is a pure function of (seed, step, row). An epoch takes every conversation once; of one with
 several answers it takes one, another in each epoch until all had their turn. Answers are padded with EOS, which is
