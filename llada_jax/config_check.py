@@ -7,7 +7,7 @@ import types
 import typing
 
 from llada_jax.config import Config, DistributedConfig, LoraConfig, ModelConfig, UserError, leaves
-from llada_jax.diffusion import OF_CHAT
+from llada_jax.diffusion import is_chat
 
 DISTRIBUTED = tuple(f"distributed.{field.name}" for field in dataclasses.fields(DistributedConfig))
 
@@ -79,7 +79,7 @@ def validate(config: Config) -> None:
         config.accumulation,
         f"does not divide batch_size={config.batch_size}",
     )
-    if config.diffusion.objective in OF_CHAT:
+    if is_chat(config):
         _require(
             not config.report, "report", True, f"compares text, the objective {config.diffusion.objective} has none"
         )

@@ -20,7 +20,7 @@ from absl import flags
 from llada_jax import checkpoint, command_line, huggingface, published, tensor_files, workdir
 from llada_jax import mesh as meshes
 from llada_jax.config import CheckpointConfig, Config, UserError
-from llada_jax.diffusion import OF_CHAT
+from llada_jax.diffusion import is_chat
 from llada_jax.folders import KEPT, as_json, check_output, is_workdir, other_files, put_files, whole_folder
 from llada_jax.loading import fitted, with_tokenizer
 from llada_jax.model import Transformer, split
@@ -190,7 +190,7 @@ def _write_published(
         files = dict(other_files(source.kept)[0])
         if tokenizer is not None and find_tokenizer(source.kept) is None:
             files |= _tokenizer_files(source.tokenizer, tokenizer)
-        elif tokenizer and tokenizer.chat_template is None and source.config.diffusion.objective in OF_CHAT:
+        elif tokenizer and tokenizer.chat_template is None and is_chat(source.config):
             files["chat_template.jinja"] = tokenizer.default_chat_template.encode()  # what it has learned to answer to
     else:
         fields = published.published_config(model.config, naming, source.dtype, source.config.sequence_length)

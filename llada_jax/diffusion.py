@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llada_jax.config import DiffusionConfig
+from llada_jax.config import Config, DiffusionConfig
 
 GOLDEN_RATIO_32 = 0x9E3779B9  # 2**32 * (sqrt(5) - 1) / 2, odd
 
@@ -116,3 +116,8 @@ def _mask_from(
 
 OBJECTIVES = {"pretrain": pretrain, "sft": sft, "sft_whole": sft_whole}
 OF_CHAT = ("sft", "sft_whole")  # those that take prompts with responses; the others take packed text
+
+
+def is_chat(config: Config) -> bool:
+    """Whether a run is on conversations, by its objective."""
+    return config.diffusion.objective in OF_CHAT

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from llada_jax import collectives, config_check, lora, mesh, metrics, topology
 from llada_jax.config import Config, UserError
-from llada_jax.diffusion import OF_CHAT
+from llada_jax.diffusion import is_chat
 from llada_jax.hardware import GIB, GPU, compiler_options
 from llada_jax.model import abstract_model, parameter_count, resolve_compute, split
 from llada_jax.train_step import check_choices, make_state, make_train_step
@@ -102,7 +102,7 @@ def lower(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         graphdef, _ = split(abstract_model(config.model, config.compute))
         state = jax.eval_shape(lambda: make_state(config))
         batch = {"tokens": rows(shape, mesh.TOKENS_BT), "length": rows(shape[:1], mesh.ROWS_B)}
-        if config.diffusion.objective in OF_CHAT:  # the longest rows there can be
+        if is_chat(config):  # the longest rows there can be
             batch["prompt"] = rows(shape[:1], mesh.ROWS_B)
         options = compiler_options(device_mesh.devices.flat[0], config.compute.deterministic)
         return make_train_step(config, graphdef, options).lower(state, batch, frozen(config))

@@ -15,7 +15,7 @@ from llada_jax import config as configs
 from llada_jax.config import Config
 from llada_jax.data.pipeline import Data
 from llada_jax.data.rows import HeldOut
-from llada_jax.data.sets import is_chat
+from llada_jax.diffusion import is_chat
 from llada_jax.distributed import log
 from llada_jax.hardware import compiler_options
 from llada_jax.model import abstract_model, resolve_compute, split
@@ -151,9 +151,8 @@ class Loop:
         (step, values), self.pending = self.pending, None
         values = metrics.fetch(values)
         self.window.add(values)
-        if step not in self.untimed and (
-            step > self.first_step + 1 or self._logs(step)
-        ):  # the first step is timed only where it must be
+        first = step == self.first_step + 1  # timed only where it must be, for a line falls on it
+        if step not in self.untimed and (not first or self._logs(step)):
             self.steps_since_log += 1
             self.tokens_since_log += int(values["tokens"])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if values["skipped"] else 0

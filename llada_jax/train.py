@@ -22,7 +22,8 @@ from llada_jax.config import Config, ModelConfig, UserError
 from llada_jax.data import remote
 from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest, load_manifest
 from llada_jax.data.pairs import template_hash
-from llada_jax.data.sets import is_chat, open_held_out, open_training, prepared_sets
+from llada_jax.data.sets import open_held_out, open_training, prepared_sets
+from llada_jax.diffusion import is_chat
 from llada_jax.distributed import log
 from llada_jax.folders import is_workdir, keep_published
 from llada_jax.loop import Loop, NonFinite

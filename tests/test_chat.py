@@ -330,6 +330,7 @@ def test_a_talk_in_a_terminal(folder, loaded, open_terminal, tmp_path):
     screen.type(f"/save {path}\r")
     screen.until("4 messages are in")
     assert json.loads(path.read_text()) == {"messages": talk.messages}
+    screen.until("> ")  # before it the key would be the end of a line for the terminal, and lost
     screen.type("\x04")
     assert screen.child.wait(30) == 0
 

@@ -9,7 +9,7 @@ from llada_jax.data.pipeline import Data, TrainingData, validation_rows
 from llada_jax.data.prepare import prepare
 from llada_jax.data.prepare_chat import prepare_chat
 from llada_jax.data.rows import HeldOut
-from llada_jax.diffusion import OF_CHAT
+from llada_jax.diffusion import is_chat
 from llada_jax.distributed import log
 from llada_jax.tokenizer import load_tokenizer
 
@@ -52,11 +52,6 @@ def prepared_sets(config: Config, folder: Path, stored: Config | None) -> list[s
         trained = None if tokenizer else data.train_tokenizer
         prepare(inputs, target, tokenizer=tokenizer or None, train_tokenizer=trained, **same)
     return [str(target)]
-
-
-def is_chat(config: Config) -> bool:
-    """Whether a run is on conversations, by its objective."""
-    return config.diffusion.objective in OF_CHAT
 
 
 def _tokenizer_source(config: Config) -> str:
