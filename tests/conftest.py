@@ -1,7 +1,9 @@
 """Tests run on 8 simulated CPU devices and share one compilation cache."""
 
 import os
+import shutil
 import tempfile
+from pathlib import Path
 
 # Before jax is imported anywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,9 +18,11 @@ import jax
 import numpy as np
 import pytest
 
+import llada_jax
 from llada_jax import mesh
 from llada_jax.config import ComputeConfig, ModelConfig
 from llada_jax.model import Transformer, initialise
+from llada_jax.tokenizer import Tokenizer, train_tokenizer
 
 jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU too: no TF32 where fp32 is compared
 
@@ -68,3 +72,18 @@ def toy(make_mesh) -> Toy:
         nll[length] = log_z - logits[:, np.arange(length), x_0[:length]]
         assert nll[length].std(axis=0).min() > 0.01  # it matters what else is masked, or nothing would be tested
     return Toy(config, compute, model, x_0, nll)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A published model of random weights with a tokenizer of 400 tokens. Not to be changed."""
+    folder = tmp_path_factory.mktemp("model") / "toy"
+    shutil.copytree(Path(__file__).parent / "parity" / "gqa", folder)
+    train_tokenizer([Path(__file__).read_text()], 400, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def loaded(model_folder) -> tuple[Transformer, Tokenizer]:
+    """What it is loaded as."""
+    return llada_jax.load(model_folder)

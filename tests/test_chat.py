@@ -18,11 +18,9 @@ from pathlib import Path
 
 import pytest
 
-import llada_jax
-from llada_jax import completion, terminal
+from llada_jax import terminal
 from llada_jax.chat_session import Chat, noted_signals
 from llada_jax.conversation import Conversation, Settings
-from llada_jax.tokenizer import train_tokenizer
 
 PARITY = Path(__file__).parent / "parity"
 FLAGS = ["--gen_length=12", "--block_length=4", "--temperature=0.9", "--seed=5"]
@@ -31,19 +29,13 @@ STOPPED = "stopped: /again"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model of random weights, trained, it says, with 80 tokens, and a tokenizer of 400."""
+def folder(model_folder, tmp_path_factory):
+    """The model of all tests, trained, it says, with 80 tokens."""
     folder = tmp_path_factory.mktemp("model") / "toy"
-    shutil.copytree(PARITY / "gqa", folder)
-    train_tokenizer([Path(completion.__file__).read_text()], 400, folder)
+    shutil.copytree(model_folder, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_sequence_length": 80}))
     return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return llada_jax.load(folder)
 
 
 @pytest.fixture(autouse=True)
@@ -253,7 +245,7 @@ class Terminal:
         os.close(inside)
         self.written = b""
 
-    def until(self, text: str, seconds: float = 60.0) -> str:
+    def until(self, text: str, seconds: float = 120.0) -> str:
         """What is written up to and with this text; what comes after it is left for the next."""
         end = time.monotonic() + seconds
         while text.encode() not in self.written:
@@ -295,7 +287,7 @@ def test_a_terminal_is_left_as_it_was_by_sigterm(folder, open_terminal):
     assert not termios.tcgetattr(screen.end)[3] & termios.ECHO
     screen.child.send_signal(signal.SIGTERM)
     screen.until("\x1b[?25h")  # the cursor is seen again
-    assert screen.child.wait(30) == 143
+    assert screen.child.wait(120) == 143
     assert termios.tcgetattr(screen.end)[3] & termios.ECHO
 
 
@@ -332,7 +324,7 @@ def test_a_talk_in_a_terminal(folder, loaded, open_terminal, tmp_path):
     assert json.loads(path.read_text()) == {"messages": talk.messages}
     screen.until("> ")  # before it the key would be the end of a line for the terminal, and lost
     screen.type("\x04")
-    assert screen.child.wait(30) == 0
+    assert screen.child.wait(120) == 0
 
 
 def test_ctrl_c_in_a_pipe_stops_the_answer_then_the_program(folder, loaded):
@@ -351,7 +343,7 @@ def test_ctrl_c_in_a_pipe_stops_the_answer_then_the_program(folder, loaded):
         assert child.stdout.read(len(expected)) == expected
         time.sleep(0.5)  # now it waits for a line
         child.send_signal(signal.SIGINT)
-        assert child.wait(30) == 130 and child.stderr.read() == b"interrupted\n"
+        assert child.wait(120) == 130 and child.stderr.read() == b"interrupted\n"
 
 
 def test_nobody_reads_the_answers(folder):
@@ -360,7 +352,7 @@ def test_nobody_reads_the_answers(folder):
         child.stdin.write(b"x\ny\n")
         child.stdin.close()
         notes = child.stderr.read().decode()
-        assert child.wait(60) == 1 and notes == ""
+        assert child.wait(120) == 1 and notes == ""
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 import dataclasses
 import shutil
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,28 +10,13 @@ from llada_jax import completion, conversation
 from llada_jax.config import UserError
 from llada_jax.conversation import Conversation, Settings
 from llada_jax.model import merge, split
-from llada_jax.tokenizer import load_tokenizer, train_tokenizer
+from llada_jax.tokenizer import load_tokenizer
 
-PARITY = Path(__file__).parent / "parity"
 SHORT = Settings(gen_length=12, block_length=4, temperature=0.9, seed=5)
 COMPILED = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model of random weights with a tokenizer of 400 tokens."""
-    folder = tmp_path_factory.mktemp("model") / "toy"
-    shutil.copytree(PARITY / "gqa", folder)
-    train_tokenizer([Path(completion.__file__).read_text()], 400, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return llada_jax.load(folder)
 
 
 def user(text):
@@ -259,10 +243,10 @@ def test_what_the_model_cannot_do_is_said_at_the_start(loaded):
         Conversation(with_end(model, None), tokenizer, dataclasses.replace(SHORT, logits_eos_inf=True))
 
 
-def test_what_the_template_refuses_changes_nothing(folder, loaded, tmp_path):
+def test_what_the_template_refuses_changes_nothing(model_folder, loaded, tmp_path):
     for name in ("tokenizer.model", "tokenizer.json"):
-        if (folder / name).exists():
-            shutil.copy(folder / name, tmp_path)
+        if (model_folder / name).exists():
+            shutil.copy(model_folder / name, tmp_path)
     template = (
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ messages[0].content }}"
     )

@@ -289,7 +289,8 @@ def test_what_one_process_does_to_the_other(launch, local, body, codes, said):
     end = launch([sys.executable, "-c", SMALL.format(body=body)], devices=1)
     assert end.codes == codes, end.said
     assert said in "".join(sorted(end.said.splitlines(keepends=True)))
-    assert end.said.count("error: ") == (codes == [2, 2])
+    # Of our own lines: what JAX logs of a lost process may have the word in it.
+    assert len(re.findall(r"^\[\d\] error: ", end.said, re.MULTILINE)) == (codes == [2, 2])
     assert end.said.count("Traceback") == ("KeyError" in said)
 
 

@@ -226,7 +226,7 @@ def slurm(tmp_path):
     ],
 )
 def test_slurm_requeues_by_exit_code(slurm, tmp_path, tasks, code, again):
-    assert slurm(tasks).wait(30) == code
+    assert slurm(tasks).wait(120) == code
     assert lines(tmp_path / "scontrol") == ["requeue 42"] * again
     (command,) = lines(tmp_path / "srun")
     assert command.endswith(
@@ -238,7 +238,7 @@ def test_slurm_requeues_by_exit_code(slurm, tmp_path, tasks, code, again):
 def test_slurm_gives_up_after_crashes_in_a_row(slurm, tmp_path):
     def requeued(tasks: str, **environment: str) -> bool:
         before = len(lines(tmp_path / "scontrol"))
-        slurm(tasks, MAX_CRASHES="2", **environment).wait(30)
+        slurm(tasks, MAX_CRASHES="2", **environment).wait(120)
         return len(lines(tmp_path / "scontrol")) > before
 
     assert [requeued("134") for _ in range(3)] == [True, True, False]
@@ -254,7 +254,7 @@ def test_slurm_saves_before_the_time_limit(slurm, tmp_path):
     script = slurm("wait")
     until(lambda: lines(tmp_path / "step"))
     os.kill(int(lines(tmp_path / "step")[0]), signal.SIGTERM)
-    assert script.wait(30) == 143
+    assert script.wait(120) == 143
     assert lines(tmp_path / "scontrol") == ["requeue 42"]
 
 
@@ -264,6 +264,6 @@ def test_slurm_is_not_requeued_when_cancelled(slurm, tmp_path):
     until(lambda: lines(tmp_path / "step"))
     script.send_signal(signal.SIGTERM)
     os.kill(int(lines(tmp_path / "step")[0]), signal.SIGTERM)
-    assert script.wait(30) == -signal.SIGTERM
+    assert script.wait(120) == -signal.SIGTERM
     time.sleep(0.5)
     assert not lines(tmp_path / "scontrol")

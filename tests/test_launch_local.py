@@ -60,7 +60,7 @@ def launch(tmp_path):
 )
 def test_which_ends_are_tried_again(launch, tmp_path, body, code, starts):
     process = launch(body, "--retries=2")
-    errors = process.communicate(timeout=100)[1]
+    errors = process.communicate(timeout=120)[1]
     assert process.returncode == code if code is not None else process.returncode in (134, 137), errors
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i}.{n}" for i in range(3) for n in range(starts)]
     assert errors.count("starting again") == starts - 1
@@ -68,7 +68,7 @@ def test_which_ends_are_tried_again(launch, tmp_path, body, code, starts):
 
 def test_whoever_outlasts_the_first_is_killed(launch):
     process = launch("signal.signal(15, signal.SIG_IGN); me and time.sleep(1000); sys.exit(1)", "--patience=1")
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 1
 
 
@@ -79,7 +79,7 @@ def test_signals_reach_all_and_nothing_is_started_again(launch, tmp_path, number
     for _ in range(3):
         assert "ready" in process.stdout.readline()
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 143 and len(list(tmp_path.iterdir())) == 3
 
 
@@ -88,13 +88,13 @@ def test_told_to_stop_and_deaf(launch):
     for _ in range(3):
         process.stdout.readline()
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 137
 
 
 def test_lines_say_whose_they_are_and_a_mistake_is_told_once(launch):
     body = "print('out', me); print('err', me, file=sys.stderr); print('error: no', file=sys.stderr); sys.exit(2)"
-    output, errors = launch(body).communicate(timeout=60)
+    output, errors = launch(body).communicate(timeout=120)
     assert sorted(output.splitlines()) == ["[0] out 0", "[1] out 1", "[2] out 2"]
     assert sorted(re.sub(r"^\[.\] error", "error", line) for line in errors.splitlines()) == [
         "[0] err 0", "[1] err 1", "[2] err 2", "error: no"
@@ -118,7 +118,7 @@ def test_what_each_process_sees(local, monkeypatch):
 
 def test_the_meeting_place_is_given_to_all(launch, tmp_path):
     body = "print(flags['coordinator_address'], flags['num_processes'], me)"
-    output, _ = launch(body).communicate(timeout=60)
+    output, _ = launch(body).communicate(timeout=120)
     told = sorted(line.split()[1:] for line in output.splitlines())
     assert len({address for address, _, _ in told}) == 1 and told[0][0].startswith("127.0.0.1:")
     assert [(count, me) for _, count, me in told] == [("3", "0"), ("3", "1"), ("3", "2")]

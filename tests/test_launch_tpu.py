@@ -97,7 +97,7 @@ def pod(tmp_path):
 )
 def test_tpu_pod_restarts_by_exit_code(pod, codes, code, starts):
     it = pod(*codes)
-    returned = it.run("run", "--config.steps=7", "--config.data.path=a b", MAX_CRASHES="2").wait(60)
+    returned = it.run("run", "--config.steps=7", "--config.data.path=a b", MAX_CRASHES="2").wait(120)
     assert returned == code or (code == 134 and returned in (134, 137))
     assert it.starts() == [starts] * len(codes)
     expected = "-u -m llada_jax.train --config=configs/8b.py:v5p-4x4x8 --workdir=/w o/run --config.steps=7 "
@@ -112,7 +112,7 @@ def test_tpu_pod_is_requested_anew_after_preemption(pod):
     until(lambda: it.starts() == [1])
     os.kill(int(lines(it.workers[0] / "pid")[0]), signal.SIGTERM)  # as the machine's shutdown does
     (it.folder / "states").write_text("SUSPENDING\nSUSPENDED\n")
-    assert run.wait(60) == 0
+    assert run.wait(120) == 0
     assert it.verbs("create", "delete") == ["create", "delete", "create"]
     assert it.starts() == [2]
 
@@ -120,7 +120,7 @@ def test_tpu_pod_is_requested_anew_after_preemption(pod):
 def test_tpu_pod_request_that_failed(pod):
     it = pod("0")
     (it.folder / "states").write_text("FAILED\n")
-    assert it.run("run").wait(30) == 1
+    assert it.run("run").wait(120) == 1
     assert it.starts() == [0] and not it.verbs("create")
 
 
@@ -131,8 +131,8 @@ def test_tpu_pod_stops_and_joins(pod):
     # A second `run`, told apart by its zone, joins: it does not start a second training.
     watched.append(it.run("run", ZONE="z2"))
     until(lambda: sum("ssh pod --zone=z2" in line for line in lines(it.folder / "gcloud")) > 3)
-    assert it.run("stop").wait(30) == 0
-    assert [run.wait(60) for run in watched] == [143, 143]
+    assert it.run("stop").wait(120) == 0
+    assert [run.wait(120) for run in watched] == [143, 143]
     assert it.starts() == [1, 1]
 
 
@@ -145,6 +145,6 @@ def test_tpu_pod_says_how_to_use_it(pod):
 @pytest.mark.parametrize("flag", ["--node-count=2 --node-prefix=pod", "--node-id=pod"])
 def test_tpu_pod_slices(pod, flag):
     it = pod()
-    assert it.run("create", SLICES="2" if "count" in flag else "1", SPOT="").wait(30) == 0
+    assert it.run("create", SLICES="2" if "count" in flag else "1", SPOT="").wait(120) == 0
     (line,) = lines(it.folder / "gcloud")
     assert flag in line and "--spot" not in line and "--accelerator-type=v5p-256" in line

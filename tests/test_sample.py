@@ -3,7 +3,6 @@ import io
 import json
 import os
 import pty
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,23 +15,8 @@ import llada_jax
 from llada_jax import completion, terminal
 from llada_jax.completion import Options
 from llada_jax.model import merge, split
-from llada_jax.tokenizer import train_tokenizer
 
 PARITY = Path(__file__).parent / "parity"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model of random weights with a tokenizer of 400 tokens."""
-    folder = tmp_path_factory.mktemp("model") / "toy"
-    shutil.copytree(PARITY / "gqa", folder)
-    train_tokenizer([Path(completion.__file__).read_text()], 400, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return llada_jax.load(folder)
 
 
 def run(*arguments, **options):
@@ -100,10 +84,10 @@ def test_text_ends_at_eos_and_infilling_keeps_the_rest(loaded):
     assert completion.finished_text(tokens_T, filled, model, tokenizer) == "x = 1\nx = 1\n"
 
 
-def test_many_prompts_into_a_file(folder, loaded, tmp_path):
+def test_many_prompts_into_a_file(model_folder, loaded, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"prompt": text, "id": i}) + "\n\n" for i, text in enumerate(TEXTS)))
-    flags = [f"--model={folder}", f"--prompts={source}", f"--output={target}", "--temperature=0.8", "--seed=3"]
+    flags = [f"--model={model_folder}", f"--prompts={source}", f"--output={target}", "--temperature=0.8", "--seed=3"]
     flags += ["--cfg_scale=0.5", "--logits_eos_inf", "--confidence_eos_eot_inf"]
     many = run(*flags, "--gen_length=6", "--block_length=4", "--batch_size=3", "--show")
     assert many.returncode == 0 and many.stdout == "", many.stderr
@@ -117,10 +101,10 @@ def test_many_prompts_into_a_file(folder, loaded, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
 
 
-def test_show_draws_in_a_terminal_and_leaves_stdout_clean(folder, loaded):
+def test_show_draws_in_a_terminal_and_leaves_stdout_clean(model_folder, loaded):
     main_end, terminal_end = pty.openpty()
-    command = [sys.executable, "-m", "llada_jax.sample", f"--model={folder}", "--prompt=def main", "--gen_length=6"]
-    command += ["--block_length=4"]
+    command = [sys.executable, "-m", "llada_jax.sample", f"--model={model_folder}", "--prompt=def main"]
+    command += ["--gen_length=6", "--block_length=4"]
     environment = os.environ | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
     child = subprocess.Popen(
         [*command, "--show"], stdout=subprocess.PIPE, stderr=terminal_end, env=environment, text=True
@@ -147,8 +131,8 @@ def test_show_draws_in_a_terminal_and_leaves_stdout_clean(folder, loaded):
         ([f"--model={PARITY / 'mha'}", "--prompt=a"], "has no tokenizer"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(folder, arguments, words):
-    done = run(*[argument.replace("MODEL", str(folder)) for argument in arguments])
+def test_a_mistake_is_one_line_and_exit_code_2(model_folder, arguments, words):
+    done = run(*[argument.replace("MODEL", str(model_folder)) for argument in arguments])
     assert done.returncode == 2 and done.stdout == ""
     assert words in done.stderr and done.stderr.count("\n") == 1
 

@@ -220,7 +220,7 @@ def test_interpreter_ends_with_an_open_iterator(sets):
         "print(next(batches)[0])\n"
     )
     root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout) == (0, "0\n"), result.stderr
 
 

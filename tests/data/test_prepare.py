@@ -262,7 +262,7 @@ def interrupted(tmp_path, tokenizer_folder, number: int) -> tuple[int, list[int]
         # A job in the background of a shell starts with SIGINT ignored, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".set.preparing-*/train-*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
@@ -270,12 +270,12 @@ def interrupted(tmp_path, tokenizer_folder, number: int) -> tuple[int, list[int]
     workers = [int(child) for child in children.read_text().split()]
     assert len(workers) == 2
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     return process.returncode, workers
 
 
 def wait_for_the_end(pids: list[int]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "workers live on"
         time.sleep(0.05)
