@@ -127,9 +127,17 @@ def test_kernels_equal_the_reference(rng, stand_in, kernel, length, heads, group
             (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*placed)
         return [np.asarray(x, np.float32) for x in (out, *gradients)]
 
-    tolerance = 2e-5 if dtype == jnp.float32 else 4e-2
+    # Rounding of sums in two orders, all terms of size 1: an output sums over the keys, a gradient of keys or values
+    # over the queries of all heads in a group, each term of it over the head width. Each of n additions rounds a
+    # partial sum of about sqrt(n), and n such errors, independent, add up to n eps. A score is of size 4 at most here,
+    # and its absolute error is the relative one of its weight.
+    if dtype == jnp.float32:
+        eps = np.finfo(np.float32).eps
+        atol, rtol = eps * (length * heads // groups + length + width), 4 * width * eps
+    else:
+        atol = rtol = 4e-2
     for a, b in zip(run(kernel), run("reference"), strict=True):
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
 def test_cudnn_is_given_the_real_keys_first(rng, stand_in):
