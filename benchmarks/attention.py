@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llada_jax import command_line, mesh
-from llada_jax.attention import KERNELS, attention, choose_kernel
+from llada_jax.cli import entry_point
 from llada_jax.config import ComputeConfig, UserError
-from llada_jax.model import compute_dtype
+from llada_jax.devices import mesh
+from llada_jax.model.attention import KERNELS, attention, choose_kernel
+from llada_jax.model.transformer import compute_dtype
 
 _SHAPES = flags.DEFINE_list("shapes", ["2x1024x8x8x64"], "Of batch x tokens x heads x key/value heads x head width.")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed turns of each kernel, after one that is not.")
@@ -98,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    entry_point.run(main)

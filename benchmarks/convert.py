@@ -37,8 +37,8 @@ def generate(folder: Path, size: str, tied: bool, shard_bytes: int) -> None:
     import ml_dtypes
     import numpy as np
 
-    from llada_jax import published, tensor_files
     from llada_jax.config import ModelConfig
+    from llada_jax.formats import published, tensor_files
 
     config = ModelConfig(**SIZES[size], tied_embeddings=tied, mask_id=1, eos_id=2)
     shapes, random = published.expected_tensors(config), np.random.default_rng(0)
@@ -92,7 +92,8 @@ def measure(folder: Path, load_dtype: str, save_dtype: str) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from llada_jax import huggingface, mesh, published
+    from llada_jax.devices import mesh
+    from llada_jax.formats import huggingface, published
 
     config = huggingface.inspect(folder).config
     tensors = published.expected_tensors(config).values()

@@ -27,7 +27,7 @@ def make_loss(form: str, chunk: int, targets, weight) -> Callable:
     import jax.numpy as jnp
     import optax
 
-    from llada_jax.cross_entropy import linear_cross_entropy
+    from llada_jax.diffusion.cross_entropy import linear_cross_entropy
 
     def logits_of(h, head):
         return jnp.einsum("...d,dv->...v", h, head.astype(h.dtype), preferred_element_type=jnp.float32)
@@ -60,7 +60,7 @@ def _worker(connection, form: str, args: argparse.Namespace) -> None:
     """Sends the program's memory, then for each message (seconds, loss, samples of the gradients, peak GiB)."""
     import jax
 
-    from llada_jax import mesh
+    from llada_jax.devices import mesh
 
     rng = np.random.default_rng(0)
     shape = (args.rows, args.tokens // args.rows)

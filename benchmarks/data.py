@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from llada_jax import command_line
+from llada_jax.cli import entry_point
 
 _INPUT = flags.DEFINE_multi_string("input", ["stdlib"], "As for llada_jax.prepare.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "As for llada_jax.prepare; none = train one of 4,096 tokens.")
@@ -94,7 +94,7 @@ def main() -> None:
 def pipeline(path: str) -> None:
     """Batches of 8 rows, read in place and read ahead by one or two threads."""
     from llada_jax.data.manifest import load_manifest
-    from llada_jax.data.pipeline import TrainingData
+    from llada_jax.data.read.pipeline import TrainingData
 
     manifest = load_manifest(path)
     data = TrainingData(
@@ -119,4 +119,4 @@ def pipeline(path: str) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    entry_point.run(main)

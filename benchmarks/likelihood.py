@@ -1,9 +1,10 @@
 """Speed and variance of the likelihood of answers: python benchmarks/likelihood.py [--model=DIR --text=FILE.jsonl]
 
-Prints one JSON line per case. Without --model, speed on random weights: a set of requests like HellaSwag's through
-`llada_jax.scoring.log_likelihoods`, and the plain way, which takes one request at a time and applies the head to
-every position of the canvas. The cases are run in turns, so that other load on the machine meets all of them;
-medians, and the ratio of medians; the same of the CPU seconds of this process, which other load disturbs less.
+Prints one JSON line per case. Without --model it measures speed on random weights: a set of requests like HellaSwag's
+through `scoring.likelihood.log_likelihoods`, and the plain way, which takes one request at a time and applies the head
+to every position of the canvas. The cases run in turns, so that other load on the machine affects all of them alike.
+It reports medians and the ratio of medians, both of elapsed time and of this process's CPU time, which other load
+disturbs less.
 Compilation is not counted.
 
 With --model (a trained one) and --text ({"text": ...} per line), variance: the standard deviation of one sample
@@ -25,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import llada_jax
-from llada_jax import mesh
 from llada_jax.config import ComputeConfig, ModelConfig
-from llada_jax.likelihood import masked_nats
-from llada_jax.model import Transformer, initialise
-from llada_jax.scoring import greedy_matches, log_likelihoods
+from llada_jax.devices import mesh
+from llada_jax.model.transformer import Transformer, initialise
+from llada_jax.scoring.bound import masked_nats
+from llada_jax.scoring.likelihood import greedy_matches, log_likelihoods
 
 FORMS = ("1/t", "Eq. 6, l independent", "ours")
 

@@ -93,11 +93,11 @@ def with_jax(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
     import jax
     import jax.numpy as jnp
 
-    from llada_jax import mesh
     from llada_jax.config import ComputeConfig, Config, ModelConfig
-    from llada_jax.cross_entropy import linear_cross_entropy
-    from llada_jax.model import abstract_model, merge, split
-    from llada_jax.optimizer import make_optimizer
+    from llada_jax.devices import mesh
+    from llada_jax.diffusion.cross_entropy import linear_cross_entropy
+    from llada_jax.model.transformer import abstract_model, merge, split
+    from llada_jax.training.optimizer import make_optimizer
 
     model = ModelConfig(
         layers=case.layers, width=case.width, heads=case.heads, kv_heads=case.heads, feed_forward=case.feed_forward,
@@ -129,7 +129,7 @@ def with_jax(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
         return {"ours": lambda: float(jnp.mean(jnp.abs(forward(params, noisy).astype(jnp.float32))))}, versions
 
     if case.kind == "likelihood":
-        from llada_jax.scoring import log_likelihoods
+        from llada_jax.scoring.likelihood import log_likelihoods
 
         model, requests, key = merge(graphdef, params), make_requests(case), jax.random.key(0)
         return {"ours": lambda: sum(s.value for s in log_likelihoods(model, requests, samples=SAMPLES, key=key))}, (

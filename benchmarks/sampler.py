@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llada_jax import mesh
 from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig
-from llada_jax.model import Transformer, initialise
-from llada_jax.remasking import choose
-from llada_jax.sampling import generate
+from llada_jax.devices import mesh
+from llada_jax.model.transformer import Transformer, initialise
+from llada_jax.sampling.remasking import choose
+from llada_jax.sampling.sampler import generate
 
 
 def plain(model: Transformer, prompt_BT: np.ndarray, config: SamplerConfig) -> jax.Array:

@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llada_jax import command_line, lora, mesh, metrics
+from llada_jax.cli import entry_point
 from llada_jax.config import Config, UserError
-from llada_jax.hardware import compiler_options
-from llada_jax.model import Transformer, abstract_model, resolve_compute, split
-from llada_jax.train_step import make_state, make_train_step
+from llada_jax.devices import mesh
+from llada_jax.devices.hardware import compiler_options
+from llada_jax.model import lora
+from llada_jax.model.transformer import Transformer, abstract_model, resolve_compute, split
+from llada_jax.training import metrics
+from llada_jax.training.step import make_state, make_train_step
 
 _CASES = flags.DEFINE_list("cases", ["cpu"], "Which of: cpu, cpu_lora, quickstart, 150m, 1b, 8b, 8b_lora.")
 _ATTENTION = flags.DEFINE_string("attention", None, "Kernel instead of the one that is chosen for the device.")
@@ -178,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    entry_point.run(main)

@@ -24,17 +24,20 @@ import jax
 import numpy as np
 from absl import flags
 
-from llada_jax import checkpoint, command_line, likelihood, mesh
-from llada_jax.completion import Options, make_batches, make_prompt, row_keys, text_length
+from llada_jax.cli import entry_point
 from llada_jax.config import UserError, ValidationConfig
-from llada_jax.data.chat import held_out_answers
 from llada_jax.data.manifest import load_manifest
+from llada_jax.data.read.chat import held_out_answers
 from llada_jax.data.rows import HeldOut
-from llada_jax.folders import is_workdir
+from llada_jax.devices import mesh
+from llada_jax.formats.folders import is_workdir
 from llada_jax.loading import load
-from llada_jax.model import Transformer, split
-from llada_jax.sampling import generate
-from llada_jax.tokenizer import Tokenizer
+from llada_jax.model.transformer import Transformer, split
+from llada_jax.sampling.sampler import generate
+from llada_jax.sampling.text_completion import Options, make_batches, make_prompt, row_keys, text_length
+from llada_jax.scoring import bound
+from llada_jax.text.tokenizer import Tokenizer
+from llada_jax.training import checkpoint
 
 _MODELS = flags.DEFINE_multi_string("model", None, "Training workdirs or published folders.", required=True)
 _SETS = flags.DEFINE_multi_string("set", None, "Folders written by prepare --chat, with held-out rows.", required=True)
@@ -50,10 +53,10 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the most proba
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows at once.")
 
 
-def bound(model: Transformer, rows: HeldOut) -> dict[str, float]:
+def held_out_bound(model: Transformer, rows: HeldOut) -> dict[str, float]:
     """Eq. 14 on all rows."""
     with mesh.mesh_of(model.embedding[...]):
-        values = likelihood.validate(
+        values = bound.validate(
             *split(model), rows, ValidationConfig(samples=_SAMPLES.value), batch_size=_BATCH_SIZE.value, chunk=512,
             mask_id=model.config.mask_id,
         )  # fmt: skip
@@ -140,7 +143,8 @@ def main() -> None:
                 length = manifest.sequence_length
                 started = time.monotonic()
                 rows = held_out_answers([path], _ROWS.value, length, model.config.vocab_size)
-                record = {"model": folder, "step": step, "set": path, "rows": len(rows.tokens_NT), **bound(model, rows)}
+                bound_of = held_out_bound(model, rows)
+                record = {"model": folder, "step": step, "set": path, "rows": len(rows.tokens_NT), **bound_of}
                 if _ANSWERS.value:
                     some = held_out_answers([path], _ANSWERS.value, length, model.config.vocab_size)
                     record |= answers(model, tokenizer, some)
@@ -148,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    entry_point.run(main)

@@ -30,7 +30,7 @@
 # must then prepare for eight.) NCCL is left to find the network by itself; should it take a wrong interface, set
 # NCCL_SOCKET_IFNAME (and NCCL_DEBUG=INFO to see what it takes).
 #
-# Validated: shellcheck; tests/test_launch.py, with stand-ins for srun and scontrol; and Slurm 22.05 on one machine with
+# Validated: shellcheck; tests/launch, with stand-ins for srun and scontrol; and Slurm 22.05 on one machine with
 # a stand-in for the training: --test-only, exit codes 0, 1, 2 beside an abort, 130, 137, the time limit, every kind of
 # scancel above, the second start. Not run on a GPU cluster by us.
 #SBATCH --job-name=llada

@@ -24,7 +24,7 @@
 #   said so and its peers aborted; a request that FAILED; after `stop`.
 # Saved before the end: a machine that is shut down sends SIGTERM to its processes and the training saves if the time
 # suffices: about 30 seconds on a preempted machine. If not, config.checkpoint.every bounds what is lost.
-# Validated: shellcheck; tests/test_launch.py, with a stand-in for gcloud that runs what is sent to the workers; the
+# Validated: shellcheck; tests/launch, with a stand-in for gcloud that runs what is sent to the workers; the
 # flags by gcloud 528. Not run on Cloud TPU by us.
 
 set -euo pipefail

@@ -8,17 +8,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from llada_jax.config import SamplerConfig
     from llada_jax.loading import load
-    from llada_jax.sampling import generate
-    from llada_jax.scoring import log_likelihood
+    from llada_jax.sampling.sampler import generate
+    from llada_jax.scoring.likelihood import log_likelihood
 
 __all__ = ["SamplerConfig", "generate", "load", "log_likelihood"]
 
 # Imported on first use: a process that only tokenises does not wait for jax.
 _HOME = {
     "SamplerConfig": "llada_jax.config",
-    "generate": "llada_jax.sampling",
+    "generate": "llada_jax.sampling.sampler",
     "load": "llada_jax.loading",
-    "log_likelihood": "llada_jax.scoring",
+    "log_likelihood": "llada_jax.scoring.likelihood",
 }
 
 

@@ -15,10 +15,11 @@ import sys
 
 from absl import flags
 
-from llada_jax import command_line, dialogue
-from llada_jax.chat_session import Chat
+from llada_jax.cli import entry_point
 from llada_jax.config import UserError
-from llada_jax.conversation import Conversation, Settings
+from llada_jax.conversation import dialogue
+from llada_jax.conversation.conversation import Conversation, Settings
+from llada_jax.conversation.session import Chat
 from llada_jax.loading import load, trained_length
 
 _DEFAULTS = Settings()
@@ -74,8 +75,8 @@ def main() -> int:
     except BrokenPipeError:
         # Who reads the answers has gone. Python would complain when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return command_line.FAILURE
+        return entry_point.FAILURE
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    entry_point.run(main)

@@ -17,15 +17,17 @@ from typing import Any
 import jax
 from absl import flags
 
-from llada_jax import checkpoint, command_line, huggingface, published, tensor_files, workdir
-from llada_jax import mesh as meshes
+from llada_jax.cli import entry_point
 from llada_jax.config import CheckpointConfig, Config, UserError
-from llada_jax.diffusion import is_chat
-from llada_jax.folders import KEPT, as_json, check_output, is_workdir, other_files, put_files, whole_folder
+from llada_jax.devices import mesh as meshes
+from llada_jax.diffusion.forward import is_chat
+from llada_jax.formats import huggingface, published, tensor_files
+from llada_jax.formats.folders import KEPT, as_json, check_output, is_workdir, other_files, put_files, whole_folder
+from llada_jax.formats.published import CONFIG
 from llada_jax.loading import fitted, with_tokenizer
-from llada_jax.model import Transformer, split
-from llada_jax.published import CONFIG
-from llada_jax.tokenizer import Tokenizer, find_tokenizer
+from llada_jax.model.transformer import Transformer, split
+from llada_jax.text.tokenizer import Tokenizer, find_tokenizer
+from llada_jax.training import checkpoint, workdir
 
 _INPUT = flags.DEFINE_string("input", None, "A training workdir, a published folder, or what convert wrote.")
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to write: new or empty.")
@@ -266,4 +268,4 @@ def _sentencepiece_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    entry_point.run(main)

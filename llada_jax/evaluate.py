@@ -11,8 +11,9 @@ The results go to the file, their table to stdout, all else to stderr. On severa
 
 from absl import flags
 
-from llada_jax import command_line, compilation_cache, recipes
+from llada_jax.cli import compilation_cache, entry_point
 from llada_jax.config import DistributedConfig, UserError
+from llada_jax.evaluation import recipes
 
 _MODEL = flags.DEFINE_string("model", None, "A training workdir, or a folder with a published model.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of the workdir; default: its newest.")
@@ -63,7 +64,7 @@ def main() -> int:
     """Evaluates as the flags say; returns the exit code."""
     if _LIST.value:
         print(recipes.table())
-        return command_line.FINISHED
+        return entry_point.FINISHED
     if not _MODEL.value:
         raise UserError("--model=DIR is missing: a training workdir, or a folder with a published model")
     if not _OUTPUT.value:
@@ -78,10 +79,11 @@ def main() -> int:
         settings |= recipe.settings({k: v for k, v in settings.items() if flags.FLAGS[k].present})
 
     # Not before: --list needs neither.
-    from llada_jax import distributed, evaluation
+    from llada_jax.devices import distributed
+    from llada_jax.evaluation import run
 
     compilation_cache.enable()
-    job = evaluation.Evaluation(
+    job = run.Evaluation(
         _MODEL.value,
         tasks,
         _OUTPUT.value,
@@ -90,8 +92,8 @@ def main() -> int:
         **{flag.name: flag.value for flag in _REST},
     )
     others = (_COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    return distributed.run(lambda: evaluation.run(job), DistributedConfig(), *others)
+    return distributed.run(lambda: run.run(job), DistributedConfig(), *others)
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    entry_point.run(main)

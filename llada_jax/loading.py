@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from llada_jax import mesh as meshes
-from llada_jax import published
 from llada_jax.config import ComputeConfig, ModelConfig, UserError
-from llada_jax.folders import is_workdir
-from llada_jax.model import Transformer, compute_dtype, resolve_compute
-from llada_jax.tokenizer import Tokenizer, find_tokenizer
+from llada_jax.devices import mesh as meshes
+from llada_jax.formats import published
+from llada_jax.formats.folders import is_workdir
+from llada_jax.model.transformer import Transformer, compute_dtype, resolve_compute
+from llada_jax.text.tokenizer import Tokenizer, find_tokenizer
 
 
 def load(
@@ -57,14 +57,14 @@ def load(
 
 def _from_workdir(path: Path, dtype: jnp.dtype, step: int | None) -> tuple[Transformer, Tokenizer | None]:
     # Here, not above: Orbax takes a second to import, which a published folder does not need.
-    from llada_jax import checkpoint, workdir
+    from llada_jax.training import checkpoint, workdir
 
     tokenizer = fitted(find_tokenizer(path / "tokenizer"), workdir.read_config(path)[0].model, path)
     return checkpoint.load_model(path, step, jax.sharding.get_mesh(), dtype), tokenizer
 
 
 def _from_published(path: Path, dtype: jnp.dtype) -> tuple[Transformer, Tokenizer | None]:
-    from llada_jax import huggingface
+    from llada_jax.formats import huggingface
 
     tokenizer = fitted(find_tokenizer(path), huggingface.inspect(path).config, path)
     model = huggingface.load_model(path, dtype, lambda config: with_tokenizer(config, tokenizer))

@@ -14,9 +14,10 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import command_line, topology
+from llada_jax.cli import entry_point
 from llada_jax.config import UserError
-from llada_jax.estimate import page, plan
+from llada_jax.planning import topology
+from llada_jax.planning.estimate import page, plan
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/8b.py:v5p-4x4x8")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "[SLICESx]CHIP:SHAPE, e.g. v5p:4x4x8, 2xv5p:4x4x8 or h200:8.")
@@ -26,7 +27,7 @@ _HLO = flags.DEFINE_string("hlo", None, "File that the compiled program's text i
 
 def main() -> int:
     """Prints the plan; returns the exit code."""
-    config = command_line.config_of(_CONFIG)
+    config = entry_point.config_of(_CONFIG)
     if not _TOPOLOGY.value:
         raise UserError("--topology=CHIP:SHAPE is missing, e.g. --topology=v5p:4x4x8")
     topology.prepare_environment()
@@ -40,8 +41,8 @@ def main() -> int:
         except OSError as error:
             raise UserError(f"--hlo={_HLO.value} cannot be written: {error.strerror}") from None
     print(json.dumps(record) if _JSON.value else page(record))
-    return command_line.FINISHED if record["fits"] else command_line.FAILURE
+    return entry_point.FINISHED if record["fits"] else entry_point.FAILURE
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    entry_point.run(main)

@@ -11,12 +11,12 @@ import time
 
 from absl import flags
 
-from llada_jax import command_line
+from llada_jax.cli import entry_point
 from llada_jax.config import UserError
 from llada_jax.data.manifest import Manifest
 from llada_jax.data.pairs import RULES
-from llada_jax.data.prepare import prepare
-from llada_jax.data.prepare_chat import prepare_chat
+from llada_jax.data.prepare.prepare_chat import prepare_chat
+from llada_jax.data.prepare.prepare_text import prepare
 
 _INPUT = flags.DEFINE_multi_string(
     "input",
@@ -122,4 +122,4 @@ def _next_command(output: str, sequence_length: int) -> str:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    entry_point.run(main)

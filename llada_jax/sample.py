@@ -14,14 +14,23 @@ import jax
 import numpy as np
 from absl import flags
 
-from llada_jax import command_line, terminal
-from llada_jax.completion import DEFAULTS, Options, complete, encode_prompt, finished_text, make_batches, row_keys
+from llada_jax.cli import entry_point
 from llada_jax.config import UserError
-from llada_jax.folders import write_text
+from llada_jax.formats.folders import write_text
 from llada_jax.loading import load
-from llada_jax.model import Transformer
-from llada_jax.sampling import check_settings, denoise_steps
-from llada_jax.tokenizer import Tokenizer
+from llada_jax.model.transformer import Transformer
+from llada_jax.sampling import terminal
+from llada_jax.sampling.sampler import check_settings, denoise_steps
+from llada_jax.sampling.text_completion import (
+    DEFAULTS,
+    Options,
+    complete,
+    encode_prompt,
+    finished_text,
+    make_batches,
+    row_keys,
+)
+from llada_jax.text.tokenizer import Tokenizer
 
 _MODEL = flags.DEFINE_string("model", None, "A training workdir, or a folder with a published model.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint of the workdir; default: its newest.")
@@ -150,4 +159,4 @@ def write_records(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    entry_point.run(main)

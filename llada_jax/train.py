@@ -16,20 +16,23 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax import checkpoint, command_line, config_check, distributed, lora, mesh, workdir
 from llada_jax import config as configs
+from llada_jax.cli import entry_point
 from llada_jax.config import Config, ModelConfig, UserError
-from llada_jax.data import remote
 from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest, load_manifest
 from llada_jax.data.pairs import template_hash
+from llada_jax.data.read import remote
 from llada_jax.data.sets import open_held_out, open_training, prepared_sets
-from llada_jax.diffusion import is_chat
-from llada_jax.distributed import log
-from llada_jax.folders import is_workdir, keep_published
-from llada_jax.loop import Loop, NonFinite
-from llada_jax.model import parameter_count, resolve_compute, split
-from llada_jax.tokenizer import find_tokenizer, load_tokenizer
-from llada_jax.train_step import TrainState, check_choices, make_state
+from llada_jax.devices import distributed, mesh
+from llada_jax.devices.distributed import log
+from llada_jax.diffusion.forward import is_chat
+from llada_jax.formats.folders import is_workdir, keep_published
+from llada_jax.model import lora
+from llada_jax.model.transformer import parameter_count, resolve_compute, split
+from llada_jax.text.tokenizer import find_tokenizer, load_tokenizer
+from llada_jax.training import checkpoint, config_check, workdir
+from llada_jax.training.loop import Loop, NonFinite
+from llada_jax.training.step import TrainState, check_choices, make_state
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/quickstart.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, samples.")
@@ -47,7 +50,7 @@ _WEIGHTS_REMEDY = "set --config.init_weights_only to take its weights alone"
 
 def main() -> int:
     """Trains as the flags say; returns the exit code."""
-    config = command_line.config_of(_CONFIG)
+    config = entry_point.config_of(_CONFIG)
     if not _WORKDIR.value:
         raise UserError("--workdir=DIR is missing: checkpoints, metrics and samples are written there")
     config_check.check_distributed(config)
@@ -85,9 +88,9 @@ def train(config: Config, folder: str | os.PathLike) -> int:
             if error.errno not in _DISK_ERRORS:
                 raise
             reason = f"{error.filename or folder} cannot be written or read: {error.strerror}"
-    if distributed.announce(command_line.FAILURE):
+    if distributed.announce(entry_point.FAILURE):
         print(f"stopped: {reason}", file=sys.stderr, flush=True)
-    return command_line.FAILURE
+    return entry_point.FAILURE
 
 
 def _difference(config: Config, first: Config) -> str:
@@ -230,7 +233,7 @@ def _architecture(config: Config, stored: Config | None, step: int | None) -> Mo
     if stored:
         found = stored.model
     elif step is None:
-        from llada_jax import huggingface
+        from llada_jax.formats import huggingface
 
         found = huggingface.inspect(config.init_from).config
     else:
@@ -253,7 +256,7 @@ def _check_source(config: Config, step: int | None) -> None:
     if not (source := config.init_from):
         return
     if step is None:
-        from llada_jax import huggingface
+        from llada_jax.formats import huggingface
 
         found = huggingface.inspect(source).config
         _same_model(found, _filled(config.model, found), source)
@@ -294,7 +297,7 @@ def _first_state(
     source, adapts = config.init_from, config.model.lora.rank > 0
     dtype = jnp.dtype(compute_dtype if adapts else jnp.float32)
     if step is None:
-        from llada_jax import huggingface
+        from llada_jax.formats import huggingface
 
         if (tokenizer := find_tokenizer(source)) is not None:
             _same_tokenizer(tokenizer.sha256, identity, source)
@@ -346,4 +349,4 @@ def _same_model(found: ModelConfig, wanted: ModelConfig, source: str) -> ModelCo
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    entry_point.run(main)

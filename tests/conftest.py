@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 
 import llada_jax
-from llada_jax import mesh
 from llada_jax.config import ComputeConfig, ModelConfig
-from llada_jax.model import Transformer, initialise
-from llada_jax.tokenizer import Tokenizer, train_tokenizer
+from llada_jax.devices import mesh
+from llada_jax.model.transformer import Transformer, initialise
+from llada_jax.text.tokenizer import Tokenizer, train_tokenizer
 
 jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU too: no TF32 where fp32 is compared
 

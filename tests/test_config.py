@@ -9,8 +9,8 @@ import pytest
 
 from llada_jax import config as configs
 from llada_jax.config import Config, ModelConfig, SamplerConfig
-from llada_jax.config_check import validate
-from llada_jax.optimizer import schedule_points
+from llada_jax.training.config_check import validate
+from llada_jax.training.optimizer import schedule_points
 
 FILES = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 

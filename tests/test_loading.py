@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from paths import PARITY
 
 import llada_jax
 import llada_jax.convert
-from llada_jax import huggingface, loading
-from llada_jax.checkpoint import Checkpoints
-from llada_jax.completion import Options, finished_text, make_prompt
+from llada_jax import loading
 from llada_jax.config import Config, ModelConfig, UserError
+from llada_jax.formats import huggingface
 from llada_jax.loading import with_tokenizer
-from llada_jax.model import split
-from llada_jax.tokenizer import find_tokenizer, train_tokenizer
-from llada_jax.train_step import make_state
-from llada_jax.workdir import write_config
-
-PARITY = Path(__file__).parent / "parity"
+from llada_jax.model.transformer import split
+from llada_jax.sampling.text_completion import Options, finished_text, make_prompt
+from llada_jax.text.tokenizer import find_tokenizer, train_tokenizer
+from llada_jax.training.checkpoint import Checkpoints
+from llada_jax.training.step import make_state
+from llada_jax.training.workdir import write_config
 
 
 @pytest.fixture(scope="module", params=["mha", "gqa"])

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 
 from llada_jax.config import UserError
-from llada_jax.tokenizer import Tokenizer
+from llada_jax.text.tokenizer import Tokenizer
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"

@@ -19,10 +19,10 @@ import numpy as np
 from etils import epath
 
 from llada_jax.config import UserError
-from llada_jax.data.conversations import answers
 from llada_jax.data.manifest import Manifest, Shard, Split
+from llada_jax.data.prepare.conversations import answers
 from llada_jax.data.rows import ShardWriter, finished_file
-from llada_jax.tokenizer import Tokenizer
+from llada_jax.text.tokenizer import Tokenizer
 
 HEADER = np.dtype("<u4")
 HEADER_BYTES = 3 * HEADER.itemsize

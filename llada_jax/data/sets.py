@@ -3,15 +3,15 @@
 from pathlib import Path
 
 from llada_jax.config import Config, UserError
-from llada_jax.data.chat import ChatData, held_out_answers
 from llada_jax.data.manifest import Manifest, load_manifest
-from llada_jax.data.pipeline import Data, TrainingData, validation_rows
-from llada_jax.data.prepare import prepare
-from llada_jax.data.prepare_chat import prepare_chat
+from llada_jax.data.prepare.prepare_chat import prepare_chat
+from llada_jax.data.prepare.prepare_text import prepare
+from llada_jax.data.read.chat import ChatData, held_out_answers
+from llada_jax.data.read.pipeline import Data, TrainingData, validation_rows
 from llada_jax.data.rows import HeldOut
-from llada_jax.diffusion import is_chat
-from llada_jax.distributed import log
-from llada_jax.tokenizer import load_tokenizer
+from llada_jax.devices.distributed import log
+from llada_jax.diffusion.forward import is_chat
+from llada_jax.text.tokenizer import load_tokenizer
 
 
 def prepared_sets(config: Config, folder: Path, stored: Config | None) -> list[str]:

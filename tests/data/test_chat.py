@@ -11,14 +11,15 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
 from llada_jax.config import UserError
-from llada_jax.data import chat, pairs
-from llada_jax.data.chat import ChatData, held_out_answers, width_of, widths
+from llada_jax.data import pairs
 from llada_jax.data.manifest import load_manifest
 from llada_jax.data.pairs import decode_pair, encode_pair, load_index
-from llada_jax.data.pipeline import TrainingData, validation_rows
-from llada_jax.data.prepare import prepare
-from llada_jax.data.prepare_chat import prepare_chat
-from llada_jax.tokenizer import load_tokenizer
+from llada_jax.data.prepare.prepare_chat import prepare_chat
+from llada_jax.data.prepare.prepare_text import prepare
+from llada_jax.data.read import chat
+from llada_jax.data.read.chat import ChatData, held_out_answers, width_of, widths
+from llada_jax.data.read.pipeline import TrainingData, validation_rows
+from llada_jax.text.tokenizer import load_tokenizer
 
 from .conftest import WORDS, story, write_jsonl
 from .test_conversations import write

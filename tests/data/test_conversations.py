@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llada_jax.config import UserError
-from llada_jax.data.conversations import Conversations, answers
+from llada_jax.data.prepare.conversations import Conversations, answers
 
 ASKED = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
 

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from llada_jax.config import UserError
-from llada_jax.data.output import publish, refuse_existing, temporary_folder
+from llada_jax.data.prepare.output import publish, refuse_existing, temporary_folder
 
 from .test_manifest import MANIFEST
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import ROOT
 
 from llada_jax.config import UserError
-from llada_jax.data import pipeline
 from llada_jax.data.manifest import load_manifest
-from llada_jax.data.pipeline import TrainingData, validation_rows
-from llada_jax.data.prepare import prepare
+from llada_jax.data.prepare.prepare_text import prepare
+from llada_jax.data.read import pipeline
+from llada_jax.data.read.pipeline import TrainingData, validation_rows
 from llada_jax.data.rows import SplitWriter
 
 from .conftest import read_split, story, write_jsonl
@@ -213,14 +214,13 @@ def test_iterate_raises_in_the_consumer_at_its_step(sets, monkeypatch):
 
 def test_interpreter_ends_with_an_open_iterator(sets):
     script = (
-        "from llada_jax.data.pipeline import TrainingData\n"
+        "from llada_jax.data.read.pipeline import TrainingData\n"
         f"data = TrainingData([{sets[0]!r}], seed=0, batch_size=8, sequence_length={T}, random_length_every=0,"
         f" vocab_size={VOCAB})\n"
         "batches = data.iterate(0, range(8), prefetch=8, threads=2)\n"
         "print(next(batches)[0])\n"
     )
-    root = Path(__file__).parents[2]
-    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout) == (0, "0\n"), result.stderr
 
 
@@ -242,7 +242,7 @@ def test_validation_rows_are_fixed_and_from_all_sets(sets):
 
 
 def test_settings_that_cannot_be(sets, tokenizer_folder, tmp_path):
-    from llada_jax.tokenizer import train_tokenizer
+    from llada_jax.text.tokenizer import train_tokenizer
 
     for paths, weights, options, words in (
         ([], (), {}, "no prepared set"),

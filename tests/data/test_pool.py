@@ -4,9 +4,9 @@ import sys
 import numpy as np
 import pytest
 
-from llada_jax.data.pool import Batch, Pool, tokenize
-from llada_jax.data.text import PIECE_CHARACTERS
-from llada_jax.tokenizer import load_tokenizer
+from llada_jax.data.prepare.pool import Batch, Pool, tokenize
+from llada_jax.data.prepare.text import PIECE_CHARACTERS
+from llada_jax.text.tokenizer import load_tokenizer
 
 from .conftest import story
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import ROOT
 
 from llada_jax.config import UserError
 from llada_jax.data.manifest import load_manifest
-from llada_jax.data.prepare import prepare
-from llada_jax.tokenizer import load_tokenizer
+from llada_jax.data.prepare.prepare_text import prepare
+from llada_jax.text.tokenizer import load_tokenizer
 
 from .conftest import read_split, split_documents, story, write_jsonl
 
@@ -201,7 +202,7 @@ def test_long_txt_with_a_prefixing_tokenizer(corpus, prefixing_model, tmp_path):
 
 
 def test_large_vocabulary_is_stored_in_32_bits(tmp_path, tokenizer_folder, monkeypatch):
-    from llada_jax import tokenizer
+    from llada_jax.text import tokenizer
 
     monkeypatch.setattr(tokenizer, "VOCAB_MULTIPLE", 1 << 17)
     source = write_jsonl(tmp_path / "a.jsonl", STORIES)
@@ -250,14 +251,13 @@ def interrupted(tmp_path, tokenizer_folder, number: int) -> tuple[int, list[int]
     """Sends a signal into a running preparation; returns its exit code and the ids of its workers."""
     source = write_jsonl(tmp_path / "a.jsonl", STORIES * 150)
     command = (
-        "from llada_jax.data.prepare import prepare\n"
+        "from llada_jax.data.prepare.prepare_text import prepare\n"
         f"prepare([{source!r}], {str(tmp_path / 'set')!r}, tokenizer={tokenizer_folder!r}, sequence_length=64,"
         " workers=2)"
     )
-    root = Path(__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", command],
-        cwd=root,
+        cwd=ROOT,
         stderr=subprocess.PIPE,
         # A job in the background of a shell starts with SIGINT ignored, and so would its children.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -309,11 +309,11 @@ def test_from_a_script_without_a_main_guard(tmp_path, tokenizer_folder):
     source = write_jsonl(tmp_path / "a.jsonl", STORIES)
     script = tmp_path / "script.py"
     script.write_text(
-        "from llada_jax.data.prepare import prepare\n"
+        "from llada_jax.data.prepare.prepare_text import prepare\n"
         f"m = prepare([{source!r}], 'set', tokenizer={tokenizer_folder!r}, sequence_length=64, workers=2)\n"
         "print(m.train.rows)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 60}
     result = subprocess.run([sys.executable, str(script)], **run)
     assert (result.returncode, result.stderr) == (0, "")

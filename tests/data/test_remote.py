@@ -14,11 +14,11 @@ from fsspec.registry import _registry
 
 from llada_jax import train
 from llada_jax.config import UserError
-from llada_jax.data.chat import ChatData
-from llada_jax.data.prepare import prepare
-from llada_jax.data.prepare_chat import prepare_chat
-from llada_jax.data.remote import local_copy
-from llada_jax.tokenizer import load_tokenizer
+from llada_jax.data.prepare.prepare_chat import prepare_chat
+from llada_jax.data.prepare.prepare_text import prepare
+from llada_jax.data.read.chat import ChatData
+from llada_jax.data.read.remote import local_copy
+from llada_jax.text.tokenizer import load_tokenizer
 
 
 class Bucket(MemoryFileSystem):

@@ -1,5 +1,5 @@
-from llada_jax.data import stdlib
-from llada_jax.data.text import Corpus
+from llada_jax.data.prepare import stdlib
+from llada_jax.data.prepare.text import Corpus
 
 
 def test_sources_of_this_interpreter():

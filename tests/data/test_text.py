@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from llada_jax.config import UserError
-from llada_jax.data import text as text_module
-from llada_jax.data.text import PIECE_CHARACTERS, WHOLE_CHARACTERS, Corpus
+from llada_jax.data.prepare import text as text_module
+from llada_jax.data.prepare.text import PIECE_CHARACTERS, WHOLE_CHARACTERS, Corpus
 
 TEXTS = ["one", "two\r\nlines\t", "caf\u00e9 \U0001f600", "  spaces  "]
 

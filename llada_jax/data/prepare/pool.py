@@ -1,0 +1,189 @@
+"""Tokenisation in several processes, results in order.
+
+The workers are plain child processes that speak pickles over their own pipes. Unlike
+`multiprocessing` this never runs the caller's `__main__` again, so it is safe in a notebook, under
+`python -c` and beside the threads of JAX, and a worker starts in a fraction of a second.
+"""
+
+import contextlib
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import traceback
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from llada_jax.config import UserError
+from llada_jax.data.prepare.text import cut
+from llada_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+_AHEAD = 2  # batches per worker that are read but not yet consumed: memory stays bounded
+
+
+class Tokens(NamedTuple):
+    """The tokens of several texts, one after the other."""
+
+    ids: np.ndarray  # uint32 [tokens]
+    bytes: np.ndarray  # uint32 [tokens], bytes of text each stands for; exact in sum over each text
+    lengths: list[int]  # tokens of each text
+
+
+class Work(Protocol):
+    """A named tuple that is tokenised by one process: its result and itself can be pickled."""
+
+    tag: Any  # the caller's, kept in its process
+
+    def tokenize(self, tokenizer: Tokenizer, token_bytes: np.ndarray) -> Any:
+        """The result. A UserError is raised where the results are read."""
+
+
+class Batch(NamedTuple):
+    """Texts that are tokenised together."""
+
+    texts: Sequence[str]
+    continues: Sequence[bool]  # whether each goes on from the text before it
+    tag: Any = None
+
+    def tokenize(self, tokenizer: Tokenizer, token_bytes: np.ndarray) -> Tokens:
+        """`tokenize` of this module."""
+        return tokenize(tokenizer, token_bytes, self)
+
+
+def tokenize(tokenizer: Tokenizer, token_bytes: np.ndarray, batch: Batch) -> Tokens:
+    """The ids of each text and the bytes they stand for.
+
+    A tokenizer may add a space or normalise, so the counts of its tokens are scaled, in integers, such
+    that they add up to the text's own bytes.
+    """
+    ids, counts, lengths = [], [], []
+    for text, continues in zip(batch.texts, batch.continues, strict=True):
+        # Tokenizers take more time and memory per character on long texts.
+        pieces = [tokenizer.encode(piece, continuation=continues or i > 0) for i, piece in enumerate(cut(text))]
+        text_ids = np.concatenate([np.asarray(piece, np.uint32) for piece in pieces])
+        cumulative = np.cumsum(token_bytes[text_ids], dtype=np.int64)
+        size = len(text.encode())
+        if len(text_ids) and cumulative[-1] != size:
+            total = max(int(cumulative[-1]), 1)
+            cumulative = cumulative * size // total
+            cumulative[-1] = size
+        ids.append(text_ids)
+        counts.append(np.diff(cumulative, prepend=0).astype(np.uint32))
+        lengths.append(len(text_ids))
+    empty = [np.zeros(0, np.uint32)]
+    return Tokens(np.concatenate(ids or empty), np.concatenate(counts or empty), lengths)
+
+
+class Pool:
+    """Worker processes for one tokenizer; 1 = the calling process itself. A context manager."""
+
+    def __init__(self, tokenizer_path: str | os.PathLike, workers: int):
+        self._workers = workers
+        self._processes: list[subprocess.Popen] = []
+        self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
+        if workers == 1:
+            self._tokenizer = load_tokenizer(tokenizer_path)
+            self._token_bytes = self._tokenizer.token_bytes()
+            return
+        environment = dict(os.environ)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_PACKAGE_ROOT, environment.get("PYTHONPATH")]))
+        environment |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        # -P: a file in the current folder named like a module of the standard library is not imported.
+        command = [sys.executable, "-P", "-m", "llada_jax.data.prepare.pool", os.fspath(tokenizer_path)]
+        for _ in range(workers):
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            self._processes.append(process)
+            self._idle.put(process)
+        self._threads = ThreadPoolExecutor(workers)  # one waits for each process
+
+    def map(self, batches: Iterable[Work]) -> Iterator[tuple[Work, Any]]:
+        """Yields each batch with its result, in order; raises RuntimeError if a worker fails."""
+        if self._workers == 1:
+            for batch in batches:
+                yield batch, batch.tokenize(self._tokenizer, self._token_bytes)
+            return
+        running: deque[tuple[Work, Future[Any]]] = deque()
+        for batch in batches:
+            running.append((batch, self._threads.submit(self._call, batch)))
+            if len(running) >= _AHEAD * self._workers:
+                first, future = running.popleft()
+                yield first, future.result()
+        while running:
+            first, future = running.popleft()
+            yield first, future.result()
+
+    def _call(self, batch: Work) -> Any:
+        process = self._idle.get()
+        try:
+            pickle.dump(batch._replace(tag=None), process.stdin, pickle.HIGHEST_PROTOCOL)
+            process.stdin.flush()
+            result = pickle.load(process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
+            code = process.poll()
+            raise RuntimeError(f"a tokenisation process died (exit code {code}; -9: out of memory?)") from error
+        finally:
+            self._idle.put(process)
+        if isinstance(result, UserError):
+            raise result
+        if isinstance(result, str):
+            raise RuntimeError(f"a tokenisation process failed:\n{result}")
+        return result
+
+    def close(self) -> None:
+        """Ends the processes at once; what they were doing is lost."""
+        for process in self._processes:
+            process.kill()
+        if self._processes:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+        for process in self._processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        self._processes = []
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _serve(tokenizer_path: str) -> None:
+    """A worker: batches in from stdin, tokens out to stdout, until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not end up among the results
+    tokenizer = load_tokenizer(tokenizer_path)
+    token_bytes = tokenizer.token_bytes()
+    while True:
+        try:
+            batch = pickle.load(source)
+        except EOFError:
+            return
+        try:
+            result: Any = batch.tokenize(tokenizer, token_bytes)
+        except UserError as error:
+            result = error
+        except Exception:
+            result = traceback.format_exc()
+        try:
+            pickle.dump(result, sink, pickle.HIGHEST_PROTOCOL)
+            sink.flush()
+        except BrokenPipeError:
+            return
+
+
+if __name__ == "__main__":
+    # Pickled names must be those of the module, not of __main__.
+    from llada_jax.data.prepare.pool import _serve as serve
+
+    serve(sys.argv[1])

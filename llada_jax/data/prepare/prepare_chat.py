@@ -1,0 +1,146 @@
+"""Conversations -> ArrayRecord shards of prompts with their answers, an index of their lengths, and a manifest.
+
+Every answer of a conversation becomes a row, see data/pairs.py: prompt and answer as the chat template of the
+tokenizer's folder renders them (LLaDA's own if there is none), and EOS. One that is longer than `sequence_length` is
+
+  drop   left out;
+  cut    made to fit: the oldest turns of its prompt are left out, up to the next message of the user each time, while a
+         system message in front stays; if the last turn alone is too long, the answer loses its end, and with it its
+         EOS. It is left out if there is no room for an answer.
+
+An answer without text, or to nothing but that, is left out. The manifest says how many were dropped, cut and empty.
+
+Held out are whole conversations, by the hash of what comes before their first answer, so that those that begin alike
+are on the same side; or of what the group key names. See data/held_out.py.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from llada_jax.config import UserError
+from llada_jax.data.manifest import SPLITS, TOKENIZER_FOLDER, Chat, Manifest, Source, tokenizer_fields
+from llada_jax.data.pairs import HEADER_BYTES, RULES, ChatBatch, Encoded, PairWriter, template_hash
+from llada_jax.data.prepare.conversations import Conversation, Conversations
+from llada_jax.data.prepare.held_out import HASH_RULE, held_out_below, text_hash
+from llada_jax.data.prepare.output import (
+    SHARD_BYTES,
+    Progress,
+    check_settings,
+    cores,
+    id_dtype,
+    publish,
+    temporary_folder,
+    write_errors,
+)
+from llada_jax.data.prepare.pool import Pool
+from llada_jax.text.tokenizer import load_tokenizer
+
+_BATCH = 128  # conversations that a worker tokenises at a time
+
+
+def prepare_chat(
+    inputs: Sequence[str],
+    output: str | os.PathLike,
+    *,
+    tokenizer: str,
+    sequence_length: int = 4096,
+    validation_fraction: float = 0.02,
+    too_long: str = "drop",
+    group_key: str | None = None,
+    workers: int = 0,
+    shard_rows: int = 0,
+    progress: bool = True,
+) -> Manifest:
+    """Prepares a set for instruction tuning in the folder `output`, which appears only when it is complete.
+
+    The content of the folder depends on the conversations, the names of the inputs and the settings, not on the number
+    of workers.
+
+    Args:
+      inputs: .jsonl files (also .gz, .xz) or globs; data/conversations.py says what their lines may be.
+      output: a local folder that does not exist yet.
+      tokenizer: of the model to tune: its folder or workdir, or a tokenizer's file; it is copied into the set.
+      sequence_length: tokens of a prompt with its answer and EOS, at most.
+      validation_fraction: of the conversations, held out; 0 = none.
+      too_long: drop or cut, see above.
+      group_key: conversations with the same value under this key are on the same side of the split.
+      workers: processes that tokenise; 0 = one per core.
+      shard_rows: rows per shard at most; 0 = about 256 MiB of ids.
+      progress: whether to report on stderr.
+
+    Raises UserError for anything wrong with the input, the tokenizer, the settings or the output folder.
+    """
+    target = check_settings(output, sequence_length, validation_fraction, workers, shard_rows)
+    if too_long not in RULES:
+        raise UserError(f"too_long={too_long!r}: choose one of {', '.join(RULES)}")
+    conversations = Conversations(inputs, group_key)
+    loaded = load_tokenizer(tokenizer)
+    below = held_out_below((each.group for each in conversations), validation_fraction, conversations.inputs)
+    with write_errors(output), temporary_folder(target) as folder:
+        loaded.save(folder / TOKENIZER_FOLDER)
+        dtype = id_dtype(loaded)
+        shard_rows = shard_rows or max(1, SHARD_BYTES // (HEADER_BYTES + sequence_length * np.dtype(dtype).itemsize))
+        writers = [PairWriter(folder, name, dtype, shard_rows) for name in SPLITS]
+        totals = np.zeros((len(conversations.inputs), 3), np.int64)  # conversations, tokens, bytes
+        dropped = cut = empty = 0
+        report = Progress(conversations.total_bytes, progress)
+        with Pool(folder / TOKENIZER_FOLDER, workers or cores()) as pool, report:
+            for batch, encoded in pool.map(_batches(conversations, sequence_length, too_long)):
+                chosen, position = batch.tag
+                _write(encoded, chosen, below, writers, totals)
+                dropped, cut, empty = dropped + encoded.dropped, cut + encoded.cut, empty + encoded.empty
+                report.update(position, sum(pair.length for pairs in encoded.pairs for pair in pairs))
+        (train, train_index), (validation, validation_index) = (writer.finish() for writer in writers)
+        if not train.rows:
+            raise UserError(
+                f"no answer is left to train on: {dropped} are too long for sequence_length={sequence_length}, "
+                f"{empty} empty, {validation.rows} held out"
+            )
+        manifest = Manifest(
+            **tokenizer_fields(loaded),
+            sequence_length=sequence_length,
+            dtype=dtype,
+            validation_fraction=validation_fraction,
+            validation_hash=f"{HASH_RULE}; of {group_key or 'the messages before the first answer, as JSON'}",
+            validation_below=below,
+            train=train,
+            validation=validation,
+            sources=tuple(
+                Source(name, conversations.file_count(i), *map(int, totals[i]))
+                for i, name in enumerate(conversations.inputs)
+            ),
+            chat=Chat(
+                template_hash(loaded),
+                too_long, group_key, dropped, cut, empty, train_index, validation_index,
+            ),
+        )  # fmt: skip
+        publish(folder, target, manifest)
+    return manifest
+
+
+def _write(
+    encoded: Encoded, chosen: Sequence[Conversation], below: int, writers: Sequence[PairWriter], totals: np.ndarray
+) -> None:
+    """Adds a batch to the writers (train, validation) and to the counts per input."""
+    for conversation, pairs in zip(chosen, encoded.pairs, strict=True):
+        writers[text_hash(conversation.group) < below].add(pairs)
+        totals[conversation.source] += bool(pairs), sum(p.length for p in pairs), sum(p.bytes for p in pairs)
+
+
+def _batches(conversations: Conversations, sequence_length: int, too_long: str) -> Iterator[ChatBatch]:
+    """Conversations for the workers; the tag has them too, and the place in the input."""
+    chosen: list[Conversation] = []
+
+    def batch() -> ChatBatch:
+        messages, where = [each.messages for each in chosen], [each.where for each in chosen]
+        return ChatBatch(messages, where, sequence_length, too_long, ([*chosen], conversations.position))
+
+    for conversation in conversations:
+        chosen.append(conversation)
+        if len(chosen) == _BATCH:
+            yield batch()
+            chosen.clear()
+    if chosen:
+        yield batch()

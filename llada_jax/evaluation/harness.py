@@ -1,0 +1,354 @@
+"""LLaDA as a model of lm-evaluation-harness: `import llada_jax.evaluation.harness` registers "llada_jax".
+
+    lm_eval.simple_evaluate(model="llada_jax", model_args="pretrained=runs/mine,mc_samples=64", tasks=["arc_easy"])
+    lm_eval.simple_evaluate(model=llada_jax.evaluation.harness.LLaDA(model, tokenizer=tokenizer), tasks=["arc_easy"])
+
+The likelihood of an answer is the bound of Eq. 6; whether it is the greedy one is what low-confidence generation, a
+token per step, says. Results go to lm_eval's request cache portion by portion, and all noise depends on the seed and
+the content of a request alone: an evaluation that was interrupted and continued gives the same figures.
+
+In a run of several processes all make the same calls: the rows are spread over the mesh beneath, so for lm_eval each
+is the only one.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CacheHook, TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm import tqdm
+
+from llada_jax import loading
+from llada_jax.config import UserError
+from llada_jax.devices import distributed
+from llada_jax.model.transformer import Transformer
+from llada_jax.sampling.text_completion import Options, complete_ids
+from llada_jax.scoring import likelihood
+from llada_jax.text.tokenizer import Tokenizer
+
+# lm_eval's bootstrap would fork this process, whose threads (of JAX) do not survive that.
+os.environ.setdefault("DISABLE_MULTIPROC", "1")
+
+BATCH_SIZE = 8  # prompts generated at once
+DEFAULT_GEN_LENGTH = 256  # tokens, where neither the user nor the task says how many
+LIKELIHOOD_PORTION = 256  # requests scored between two writes to the cache
+GENERATION_PORTION = 4  # batches, likewise
+_CACHE_PART = 500  # results told to the other processes at once
+_KNOWN = {"until", "do_sample", "temperature", "max_gen_toks"}
+# In front of each control token that a chat template writes: between template and ids lm_eval has a text of its own
+# making, with what documents and examples say. No character, so no text has it.
+CONTROL = "\ufdd0"
+_PLACE = "\ufdd1"  # likewise no character: where a message goes
+
+
+@register_model("llada_jax")
+class LLaDA(TemplateLM):
+    """A model of this project for lm_eval.
+
+    Args:
+      pretrained: a folder as `llada_jax.load` takes it, or a model that it has returned.
+      tokenizer: of such a model.
+      model: another name for `pretrained`.
+      step: of a workdir's checkpoint; None = its newest.
+      dtype: as for `llada_jax.load`.
+      mesh: as for `llada_jax.load`.
+      mc_samples: Monte Carlo samples of each likelihood, where it is not exact anyway (one-token answers).
+      cfg_scale: w of Eq. 16, of likelihoods and of generation.
+      gen_length: tokens to generate; None = what the task says, else 256.
+      steps, block_length, temperature, remasking, logits_eos_inf, confidence_eos_eot_inf: of generation, see
+        `completion.Options`; temperature None = what the task says.
+      max_length: tokens of prompt and answer at most, a longer prompt loses its beginning. None = what the model was
+        trained with; without limit if that is unknown.
+      seed: of the noise.
+      batch_size: prompts generated at once; None or "auto" = 8. What is scored at once is bounded by tokens.
+      max_batch_size, device: given by lm_eval, not used: the mesh says where and how much.
+
+    Raises:
+      UserError: a folder without a model or tokenizer, an impossible setting.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path | Transformer | None = None,
+        tokenizer: Tokenizer | None = None,
+        *,
+        model: str | Path | Transformer | None = None,
+        step: int | None = None,
+        dtype: str | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        mc_samples: int = 128,
+        cfg_scale: float = 0.0,
+        gen_length: int | None = None,
+        steps: int | None = None,
+        block_length: int | None = None,
+        temperature: float | None = None,
+        remasking: str = "low_confidence",
+        logits_eos_inf: bool = False,
+        confidence_eos_eot_inf: bool = False,
+        max_length: int | None = None,
+        seed: int = 0,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ):
+        super().__init__()
+        source = pretrained if pretrained is not None else model
+        if source is None:
+            raise UserError("pretrained=DIR is missing: a training workdir, or a folder with a published model")
+        if isinstance(source, str | Path):
+            self.model, self.tokenizer = loading.load(source, mesh, dtype, step)
+            self.max_length = loading.trained_length(source) if max_length is None else max_length
+        else:
+            self.model, self.tokenizer, self.max_length = source, tokenizer, max_length
+        if self.tokenizer is None:
+            raise UserError(f"{source} has no tokenizer: put its tokenizer.json or tokenizer.model there")
+        self.batch_size = BATCH_SIZE if batch_size in (None, "auto") else int(batch_size)
+        if self.batch_size < 1 or mc_samples < 1 or (self.max_length or 1) < 1:
+            raise UserError(f"batch_size={batch_size}, mc_samples={mc_samples}, max_length={max_length}: at least 1")
+        self.mc_samples, self.gen_length, self.temperature = mc_samples, gen_length, temperature
+        self.options = Options(
+            steps=steps,
+            remasking=remasking,
+            cfg_scale=cfg_scale,
+            logits_eos_inf=logits_eos_inf,
+            confidence_eos_eot_inf=confidence_eos_eot_inf,
+            **({} if block_length is None else {"block_length": block_length}),
+        )
+        self._control = self.tokenizer.control_pattern
+        self.key = jax.random.key(seed)
+        self.ignored: set[str] = set()  # settings of tasks that were told of
+
+    # What lm_eval asks for.
+
+    @property
+    def eot_token_id(self) -> int:
+        """The id that ends a text."""
+        return self.tokenizer.eos_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells lm_eval's caches tokenizers and chat templates apart."""
+        template = hashlib.sha256(str(self.chat_template(True)).encode()).hexdigest()
+        return f"llada_jax-{self.tokenizer.sha256[:16]}-{template[:16]}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the chat template: of several in a folder the default one, without any LLaDA's own."""
+        if isinstance(chat_template, str):
+            raise UserError(f"apply_chat_template={chat_template}: a template cannot be chosen by name")
+        return (self.tokenizer.chat_template or self.tokenizer.default_chat_template) if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The dialogue as one text, with CONTROL in front of each control token that the template has written.
+
+        Without `add_generation_prompt` its last message, of the assistant, stays open.
+        """
+        if add_generation_prompt:
+            return self._render(chat_history)
+        *earlier, last = chat_history
+        if earlier:
+            return self._render(earlier) + last["content"]
+        start, _, _ = self._render([last | {"content": _PLACE}], False).partition(_PLACE)
+        return start + last["content"]
+
+    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        text, back = self.tokenizer.marked_chat(messages, add_generation_prompt)
+        return self._control.sub(lambda found: CONTROL + found[0], text).translate(back)
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Ids of a text. Literals of control tokens are the characters that they are, but where CONTROL is in front."""
+        ids: list[int] = []
+        for i, part in enumerate(re.split(CONTROL + self._control.pattern, string)):
+            after_text = bool(ids) and ids[-1] not in (self.tokenizer.bos_id, self.tokenizer.eos_id)
+            ids += self.tokenizer.encode(part, special=i % 2 == 1, continuation=after_text) if part else []
+        return ids
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(nats, whether it is the greedy one) of each (context, continuation); an empty context is an empty prompt."""
+        encoded = []
+        for context, continuation in (request.args for request in requests):
+            pair = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
+            encoded.append(((context, continuation), *pair))
+        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_
+    ) -> list[tuple[float, bool]]:
+        pairs = [self._fitting(context, continuation) for _, context, continuation in requests]
+        self._tell_cut(sum(len(p) < len(given[1]) for (p, _), given in zip(pairs, requests, strict=True)))
+
+        def score(portion: Sequence[int], report: Callable[[int], None]) -> list[tuple[float, bool]]:
+            some, scale = [pairs[i] for i in portion], self.options.cfg_scale
+            scores = likelihood.log_likelihoods(
+                self.model, some, samples=self.mc_samples, key=self.key, cfg_scale=scale, report=report
+            )
+            greedy = likelihood.greedy_matches(self.model, some, cfg_scale=scale)
+            return [(float(s.value), bool(match)) for s, match in zip(scores, greedy, strict=True)]
+
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+        given = [strings for strings, _, _ in requests]
+        return self._in_portions("loglikelihood", given, [order], LIKELIHOOD_PORTION, score, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Nats of whole texts, of any length: windows, each given the tokens in front of it."""
+        documents = [self.tok_encode(request.args[0]) for request in requests]
+        longest = self.max_length or max(map(len, documents), default=1) or 1
+
+        def score(portion: Sequence[int], report: Callable[[int], None]) -> list[float]:
+            scores = likelihood.rolling_log_likelihoods(
+                self.model,
+                [documents[i] for i in portion],
+                max_length=longest,
+                samples=self.mc_samples,
+                key=self.key,
+                cfg_scale=self.options.cfg_scale,
+            )
+            return [float(s.value) for s in scores]
+
+        order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
+        given = [request.args for request in requests]
+        return self._in_portions("loglikelihood_rolling", given, [order], LIKELIHOOD_PORTION // 16, score, disable_tqdm)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Completions, each cut at EOS and at the first of its stop strings."""
+        prompts, stops, groups, cut = [], [], collections.defaultdict(list), 0
+        for i, (context, gen_kwargs) in enumerate(request.args for request in requests):
+            options, until = self._generation(gen_kwargs)
+            room = None if self.max_length is None else self.max_length - options.gen_length
+            if room is not None and room < 1:
+                raise UserError(f"gen_length={options.gen_length} leaves no room for a prompt: the model's length is "
+                                f"{self.max_length} (max_length=N overrides it)")  # fmt: skip
+            prompt = self.tok_encode(context)
+            prompts.append(prompt if room is None else prompt[-room:])
+            cut += len(prompts[-1]) < len(prompt)
+            stops.append(until)
+            groups[options].append(i)
+        self._tell_cut(cut)
+        options_of = {i: options for options, places in groups.items() for i in places}
+        sampled = [bool(request.args[1].get("do_sample")) for request in requests]
+        numbers = list(_numbers(prompts, sampled))
+
+        def complete(portion: Sequence[int], report: Callable[[int], None]) -> list[str]:
+            texts = complete_ids(
+                self.model,
+                self.tokenizer,
+                [prompts[i] for i in portion],
+                options_of[portion[0]],
+                self.key,
+                batch_size=self.batch_size,
+                report=report,
+                numbers=[numbers[i] for i in portion],
+            )
+            return [_cut(text, stops[i]) for text, i in zip(texts, portion, strict=True)]
+
+        orders = [sorted(places, key=lambda i: -len(prompts[i])) for places in groups.values()]
+        given = [request.args for request in requests]
+        size = GENERATION_PORTION * self.batch_size
+        return self._in_portions("generate_until", given, orders, size, complete, disable_tqdm)
+
+    def set_cache_hook(self, cache_hook: CacheHook) -> None:
+        """Results are kept there. The other processes are told what process 0 has found in its cache."""
+        super().set_cache_hook(cache_hook)
+        if cache_hook.dbdict is not None and distributed.count() > 1:
+            found = list(cache_hook.dbdict.items()) if distributed.index() == 0 else []
+            for part in range(distributed.first_decides("cached results", lambda: -(-len(found) // _CACHE_PART))):
+                some = slice(part * _CACHE_PART, (part + 1) * _CACHE_PART)
+                for name, result in distributed.first_decides("cached", lambda some=some: found[some]):
+                    if distributed.index():
+                        cache_hook.dbdict[name] = result
+
+    def get_model_info(self) -> dict[str, Any]:
+        """The settings, for lm_eval's results."""
+        settings = dataclasses.asdict(self.options)
+        settings |= {"gen_length": self.gen_length, "temperature": self.temperature}
+        return settings | {"mc_samples": self.mc_samples, "max_length": self.max_length}
+
+    # How.
+
+    def _fitting(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
+        """Both cut on the left to the model's length, the answer only if it is longer than that alone."""
+        if self.max_length is None:
+            return prompt, answer
+        answer = answer[-self.max_length :]
+        return prompt[max(0, len(prompt) + len(answer) - self.max_length) :], answer
+
+    def _tell_cut(self, count: int) -> None:
+        if count:
+            distributed.log(f"{count} prompts lose their beginning: with the answer they pass {self.max_length} tokens")
+
+    def _generation(self, gen_kwargs: dict[str, Any]) -> tuple[Options, list[str]]:
+        """What to do for a task's generation_kwargs, and its stop strings."""
+        asked = normalize_gen_kwargs(gen_kwargs, DEFAULT_GEN_LENGTH)
+        for name in asked.keys() - _KNOWN - self.ignored:
+            distributed.log(
+                f"generation_kwargs {name}={asked[name]} of a task: not used, there is no such setting here"
+            )
+            self.ignored.add(name)
+        until = [asked["until"]] if isinstance(asked["until"], str) else asked["until"]
+        temperature = asked.get("temperature") or 0.0
+        options = dataclasses.replace(
+            self.options,
+            gen_length=asked["max_gen_toks"] if self.gen_length is None else self.gen_length,
+            temperature=float(temperature if self.temperature is None else self.temperature),
+        )
+        return options, [stop for stop in until if stop]
+
+    def _in_portions(
+        self,
+        kind: str,
+        given: Sequence[tuple],
+        orders: Iterable[Sequence[int]],
+        size: int,
+        work: Callable[[Sequence[int], Callable[[int], None]], list],
+        quiet: bool,
+    ) -> list:
+        """The results of all requests, each portion of them into the cache as soon as it is done.
+
+        Args:
+          kind: of requests, and `given` their arguments: what lm_eval's cache knows a result by.
+          orders: places of requests that may be done together, in the order to do them.
+          size: requests in a portion.
+          work: does the requests at some places, telling how many of them are done.
+        """
+        results: dict[int, Any] = {}
+        hidden = quiet or distributed.index() > 0
+        with tqdm(total=len(given), desc=kind, disable=hidden, dynamic_ncols=True) as bar:
+            for order in orders:
+                for start in range(0, len(order), size):
+                    portion = order[start : start + size]
+
+                    def report(done: int, before: int = len(results)) -> None:
+                        bar.update(before + done - bar.n)
+
+                    for i, result in zip(portion, work(portion, report), strict=True):
+                        results[i] = result
+                        self.cache_hook.add_partial(kind, given[i], result)
+                    report(0, len(results))
+        return [results[i] for i in range(len(given))]
+
+
+def _numbers(prompts: Iterable[Sequence[int]], sampled: Iterable[bool]) -> Iterator[int]:
+    """What each prompt's noise depends on: its content, and where a task samples how many equal ones came before.
+
+    Those are never taken from a cache. All others may be: then equal requests have one result.
+    """
+    seen: collections.Counter = collections.Counter()
+    for prompt, again in zip(prompts, sampled, strict=True):
+        content = json.dumps(list(prompt))
+        digest = hashlib.sha256(f"{content} {seen[content]}".encode()).digest()
+        seen[content] += again
+        yield int.from_bytes(digest[:4], "little")
+
+
+def _cut(text: str, stops: Iterable[str]) -> str:
+    """The text up to the first of the stop strings."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

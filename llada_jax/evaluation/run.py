@@ -1,0 +1,322 @@
+"""An evaluation from its tasks to its file of results: what evaluate.py does.
+
+Everything that a user can get wrong is looked at before the model is loaded: the tasks are found, their data loaded
+and their first request built. Several processes do all of this alike; the first alone writes and shows progress.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llada_jax import __version__, loading
+from llada_jax.config import MeshConfig, UserError
+from llada_jax.devices import distributed, mesh
+from llada_jax.evaluation import reversal, tasks
+from llada_jax.formats.folders import write_text
+from llada_jax.model.transformer import Transformer
+from llada_jax.sampling.sampler import check_settings
+from llada_jax.sampling.text_completion import Options
+from llada_jax.text.tokenizer import Tokenizer
+
+REVERSAL = "reversal"
+BOOTSTRAPS = 1000  # resamples, where a standard error has no formula: enough for two digits
+_PACKAGES = ("jax", "jaxlib", "flax", "lm_eval", "datasets", "tokenizers", "sentencepiece", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate, how, and where the results go. None = left to the task, the model or `harness.LLaDA`."""
+
+    model: str
+    tasks: tuple[str, ...]
+    output: str
+    recipe: str | None = None
+    step: int | None = None
+    dtype: str | None = None
+    include_path: tuple[str, ...] = ()
+    data: str | None = None  # couplets, for the task "reversal"
+    num_fewshot: int | None = None
+    limit: float | None = None  # documents per task; below 1: share of them
+    apply_chat_template: bool = False
+    confirm_run_unsafe_code: bool = False
+    mc_samples: int = 128
+    cfg_scale: float = 0.0
+    steps: int | None = None
+    gen_length: int | None = None
+    block_length: int | None = None
+    temperature: float | None = None
+    remasking: str = "low_confidence"
+    logits_eos_inf: bool = False
+    confidence_eos_eot_inf: bool = False
+    max_length: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    cache: str | None = None
+    log_samples: bool = False
+    fsdp: int = 1
+    tensor: int = 1
+
+    def settings(self) -> dict[str, Any]:
+        """What the figures depend on beside the model and the tasks: arguments of `harness.LLaDA`."""
+        names = ("mc_samples", "cfg_scale", "gen_length", "steps", "block_length", "temperature", "remasking")
+        names += ("logits_eos_inf", "confidence_eos_eot_inf", "max_length", "seed")
+        return {name: getattr(self, name) for name in names}
+
+    def options(self) -> Options:
+        """Of generation, for what lm_eval has no part in."""
+        given = {name: getattr(self, name) for name in ("block_length", "temperature")}
+        return Options(
+            steps=self.steps,
+            gen_length=self.gen_length,
+            remasking=self.remasking,
+            cfg_scale=self.cfg_scale,
+            logits_eos_inf=self.logits_eos_inf,
+            confidence_eos_eot_inf=self.confidence_eos_eot_inf,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+
+
+def run(job: Evaluation) -> int:
+    """Evaluates, writes the results, prints their table to stdout; returns the exit code 0. UserError as below."""
+    started, date = time.monotonic(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    distributed.check_same("evaluation", dataclasses.asdict(job), lambda _: "it has other flags than process 0")
+    check(job)
+    names = [name for name in job.tasks if name != REVERSAL]
+    couplets = reversal.read_couplets(job.data) if REVERSAL in job.tasks else []
+    couplets = couplets[: _count(job.limit, len(couplets))]
+    found = None
+    if names:
+        _prepare_lm_eval()
+        found = tasks.load(names, job.include_path, job.num_fewshot, job.confirm_run_unsafe_code)
+
+    devices = mesh.make_mesh(MeshConfig(data=-1, fsdp=job.fsdp, tensor=job.tensor))
+    # Which one is decided once: while it is evaluated a run may go on and save.
+    identity = distributed.first_decides("model", lambda: identify(job.model, job.step))
+    step = job.step if identity["step"] is None else identity["step"]
+    model, tokenizer = loading.load(job.model, devices, job.dtype, step)
+    if tokenizer is None:
+        raise UserError(f"{job.model} has no tokenizer: put its tokenizer.json or tokenizer.model there")
+    identity |= {"dtype": model.compute.dtype, "tokenizer": tokenizer.sha256}
+    results: dict[str, Any] = {"results": {}, "n-shot": {}}
+    batch_size = job.batch_size or 8 * devices.shape["data"] * devices.shape["fsdp"]
+    if found:
+        results = _harness(job, identity, model, tokenizer, batch_size, *found)
+    if couplets:
+        samples: dict[str, list] = {}
+        figures = reversal.evaluate(
+            model,
+            tokenizer,
+            couplets,
+            job.options(),
+            jax.random.key(job.seed),
+            chat=job.apply_chat_template,
+            batch_size=batch_size,
+            report=lambda task, done: samples.update({task: done}),
+        )
+        results["results"] |= figures
+        results["n-shot"] |= dict.fromkeys(figures, 0)
+        if job.log_samples:
+            results.setdefault("samples", {}).update(samples)
+    results |= {
+        "evaluation": dataclasses.asdict(job),
+        "model": identity | {"mesh": dict(devices.shape)},
+        "software": _versions(),
+        "date": date,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    if distributed.index() == 0:
+        text = json.dumps(results, indent=2, ensure_ascii=False, default=_plain)
+        write_text(Path(job.output), text + "\n")
+        print(table(results))
+    return 0
+
+
+def check(job: Evaluation) -> None:
+    """UserError for what can be seen at once to be impossible."""
+    if not job.tasks:
+        raise UserError("nothing to evaluate: give --tasks=NAME,... or --recipe=NAME (--list shows the recipes)")
+    if distributed.index() == 0:
+        _check_places(job)
+    if not Path(job.model).is_dir():
+        raise UserError(f"--model={job.model} is no folder: give a training workdir or a published model's folder")
+    if REVERSAL in job.tasks and not job.data:
+        raise UserError("--tasks=reversal needs --data=FILE.json: its couplets")
+    for name, least in (("mc_samples", 1), ("max_length", 1), ("batch_size", 1), ("num_fewshot", 0)):
+        if (value := getattr(job, name)) is not None and value < least:
+            raise UserError(f"--{name}={value}: it must be at least {least}")
+    if job.limit is not None and (job.limit <= 0 or (job.limit >= 1 and job.limit != int(job.limit))):
+        raise UserError(f"--limit={job.limit}: a number of documents, or a share of them below 1")
+    options = job.options()
+    check_settings(options.sampler(0, 1 if options.gen_length is None else options.gen_length))
+    if any(name != REVERSAL for name in job.tasks) and importlib.util.find_spec("lm_eval") is None:
+        raise UserError('lm_eval is not installed: pip install "llada_jax[eval]"')
+
+
+def _check_places(job: Evaluation) -> None:
+    """UserError unless the results, and what --cache keeps, can be written; makes the folder of the latter."""
+    output = Path(job.output).absolute()
+    flag, path = "output", output
+    try:
+        if not output.parent.is_dir():
+            raise UserError(f"--output={job.output}: there is no folder {output.parent}")
+        if output.is_dir():
+            raise UserError(f"--output={job.output} is a folder: name a file in it")
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+        if job.cache is not None:
+            flag, path = "cache", Path(job.cache).absolute()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+                pass
+    except OSError as error:
+        raise UserError(f"--{flag}={getattr(job, flag)} cannot be written: {error.strerror}") from None
+
+
+def _count(limit: float | None, total: int) -> int:
+    """How many of all --limit means."""
+    return total if limit is None else math.ceil(limit * total) if limit < 1 else int(limit)
+
+
+def _prepare_lm_eval() -> None:
+    """What must be said before lm_eval is imported (harness.py says the rest)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    for library in ("lm_eval", "huggingface_hub"):  # what is wrong with a task is told by tasks.py, once
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if distributed.index():
+        os.environ["TQDM_DISABLE"] = "1"
+
+
+def _harness(
+    job: Evaluation,
+    identity: dict[str, Any],
+    model: Transformer,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    manager: Any,
+    loaded: list,
+) -> dict[str, Any]:
+    """The results of lm_eval."""
+    import lm_eval
+
+    from llada_jax.evaluation import harness
+
+    settings = job.settings()
+    if settings["max_length"] is None:
+        settings["max_length"] = loading.trained_length(job.model)
+    lm = harness.LLaDA(model, tokenizer, batch_size=batch_size, **settings)
+    if distributed.index() == 0:
+        logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    with tempfile.TemporaryDirectory() as elsewhere:
+        cache = None
+        if job.cache is not None:
+            # lm_eval knows a result by its request alone: other models and settings must not meet in one file.
+            cache = f"{job.cache}-{_fingerprint(job, identity)}" if distributed.index() == 0 else f"{elsewhere}/cache"
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
+            results = lm_eval.simple_evaluate(
+                model=lm,
+                tasks=loaded,
+                task_manager=manager,
+                use_cache=cache,
+                limit=job.limit,
+                bootstrap_iters=BOOTSTRAPS,
+                log_samples=job.log_samples,
+                apply_chat_template=job.apply_chat_template,
+                confirm_run_unsafe_code=job.confirm_run_unsafe_code,
+            )
+    results = results or {"results": {}, "n-shot": {}}  # lm_eval gives them to the first process of a machine only
+    names = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
+    return {name: results[name] for name in (*names, "samples") if name in results}
+
+
+def identify(path: str, step: int | None = None) -> dict[str, Any]:
+    """Which model it is, so that another one at the same place is told apart.
+
+    Args:
+      path: its folder.
+      step: of a workdir's checkpoint; None = its newest.
+
+    Returns:
+      path, step (None of a published folder), hashes of config.json and of the weights. Of a checkpoint that is the
+      hash of its record, which has a fingerprint of every array; of a published folder one of names, sizes and times.
+    """
+    folder = Path(path)
+    record: dict[str, Any] = {"path": str(folder.resolve()), "step": None}
+    if (folder / "checkpoints").is_dir():
+        from llada_jax.training import checkpoint
+
+        record["step"] = checkpoint.choose_step(folder, step)
+        weights = _content(folder / checkpoint.FOLDER / str(record["step"]) / "run" / "metadata")
+        weights += _content(folder / checkpoint.BASE / checkpoint.FOLDER / "0" / "run" / "metadata")  # under adapters
+    else:
+        found = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
+        weights = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]).encode()
+    return record | {"config": _digest(_content(folder / "config.json")), "weights": _digest(weights)}
+
+
+def _content(path: Path) -> bytes:
+    """Of a file, empty if it cannot be read: what is missing is told when the model is loaded."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _fingerprint(job: Evaluation, identity: dict[str, Any]) -> str:
+    content = json.dumps([identity, job.settings(), __version__], sort_keys=True)
+    return _digest(content.encode())[:12]
+
+
+def _versions() -> dict[str, str]:
+    found = {"llada_jax": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: what a task's config holds beside plain values."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures with their standard errors, a line each."""
+    rows = [("task", "shots", "filter", "metric", "value", "stderr")]
+    for task, figures in results["results"].items():
+        for name, value in figures.items():
+            metric, _, kind = name.partition(",")
+            if not kind or metric.endswith("_stderr"):
+                continue
+            error = figures.get(f"{metric}_stderr,{kind}")
+            shots = str(results["n-shot"].get(task, ""))
+            rows.append((figures.get("alias", task), shots, kind, metric, _figure(value), _figure(error)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+    return "" if value is None else str(value)

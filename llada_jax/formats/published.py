@@ -1,0 +1,374 @@
+"""The published format of LLaDA in words: what config.json says, and how the tensors are called.
+
+Nothing here reads a tensor: that is huggingface.py's.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from llada_jax.config import ComputeConfig, ModelConfig, UserError
+from llada_jax.devices import mesh
+from llada_jax.model.transformer import abstract_model, split
+
+CONFIG = "config.json"
+
+# Our fields and what config.json calls them: LLaDA's own name, then the one common to other models.
+FIELDS = {
+    "layers": ("n_layers", "num_hidden_layers"),
+    "width": ("d_model", "hidden_size"),
+    "heads": ("n_heads", "num_attention_heads"),
+    "kv_heads": ("n_kv_heads", "num_key_value_heads"),
+    "feed_forward": ("mlp_hidden_size", "intermediate_size"),
+    "vocab_size": ("embedding_size", "vocab_size"),
+    "tied_embeddings": ("weight_tying", "tie_word_embeddings"),
+    "rope_theta": ("rope_theta",),
+    "norm_eps": ("rms_norm_eps",),
+    "mask_id": ("mask_token_id",),
+    "bos_id": ("bos_token_id",),
+    "eos_id": ("eos_token_id",),
+}
+SIZES = ("layers", "width", "heads", "feed_forward", "vocab_size")
+REQUIRED = (*SIZES, "rope_theta", "norm_eps")  # no two families agree on what they are when nothing is said
+
+# Fields that change the mathematics, and the values with which it is ours. A missing field is fine.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "activation_type": ("silu",),
+    "hidden_act": ("silu",),
+    "alibi": (False,),
+    "attention_bias": (False, None),
+    "attention_layer_norm": (False,),
+    "attention_multiplier": (None,),
+    "attn_logit_softcapping": (None,),
+    "bias_for_layer_norm": (False, None),
+    "block_group_size": (1,),
+    "block_type": ("llama",),
+    "clip_qkv": (None,),
+    "embedding_multiplier": (1, None),
+    "final_logit_softcapping": (None,),
+    "include_bias": (False,),
+    "include_qkv_bias": (False, None),
+    "input_emb_norm": (False,),
+    "is_causal": (False, None),
+    "is_decoder": (False, None),
+    "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True,),
+    "logit_scale": (1, None),
+    "logits_scaling": (1, None),
+    "mlp_bias": (False, None),
+    "multi_query_attention": (False, True, None),
+    "n_routed_experts": (None, 0),
+    "norm_after": (False, None),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "partial_rotary_factor": (1, None),
+    "qk_norm": (False, None),
+    "quantization_config": (None,),
+    "query_pre_attn_scalar": (None,),
+    "residual_multiplier": (1, None),
+    "rope": (True,),
+    "rope_interleaved": (False, None),
+    "rope_scaling": (None,),
+    "rotary_pct": (1, None),
+    "scale_depth": (None,),
+    "scale_emb": (1, None),
+    "scale_logits": (False,),
+    "sliding_window": (None,),
+    "use_qk_norm": (False, None),
+    "use_sliding_window": (False, None),
+}
+# rope_full_precision is none of them: RoPE is in fp32 here, which is what it asks for and more than its absence does.
+
+# Names of the tensors in the two namings, by the names of our parameters.
+LLADA = {
+    "embedding": "model.transformer.wte.weight",
+    "final_norm": "model.transformer.ln_f.weight",
+    "head": "model.transformer.ff_out.weight",
+    **{
+        name: f"model.transformer.blocks.{{}}.{name}.weight"
+        for name in ("attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out")
+    },
+}
+LLAMA = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "head": "lm_head.weight",
+    "attn_norm": "model.layers.{}.input_layernorm.weight",
+    "q_proj": "model.layers.{}.self_attn.q_proj.weight",
+    "k_proj": "model.layers.{}.self_attn.k_proj.weight",
+    "v_proj": "model.layers.{}.self_attn.v_proj.weight",
+    "attn_out": "model.layers.{}.self_attn.o_proj.weight",
+    "ff_norm": "model.layers.{}.post_attention_layernorm.weight",
+    "ff_proj": "model.layers.{}.mlp.gate_proj.weight",
+    "up_proj": "model.layers.{}.mlp.up_proj.weight",
+    "ff_out": "model.layers.{}.mlp.down_proj.weight",
+}
+NAMINGS = {"llada": LLADA, "llama": LLAMA}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. UserError if the file is missing or is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not a JSON object")
+    return value
+
+
+def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelConfig:
+    """The architecture that a published config.json describes.
+
+    Args:
+      published: its fields, of whatever types they are.
+      source: what messages call it.
+
+    Raises:
+      UserError: a field is missing, is no number where one belongs, or has a value that this model does not compute.
+    """
+    published = _with_rope(published, source)
+    for name, values in SUPPORTED.items():
+        if name in published and published[name] not in values:
+            wanted = " or ".join(json.dumps(value) for value in values)
+            raise UserError(f"{source}: {name}={_short(published[name])} is not supported, only {wanted}")
+    _refuse_causal(published, source)
+    found = {}
+    for field, names in FIELDS.items():
+        values = {name: published[name] for name in names if published.get(name) is not None}
+        if values:
+            found[field] = next(iter(values.values()))
+        if field != "vocab_size" and len(values) > 1 and any(value != found[field] for value in values.values()):
+            named = " and ".join(f"{name}={_short(value)}" for name, value in values.items())
+            raise UserError(f"{source}: {named} contradict each other")
+    if isinstance(found.get("eos_id"), list) and found["eos_id"]:
+        found["eos_id"] = found["eos_id"][0]
+    if "feed_forward" not in found and published.get("mlp_ratio") is not None and _is_int(found.get("width")):
+        if not _is_int(published["mlp_ratio"]):
+            raise UserError(f"{source}: mlp_ratio must be an integer, not {_short(published['mlp_ratio'])}")
+        found["feed_forward"] = published["mlp_ratio"] * found["width"]
+    for field in REQUIRED:
+        if field not in found:
+            raise UserError(f"{source}: {' or '.join(FIELDS[field])} is missing")
+    if published.get("multi_query_attention") and found.setdefault("kv_heads", 1) != 1:
+        raise UserError(f"{source}: multi_query_attention has one key/value head, not {_short(found['kv_heads'])}")
+    found.setdefault("kv_heads", found["heads"])
+    found.setdefault("tied_embeddings", False)
+    _check_values(found, source)
+    config = ModelConfig(**found)
+    if config.heads % config.kv_heads:
+        raise UserError(f"{source}: {config.heads} heads cannot share {config.kv_heads} key/value heads")
+    if config.width % (2 * config.heads):
+        raise UserError(f"{source}: width {config.width} does not make {config.heads} heads of even width")
+    if published.get("head_dim") not in (None, config.head_width):
+        raise UserError(
+            f"{source}: head_dim={_short(published['head_dim'])} is not supported, only {config.head_width}"
+        )
+    config.token_count = _token_count(published, config, source)
+    return config
+
+
+def _token_count(published: Mapping[str, Any], config: ModelConfig, source: str) -> int | None:
+    """How many tokens there are, if some rows of the embedding only fill it up."""
+    name = "token_count" if published.get("token_count") is not None else "vocab_size"
+    tokens = published.get(name)
+    if tokens is None:
+        return None
+    if not _is_int(tokens):
+        raise UserError(f"{source}: {name} must be an integer, not {_short(tokens)}")
+    if not 0 < tokens <= config.vocab_size:
+        raise UserError(f"{source}: {name}={_short(tokens)} does not fit an embedding of {config.vocab_size} rows")
+    # MASK is never chosen, so it may be one of those rows.
+    if (config.eos_id or 0) >= tokens:
+        raise UserError(f"{source}: eos_token_id={config.eos_id} is no token: {name} is {tokens}")
+    return None if tokens == config.vocab_size else tokens
+
+
+def _refuse_causal(published: Mapping[str, Any], source: str) -> None:
+    """UserError for a model that attends causally; one in Llama's names that has a MASK is a LLaDA."""
+    classes = published.get("architectures") or []
+    causal = isinstance(classes, list) and any(isinstance(c, str) and c.endswith("ForCausalLM") for c in classes)
+    if causal and published.get("mask_token_id") is None:
+        raise UserError(
+            f"{source}: architectures={_short(classes)} attends causally, this model does not "
+            "(a masked diffusion model under that name states its mask_token_id)"
+        )
+    layers = published.get("layer_types")
+    if layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)):
+        raise UserError(f'{source}: layer_types={_short(layers)} is not supported, only "full_attention"')
+
+
+def _with_rope(published: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    """The fields with RoPE's base at the top, from where newer folders keep it too."""
+    rope = published.get("rope_parameters")
+    if rope is None:
+        return published
+    plain = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1,)}
+    if not isinstance(rope, dict) or any(
+        name != "rope_theta" and value is not None and value not in plain.get(name, ()) for name, value in rope.items()
+    ):
+        raise UserError(f"{source}: rope_parameters={_short(rope)} is not supported, only plain RoPE")
+    inner, outer = rope.get("rope_theta"), published.get("rope_theta")
+    if inner is not None and outer is not None and inner != outer:
+        raise UserError(f"{source}: rope_theta={_short(outer)} and {_short(inner)} in rope_parameters contradict")
+    return {**published, "rope_theta": inner if outer is None else outer}
+
+
+def _check_values(found: Mapping[str, Any], source: str) -> None:
+    def require(condition: bool, field: str, what: str) -> None:
+        if not condition:
+            raise UserError(f"{source}: {' or '.join(FIELDS[field])} must be {what}, not {_short(found[field])}")
+
+    for field in (*SIZES, "kv_heads"):
+        limit = 2**31 if field != "layers" else 2**16
+        require(_is_int(found[field]), field, "an integer")
+        require(0 < found[field] < limit, field, f"positive and below {limit}")
+    for field in ("rope_theta", "norm_eps"):
+        value = found[field]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        # Compared, not converted: an integer may have more digits than a float can hold.
+        require(number and 0 < value <= sys.float_info.max, field, "a positive number")
+    require(isinstance(found["tied_embeddings"], bool), "tied_embeddings", "true or false")
+    for field in ("mask_id", "bos_id", "eos_id"):
+        if field in found:
+            require(_is_int(found[field]), field, "an integer")
+            require(0 <= found[field] < found["vocab_size"], field, f"below the vocabulary of {found['vocab_size']}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 100 else f"{text[:97]}..."
+
+
+def published_config(
+    model: ModelConfig, naming: str = "llada", dtype: str = "float32", sequence_length: int = 4096
+) -> dict[str, Any]:
+    """All fields of config.json for a model that no published one belongs to.
+
+    With naming "llada" these are all that the published LLaDA-8B has, and auto_map points at the code published with
+    it: transformers fetches that from the Hugging Face Hub (trust_remote_code). With "llama" they are the fields that
+    go with these names of tensors; there is no architectures, since a class that fits them would attend causally.
+
+    Args:
+      model: the architecture.
+      naming: "llada" or "llama".
+      dtype: of the tensors.
+      sequence_length: the longest that the model was trained on, tokens.
+    """
+    fields = {
+        names[-1] if naming == "llama" else names[0]: getattr(model, field) for field, names in FIELDS.items()
+    } | {"torch_dtype": dtype, "use_cache": False}
+    if naming == "llama":
+        fields |= {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        # Llama's vocab_size counts rows of the embedding.
+        tokens = {} if model.token_count is None else {"token_count": model.token_count}
+        return fields | tokens | {"rope_scaling": None, "max_position_embeddings": sequence_length}
+    code = "GSAI-ML/LLaDA-8B-Base--"
+    return fields | {
+        "activation_type": "silu",
+        "alibi": False,
+        "alibi_bias_max": 8.0,
+        "architectures": ["LLaDAModelLM"],
+        "attention_dropout": 0.0,
+        "attention_layer_norm": False,
+        "attention_layer_norm_with_affine": True,
+        "auto_map": {
+            "AutoConfig": f"{code}configuration_llada.LLaDAConfig",
+            "AutoModel": f"{code}modeling_llada.LLaDAModelLM",
+            "AutoModelForCausalLM": f"{code}modeling_llada.LLaDAModelLM",
+        },
+        "bias_for_layer_norm": False,
+        "block_group_size": 1,
+        "block_type": "llama",
+        "embedding_dropout": 0.0,
+        "flash_attention": False,
+        "include_bias": False,
+        "include_qkv_bias": False,
+        "init_cutoff_factor": None,
+        "init_device": "meta",
+        "init_fn": "mitchell",
+        "init_std": 0.02,
+        "input_emb_norm": False,
+        "layer_norm_type": "rms",
+        "layer_norm_with_affine": True,
+        "max_sequence_length": sequence_length,
+        "mlp_ratio": 4,  # unused beside mlp_hidden_size
+        "model_type": "llada",
+        "multi_query_attention": None,
+        "pad_token_id": model.eos_id,
+        "precision": "amp_bf16",
+        "residual_dropout": 0.0,
+        "rope": True,
+        "rope_full_precision": True,
+        "scale_logits": False,
+        "transformers_version": "4.46.3",  # what the published code was written for
+        "vocab_size": model.token_count or model.vocab_size,
+    }
+
+
+def own_names(naming: str) -> set[str]:
+    """The names of fields that a config.json has only if it is for this naming; vocab_size is in all of them."""
+    place = 1 if naming == "llama" else 0
+    return {names[place] for names in FIELDS.values() if len(names) == 2} - {"vocab_size"}
+
+
+def sequence_length(published: Mapping[str, Any]) -> int | None:
+    """The longest sequence, tokens, that a config.json says its model was trained on; None if it does not say."""
+    found = (published.get(name) for name in ("max_sequence_length", "max_position_embeddings"))
+    return next((value for value in found if _is_int(value) and value > 0), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedTensor:
+    """One tensor of a published folder: the whole of one of our parameters, or its part for one layer."""
+
+    name: str
+    parameter: str  # a name in mesh.PARAMETERS
+    layer: int | None  # None = not in a layer
+    shape: tuple[int, ...]
+
+
+def published_tensors(config: ModelConfig, naming: str) -> list[PublishedTensor]:
+    """All tensors of a model in a naming ("llada" or "llama"), as the model goes through them; nothing is allocated."""
+    with jax.set_mesh(mesh.one_device_mesh()):  # whatever mesh is in use
+        params = split(abstract_model(config, ComputeConfig()))[1]
+    names, blocks = NAMINGS[naming], params.pop("blocks")
+    inner = {name: _published_shape(name, target.shape[1:]) for name, target in blocks.items()}
+    layers = [
+        PublishedTensor(names[name].format(i), name, i, inner[name])
+        for i in range(config.layers)
+        for name in names
+        if name in inner
+    ]
+    outer = {
+        name: PublishedTensor(names[name], name, None, _published_shape(name, target.shape))
+        for name, target in params.items()
+    }
+    return [outer.pop("embedding"), *layers, *(outer[name] for name in names if name in outer)]
+
+
+def expected_tensors(config: ModelConfig, naming: str = "llada") -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a published folder of this architecture: plans a load without its weights."""
+    return {tensor.name: tensor.shape for tensor in published_tensors(config, naming)}
+
+
+def _published_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape (outputs, inputs) in which one layer's parameter is published."""
+    if name in ("q_proj", "k_proj", "v_proj"):
+        width, heads, head_width = shape
+        return heads * head_width, width
+    if name == "attn_out":
+        heads, head_width, width = shape
+        return width, heads * head_width
+    return shape if name == "embedding" or len(shape) == 1 else shape[::-1]

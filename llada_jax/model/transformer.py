@@ -1,0 +1,312 @@
+"""The mask predictor: a Transformer without causal mask (Section 2.2 of arXiv 2502.09992).
+
+A pre-norm Llama block without biases, RMSNorm, SwiGLU, RoPE; no time input, since the mask
+ratio is visible in the tokens. Modules are used strictly as pytrees of parameters.
+
+Letters in names: B batch, T (and S, of keys) sequence, D model width, H heads, G key/value
+heads, K head width, F feed-forward, V vocabulary, L layers, R rank of the low-rank adapters.
+"""
+
+import copy
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from llada_jax.config import ComputeConfig, ModelConfig, UserError
+from llada_jax.devices import mesh
+from llada_jax.model.attention import SAVED_NAME, attention, choose_kernel
+from llada_jax.model.cpu import project
+
+# The matrices inside a layer: the letters of their inputs and of their outputs.
+MATRICES = {
+    "q_proj": ("d", "hk"),
+    "k_proj": ("d", "gk"),
+    "v_proj": ("d", "gk"),
+    "attn_out": ("hk", "d"),
+    "ff_proj": ("d", "f"),
+    "up_proj": ("d", "f"),
+    "ff_out": ("f", "d"),
+}
+
+
+def _save_attention(primitive, *_, **params) -> bool:
+    """Remat policy: keep what the attention kernels' backward passes need, so that no kernel runs twice."""
+    # cuDNN's primitive gives no name to its softmax statistics: it is known by its own.
+    return primitive.name.startswith("dot_product_attention_fwd") or (
+        primitive.name == "name" and params["name"] == SAVED_NAME
+    )
+
+
+# What the backward pass keeps of a layer's forward pass, beside the layer's input; the rest is computed again.
+REMAT = {
+    "none": None,  # all of it is kept
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": _save_attention,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _save_attention
+    ),
+}
+
+
+def _policy(compute: ComputeConfig, rank: int):
+    """REMAT's; but what adapters of this rank add to a product is not kept: it is as large, and quickly computed."""
+    policy = REMAT[compute.remat]
+    if policy is None or not rank:
+        return policy
+
+    def keeps(primitive, *inputs, **params) -> bool:
+        if primitive.name == "dot_general":
+            (summed, _), _ = params["dimension_numbers"]
+            if [inputs[0].shape[axis] for axis in summed] == [rank]:
+                return False
+        return policy(primitive, *inputs, **params)
+
+    return keeps
+
+
+def compute_dtype(compute: ComputeConfig, platform: str | None = None) -> jnp.dtype:
+    """dtype of activations and matmul operands: bfloat16 on accelerators, float32 on CPU, unless set.
+
+    platform: of the devices that compute; None = the default backend's.
+    """
+    name = compute.dtype or ("float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16")
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"config.compute.dtype={name!r}: choose float32 or bfloat16")
+    return jnp.dtype(name)
+
+
+def resolve_compute(model: ModelConfig, compute: ComputeConfig, device: jax.Device | None = None) -> ComputeConfig:
+    """A copy of `compute` in which dtype and attention kernel are decided for a device (None = the default one).
+
+    Raises UserError: a kernel or dtype that does not exist, or a kernel that cannot run there.
+    """
+    device = device or jax.devices()[0]
+    dtype = compute_dtype(compute, device.platform)
+    kernel = choose_kernel(compute.attention, dtype, model.head_width, device)
+    return dataclasses.replace(compute, dtype=dtype.name, attention=kernel)
+
+
+def _parameter(name: str, key: jax.Array, shape: tuple[int, ...], sigma) -> nnx.Param:
+    """Normal truncated at three sigma, placed as mesh.PARAMETERS says; ones for norm weights (sigma None)."""
+    spec = mesh.PARAMETERS[name]
+    if sigma is None:
+        return nnx.Param(jnp.ones(shape, jnp.float32, out_sharding=spec))
+    key = jax.random.fold_in(key, list(mesh.PARAMETERS).index(name))
+    return nnx.Param(sigma * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32, out_sharding=spec))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) over the last axis in fp32, cast back to the dtype of x, then times weight."""
+    x_fp32 = x.astype(jnp.float32)
+    x_fp32 = x_fp32 * jax.lax.rsqrt(jnp.mean(x_fp32 * x_fp32, axis=-1, keepdims=True) + eps)
+    return x_fp32.astype(x.dtype) * weight.astype(x.dtype)
+
+
+def rope_table(length: int, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, fp32 (T, K / 2), of position * theta ** (-2 i / K)."""
+    frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
+    """Rotates the two halves of each head against each other (rotate-half), in fp32."""
+    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_TK[:, None, :], sin_TK[:, None, :]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTHK.dtype)
+
+
+def _einsum(equation: str, x: jax.Array, weight: jax.Array, out_sharding: P) -> jax.Array:
+    return jnp.einsum(equation, x, weight, out_sharding=out_sharding)
+
+
+class Block(nnx.Module):
+    """One layer. Built under vmap, so that its parameters are stacked along L."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array, layer: jax.Array):
+        c, make = config, functools.partial(_parameter, key=key)
+        inner, outer = c.width**-0.5, (2 * (layer + 1)) ** -0.5
+        self.attn_norm = make("attn_norm", shape=(c.width,), sigma=None)
+        self.q_proj = make("q_proj", shape=(c.width, c.heads, c.head_width), sigma=inner)
+        self.k_proj = make("k_proj", shape=(c.width, c.kv_heads, c.head_width), sigma=inner)
+        self.v_proj = make("v_proj", shape=(c.width, c.kv_heads, c.head_width), sigma=inner)
+        self.attn_out = make("attn_out", shape=(c.heads, c.head_width, c.width), sigma=inner * outer)
+        self.ff_norm = make("ff_norm", shape=(c.width,), sigma=None)
+        self.ff_proj = make("ff_proj", shape=(c.width, c.feed_forward), sigma=inner)
+        self.up_proj = make("up_proj", shape=(c.width, c.feed_forward), sigma=inner)
+        self.ff_out = make("ff_out", shape=(c.feed_forward, c.width), sigma=c.feed_forward**-0.5 * outer)
+        for name in c.lora.targets if c.lora.rank else ():
+            shape, count = getattr(self, name).shape, len(MATRICES[name][0])
+            a, b = (*shape[:count], c.lora.rank), (c.lora.rank, *shape[count:])
+            setattr(self, f"{name}_a", make(f"{name}_a", shape=a, sigma=math.prod(shape[:count]) ** -0.5))
+            # Zeros: the start is exactly the model without adapters.
+            b_spec = mesh.PARAMETERS[f"{name}_b"]
+            setattr(self, f"{name}_b", nnx.Param(jnp.zeros(b, jnp.float32, out_sharding=b_spec)))
+
+    def __call__(self, x_BTD, rope, real, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
+        """x_BTD plus attention plus feed-forward, in the dtype of x_BTD."""
+        # The kernel is decided for the devices in use: "cpu" says what they are.
+        product = project if compute.attention == "cpu" else _einsum
+
+        def use(name: str) -> jax.Array:
+            # Cast before the gather: half the bytes travel.
+            weight = getattr(self, name)[...].astype(x_BTD.dtype)
+            return jax.reshard(weight, mesh.gathered(mesh.PARAMETERS[name]))
+
+        def linear(name: str, x: jax.Array, out_sharding: P) -> jax.Array:
+            inputs, outputs = MATRICES[name]
+            y = product(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, use(name), out_sharding)
+            if not hasattr(self, f"{name}_a"):
+                return y
+            # Beside it, never W + A B: what backpropagates into that is as large as W. Sums over heads or feed-forward
+            # cross the tensor shards while they are thin.
+            xa_BTR = _einsum(f"bt{inputs},{inputs}r->btr", x, use(f"{name}_a"), mesh.HIDDEN_BTD)
+            xa_BTR *= config.lora.alpha / config.lora.rank
+            return y + _einsum(f"btr,r{outputs}->bt{outputs}", xa_BTR, use(f"{name}_b"), out_sharding)
+
+        h_BTD = rms_norm(x_BTD, self.attn_norm[...], config.norm_eps)
+        q_BTHK = linear("q_proj", h_BTD, mesh.HEADS_BTHK)
+        k_BTGK = linear("k_proj", h_BTD, mesh.HEADS_BTHK)
+        v_BTGK = linear("v_proj", h_BTD, mesh.HEADS_BTHK)
+        o_BTHK = attention(
+            apply_rope(q_BTHK, *rope),
+            apply_rope(k_BTGK, *rope),
+            v_BTGK,
+            real,
+            kernel=compute.attention,
+            query_chunk=compute.query_chunk,
+        )
+        o_BTHK = checkpoint_name(o_BTHK, SAVED_NAME)
+        x_BTD += linear("attn_out", o_BTHK, mesh.HIDDEN_BTD)
+
+        h_BTD = rms_norm(x_BTD, self.ff_norm[...], config.norm_eps)
+        gate_BTF = linear("ff_proj", h_BTD, mesh.FEED_FORWARD_BTF)
+        up_BTF = linear("up_proj", h_BTD, mesh.FEED_FORWARD_BTF)
+        f_BTF = jax.nn.silu(gate_BTF) * up_BTF
+        return x_BTD + linear("ff_out", f_BTF, mesh.HIDDEN_BTD)
+
+
+class Transformer(nnx.Module):
+    """The mask predictor p_theta(. | x_t).
+
+    Parameters are fp32 and initialised as in the published config ("mitchell"): normal
+    truncated at 3 sigma, sigma = 1 / sqrt(width) for embedding and head, 1 / sqrt(d_in) inside a
+    block, and for its two output matrices also divided by sqrt(2 (layer + 1)).
+    Construct it under `jax.set_mesh` (and `jax.jit`, so that each device makes only its shards).
+    """
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, key: jax.Array):
+        self.config = copy.deepcopy(config)  # a copy: static data must not change under the caller's hands
+        self.compute = dataclasses.replace(compute)
+        embedding_key, head_key, blocks_key = jax.random.split(key, 3)
+        shape, sigma = (config.vocab_size, config.width), config.width**-0.5
+        self.embedding = _parameter("embedding", embedding_key, shape, sigma)
+        self.blocks = jax.vmap(functools.partial(Block, config))(
+            jax.random.split(blocks_key, config.layers), jnp.arange(config.layers)
+        )
+        self.final_norm = _parameter("final_norm", key, (config.width,), None)
+        self.head = None if config.tied_embeddings else _parameter("head", head_key, shape[::-1], sigma)
+
+    def trunk(self, tokens_BT: jax.Array, real: jax.Array | None = None) -> jax.Array:
+        """Hidden states (B, T, D) in the compute dtype, after the final norm, before the head.
+
+        real says which tokens may be attended to: None = all, bool (B, T), or int32 (B,), how many at the
+        start of each row. Runs under `jax.set_mesh` with B divisible by the mesh's data x fsdp.
+        """
+        compute, config = self.compute, self.config
+        if not compute.dtype or compute.attention == "auto":
+            compute = resolve_compute(config, compute)
+        rope = rope_table(tokens_BT.shape[1], config.head_width, config.rope_theta)
+        x_BTD = embed(self.embedding[...], tokens_BT, jnp.dtype(compute.dtype))
+
+        def layer(x_BTD, block):
+            return block(x_BTD, rope, real, config, compute), None
+
+        if (policy := _policy(compute, config.lora.rank)) is not None:
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, self.blocks, unroll=compute.unroll or config.layers)
+        return rms_norm(x_BTD, self.final_norm[...], config.norm_eps)
+
+    def head_weight(self) -> jax.Array:
+        """The output matrix (D, V), fp32: its own or the transposed embedding."""
+        return self.embedding[...].T if self.head is None else self.head[...]
+
+    def logits(self, h_BTD: jax.Array) -> jax.Array:
+        """fp32 logits (B, T, V) of hidden states from `trunk`."""
+        weight = jax.reshard(self.head_weight().astype(h_BTD.dtype), P(None, "tensor"))
+        return jnp.einsum(
+            "btd,dv->btv", h_BTD, weight, preferred_element_type=jnp.float32, out_sharding=mesh.LOGITS_BTV
+        )
+
+    def __call__(self, tokens_BT: jax.Array, padding_mask_BT: jax.Array | None = None) -> jax.Array:
+        """fp32 logits (B, T, V) for every position, compiled; no mesh needs to be set.
+
+        Args:
+          tokens_BT: int32 ids, MASK where unknown.
+          padding_mask_BT: bool, True = a real token; padding is not attended to.
+
+        Returns the logits whole on every device: for notebooks and tests, not for training.
+        """
+        with mesh.mesh_of(self.embedding[...]):
+            return _forward(self, *mesh.place_rows(tokens_BT, padding_mask_BT), rows=len(tokens_BT))
+
+
+@functools.partial(jax.jit, static_argnames="rows")
+def _forward(model: Transformer, tokens_BT, padding_mask_BT, rows: int):
+    # Replicated, so that a notebook can index the result like any array.
+    return jax.reshard(model.logits(model.trunk(tokens_BT, padding_mask_BT)), P(None, None, None))[:rows]
+
+
+def embed(embedding_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of the embedding, (B, T, D) in `dtype`.
+
+    The table stays where it is: each fsdp shard looks up its slice of D for the ids of all
+    fsdp shards, then slices of D are exchanged for slices of B. Less travels than the table would,
+    and the table's gradient is summed in fp32 (half of all ids are MASK) where it belongs.
+    """
+
+    def local(table_VD, ids_BT):
+        ids_BT = jax.lax.all_gather(ids_BT, "fsdp", axis=0, tiled=True)
+        first = jax.lax.axis_index("tensor") * table_VD.shape[0]
+        here = (ids_BT >= first) & (ids_BT < first + table_VD.shape[0])
+        x_BTD = table_VD[jnp.where(here, ids_BT - first, 0)] * here[..., None]
+        x_BTD = jax.lax.psum(x_BTD.astype(dtype), "tensor")
+        return jax.lax.all_to_all(x_BTD, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+
+    specs = (mesh.PARAMETERS["embedding"], mesh.TOKENS_BT)
+    return jax.shard_map(local, in_specs=specs, out_specs=mesh.HIDDEN_BTD)(embedding_VD, tokens_BT)
+
+
+def split(model: Transformer) -> tuple[nnx.GraphDef, dict]:
+    """The model's static part and its parameters as nested dicts of arrays."""
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def merge(graphdef: nnx.GraphDef, params: dict) -> Transformer:
+    """The inverse of `split`; params may be traced, abstract or of another dtype."""
+    return nnx.merge(graphdef, params)
+
+
+def abstract_model(config: ModelConfig, compute: ComputeConfig) -> Transformer:
+    """The model with jax.ShapeDtypeStruct leaves; under `jax.set_mesh` they carry their shardings."""
+    return jax.eval_shape(lambda: Transformer(config, compute, jax.random.key(0)))
+
+
+def initialise(config: ModelConfig, compute: ComputeConfig, key: jax.Array) -> Transformer:
+    """A freshly initialised model, sharded over the mesh in use; the same values on any mesh."""
+    return jax.jit(Transformer, static_argnums=(0, 1))(config, compute, key)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Number of parameters, without allocating any."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh((1, 1, 1))):
+        leaves = jax.tree.leaves(abstract_model(config, ComputeConfig()))
+    return sum(leaf.size for leaf in leaves)

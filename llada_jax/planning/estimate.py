@@ -1,0 +1,210 @@
+"""What a run would need of hardware that need not be there: memory, FLOPs, traffic, time; see plan.py."""
+
+import dataclasses
+import importlib.metadata
+import math
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from llada_jax.config import Config, UserError
+from llada_jax.devices import mesh
+from llada_jax.devices.hardware import GIB, GPU, compiler_options
+from llada_jax.diffusion.forward import is_chat
+from llada_jax.model import lora
+from llada_jax.model.transformer import abstract_model, parameter_count, resolve_compute, split
+from llada_jax.planning import collectives, topology
+from llada_jax.training import config_check, metrics
+from llada_jax.training.step import check_choices, make_state, make_train_step
+
+COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
+GPU_SHARE = 0.9  # of a GPU's memory: what XLA_PYTHON_CLIENT_MEM_FRACTION can be set to beside CUDA's own needs
+
+
+def plan(config: Config, target: str) -> tuple[dict, str]:
+    """The plan of a run on a topology, and the text of the compiled train step ("" if it does not fit).
+
+    Args:
+      config: the run, with config.model.vocab_size set: no tokenizer is read.
+      target: as --topology.
+
+    Returns:
+      A dict of JSON values whose names carry their units.
+
+    Raises:
+      UserError: a mistake in config or target, or a missing compiler.
+    """
+    config_check.validate(config)
+    check_choices(config)
+    if not config.model.layers:
+        raise UserError("config.model.layers is 0: a plan does not look into config.init_from, set the architecture")
+    if not config.model.vocab_size:
+        raise UserError("config.model.vocab_size is 0: a plan reads no tokenizer, so it must be set")
+    if config.model.mask_id is None:
+        config.model.mask_id = config.model.vocab_size - 1
+    hardware = topology.describe(target)
+    device, chips = hardware.devices[0], len(hardware.devices)
+    sizes = mesh.axis_sizes(config.mesh, chips)
+    mesh.check_model(config.model, sizes)
+    mesh.check_batch(config, sizes)
+    device_mesh = mesh.mesh_over(sizes, hardware.devices)
+    config.compute = resolve_compute(config.model, config.compute, device)
+    record = {
+        "topology": target,
+        "chips": chips,
+        "slices": hardware.slices,
+        "mesh": dict(zip(mesh.AXES, sizes, strict=True)),
+        "parameters": parameter_count(lora.plain(config.model)),
+        "adapter_parameters": lora.adapter_count(config.model),
+        "sequences_per_step": config.batch_size,
+        "sequence_length": config.sequence_length,
+        "accumulation": config.accumulation,
+        "sequences_per_chip": config.batch_size / chips / config.accumulation,
+        "compute": dataclasses.asdict(config.compute),
+        "optimizer_state_dtype": config.optimizer.state_dtype,
+        "versions": {
+            name: _version(name) for name in ("jax", COMPILERS["gpu" if device.platform in GPU else device.platform])
+        },
+    }
+    started = time.perf_counter()
+    lowered = lower(config, device_mesh)
+    limit = hardware.chip.memory * (GPU_SHARE if device.platform in GPU else 1)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = re.search(r"Used (\S+) of (\S+) hbm", str(error))
+        said = f"the compiler needs {needed[1]} of {needed[2]}" if needed else str(error).splitlines()[0]
+        return record | {"fits": False, "why": said}, ""
+    record["compile_seconds"] = round(time.perf_counter() - started, 1)
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    record |= {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "memory_bytes": int(limit),
+        "fits": memory.peak_memory_in_bytes <= limit,
+    }
+    if not record["fits"]:
+        record["why"] = f"the peak is {memory.peak_memory_in_bytes / GIB:.1f} GiB of {limit / GIB:.1f}"
+    return record | costs(config, hardware, text), text
+
+
+def lower(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """The train step of `llada_jax.train`, unmodified, traced for devices that need not be there."""
+    shape = (config.batch_size, config.sequence_length)
+    with jax.set_mesh(device_mesh):
+
+        def rows(shape, spec):
+            return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(device_mesh, spec))
+
+        graphdef, _ = split(abstract_model(config.model, config.compute))
+        state = jax.eval_shape(lambda: make_state(config))
+        batch = {"tokens": rows(shape, mesh.TOKENS_BT), "length": rows(shape[:1], mesh.ROWS_B)}
+        if is_chat(config):  # the longest rows there can be
+            batch["prompt"] = rows(shape[:1], mesh.ROWS_B)
+        options = compiler_options(device_mesh.devices.flat[0], config.compute.deterministic)
+        return make_train_step(config, graphdef, options).lower(state, batch, frozen(config))
+
+
+def frozen(config: Config) -> dict:
+    """What the step is given beside the state: with adapters all other weights, abstract, in the compute dtype."""
+    if not config.model.lora.rank:
+        return {}
+    weights = lora.partition(split(abstract_model(config.model, config.compute))[1])[1]
+    dtype = jnp.dtype(config.compute.dtype)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)
+
+
+def costs(config: Config, hardware: topology.Topology, text: str) -> dict:
+    """FLOPs, collectives, the floors of the step time and the price of the recipe at the floor."""
+    chip, chips = hardware.chip, len(hardware.devices)
+    tokens = config.batch_size * config.sequence_length
+    per_token = metrics.flops_per_token(config.model, config.sequence_length)
+    executed = per_token + metrics.recomputed_flops_per_token(config.model, config.sequence_length, config.compute)
+    found = collectives.collectives(text, chips, hardware.slices, unknown_trips=loss_turns(config, chips))
+    floors = {
+        "compute": executed * tokens / chips / chip.peak_flops,
+        "links": sum(one.link_bytes() for one in found) / chip.link,
+        "network": sum(one.network_bytes() for one in found) / chip.network,
+    }
+    seconds = max(floors.values())
+    hours = config.steps * seconds / 3600
+    return {
+        "flops_per_token": per_token,
+        "flops_per_token_full_head": metrics.flops_per_token(config.model, config.sequence_length, head_share=1.0),
+        "flops_per_step": per_token * tokens,
+        "executed_flops_per_step": executed * tokens,
+        "collectives": collectives.totals(found),
+        "floor_seconds": floors,
+        "step_seconds_at_floor": seconds,
+        "tokens_per_second_at_floor": tokens / seconds,
+        "mfu_at_floor": per_token * tokens / seconds / chips / chip.peak_flops,
+        "recipe_steps": config.steps,
+        "recipe_tokens": config.steps * tokens,
+        "recipe_days_at_floor": hours / 24,
+        "recipe_chip_hours_at_floor": hours * chips,
+    }
+
+
+def loss_turns(config: Config, chips: int) -> int:
+    """How often the loop of the loss runs on each device if half of its positions are masked.
+
+    The devices of a tensor group share their rows, and in this loop they communicate.
+    """
+    data, fsdp, _ = mesh.axis_sizes(config.mesh, chips)
+    positions = config.batch_size * config.sequence_length // (data * fsdp * config.accumulation)
+    return max(1, math.ceil(positions / 2 / min(config.compute.loss_chunk, positions)))
+
+
+def page(record: dict) -> str:
+    """The plan for a reader."""
+    compute, chips = record["compute"], record["chips"]
+    place = "slice" if "libtpu" in record["versions"] else "node"
+    adapters = f", of adapters {record['adapter_parameters']:,}" if record["adapter_parameters"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
+    lines = [
+        f"{record['topology']}: {chips} chips, {record['slices']} {place}(s), mesh {record['mesh']} ({versions})",
+        f"{record['parameters']:,} parameters{adapters}; {record['sequences_per_step']} x {record['sequence_length']} "
+        f"tokens per step, {record['sequences_per_chip']:g} sequences per chip x {record['accumulation']}",
+        f"{compute['dtype']}, attention {compute['attention']}, remat {compute['remat']}, optimizer state "
+        f"{record['optimizer_state_dtype']}",
+    ]
+    if "peak_bytes" in record:
+        gib = {name: f"{record[f'{name}_bytes'] / GIB:.2f}" for name in ("argument", "temporary", "peak", "memory")}
+        lines += [
+            f"memory per chip, GiB: arguments {gib['argument']}, temporaries {gib['temporary']}, "
+            f"peak {gib['peak']} of {gib['memory']}; compiled in {record['compile_seconds']:.0f} s",
+            f"FLOPs: {record['flops_per_token'] / 1e9:.1f} G per token, {record['flops_per_step'] / 1e15:.1f} P per "
+            f"step; {record['executed_flops_per_step'] / 1e15:.1f} P with what the backward pass computes again",
+            "  half of the positions are taken as masked, for the head and its loop",
+        ]
+        for kind, sums in sorted(record["collectives"].items()):
+            network = f", {sums['network_bytes'] / GIB:.2f} over the network" if sums["network_bytes"] else ""
+            lines.append(
+                f"  {kind}: {sums['runs']:,.0f} runs per step, {sums['link_bytes'] / GIB:.2f} GiB received per chip"
+                + network
+            )
+        floors = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in record["floor_seconds"].items() if seconds)
+        lines += [
+            f"floors, each alone at its peak: {floors}",
+            f"step at the highest floor: {record['step_seconds_at_floor']:.2f} s, "
+            f"{record['tokens_per_second_at_floor']:,.0f} tokens/s, MFU {record['mfu_at_floor']:.1%}",
+            f"recipe at that floor: {record['recipe_steps']:,} steps, {record['recipe_tokens'] / 1e12:.2f} T tokens, "
+            f"{record['recipe_days_at_floor']:.1f} days, {record['recipe_chip_hours_at_floor']:,.0f} chip hours",
+        ]
+    if record["fits"] and place == "node":
+        lines.append(f"memory is {GPU_SHARE:.0%} of the card: export XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}")
+    lines.append("fits" if record["fits"] else f"does not fit: {record['why']}; more accumulation, chips or remat help")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

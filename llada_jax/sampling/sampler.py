@@ -1,0 +1,391 @@
+"""The reverse process (Section 2.4 and Appendix B.4 of arXiv 2502.09992): MASK tokens become text.
+
+A canvas [prompt | MASK ... MASK] is denoised by one compiled program, a `lax.while_loop` over
+reverse steps. Every step predicts the masked tokens of the active block and keeps some of them;
+the rest stay masked. The MASK positions of a row, the prompt's own first, then the appended
+ones, are cut in order into blocks; block after block is finished, each in its share of the steps.
+
+Rows do not know of each other: each has its own blocks and steps, its noise depends on
+(key, row, block, step) only, and it is computed from its first real token on, so that left
+padding changes neither its positions nor its result.
+
+Letters in names, beside those of model.py: K slots of the active block, C slots of one chunk.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Hashable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from llada_jax.config import SamplerConfig, UserError
+from llada_jax.devices import mesh
+from llada_jax.model.transformer import Transformer, compute_dtype
+from llada_jax.sampling.guidance import guided_trunk
+from llada_jax.sampling.remasking import REMASKING, choose, gumbel, schedule
+
+# Positions that go through the head together: logits of (B, HEAD_CHUNK, V) are the most that is held.
+HEAD_CHUNK = 64
+TO_THE_END = np.iinfo(np.int32).max
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Rows:
+    """What stays the same while the rows are denoised. Positions count from a row's first real token."""
+
+    order_BT: jax.Array  # int32: positions of the MASK tokens to fill, ascending, then all others
+    masks_B: jax.Array  # int32: how many there are to fill
+    own_B: jax.Array  # int32: how many of them are the prompt's own
+    shift_B: jax.Array  # int32: padding tokens in front
+    real_BT: jax.Array | None  # bool: True = a real token; None = all are
+    given_BT: jax.Array | None  # bool: tokens of the prompt, which guidance takes away; None = no guidance
+    key_B: jax.Array  # keys: the row's noise
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Dials:
+    """Settings that are traced: trying other values compiles nothing new."""
+
+    steps: jax.Array  # int32
+    temperature: jax.Array  # fp32
+    cfg_scale: jax.Array  # fp32
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """jnp.take_along_axis(x, index, axis=1), row by row where the rows are."""
+    # Left to itself JAX cannot tell whose sharding an index of shape (1, 1) follows.
+    split = mesh.TOKENS_BT if x.ndim == 2 else mesh.HIDDEN_BTD
+    take = functools.partial(jnp.take_along_axis, axis=1)
+    return jax.shard_map(take, in_specs=(split, split), out_specs=split)(x, index)
+
+
+def _is_end(ids: jax.Array, config: SamplerConfig) -> jax.Array:
+    """bool of the shape of ids: EOS or end of turn."""
+    return functools.reduce(jnp.logical_or, (ids == end for end in _ends(config)))
+
+
+def _ends(config: SamplerConfig) -> tuple[int, ...]:
+    return tuple(i for i in (config.eos_id, config.eot_id) if i is not None)
+
+
+def _predict(
+    model: Transformer,
+    h_BTD: jax.Array,
+    position_BC: jax.Array,
+    key_BC: jax.Array,
+    temperature: jax.Array,
+    config: SamplerConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens int32 and scores fp32, (B, C), for some positions of the canvas."""
+    h_BCD = _take(h_BTD, position_BC[:, :, None])
+    logits_BCV = model.logits(h_BCD)
+    vocabulary = jnp.arange(model.config.vocab_size)
+    allowed_V = (vocabulary != config.mask_id) & (vocabulary < (model.config.token_count or model.config.vocab_size))
+    if config.logits_eos_inf:
+        logits_BCV = jnp.where(vocabulary == config.eos_id, -jnp.inf, logits_BCV)
+    unsure_V = _is_end(vocabulary, config) if config.confidence_eos_eot_inf else None
+    key_BC2 = jax.vmap(jax.vmap(jax.random.split))(key_BC)
+    noise_BCV = None
+    if config.temperature:
+        noise_BCV = temperature * gumbel(key_BC2[:, :, 0], model.config.vocab_size)
+    token_BC, probability_BC = choose(logits_BCV, noise_BCV, allowed_V, unsure_V)
+    score_BC = REMASKING[config.remasking](probability_BC, key_BC2[:, :, 1])
+    if config.confidence_eos_eot_inf:  # below all other scores, whatever the strategy
+        score_BC = jnp.where(_is_end(token_BC, config), -1.0, score_BC)
+    return token_BC, score_BC
+
+
+def _plan(
+    rows: Rows, tokens_BT: jax.Array, step: jax.Array, steps: jax.Array, config: SamplerConfig
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """`schedule`, in which a row that needs no further block takes no step any more."""
+    block_B, inner_B, count_B, total_B = schedule(rows.masks_B, steps, config.block_length, step)
+    if not config.stop_at_end:
+        return block_B, inner_B, count_B, total_B
+    slot_T = jnp.arange(tokens_BT.shape[1])
+    # Among the appended tokens of finished blocks: the prompt's own MASK tokens come first.
+    look_BT = (slot_T >= rows.own_B[:, None]) & (slot_T < (block_B * config.block_length)[:, None])
+    in_order_BT = _take(tokens_BT, rows.order_BT)
+    ended_B = jnp.any(_is_end(in_order_BT, config) & look_BT, axis=1)
+    return block_B, inner_B, jnp.where(ended_B, 0, count_B), jnp.where(ended_B, 0, total_B)
+
+
+def _reverse_step(
+    model: Transformer,
+    rows: Rows,
+    tokens_BT: jax.Array,
+    step: jax.Array,
+    dials: Dials,
+    config: SamplerConfig,
+) -> jax.Array:
+    """The canvas after one more reverse step of every row."""
+    block_B, inner_B, count_B, _ = _plan(rows, tokens_BT, step, dials.steps, config)
+    batch, length = tokens_BT.shape
+    # At least 2: of a slice of shape (1, 1) JAX cannot tell how it is split. No slot of the block: not masked.
+    width = max(2, min(config.block_length, length))
+    chunk = min(width, HEAD_CHUNK)
+    width += -width % chunk
+
+    index_BK = jnp.zeros_like(block_B)[:, None] + jnp.arange(width, dtype=jnp.int32)
+    slot_BK = block_B[:, None] * config.block_length + index_BK
+    position_BK = _take(rows.order_BT, jnp.minimum(slot_BK, length - 1))
+    masked_BK = _take(tokens_BT, position_BK) == config.mask_id
+    masked_BK &= (slot_BK < rows.masks_B[:, None]) & (index_BK < config.block_length)
+    # Those still masked come first, in order: chunks without any are not computed.
+    first_BK = jnp.argsort(~masked_BK, axis=1, stable=True)
+    index_BK, position_BK, masked_BK = (_take(x, first_BK) for x in (index_BK, position_BK, masked_BK))
+
+    if rows.given_BT is None:
+        h_BTD = model.trunk(tokens_BT, rows.real_BT)
+    else:
+        h_BTD = guided_trunk(model, tokens_BT, rows.given_BT, rows.real_BT, dials.cfg_scale, config.mask_id)
+    key_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.fold_in)(rows.key_B, block_B), inner_B)
+
+    def predict_chunk(i, predicted):
+        def part(x_BK):
+            return jax.lax.dynamic_slice_in_dim(x_BK, i * chunk, chunk, axis=1)
+
+        # One key per slot of the block: the noise of a slot does not depend on how slots are grouped.
+        key_BC = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_B, part(index_BK))
+        new = _predict(model, h_BTD, part(position_BK), key_BC, dials.temperature, config)
+        return tuple(
+            jax.lax.dynamic_update_slice_in_dim(old_BK, new_BC, i * chunk, axis=1)
+            for old_BK, new_BC in zip(predicted, new, strict=True)
+        )
+
+    predicted = (jnp.zeros_like(position_BK), jnp.full_like(position_BK, -jnp.inf, dtype=jnp.float32))
+    if width == chunk:
+        token_BK, score_BK = predict_chunk(0, predicted)
+    else:
+        chunks = -(-jnp.max(jnp.sum(masked_BK, axis=1, dtype=jnp.int32)) // chunk)
+        token_BK, score_BK = jax.lax.fori_loop(0, chunks, predict_chunk, predicted)
+
+    # Stable: among equal scores the lowest position stays. What is not masked is last in any case.
+    best_BK = jnp.argsort(jnp.where(masked_BK, -score_BK, jnp.inf), axis=1, stable=True)
+    token_BK, position_BK = (_take(x, best_BK) for x in (token_BK, position_BK))
+    position_BK = jnp.where(jnp.arange(width) < count_B[:, None], position_BK, length)  # beyond the canvas: dropped
+    write = jax.vmap(lambda row_T, at_K, new_K: row_T.at[at_K].set(new_K, mode="drop"))
+    return jax.shard_map(write, in_specs=(mesh.TOKENS_BT,) * 3, out_specs=mesh.TOKENS_BT)(
+        tokens_BT, position_BK, token_BK
+    )
+
+
+def _roll(tokens_BT: jax.Array, shift_B: jax.Array) -> jax.Array:
+    """Each row rotated to the left by its shift."""
+    length = tokens_BT.shape[1]
+    return _take(tokens_BT, (jnp.arange(length) + shift_B[:, None]) % length)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def denoise(
+    model: Transformer,
+    rows: Rows,
+    tokens_BT: jax.Array,
+    step: jax.Array,
+    stop: jax.Array,
+    dials: Dials,
+    config: SamplerConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Runs reverse steps from `step` up to `stop` or the end.
+
+    Returns the canvas int32 (B, T), whole on every device; the steps done by now; how many there are in all, as far
+    as that is known by now (stop_at_end makes them fewer).
+    """
+    # Once, not in every step: master weights in fp32 would be cast again and again.
+    model = jax.tree.map(lambda p: p.astype(compute_dtype(model.compute)), model)
+    tokens_BT = _roll(jax.reshard(tokens_BT, mesh.TOKENS_BT), rows.shift_B)
+
+    def steps_in_all(step, tokens_BT):
+        return jnp.max(_plan(rows, tokens_BT, step, dials.steps, config)[3])
+
+    def advance(carry):
+        step, _, tokens_BT = carry
+        tokens_BT = _reverse_step(model, rows, tokens_BT, step, dials, config)
+        return step + 1, steps_in_all(step + 1, tokens_BT), tokens_BT
+
+    step, total, tokens_BT = jax.lax.while_loop(
+        lambda carry: carry[0] < jnp.minimum(stop, carry[1]), advance, (step, steps_in_all(step, tokens_BT), tokens_BT)
+    )
+    if config.stop_at_end:
+        tokens_BT = _fill_with_end(rows, tokens_BT, step, dials, config)
+    return jax.reshard(_roll(tokens_BT, -rows.shift_B), P(None, None)), step, total
+
+
+def _fill_with_end(rows: Rows, tokens_BT: jax.Array, step: jax.Array, dials: Dials, config: SamplerConfig) -> jax.Array:
+    """The canvas with EOS for the MASK tokens of blocks that rows do not need any more."""
+    ended_B = _plan(rows, tokens_BT, step, dials.steps, config)[3] == 0
+    # Its masks_B are the first in a row's order: no other MASK, such as one in the padding, is touched.
+    rank_BT = jnp.argsort(rows.order_BT, axis=1)
+    fill_BT = ended_B[:, None] & (rank_BT < rows.masks_B[:, None]) & (tokens_BT == config.mask_id)
+    return jnp.where(fill_BT, _ends(config)[0], tokens_BT)
+
+
+def check_settings(config: SamplerConfig) -> SamplerConfig:
+    """The settings themselves. UserError names what is impossible with any model."""
+    for name, least in (("steps", 1), ("block_length", 1), ("gen_length", 0)):
+        if not least <= getattr(config, name) < TO_THE_END:
+            raise UserError(f"{name}={getattr(config, name)}: it must be at least {least} and below 2**31 - 1")
+    for name, none in (("temperature", "greedy"), ("cfg_scale", "no guidance")):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{name}={getattr(config, name)}: it must be 0 ({none}) or a positive number")
+    if config.remasking not in REMASKING:
+        raise UserError(f"remasking={config.remasking!r}: choose one of {', '.join(REMASKING)}")
+    return config
+
+
+def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
+    """The settings, checked, with the model's own ids where they name none. UserError as `check_settings`."""
+    check_settings(config)
+    ids = {name: getattr(config, name) for name in ("mask_id", "eos_id", "eot_id")}
+    ids = {name: getattr(model.config, name) if i is None else i for name, i in ids.items()}
+    if ids["mask_id"] is None:
+        raise UserError("the model does not say which token is MASK: set mask_id in SamplerConfig")
+    for name, i in ids.items():
+        if i is not None and not 0 <= i < model.config.vocab_size:
+            raise UserError(f"{name}={i} is not in the model's vocabulary of {model.config.vocab_size}")
+    for name in ("logits_eos_inf", "confidence_eos_eot_inf", "stop_at_end"):
+        if getattr(config, name) and ids["eos_id"] is None:
+            raise UserError(f"{name}: the model does not say which token is EOS: set eos_id in SamplerConfig")
+    return dataclasses.replace(config, **ids)
+
+
+def _check_prompt(prompt_BT: np.ndarray, real_BT: np.ndarray | None, vocab_size: int) -> None:
+    if prompt_BT.ndim != 2 or not len(prompt_BT) or (prompt_BT.size and prompt_BT.dtype.kind not in "iu"):
+        raise UserError(f"the prompt must be ids of shape (B, T), not {prompt_BT.dtype} of shape {prompt_BT.shape}")
+    if prompt_BT.size and not (0 <= prompt_BT.min() and prompt_BT.max() < vocab_size):
+        raise UserError(
+            f"the prompt has ids from {prompt_BT.min()} to {prompt_BT.max()}: the model's vocabulary is {vocab_size}"
+        )
+    if real_BT is not None and real_BT.shape != prompt_BT.shape:
+        raise UserError(f"prompt_mask_BT has shape {real_BT.shape}, the prompt {prompt_BT.shape}")
+
+
+def _start(
+    model: Transformer, prompt_BT, config: SamplerConfig, key: jax.Array, prompt_mask_BT
+) -> tuple[Rows, jax.Array]:
+    """The rows and the canvas before the first step, on the mesh in use, B rounded up to its batch shards."""
+    prompt_BT = np.asarray(prompt_BT)
+    real_BT = None if prompt_mask_BT is None else np.asarray(prompt_mask_BT).astype(bool)
+    _check_prompt(prompt_BT, real_BT, model.config.vocab_size)
+    batch, prompt_length = prompt_BT.shape
+    tokens_BT = np.full((batch, prompt_length + config.gen_length), config.mask_id, np.int32)
+    tokens_BT[:, :prompt_length] = prompt_BT
+
+    if real_BT is None or real_BT.all():
+        shift_B, aligned_BT, real_BT = np.zeros(batch, np.int32), tokens_BT, None
+        fill_BT = tokens_BT == config.mask_id
+    else:
+        real_BT = np.pad(real_BT, ((0, 0), (0, config.gen_length)), constant_values=True)
+        shift_B = np.where(real_BT.any(axis=1), real_BT.argmax(axis=1), 0).astype(np.int32)
+        at_BT = (np.arange(tokens_BT.shape[1]) + shift_B[:, None]) % tokens_BT.shape[1]
+        aligned_BT, real_BT = (np.take_along_axis(x, at_BT, axis=1) for x in (tokens_BT, real_BT))
+        fill_BT = (aligned_BT == config.mask_id) & real_BT
+    order_BT = np.argsort(~fill_BT, axis=1, kind="stable").astype(np.int32)
+    masks_B = fill_BT.sum(axis=1, dtype=np.int32)
+
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.shape not in ((), (batch,)):
+        raise UserError(f"key has shape {key.shape}: give one key, or one for each of the {batch} rows")
+    # By way of the host: the key's device need not be one of the mesh, nor all of the mesh be here.
+    key_data = jax.device_put(jax.device_get(jax.random.key_data(key)), P())
+    given_BT = ~fill_BT if config.cfg_scale else None
+    *fields, row_B = mesh.place_rows(
+        order_BT, masks_B, masks_B - config.gen_length, shift_B, real_BT, given_BT, np.arange(batch, dtype=np.int32)
+    )
+    rows = Rows(*fields, _row_keys(key_data, row_B, jax.random.key_impl(key)))
+    return rows, jax.reshard(mesh.place_rows(tokens_BT)[0], P(None, None))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _row_keys(key_data: jax.Array, row_B: jax.Array, kind: Hashable) -> jax.Array:
+    """The keys (B,) of the rows, split over the mesh as row_B is."""
+    key = jax.random.wrap_key_data(key_data, impl=kind)
+    if key.ndim:
+        return key.at[row_B].get(out_sharding=mesh.ROWS_B)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, row_B)
+
+
+def _arguments(config: SamplerConfig) -> tuple[Dials, SamplerConfig]:
+    """The settings that are traced as arrays, and the rest as static data."""
+    on_or_off = {name: float(getattr(config, name) > 0) for name in ("temperature", "cfg_scale")}
+    static = dataclasses.replace(config, steps=1, gen_length=0, **on_or_off)
+    temperature, cfg_scale = (jax.device_put(np.float32(x), P()) for x in (config.temperature, config.cfg_scale))
+    return Dials(_scalar(config.steps), temperature, cfg_scale), static
+
+
+def _scalar(value: int) -> jax.Array:
+    return jax.device_put(np.int32(value), P())
+
+
+def generate(
+    model: Transformer,
+    prompt_BT: jax.typing.ArrayLike,
+    config: SamplerConfig,
+    key: jax.Array,
+    prompt_mask_BT: jax.typing.ArrayLike | None = None,
+) -> jax.Array:
+    """Fills the MASK tokens of the prompts and gen_length appended ones, all rows in one compiled program.
+
+    It compiles once per shape (B, T), block_length, remasking, greedy or not, guided or not; steps, temperature,
+    cfg_scale and key are traced. No mesh needs to be set; on a mesh the rows are split over its batch axes.
+
+    Args:
+      model: the mask predictor.
+      prompt_BT: int ids, on the host or a device; MASK tokens in it are filled in.
+      config: the sampler's settings.
+      key: one key: row i uses fold_in(key, i). Or keys (B,), one for each row: then a row's result
+        is the same wherever it stands in whatever batch.
+      prompt_mask_BT: bool, True = a real token. Padding, usually on the left, is neither attended to nor filled.
+
+    Returns:
+      int32 (B, T + gen_length): the whole canvas, padding included, rows as given.
+
+    Raises:
+      UserError: an impossible setting, ids beyond the vocabulary, shapes that do not fit.
+    """
+    config = resolve(config, model)
+    with mesh.mesh_of(model.embedding[...]):
+        rows, tokens_BT = _start(model, prompt_BT, config, key, prompt_mask_BT)
+        if tokens_BT.shape[1]:
+            dials, static = _arguments(config)
+            tokens_BT, _, _ = denoise(model, rows, tokens_BT, _scalar(0), _scalar(TO_THE_END), dials, config=static)
+        return jax.lax.slice_in_dim(tokens_BT, 0, len(prompt_BT))
+
+
+def denoise_steps(
+    model: Transformer,
+    prompt_BT: jax.typing.ArrayLike,
+    config: SamplerConfig,
+    key: jax.Array,
+    prompt_mask_BT: jax.typing.ArrayLike | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`generate` step by step, by the same compiled program, for those who want to watch.
+
+    Yields the canvas int32 (B, T + gen_length) and bool of the same shape, True = revealed by this step:
+    once before the first step (nothing revealed), then after each. Arguments and errors are those of `generate`.
+    """
+    config = resolve(config, model)
+    batch = len(prompt_BT)
+    with mesh.mesh_of(model.embedding[...]):
+        rows, tokens_BT = _start(model, prompt_BT, config, key, prompt_mask_BT)
+        dials, static = _arguments(config)
+    shown_BT = np.asarray(tokens_BT)[:batch]
+    yield shown_BT, np.zeros(shown_BT.shape, bool)
+    done, total = 0, int(shown_BT.shape[1] > 0)
+    while done < total:
+        # The mesh is entered for each step alone: whoever consumes this runs in between.
+        with mesh.mesh_of(model.embedding[...]):
+            tokens_BT, step, all_steps = denoise(
+                model, rows, tokens_BT, _scalar(done), _scalar(done + 1), dials, config=static
+            )
+        before_BT, shown_BT = shown_BT, np.asarray(tokens_BT)[:batch]
+        done, total = int(step), int(all_steps)
+        if done:
+            yield shown_BT, shown_BT != before_BT

@@ -1,0 +1,4 @@
+"""Tokenizers behind one interface, and chat templates.
+
+May import: config. Start reading at `tokenizer.py`.
+"""

@@ -1,0 +1,304 @@
+"""The training loop: the steps, and what happens between them.
+
+The host stays one step behind the device: step s is looked at after step s + 1 was dispatched, so neither
+waits for the other. What falls on a step (validation, samples, a checkpoint) first looks at that step, so a
+checkpoint never runs ahead of metrics.jsonl and never holds a state that was not looked at.
+"""
+
+import re
+from pathlib import Path
+
+import jax
+
+from llada_jax import config as configs
+from llada_jax.cli import entry_point
+from llada_jax.config import Config
+from llada_jax.data.read.pipeline import Data
+from llada_jax.data.rows import HeldOut
+from llada_jax.devices import distributed, mesh
+from llada_jax.devices.distributed import log
+from llada_jax.devices.hardware import compiler_options
+from llada_jax.devices.preemption import StopSignal
+from llada_jax.diffusion.forward import is_chat
+from llada_jax.model import lora
+from llada_jax.model.transformer import abstract_model, resolve_compute, split
+from llada_jax.scoring import bound
+from llada_jax.text.tokenizer import Tokenizer
+from llada_jax.training import checkpoint, metrics, report
+from llada_jax.training.step import TrainState, make_train_step
+
+
+class NonFinite(Exception):
+    """Too many steps in a row whose loss or gradients were not finite."""
+
+
+class Loop:
+    """One run from its first step in this process to its last."""
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        device_mesh: jax.sharding.Mesh,
+        saved: checkpoint.Checkpoints,
+        tokenizer: Tokenizer,
+        held_out: HeldOut | None,
+        state: TrainState,
+        frozen: dict,
+        record: dict,
+    ):
+        """Opens what is written to; metrics and samples beyond the state's step are dropped from it.
+
+        Args:
+          config, folder, device_mesh, saved, tokenizer: of the run.
+          held_out: rows for validation, None = no validation.
+          state: where it starts; given to `run` next.
+          frozen: what the model has beside state.params and is not trained, see `lora.partition`; {} = nothing.
+          record: what a checkpoint keeps of a loop, see `_save`; {} at the start of a run.
+        """
+        self.config, self.folder, self.mesh = config, folder, device_mesh
+        self.saved, self.tokenizer, self.held_out = saved, tokenizer, held_out
+        self.graphdef, _ = split(
+            abstract_model(config.model, resolve_compute(config.model, config.compute, device_mesh.devices.flat[0]))
+        )
+        self.frozen = frozen
+        self.first_step = self.done = int(state.step)
+        self.pending: tuple[int, dict] | None = None  # (step, metrics): dispatched, not looked at yet
+        self.window = metrics.Window(config.logging.buckets, record.get("window"))
+        self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
+        self.speed = metrics.Speed(config.model, config.sequence_length)
+        self.steps_since_log = self.tokens_since_log = 0
+        self.widths: set[int] = set()  # of the batches, for which the train step is compiled
+        self.untimed: set[int] = set()  # steps that were mostly compilation
+        self.bits_per_byte = float("nan")
+        self.tracing = False
+        self.stop = StopSignal()
+        self.writer = metrics.Writer(folder, config.logging, self.first_step, configs.to_dict(config))
+        if distributed.index() == 0:
+            finished = self.first_step == config.steps  # its last samples are then written anew
+            drop_samples(folder / "samples.txt", self.first_step - finished)
+        profile = config.profile
+        if profile.steps and profile.first_step < self.first_step:
+            log(f"no profile: config.profile.first_step={profile.first_step} lies before step {self.first_step}")
+
+    def run(self, state: TrainState, data: Data) -> int:
+        """Trains to config.steps.
+
+        Returns:
+          FINISHED, or PREEMPTED: saved after SIGTERM.
+
+        Raises:
+          NonFinite: after optimizer.max_nonfinite steps in a row that were not finite.
+          checkpoint.SaveFailed: a checkpoint could not be written.
+          UserError: a damaged row of the data.
+        """
+        config = self.config
+        train_step = make_train_step(
+            config, self.graphdef, compiler_options(self.mesh.devices.flat[0], config.compute.deterministic)
+        )
+        batches = data.iterate(
+            self.first_step,
+            mesh.local_rows(self.mesh, config.batch_size),
+            prefetch=config.data.prefetch,
+            threads=config.data.read_threads,
+        )
+        try:
+            if self.first_step == 0 and config.init_from and self.held_out is not None:
+                self.writer.write(0, self._validate(state))  # what the weights can do that it starts from
+            while self.done < config.steps:
+                if self.stop.received(self.done):
+                    return self._leave(state)
+                self._profile(state)
+                state = self._step(train_step, state, batches)
+                self._between_steps(state)
+        finally:
+            batches.close()
+        return self._finish(state)
+
+    def _step(self, train_step, state: TrainState, batches) -> TrainState:
+        first = self.done == self.first_step
+        rows = next(batches)[1]
+        width = rows["tokens"].shape[1]
+        compiles = width not in self.widths  # rows of conversations come in a few
+        self.widths.add(width)
+        if compiles and not first:
+            log(f"compiling the train step for rows of {width} tokens ...")
+            go_on = self.speed.pause()
+        # Once it is compiled nothing crosses between host and device that is not asked for by name.
+        with jax.transfer_guard("allow" if compiles else "disallow"):
+            batch = mesh.place_batch(rows, self.mesh, self.config.batch_size)
+            if first:
+                log(report.first_batch(self.config, batch, self.tokenizer, self.done))
+                log("compiling the train step ...")
+            state, values = train_step(state, batch, self.frozen)
+            self._look()
+        self.done += 1
+        self.pending = (self.done, values)
+        if first:
+            jax.block_until_ready(values)
+            self.stop.listen()
+            if not self._logs(self.done):
+                self.speed.restart()  # this step was mostly compilation
+        elif compiles:
+            jax.block_until_ready(values)
+            self.untimed.add(self.done)
+            go_on()
+        return state
+
+    def _logs(self, step: int) -> bool:
+        return step % self.config.logging.every == 0 or step == self.config.steps
+
+    def _look(self, extra: dict | None = None) -> None:
+        """Looks at the pending step: sums, one line and one record per log step, the count of skipped steps."""
+        if self.pending is None:
+            return
+        (step, values), self.pending = self.pending, None
+        values = metrics.fetch(values)
+        self.window.add(values)
+        first = step == self.first_step + 1  # timed only where it must be, for a line falls on it
+        if step not in self.untimed and (not first or self._logs(step)):
+            self.steps_since_log += 1
+            self.tokens_since_log += int(values["tokens"])
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if values["skipped"] else 0
+        record = dict(extra or {})
+        if self._logs(step):
+            record |= self.window.summary()
+            record |= {name: float(values[name]) for name in ("learning_rate", "grad_norm")}
+            rows = self.steps_since_log * self.config.batch_size if is_chat(self.config) else None
+            record |= self.speed.summary(self.steps_since_log, self.tokens_since_log, self.config.steps - step, rows)
+            self.window = metrics.Window(self.config.logging.buckets)
+            self.steps_since_log = self.tokens_since_log = 0
+            log(metrics.log_line(step, self.config.steps, record))
+            self.saved.check()
+        if record:
+            self.writer.write(step, record)
+        if self.skipped_in_a_row >= self.config.optimizer.max_nonfinite:
+            raise NonFinite(
+                f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row, up to step {step}; "
+                "none of them was applied. Branch from an earlier checkpoint (--config.init_from, "
+                "--config.init_step) with a lower learning rate, or look at the data of these steps"
+            )
+
+    def _between_steps(self, state: TrainState) -> None:
+        """Validation, samples and checkpoints that fall on this step."""
+        config, last = self.config, self.done == self.config.steps
+        validates = self.held_out is not None and (last or _falls_on(self.done, config.validation.every))
+        samples = _falls_on(self.done, config.sampling.every) and not last
+        saves = self.saved.due(self.done)
+        if not (validates or samples or saves or last):
+            return
+        jax.block_until_ready(state.step)  # the step's own time still counts as its own
+        go_on = self.speed.pause()
+        extra = self._validate(state) if validates else {}
+        go_on()
+        self._look(extra)
+        go_on = self.speed.pause()
+        if samples:
+            self._sample(state)
+        if saves:
+            self._save(state)
+        go_on()
+
+    def _save(self, state: TrainState) -> None:
+        self.writer.sync()
+        self.saved.save(state, {"window": self.window.sums, "skipped_in_a_row": self.skipped_in_a_row})
+
+    def _leave(self, state: TrainState) -> int:
+        self._look()
+        self._save(state)
+        self.saved.wait()
+        log(f"stopped by SIGTERM: saved step {self.done}; the same command goes on from there")
+        return entry_point.PREEMPTED
+
+    def _finish(self, state: TrainState) -> int:
+        if self.first_step == self.config.steps:
+            log(f"{self.folder} is finished: nothing to train up to step {self.config.steps}")
+            if self.held_out is not None:
+                self._validate(state)
+        self._save(state)
+        self._sample(state)
+        self.saved.wait()
+        if self.config.report and self.held_out is not None and distributed.index() == 0:
+            marks = report.yardsticks(self.held_out, self.tokenizer)
+            held_out_bytes = int(self.held_out.bytes_N.sum())
+            print(report.final_report(str(self.folder), self.bits_per_byte, marks, held_out_bytes))
+        return entry_point.FINISHED
+
+    def _validate(self, state: TrainState) -> dict:
+        config = self.config
+        values = bound.validate(
+            self.graphdef,
+            lora.combine(state.params, self.frozen),
+            self.held_out,
+            config.validation,
+            batch_size=config.batch_size // config.accumulation,
+            chunk=config.compute.loss_chunk,
+            mask_id=config.model.mask_id,
+        )
+        self.bits_per_byte = values["bits_per_byte"]
+        log(
+            f"step {self.done}  validation {values['nats_per_token']:.4f} nats/token  "
+            f"{values['bits_per_byte']:.4f} bits/byte  perplexity {values['perplexity']:.2f}"
+        )
+        return {f"validation/{name}": value for name, value in values.items()}
+
+    def _sample(self, state: TrainState) -> None:
+        if not self.config.sampling.prompts:
+            return
+        chat = is_chat(self.config)
+        params = lora.combine(state.params, self.frozen)
+        samples = report.sample_texts(
+            self.graphdef, params, self.tokenizer, self.config.sampling, self.config.seed, chat
+        )
+        text = report.show_samples(samples, chat)
+        log(f"samples at step {self.done}:\n{text}")
+        if distributed.index() == 0:
+            with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
+                file.write(f"--- step {self.done}\n{text}\n")
+            self.writer.text(self.done, "samples", text)
+
+    def _profile(self, state: TrainState) -> None:
+        profile = self.config.profile
+        if distributed.index() != 0:
+            return  # all do the same: one trace tells it
+        if profile.steps and self.done == profile.first_step:
+            jax.profiler.start_trace(str(self.folder / "profile"))
+            self.tracing = True
+        elif self.tracing and self.done >= profile.first_step + profile.steps:
+            jax.block_until_ready(state.step)
+            self._end_profile()
+
+    def _end_profile(self) -> None:
+        if self.tracing:
+            self.tracing = False
+            jax.profiler.stop_trace()
+            log(f"profile from step {self.config.profile.first_step} to {self.done} in {self.folder / 'profile'}")
+
+    def close(self, whole: bool = True) -> None:
+        """Finishes what is being written. SaveFailed if a checkpoint could not be.
+
+        Args:
+          whole: False if only this process may have come here: it does not wait for what takes all of them.
+        """
+        try:
+            self._end_profile()
+            if whole or distributed.count() == 1:
+                self.saved.close()
+        finally:
+            self.writer.close()
+            self.stop.close()
+
+
+def _falls_on(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def drop_samples(path: Path, step: int) -> None:
+    """Removes from a samples.txt what lies beyond `step`: the run is resumed there."""
+    if not path.exists():
+        return
+    blocks = re.split(r"^(?=--- step \d+$)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    kept = [block for block in blocks if (found := re.match(r"--- step (\d+)\n", block)) and int(found[1]) <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

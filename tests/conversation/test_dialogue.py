@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from llada_jax.config import UserError
+from llada_jax.conversation.dialogue import named_file, read_record, shortened, write_record
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+MESSAGES = [{"role": "system", "content": "é\n漢"}, user("a"), assistant(""), user("b") | {"name": "me"}]
+
+
+def test_a_conversation_comes_back_from_its_file(tmp_path):
+    path = tmp_path / "chat.json"
+    write_record(path, {"messages": MESSAGES})
+    assert read_record(path)["messages"] == MESSAGES
+    # One line, in the form of training data.
+    assert path.read_text().count("\n") == 1 and json.loads(path.read_text()) == {"messages": MESSAGES}
+    write_record(path, {"messages": []})
+    assert read_record(path) == {"messages": []} and [each.name for each in tmp_path.iterdir()] == ["chat.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read: No such file or directory$"),
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        (b"\xff", "cannot be read"),
+        ("[]", "is no conversation"),
+        ('{"messages": "hello"}', "is no conversation"),
+        ('{"messages": ["hello"]}', "message 0"),
+        ('{"messages": [{"role": "user"}]}', 'message 0 of the chat needs a text "content"'),
+        ({"messages": [assistant("a")]}, "message 0 is of role 'assistant' where one of 'user'"),
+        ({"messages": [*MESSAGES, user("c")]}, "message 4 is of role 'user' where one of 'assistant'"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
+        ('{"messages": [], "\\ud800": 1}', "surrogate"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path, content, words):
+    path = tmp_path / "chat.json"
+    if content is not None:
+        text = json.dumps(content) if isinstance(content, dict) else content
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=words) as raised:
+        read_record(path)
+    assert str(path) in str(raised.value)
+
+
+def test_nothing_else_is_overwritten(tmp_path):
+    (other := tmp_path / "weights.json").write_text('{"a": 1}')
+    (link := tmp_path / "link").symlink_to("nowhere")
+    nowhere = tmp_path / "no" / "x"
+    for path, words in (
+        (other, "no conversation"),
+        (link, "no conversation"),
+        (nowhere, "cannot be written: No such f"),
+    ):
+        with pytest.raises(UserError, match=words):
+            write_record(path, {"messages": MESSAGES})
+    # Short enough for a file, but not with what an unfinished one has in its name besides.
+    with pytest.raises(UserError, match="cannot be written: File name too long$"):
+        write_record(tmp_path / ("x" * 254), {"messages": MESSAGES})
+    assert other.read_text() == '{"a": 1}' and sorted(each.name for each in tmp_path.iterdir()) == ["link", other.name]
+
+
+def test_files_are_named_as_users_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert named_file("~/x.json") == tmp_path / "x.json" and named_file("x/y").name == "y"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("~nosuchuser/x", "~nosuchuser/x cannot be a file: "),
+        ("x" * 300, r"x{48}\.\.\.x{49} cannot be a file: File name too long$"),
+        ("x\0", "cannot be a file: embedded null"),
+        (f"{__file__}/x", "test_dialogue.py/x cannot be a file: Not a directory$"),
+        ("", " is a folder: name a file"),
+        ("/", "/ is a folder: name a file"),
+    ],
+)
+def test_what_cannot_be_a_file_is_said(text, words):
+    with pytest.raises(UserError, match=words):
+        named_file(text)
+
+
+def test_no_error_repeats_all_of_a_long_text():
+    assert shortened("x" * 100) == "x" * 100
+    assert shortened("a" * 500 + "b" * 500) == "a" * 48 + "..." + "b" * 49

@@ -1,0 +1,334 @@
+"""Whole evaluations: their file, their table, what ends them, and going on after that."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+
+import bench
+import lm_eval
+import pytest
+import safetensors.numpy as safetensors
+import tiny
+from paths import SUPPORT
+
+from llada_jax.config import UserError
+from llada_jax.convert import convert
+from llada_jax.evaluation import harness, run
+from llada_jax.evaluation.run import Evaluation
+
+TASKS = "choice,cloze,sums,reversal"
+SETTINGS = ["--mc_samples=2", "--gen_length=4", "--block_length=4", "--temperature=0.5", "--limit=2"]
+SETTINGS += ["--batch_size=1"]  # then all prompts have one padded length: little is compiled
+FIGURES = {"choice", "cloze", "sums", "reversal_forward", "reversal_backward"}
+FIGURES |= {"reversal_forward_infill", "reversal_backward_infill"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a model, tasks and couplets."""
+    folder = tmp_path_factory.mktemp("place")
+    bench.write_model(folder / "model")
+    bench.write_tasks(folder / "tasks")
+    lines = ["one two", "two three", "three four", "four five", "five six"]
+    couplets = [{"first": a, "second": b, "source": ""} for a, b in zip(lines, lines[1:], strict=False)]
+    (folder / "couplets.json").write_text(json.dumps(couplets))
+    return folder
+
+
+def couplets(place):
+    return json.loads((place / "couplets.json").read_text())
+
+
+def job(place, output, tasks=TASKS, **settings):
+    """What the flags of SETTINGS say."""
+    asked = {"mc_samples": 2, "gen_length": 4, "block_length": 4, "temperature": 0.5, "limit": 2.0, "batch_size": 1}
+    data, include = str(place / "couplets.json"), (str(place / "tasks"),)
+    folder, names = str(place / "model"), tuple(tasks.split(","))
+    return Evaluation(folder, names, str(output), data=data, include_path=include, **(asked | settings))
+
+
+def flags(place, output, tasks=TASKS):
+    named = {"model": place / "model", "include_path": place / "tasks", "data": place / "couplets.json"}
+    named |= {"output": output, "tasks": tasks}
+    return [f"--{name}={value}" for name, value in named.items()] + SETTINGS
+
+
+def read(path):
+    """The results without what differs from start to start."""
+    results = json.loads(path.read_text())
+    del results["date"], results["seconds"], results["evaluation"]
+    return results
+
+
+def assert_close(figures, wanted):
+    """Equal but for the last digits: other batches, other order of sums."""
+    assert figures.keys() == wanted.keys()
+    for name, value in wanted.items():
+        if isinstance(value, float):
+            value = pytest.approx(value, rel=1e-4)
+        assert figures[name] == value, name
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """The file of an evaluation that nothing disturbed."""
+    output = place / "whole.json"
+    assert run.run(job(place, output, log_samples=True, cache=str(place / "kept" / "cache"))) == 0
+    return output
+
+
+def test_results_and_table(place, whole):
+    results = json.loads(whole.read_text())
+    assert results["results"].keys() == FIGURES
+    assert all(0 <= results["results"]["choice"][name] <= 1 for name in ("acc,none", "acc_stderr,none"))
+    assert results["n-samples"]["choice"] == {"original": 9, "effective": 2}
+    assert results["results"]["reversal_forward"]["sample_len"] == 2
+    assert results["model"]["path"] == str(place / "model") and results["model"]["step"] is None
+    assert results["evaluation"]["mc_samples"] == 2 and results["configs"]["sums"]["output_type"] == "generate_until"
+    assert {"jax", "lm_eval", "llada_jax"} <= results["software"].keys() and results["date"]
+    assert results["samples"].keys() == FIGURES and len(results["samples"]["sums"]) == 2
+    for given, wanted, answer in results["samples"]["reversal_backward_infill"]:
+        assert answer and given not in answer and {"first": wanted, "second": given, "source": ""} in couplets(place)
+    table = run.table(results)
+    assert re.search(r"^choice +0 +none +acc +[01]\.\d{4} +0\.\d{4}$", table, re.MULTILINE), table
+    assert re.search(r"^reversal_backward_infill +0 +none +exact_match ", table, re.MULTILINE)
+    assert not list(place.glob(".whole*"))
+
+
+def test_killed_and_continued(monkeypatch, place, whole, tmp_path):
+    cache, output = tmp_path / "cache", tmp_path / "out.json"
+    command = [sys.executable, str(SUPPORT / "interrupted.py"), "5"]
+    command += [*flags(place, output), f"--cache={cache}"]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tiny.ROOT)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not output.exists() and killed.stdout == ""
+    (file,) = tmp_path.glob("cache-*_rank0.db")
+    with sqlite3.connect(file) as database:
+        assert database.execute("select count(*) from unnamed").fetchone() == (5,)
+
+    asked = []
+    in_portions = harness.LLaDA._in_portions
+
+    def counted(self, kind, given, *rest):
+        asked.append((kind, len(given)))
+        return in_portions(self, kind, given, *rest)
+
+    monkeypatch.setattr(harness.LLaDA, "_in_portions", counted)
+    again = job(place, output, cache=str(cache), log_samples=True)
+    assert run.run(again) == 0
+    assert asked == [("loglikelihood", 8 - 5), ("generate_until", 2)]
+    ours, theirs = read(output), read(whole)
+    assert [sample["resps"] for sample in ours["samples"]["sums"]] == [s["resps"] for s in theirs["samples"]["sums"]]
+    for task, figures in theirs["results"].items():
+        assert_close(ours["results"][task], figures)
+    for name in theirs.keys() - {"results", "samples"}:
+        assert ours[name] == theirs[name], name
+
+    asked.clear()
+    run.run(job(place, tmp_path / "other.json", "cloze", cache=str(cache), mc_samples=3))
+    assert asked == [("loglikelihood", 2)], "other settings do not meet these results"
+
+
+def test_two_processes(place, whole, tmp_path):
+    spec = importlib.util.spec_from_file_location("local", tiny.ROOT / "launch" / "local.py")
+    local = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(local)
+    # Process 0 has some results already; the other must hear of them, or they would not make the same calls.
+    (made,) = place.glob("kept/cache-*_rank0.db")
+    shutil.copy(made, tmp_path)
+    with sqlite3.connect(tmp_path / made.name) as database:
+        database.execute("delete from unnamed where rowid % 2")
+    lines, output = [], tmp_path / "out.json"
+    command = [sys.executable, "-m", "llada_jax.evaluate", *flags(place, output, "choice"), "--fsdp=2"]
+    command.append(f"--cache={tmp_path}/cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tiny.ROOT))
+        patch.setattr(local, "print", lambda *line, **_: lines.append(*line), raising=False)
+        started = local.Job(local.parse(["--processes=2", "--devices=4", "--patience=60", "--", *command]))
+        hanging = threading.Timer(200, started.send, (signal.SIGKILL,))
+        hanging.start()
+        started.wait(threading.Event())
+        hanging.cancel()
+    said = "".join(lines)
+    assert [process.returncode for process in started.processes] == [0, 0], said
+    ours, theirs = read(output), read(whole)
+    assert ours["model"]["mesh"] == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [made.name, "out.json"]
+    assert ours["results"].keys() == {"choice"}
+    assert_close(ours["results"]["choice"], theirs["results"]["choice"])
+    with sqlite3.connect(tmp_path / made.name) as database:
+        assert database.execute("select count(*) from unnamed").fetchone() == (
+            8,
+        )  # of ten: the odd of the other tasks are gone
+    spoken = [line for line in said.splitlines() if line.startswith("[1]") and re.search(r"choice|it/s|\d%", line)]
+    assert spoken == []
+
+
+@pytest.mark.parametrize("form", ["orbax", "published"])
+def test_another_model_at_the_same_place(place, tmp_path, form):
+    """Same path, same step (a converted folder has only 0), same settings: its results are its own."""
+    source, folder, results = tmp_path / "source", tmp_path / "m", []
+    shutil.copytree(place / "model", source)
+    for factor in (1, 2):
+        if factor == 2:
+            (file,) = source.glob("*.safetensors")
+            tensors = {name: value * factor for name, value in safetensors.load_file(file).items()}
+            safetensors.save_file(tensors, file, {"format": "pt"})
+            shutil.rmtree(folder)
+        shutil.copytree(source, folder) if form != "orbax" else convert(source, folder, "orbax")
+        output = tmp_path / f"{factor}.json"
+        settings = {"cache": str(tmp_path / "cache"), "limit": 1.0}
+        assert run.run(dataclasses.replace(job(place, output, "cloze", **settings), model=str(folder))) == 0
+        results.append(json.loads(output.read_text()))
+    first, second = (result["results"]["cloze"]["perplexity,none"] for result in results)
+    assert first != second
+    assert len(list(tmp_path.glob("cache-*"))) == 2
+
+
+def test_what_tells_models_apart(place, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(place / "model", folder)
+    asked, identity = job(place, tmp_path / "o"), run.identify(folder) | {"dtype": "float32", "tokenizer": "a"}
+    name = run._fingerprint(asked, identity)
+    assert run.identify(folder).items() <= identity.items()
+    assert name == run._fingerprint(dataclasses.replace(asked, limit=9.0, dtype="float32"), identity)
+    for other in ({"dtype": "bfloat16"}, {"tokenizer": "b"}):
+        assert run._fingerprint(asked, identity | other) != name
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    assert run.identify(folder)["config"] != identity["config"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "__version__", "0")
+        assert run._fingerprint(asked, identity) != name
+
+
+def test_tasks_on_local_files(monkeypatch, tmp_path):
+    from llada_jax.evaluation import tasks
+
+    arc = "Please choose the correct answer to the question: Why?\n\nAnswer1: So. Answer2: Because it is.\n\n"
+    arc = [{"instruction": arc + "Answer format: answer1/answer2", "answer": "answer2"}]
+    (tmp_path / "arc_easy_test.json").write_text(json.dumps(arc))
+    (tmp_path / "lambada_test.jsonl").write_text('{"text": "a b\\u2028c d"}\n')
+    problems = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(7)]
+    (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in problems))
+    names, folder = [f"{name}_local" for name in ("arc_easy", "lambada", "gsm8k", "text")], tiny.ROOT / "benchmarks"
+    with pytest.raises(UserError, match="--tasks=arc_easy_local: ValueError: set LLADA_EVAL_DATA"):
+        tasks.load(names, [str(folder / "eval")])
+    monkeypatch.setenv("LLADA_EVAL_DATA", str(tmp_path))
+    monkeypatch.setenv("LLADA_EVAL_TEXT", str(tmp_path / "lambada_test.jsonl"))
+    _, (choice, cloze, sums, text) = tasks.load(names, [str(folder / "eval")])
+    assert [i.args for i in choice.instances] == [
+        ("Question: Why?\nAnswer:", " So."),
+        ("Question: Why?\nAnswer:", " Because it is."),
+    ]
+    assert choice.doc_to_target(choice.dataset["test"][0]) == 1 and choice.config.task == "arc_easy_local"
+    assert cloze.instances[0].args == ("a b\u2028c", " d") and text.instances[0].args == ("a b\u2028c d",)
+    *examples, question = sums.instances[0].args[0].split("\n\n")
+    assert len(examples) == 5 and question == "Question: 0 + 1?\nAnswer:" and question not in " ".join(examples)
+    assert [entry.name for entry in sums._filters] == ["strict-match", "flexible-extract"]
+    _, (sums,) = tasks.load(["gsm8k_local"], [str(folder / "eval")], num_fewshot=2)
+    assert sums.instances[0].args[0].count("Question:") == 3
+    with pytest.raises(UserError, match="--tasks=gsm8k_local: ValueError: Sample larger than population"):
+        tasks.load(["gsm8k_local"], [str(folder / "eval")], num_fewshot=9)
+
+
+def test_what_other_processes_leave_alone(monkeypatch, capsys, place, tmp_path):
+    asked = {}
+    monkeypatch.setenv("TQDM_DISABLE", "0")  # set in an evaluation, and put back after this
+    monkeypatch.setattr(run.distributed, "index", lambda: 1)
+    monkeypatch.setattr(lm_eval, "simple_evaluate", asked.update)
+    assert run.run(job(place, tmp_path / "out.json", "choice", cache=str(tmp_path / "cache"))) == 0
+    assert not asked["use_cache"].startswith(str(tmp_path)) and list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "") and os.environ["TQDM_DISABLE"] == "1"
+
+
+def test_a_limit_is_a_number_or_a_share():
+    assert [run._count(limit, 9) for limit in (None, 4.0, 20.0, 0.5, 0.01)] == [9, 4, 20, 5, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"tasks": "chioce"}, "--tasks=chioce: there is no such task in .*tasks or lm_eval; is it choice"),
+        ({"tasks": "reversal", "data": None}, "--tasks=reversal needs --data=FILE.json"),
+        ({"tasks": "reversal", "data": "none.json"}, "--data=none.json: No such file"),
+        ({"tasks": "gone"}, r"--tasks=gone: .*gone.jsonl.* \(relative data_files are looked for from /"),
+        ({"tasks": "columns"}, "--tasks=columns: .*nothing"),
+        ({"tasks": "remote"}, "--tasks=remote: its data is not on this machine and cannot be downloaded"),
+        ({"tasks": "module"}, "--tasks=module: No module named 'nowhere'.*pip install \"lm-eval.module.\""),
+        ({"tasks": "metric"}, "--tasks=metric: the metric acc has no aggregation of that name"),
+        ({"tasks": "code"}, "allow it with --confirm_run_unsafe_code"),
+        ({"tasks": ""}, "nothing to evaluate"),
+        ({"output": "none/out.json"}, "--output=none/out.json: there is no folder"),
+        ({"output": "x" * 300}, "--output=x+ cannot be written: File name too long"),
+        ({"cache": "file/cache"}, "--cache=file/cache cannot be written: File exists"),
+        ({"limit": 1.5}, "--limit=1.5"),
+        ({"steps": 0}, "steps=0"),
+        ({"mc_samples": 0}, "--mc_samples=0"),
+        ({"include_path": ("none",)}, "--include_path=none is no folder"),
+        ({"include_path": ("broken",)}, "wrong.yaml is not YAML"),
+        ({"model": "none"}, "--model=none is no folder"),
+    ],
+)
+def test_a_mistake_is_told_before_the_model_is_loaded(monkeypatch, place, tmp_path, settings, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run.loading, "load", lambda *_: pytest.fail("the model is loaded"))
+    folder = bench.write_tasks(tmp_path / "tasks")
+    base = json.loads((folder / "choice.yaml").read_text())
+    metrics = {"metric_list": [{"metric": "acc", "aggregation": "middle", "higher_is_better": True}]}
+    for name, changes in (
+        ("gone", {"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}),
+        ("columns", {"doc_to_choice": "{{nothing[0]}}"}),
+        ("remote", {"dataset_path": "someone/something", "dataset_kwargs": {}}),
+        ("metric", metrics),
+        ("code", {"unsafe_code": True}),
+    ):
+        (folder / f"{name}.yaml").write_text(json.dumps(base | {"task": name} | changes))
+    (folder / "needs.py").write_text("import nowhere")
+    (folder / "module.yaml").write_text("task: module\ndataset_path: json\ndoc_to_text: !function needs.text\n")
+    (tmp_path / "file").touch()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "wrong.yaml").write_text("task: [a\nb: c")
+    settings = {"tasks": "choice", "output": "out.json", "include_path": (str(folder),)} | settings
+    arguments = {"model": str(place / "model"), "data": None} | settings
+    arguments["tasks"] = tuple(filter(None, arguments["tasks"].split(",")))
+    if "chioce" in arguments["tasks"]:  # the thousands of tasks of lm_eval are not read for this
+        from lm_eval.tasks import TaskManager
+
+        build = TaskManager.__init__
+        monkeypatch.setattr(TaskManager, "__init__", lambda self, **k: build(self, **k | {"include_defaults": False}))
+    with pytest.raises(UserError, match=words):
+        run.run(Evaluation(**arguments))
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_without_lm_eval(monkeypatch, place, tmp_path):
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'pip install "llada_jax\[eval\]"'):
+        run.check(job(place, tmp_path / "out.json"))
+    run.check(job(place, tmp_path / "out.json", "reversal"))
+
+
+def test_groups_and_patterns(tmp_path):
+    from llada_jax.evaluation import tasks
+
+    folder = bench.write_tasks(tmp_path / "tasks")
+    (folder / "both.yaml").write_text(json.dumps({"group": "both", "task": ["choice", "cloze"]}))
+    with pytest.MonkeyPatch.context() as patch:
+        from lm_eval.tasks import TaskManager
+
+        build = TaskManager.__init__
+        patch.setattr(TaskManager, "__init__", lambda self, **k: build(self, **k | {"include_defaults": False}))
+        _, (group,) = tasks.load(["both"], [str(folder)])
+        assert group.name == "both"
+        _, found = tasks.load(["c*"], [str(folder)])
+        assert [task.config.task for task in found] == ["choice", "cloze"]
+        with pytest.raises(UserError, match="Duplicate task"):
+            tasks.load(["both", "cloze"], [str(folder)])

@@ -1,0 +1,266 @@
+"""All kernels against the plain one, and the plain one against the definition, written out in numpy.
+
+splash runs interpreted. cuDNN's call cannot run without a GPU: a plain one that takes the same arguments stands in for
+it, so that what is done around it is tested here, and the call itself by the same tests on a GPU.
+"""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from llada_jax.config import UserError
+from llada_jax.devices import mesh
+from llada_jax.model import attention as kernels
+from llada_jax.model.attention import attention, choose_kernel, cudnn_attention, reference_attention, xla_attention
+
+B, T, H, G, K = 8, 11, 8, 4, 6
+
+
+def case(rng, groups=G, keys=T):
+    q = rng.normal(size=(B, T, H, K)).astype(np.float32)
+    k = rng.normal(size=(B, keys, groups, K)).astype(np.float32)
+    v = rng.normal(size=(B, keys, groups, K)).astype(np.float32)
+    mask = rng.uniform(size=(B, keys)) < 0.6
+    mask[:, 0] = True
+    mask[2] = True
+    return q, k, v, mask
+
+
+def definition(q, k, v, mask):
+    """softmax(q k^T / sqrt(K)) v in float64, head by head."""
+    out = np.zeros(q.shape)
+    group = q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        seen = slice(None) if mask is None else mask[b]
+        for h in range(q.shape[2]):
+            keys, values = k[b, seen, h // group].astype(np.float64), v[b, seen, h // group].astype(np.float64)
+            scores = q[b, :, h].astype(np.float64) @ keys.T / np.sqrt(q.shape[3])
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+            out[b, :, h] = weights / weights.sum(axis=1, keepdims=True) @ values
+    return out
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("groups", [8, 4, 1])
+def test_reference_is_the_definition(rng, groups, masked):
+    q, k, v, mask = case(rng, groups, keys=9)
+    mask = mask if masked else None
+    np.testing.assert_allclose(reference_attention(q, k, v, mask), definition(q, k, v, mask), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("chunk", "masked"), [(4, False), (4, True), (512, True)])  # 4 does not divide 11
+def test_chunks_equal_the_reference_in_values_and_gradients(rng, chunk, masked):
+    q, k, v, mask = case(rng)
+    mask = mask if masked else None
+    cotangent = rng.normal(size=(B, T, H, K)).astype(np.float32)
+
+    def run(function, *inputs):
+        loss = lambda q, k, v: (out := function(q, k, v), (out * cotangent).sum())[::-1]  # noqa: E731
+        (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+        return out, *gradients
+
+    chunked = run(lambda q, k, v: xla_attention(q, k, v, mask, query_chunk=chunk), q, k, v)
+    for a, b in zip(chunked, run(lambda q, k, v: reference_attention(q, k, v, mask), q, k, v), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+REAL = ("all", "mask", "lengths")
+
+
+def real_of(kind, rng, batch, keys):
+    if kind == "all":
+        return None
+    if kind == "lengths":
+        return np.concatenate([[keys, 1], rng.integers(1, keys + 1, batch - 2)]).astype(np.int32)
+    mask = rng.uniform(size=(batch, keys)) < 0.6  # with holes, as a prompt padded on the left and a canvas have
+    mask[:, 3] = True
+    return mask
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Without a GPU, cuDNN's call is made of XLA's plain one; nothing but lengths gets through."""
+    if jax.default_backend() == "gpu":
+        return
+    plain = jax.nn.dot_product_attention
+
+    def call(q, k, v, *, key_value_seq_lengths, implementation):
+        assert implementation == "cudnn"
+        assert key_value_seq_lengths is None or key_value_seq_lengths.dtype == jnp.int32
+        return plain(q, k, v, key_value_seq_lengths=key_value_seq_lengths, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", call)
+
+
+@pytest.mark.parametrize("kind", REAL)
+@pytest.mark.parametrize(
+    ("kernel", "length", "heads", "groups", "width"),
+    [
+        ("splash_interpreted", 200, 4, 2, 64),  # filled up to 256
+        ("splash_interpreted", 128, 2, 2, 128),
+        ("splash_interpreted", 640, 2, 1, 64),  # blocks of 128 divide it, 512 does not
+        ("cudnn", 50, 4, 2, 64),
+        ("cudnn", 33, 2, 2, 128),
+        ("cpu", 50, 4, 2, 64),
+        ("xla", 1100, 2, 1, 64),
+    ],
+)
+def test_kernels_equal_the_reference(rng, stand_in, kernel, length, heads, groups, width, kind):
+    dtype = jnp.bfloat16 if kernel == "cudnn" and jax.default_backend() == "gpu" else jnp.float32
+    q, k, v, dout = (jnp.asarray(rng.normal(size=(3, length, n, width)), dtype) for n in (heads, groups, groups, heads))
+    rows = real_of(kind, rng, 3, length)
+
+    def run(name):
+        def loss(q, k, v):
+            real = None if rows is None else jax.reshard(jnp.asarray(rows), P(mesh.BATCH, *(None,) * (rows.ndim - 1)))
+            out = attention(q, k, v, real, kernel=name)
+            return (out * jax.reshard(dout, mesh.HEADS_BTHK)).astype(jnp.float32).sum(), out
+
+        with jax.set_mesh(mesh.one_device_mesh()):
+            placed = [jax.device_put(x, mesh.HEADS_BTHK) for x in (q, k, v)]
+            (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*placed)
+        return [np.asarray(x, np.float32) for x in (out, *gradients)]
+
+    # Rounding of sums in two orders, all terms of size 1: an output sums over the keys, a gradient of keys or values
+    # over the queries of all heads in a group, each term of it over the head width. Each of n additions rounds a
+    # partial sum of about sqrt(n), and n such errors, independent, add up to n eps. A score is of size 4 at most here,
+    # and its absolute error is the relative one of its weight.
+    if dtype == jnp.float32:
+        eps = np.finfo(np.float32).eps
+        atol, rtol = eps * (length * heads // groups + length + width), 4 * width * eps
+    else:
+        atol = rtol = 4e-2
+    for a, b in zip(run(kernel), run("reference"), strict=True):
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+
+def test_cudnn_is_given_the_real_keys_first(rng, stand_in):
+    """Keys that are not real have no influence, wherever they lie: what cuDNN takes are lengths only."""
+    q, k, v, mask = case(rng)
+    run = jax.jit(lambda k, v: cudnn_attention(q, k, v, mask))
+    far = [np.where(mask[:, :, None, None], x, 100).astype(np.float32) for x in (k, v)]
+    np.testing.assert_array_equal(np.asarray(run(k, v)), np.asarray(run(*far)))
+
+
+class Device:
+    def __init__(self, platform, capability=None):
+        self.platform = platform
+        if capability:
+            self.compute_capability = capability
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "kernel"),
+    [
+        (Device("tpu"), "bfloat16", "splash"),
+        (Device("gpu", "9.0"), "bfloat16", "cudnn"),
+        (Device("gpu"), "bfloat16", "cudnn"),  # only described
+        (Device("gpu", "9.0"), "float32", "xla"),
+        (Device("gpu", "7.5"), "bfloat16", "xla"),
+        (Device("gpu", "gfx942"), "bfloat16", "xla"),
+        (Device("cpu"), "float32", "cpu"),
+    ],
+)
+def test_kernel_is_chosen_by_device(device, dtype, kernel):
+    assert choose_kernel("auto", jnp.dtype(dtype), 64, device) == kernel
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "width", "problem"),
+    [
+        ("splash", Device("cpu"), "float32", 64, "runs on tpu, this is cpu"),
+        ("splash", Device("gpu"), "bfloat16", 64, "runs on tpu, this is gpu"),
+        ("cpu", Device("tpu"), "bfloat16", 64, "runs on cpu, this is tpu"),
+        ("cudnn", Device("cpu"), "bfloat16", 64, "runs on gpu, this is cpu"),
+        ("cudnn", Device("gpu"), "float32", 64, "--config.compute.dtype=bfloat16"),
+        ("cudnn", Device("gpu", "7.5"), "bfloat16", 64, "capability 8.0"),
+        ("cudnn", Device("gpu", "gfx942"), "bfloat16", 64, "capability 8.0, this device has gfx942"),
+        ("cudnn", Device("gpu", "9.0"), "bfloat16", 512, "a width of 512"),
+        ("cudnn", Device("gpu", "9.0"), "bfloat16", 12, "a width of 12"),
+        ("flash", Device("gpu"), "bfloat16", 64, "choose one of auto, xla"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_an_error(name, device, dtype, width, problem):
+    with pytest.raises(UserError, match=problem):
+        choose_kernel(name, jnp.dtype(dtype), width, device)
+
+
+@pytest.mark.parametrize("name", ["splash_interpreted", "xla", "reference", "cpu"])
+def test_a_kernel_that_can_run_is_taken(name):
+    assert choose_kernel(name, jnp.dtype("float32"), 64, Device("cpu")) == name
+    assert set(kernels.KERNELS) | {"auto"} == set(kernels.CHOICES)
+
+
+def test_scores_of_all_queries_are_never_held():
+    """What the chunks are for: neither the forward nor the backward pass has T * T numbers, in whatever shape."""
+    length, chunk = 96, 8
+    q = jnp.zeros((1, length, 1, 4))
+
+    def largest(function):
+        text = str(jax.make_jaxpr(jax.grad(lambda q: function(q).sum()))(q))
+        return max(math.prod(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", text))
+
+    assert largest(lambda q: xla_attention(q, q, q, None, query_chunk=chunk)) < length * length / 4
+    assert largest(lambda q: reference_attention(q, q, q, None)) == length * length
+
+
+@pytest.mark.parametrize("kernel", [functools.partial(xla_attention, query_chunk=4), reference_attention])
+def test_masked_keys_have_no_influence(rng, kernel):
+    q, k, v, mask = case(rng)
+    run = jax.jit(lambda k, v: kernel(q, k, v, mask))
+    changed = [np.where(mask[:, :, None, None], x, other).astype(np.float32) for x, other in ((k, 100), (v, -100))]
+    np.testing.assert_array_equal(np.asarray(run(k, v)), np.asarray(run(*changed)))
+    moved = np.asarray(run(k + 0.1 * mask[:, :, None, None] * rng.normal(size=k.shape).astype(np.float32), v))
+    assert (np.abs(moved - np.asarray(run(k, v))).max(axis=(1, 2, 3)) > 1e-4).all()
+
+
+@pytest.mark.parametrize("kernel", [functools.partial(xla_attention, query_chunk=4), reference_attention])
+def test_row_without_any_real_key_is_finite(rng, kernel):
+    q, k, v, mask = case(rng)
+    mask[3] = False
+    loss = lambda q, k, v: (kernel(q, k, v, mask) ** 2).sum()  # noqa: E731
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(q, k, v)
+    assert np.isfinite(value) and all(np.isfinite(g).all() for g in gradients)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "cpu", "cudnn", "splash_interpreted"])
+@pytest.mark.parametrize(("sizes", "masked"), [((2, 2, 2), True), ((1, 2, 4), False)])
+def test_same_on_any_mesh(rng, make_mesh, stand_in, kernel, sizes, masked):
+    if kernel == "cudnn" and jax.default_backend() == "gpu":
+        pytest.skip("cuDNN computes in bfloat16, this compares fp32")
+    q, k, v, mask = case(rng)
+    cotangent = rng.normal(size=(B, T, H, K)).astype(np.float32)
+
+    def run(sizes):
+        with jax.set_mesh(make_mesh(*sizes)):
+            put = lambda x: jax.device_put(x, mesh.HEADS_BTHK)  # noqa: E731
+            key_mask = jax.device_put(mask, mesh.TOKENS_BT) if masked else None
+            loss = lambda q, k, v: (attention(q, k, v, key_mask, kernel=kernel, query_chunk=4) * put(cotangent)).sum()  # noqa: E731
+            value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(put(q), put(k), put(v))
+            return [np.asarray(x) for x in (value, *gradients)]
+
+    for a, b in zip(run(sizes), run((1, 1, 1)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_softmax_is_fp32_for_bfloat16_inputs(rng):
+    q, k, v, mask = case(rng)
+    low = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    out = reference_attention(*low, mask)
+    assert out.dtype == jnp.bfloat16
+    exact = definition(*(np.asarray(x, np.float64) for x in low), mask)
+    assert np.abs(np.asarray(out, np.float64) - exact).max() < 0.02
+    text = str(jax.make_jaxpr(lambda q, k, v: reference_attention(q, k, v, mask))(*low))
+    assert not any("exp" in line.split() and "bf16" in line for line in text.splitlines())
+
+
+def test_unknown_kernel():
+    x = jnp.zeros((1, 2, 2, 4))
+    with pytest.raises(UserError, match="config.compute.attention='flash'.* xla, reference"):
+        attention(x, x, x, None, kernel="flash")

@@ -1,0 +1,329 @@
+"""The mask predictor against a plain float64 one, its initialisation, and its equality on any mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax.config import ComputeConfig, ModelConfig, UserError
+from llada_jax.devices import mesh
+from llada_jax.model import transformer as models
+from llada_jax.model.transformer import Transformer, initialise, merge, split
+
+CONFIG = ModelConfig(layers=2, width=32, heads=8, kv_heads=4, feed_forward=48, vocab_size=64, mask_id=63)
+TIED = dataclasses.replace(CONFIG, tied_embeddings=True, kv_heads=8)
+COMPUTE = ComputeConfig(dtype="float32", query_chunk=4, unroll=1)
+B, T = 4, 10
+
+
+@pytest.fixture(scope="module")
+def built():
+    """built(config, compute) -> the model on one device, made once."""
+
+    @functools.cache
+    def make(config=CONFIG, compute=COMPUTE) -> Transformer:
+        with jax.set_mesh(mesh.one_device_mesh()):
+            model = initialise(config, compute, jax.random.key(1))
+            graphdef, params = split(model)
+            # Norm weights of one would hide where they are applied.
+            noise = lambda x: x * (1 + 0.5 * jax.random.normal(jax.random.key(x.size), x.shape))  # noqa: E731
+            change = lambda path, x: noise(x) if path[-1].key.endswith("norm") else x  # noqa: E731
+            return merge(graphdef, jax.tree_util.tree_map_with_path(change, params))
+
+    return make
+
+
+@pytest.fixture
+def tokens(rng):
+    return rng.integers(0, 64, (B, T)).astype(np.int32)
+
+
+def plain(params, tokens, config, mask=None, order=1):
+    """The published architecture in float64 numpy, one row and one head at a time; order=-1 would turn RoPE round."""
+    as64 = lambda x: np.asarray(x, np.float64)  # noqa: E731
+    norm = lambda x, w: x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * w  # noqa: E731
+    blocks, width = {name: as64(x) for name, x in params["blocks"].items()}, config.width // config.heads
+    rows = []
+    for b, row in enumerate(tokens):
+        real = np.ones(len(row), bool) if mask is None else mask[b]
+        x = as64(params["embedding"])[row]
+        angle = order * np.arange(len(row))[:, None] / config.rope_theta ** (np.arange(0, width, 2) / width)
+        turn = np.exp(1j * angle)  # RoPE as complex numbers: component i and i + K / 2 form a pair
+
+        def rope(h, turn=turn):
+            z = (h[:, : width // 2] + 1j * h[:, width // 2 :]) * turn
+            return np.concatenate([z.real, z.imag], axis=-1)
+
+        for layer in range(config.layers):
+            w = {name: value[layer] for name, value in blocks.items()}
+            h, attended = norm(x, w["attn_norm"]), 0
+            for head in range(config.heads):
+                group = head // (config.heads // config.kv_heads)
+                q, k = rope(h @ w["q_proj"][:, head]), rope(h @ w["k_proj"][:, group])
+                scores = np.where(real, q @ k.T / np.sqrt(width), -np.inf)
+                weights = np.exp(scores - scores.max(-1, keepdims=True))
+                weights /= weights.sum(-1, keepdims=True)
+                attended = attended + weights @ (h @ w["v_proj"][:, group]) @ w["attn_out"][head]
+            x = x + attended
+            h = norm(x, w["ff_norm"])
+            gate = h @ w["ff_proj"]
+            x = x + (gate / (1 + np.exp(-gate)) * (h @ w["up_proj"])) @ w["ff_out"]
+        head_weight = as64(params["embedding"]).T if config.tied_embeddings else as64(params["head"])
+        rows.append(norm(x, as64(params["final_norm"])) @ head_weight)
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["grouped", "tied"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_equals_plain_form(built, tokens, config, padded):
+    model = built(config)
+    real = np.arange(T) < np.array([T, 1, 4, 9])[:, None]
+    real[3] = np.arange(T) >= 3  # padding on the left
+    mask = real if padded else None
+    logits = model(tokens, mask)
+    assert logits.shape == (B, T, 64) and logits.dtype == jnp.float32
+    expected = plain(split(model)[1], tokens, config, mask)
+    np.testing.assert_allclose(np.asarray(logits)[real], expected[real], rtol=2e-4, atol=2e-5)
+    # The comparison is fine enough to see RoPE turn the other way.
+    other = plain(split(model)[1], tokens, config, mask, order=-1)
+    assert np.abs(other - expected)[real].max() > 1e-2
+
+
+def test_parameter_counts_of_the_paper():
+    """Exactly the published numbers, without allocating a parameter."""
+    eight = ModelConfig(vocab_size=126464)
+    one = ModelConfig(layers=22, width=2048, heads=32, kv_heads=4, feed_forward=5634, vocab_size=126464)
+    baseline = ModelConfig(layers=28, width=4096, heads=32, kv_heads=8, feed_forward=13440, vocab_size=126464)
+    tied = ModelConfig(kv_heads=8, feed_forward=14336, vocab_size=155136, tied_embeddings=True)
+    assert models.parameter_count(eight) == 8_015_581_184
+    assert models.parameter_count(one) == 1_487_243_264
+    assert models.parameter_count(baseline) == 6_834_851_840
+    assert models.parameter_count(tied) == 7_615_025_152
+    assert models.parameter_count(one) - 2 * 2048 * 126464 == 969_246_720
+
+
+def test_abstract_model_states_shapes_and_shardings(make_mesh):
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        abstract = split(models.abstract_model(CONFIG, COMPUTE))[1]
+        real = split(initialise(CONFIG, COMPUTE, jax.random.key(1)))[1]
+    assert jax.tree.structure(abstract) == jax.tree.structure(real)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(abstract), jax.tree.leaves(real), strict=True):
+        assert isinstance(a, jax.ShapeDtypeStruct) and (a.shape, a.dtype) == (b.shape, b.dtype)
+        spec = mesh.PARAMETERS[path[-1].key]
+        if path[0].key == "blocks":
+            spec = jax.sharding.PartitionSpec(None, *spec)
+        assert tuple(a.sharding.spec) == tuple(b.sharding.spec) == tuple(spec), path
+        parts = b.size // b.addressable_shards[0].data.size
+        assert parts == (1 if path[-1].key.endswith("norm") else 4)  # fsdp x tensor
+
+
+def test_initial_sigmas(make_mesh):
+    """Normal truncated at 3 sigma, its sigma by matrix and layer; no two matrices share their numbers."""
+    config = ModelConfig(layers=4, width=128, heads=4, kv_heads=4, feed_forward=512, vocab_size=512)
+    with jax.set_mesh(make_mesh()):
+        params = jax.device_get(split(initialise(config, COMPUTE, jax.random.key(0)))[1])
+    truncated = 0.98658  # standard deviation of a standard normal cut at 3
+    seen = []
+
+    def check(x, sigma):
+        assert x.dtype == np.float32
+        assert x.std() == pytest.approx(truncated * sigma, rel=0.02)
+        assert abs(x.mean()) < 5 * sigma / np.sqrt(x.size)
+        assert 2.7 * sigma < np.abs(x).max() <= 3 * sigma * (1 + 1e-6)
+        seen.append(x.ravel()[:16384] / sigma)
+
+    check(params["embedding"], 128**-0.5)
+    check(params["head"], 128**-0.5)
+    for layer in range(4):
+        depth = (2 * (layer + 1)) ** -0.5
+        for name in ("q_proj", "k_proj", "v_proj", "ff_proj", "up_proj"):
+            check(params["blocks"][name][layer], 128**-0.5)
+        check(params["blocks"]["attn_out"][layer], 128**-0.5 * depth)
+        check(params["blocks"]["ff_out"][layer], 512**-0.5 * depth)
+    correlation = np.corrcoef(np.stack(seen)) - np.eye(len(seen))
+    assert np.abs(correlation).max() < 5 / np.sqrt(16384)
+    for norm in (params["final_norm"], params["blocks"]["attn_norm"], params["blocks"]["ff_norm"]):
+        np.testing.assert_array_equal(norm, 1)
+    assert set(params) == {"embedding", "blocks", "final_norm", "head"}
+
+
+@pytest.mark.parametrize(("sizes", "config"), [((2, 2, 2), CONFIG), ((1, 8, 1), CONFIG), ((1, 2, 4), TIED)])
+def test_same_parameters_and_logits_on_any_mesh(make_mesh, tokens, config, sizes):
+    real = np.arange(T) < np.array([T, 2, 7, T])[:, None]
+
+    def run(sizes):
+        with jax.set_mesh(make_mesh(*sizes)):
+            model = initialise(config, COMPUTE, jax.random.key(1))
+        return jax.tree.map(np.asarray, split(model)[1]), np.asarray(model(tokens, real))
+
+    (one, one_logits), (many, many_logits) = run((1, 1, 1)), run(sizes)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(many_logits, one_logits, rtol=1e-4, atol=1e-5)
+
+
+def test_every_token_sees_every_other(built, tokens):
+    """No causal mask: a change anywhere reaches every position, before and behind."""
+    model = built()
+    before = np.asarray(model(tokens))
+    for place in (0, 5, T - 1):
+        changed = tokens.copy()
+        changed[:, place] = (changed[:, place] + 1) % 64
+        assert (np.abs(np.asarray(model(changed)) - before).max(axis=-1) > 1e-4).all()
+
+
+def test_rows_do_not_see_each_other(built, tokens):
+    model = built()
+    changed = tokens.copy()
+    changed[1] = 0
+    before, after = np.asarray(model(tokens)), np.asarray(model(changed))
+    np.testing.assert_array_equal(np.delete(after, 1, axis=0), np.delete(before, 1, axis=0))
+
+
+def test_padding_is_not_attended_to(built, tokens):
+    """Whatever stands in the padding, the logits of real tokens are those of the row without it."""
+    model = built()
+    length = 6
+    real = np.broadcast_to(np.arange(T) < length, (B, T))
+    other = np.where(real, tokens, 63).astype(np.int32)
+    padded, changed = np.asarray(model(tokens, real)), np.asarray(model(other, real))
+    np.testing.assert_array_equal(padded[:, :length], changed[:, :length])
+    alone = np.asarray(model(tokens[:, :length]))
+    np.testing.assert_allclose(padded[:, :length], alone, rtol=1e-4, atol=1e-5)
+    assert np.abs(np.asarray(model(tokens))[:, :length] - alone).max() > 1e-2
+
+
+def test_only_distances_count_but_order_does(built, tokens):
+    """RoPE: the same text further right has the same logits; the same tokens in another order do not."""
+    model, length = built(), 6
+    alone = np.asarray(model(tokens[:, :length]))
+    right = np.concatenate([np.zeros((B, T - length), np.int32), tokens[:, :length]], axis=1)
+    real = np.broadcast_to(np.arange(T) >= T - length, (B, T))
+    np.testing.assert_allclose(np.asarray(model(right, real))[:, T - length :], alone, rtol=1e-3, atol=1e-4)
+    backwards = np.asarray(model(tokens[:, :length][:, ::-1]))[:, ::-1]
+    assert np.abs(backwards - alone).max() > 1e-2
+
+
+def test_rope_table_and_rotation():
+    cos, sin = models.rope_table(5, 8, 500_000.0)
+    for position in range(5):
+        for i in range(4):
+            angle = position * 500_000.0 ** (-2 * i / 8)
+            assert cos[position, i] == pytest.approx(np.cos(angle), abs=1e-6)
+            assert sin[position, i] == pytest.approx(np.sin(angle), abs=1e-6)
+    x = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8).repeat(5, axis=1)
+    turned = np.asarray(models.apply_rope(x, cos, sin))[0, :, 0]
+    np.testing.assert_array_equal(turned[0], np.arange(1.0, 9.0))
+    for i in range(4):  # the pair (i, i + K / 2) turns anticlockwise
+        z = complex(i + 1, i + 5) * np.exp(1j * 3 * 500_000.0 ** (-2 * i / 8))
+        np.testing.assert_allclose([turned[3, i], turned[3, i + 4]], [z.real, z.imag], rtol=1e-5)
+
+
+def test_rms_norm_casts_back_before_the_weight(rng):
+    x, weight = rng.normal(size=(3, 16)).astype(np.float32) * 7, rng.normal(size=16).astype(np.float32)
+    expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
+    np.testing.assert_allclose(models.rms_norm(jnp.asarray(x), jnp.asarray(weight), 1e-5), expected, rtol=1e-5)
+    low = models.rms_norm(jnp.asarray(x, jnp.bfloat16), jnp.asarray(weight), 1e-5)
+    as_bf16 = np.asarray(x, jnp.bfloat16).astype(np.float32)
+    inner = (as_bf16 / np.sqrt((as_bf16**2).mean(-1, keepdims=True) + 1e-5)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(np.asarray(low), inner * weight.astype(jnp.bfloat16))
+    assert not np.asarray(models.rms_norm(jnp.zeros((1, 4)), jnp.ones(4), 1e-5)).any()
+
+
+def test_remat_and_unroll_change_no_gradient(built, tokens):
+    """Recomputing within a layer and unrolling layers are matters of speed and memory."""
+    real = np.arange(T) < np.array([T, 2, 7, T])[:, None]
+    params = split(built())[1]
+
+    def gradients(compute):
+        with jax.set_mesh(mesh.one_device_mesh()):
+            graphdef = split(models.abstract_model(CONFIG, compute))[0]
+            placed = mesh.place_rows(tokens, real)
+
+            def loss(params):
+                model = merge(graphdef, params)
+                return (jax.nn.log_softmax(model.logits(model.trunk(*placed))) ** 2).mean()
+
+            return jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(params))
+
+    reference = gradients(ComputeConfig(dtype="float32", remat="none", unroll=1, attention="reference"))
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(reference))
+    for remat, unroll, attention in (("full", 1, "xla"), ("dots", 2, "xla"), ("none", 0, "xla")):
+        compute = ComputeConfig(dtype="float32", remat=remat, unroll=unroll, attention=attention, query_chunk=4)
+        for a, b in zip(jax.tree.leaves(gradients(compute)), jax.tree.leaves(reference), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max() + 1e-9)
+
+
+def test_full_remat_keeps_less_than_none(built):
+    """What the forward pass keeps for the backward pass."""
+
+    def kept(remat):
+        compute = ComputeConfig(dtype="float32", remat=remat)
+        with jax.set_mesh(mesh.one_device_mesh()):
+            graphdef, params = split(models.abstract_model(CONFIG, compute))
+            tokens = jax.ShapeDtypeStruct((B, 64), jnp.int32)
+            run = jax.jit(jax.grad(lambda p, t: merge(graphdef, p).trunk(*mesh.place_rows(t)).sum()))
+            return run.lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
+
+    assert kept("full") < kept("none")
+
+
+def test_bfloat16_is_close_to_fp32(built, tokens):
+    model = built()
+    low = built(CONFIG, dataclasses.replace(COMPUTE, dtype="bfloat16"))
+    exact, rough = np.asarray(model(tokens)), low(tokens)
+    assert rough.dtype == jnp.float32  # logits are, whatever the compute dtype
+    difference = np.abs(np.asarray(rough) - exact)
+    assert 0 < difference.mean() < 0.02 * exact.std()
+    assert difference.max() < 0.15 * exact.std()
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(split(low)[1]))
+    with jax.set_mesh(mesh.one_device_mesh()):
+        assert jax.eval_shape(low.trunk, *mesh.place_rows(tokens)).dtype == jnp.bfloat16
+
+
+def test_compute_dtype():
+    assert models.compute_dtype(ComputeConfig()) == jnp.float32  # on CPU
+    assert models.compute_dtype(ComputeConfig(dtype="bfloat16")) == jnp.bfloat16
+    with pytest.raises(UserError, match=r"config\.compute\.dtype='float16'"):
+        models.compute_dtype(ComputeConfig(dtype="float16"))
+
+
+def test_tied_head_is_the_embedding(built):
+    model = built(TIED)
+    assert "head" not in split(model)[1]
+    np.testing.assert_array_equal(np.asarray(model.head_weight()), np.asarray(model.embedding[...]).T)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 2, 4)])
+def test_embedding_lookup_and_its_gradient(make_mesh, rng, sizes):
+    table, ids = rng.normal(size=(16, 8)).astype(np.float32), rng.integers(0, 16, (4, 5)).astype(np.int32)
+    ids[:, :3] = 15  # as MASK: many positions share one row
+    cotangent = rng.normal(size=(4, 5, 8)).astype(np.float32)
+    with jax.set_mesh(make_mesh(*sizes)):
+        put, weight = jax.device_put(table, mesh.PARAMETERS["embedding"]), jax.device_put(cotangent, mesh.HIDDEN_BTD)
+        place = jax.device_put(ids, mesh.TOKENS_BT)
+        run = jax.jit(lambda table: jax.vjp(lambda t: models.embed(t, place, jnp.float32), table))
+        out, backward = run(put)
+        gradient = backward(weight)[0]
+    np.testing.assert_array_equal(np.asarray(out), table[ids])
+    expected = np.zeros_like(table)
+    np.add.at(expected, ids, cotangent)
+    np.testing.assert_allclose(np.asarray(gradient), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_split_and_merge_are_inverse(built):
+    graphdef, params = split(built())
+    again = split(merge(graphdef, params))
+    assert again[0] == graphdef and jax.tree.structure(again[1]) == jax.tree.structure(params)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(params))
+
+
+def test_config_of_a_model_is_its_own(make_mesh):
+    config = ModelConfig(layers=1, width=8, heads=2, kv_heads=2, feed_forward=8, vocab_size=8)
+    with jax.set_mesh(make_mesh()):
+        model = models.abstract_model(config, COMPUTE)
+    config.layers = 99
+    assert model.config.layers == 1

@@ -1,0 +1,220 @@
+"""Plans for TPUs and GPUs that are not here. Small ones run where their compilers are installed; those of the paper's
+8B model (`pytest -m plans`) take minutes each."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+
+import jax
+import pytest
+from paths import ROOT
+
+from llada_jax.config import Config, UserError
+from llada_jax.devices import hardware, mesh
+from llada_jax.planning import estimate, topology
+from llada_jax.training import metrics
+
+needs_tpu_compiler = pytest.mark.skipif(
+    not topology.installed("v5e"), reason='the TPU compiler is not installed: pip install "jax[tpu]"'
+)
+needs_gpu_compiler = pytest.mark.skipif(
+    not topology.installed("h200"), reason='the GPU compiler is not installed: pip install "jax[cuda13]"'
+)
+
+
+def small(**changes) -> Config:
+    config = Config(steps=1000, batch_size=16, sequence_length=256)
+    for name, value in {"layers": 3, "width": 256, "heads": 2, "kv_heads": 2, "feed_forward": 512}.items():
+        setattr(config.model, name, value)
+    config.model.vocab_size = 1024
+    config.data.path, config.compute.loss_chunk = "none", 128
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """As in `python -m llada_jax.plan`: the tests' high matmul precision is not for bfloat16 kernels."""
+    topology.prepare_environment()
+    jax.config.update("jax_enable_compilation_cache", False)
+    with jax.default_matmul_precision("default"):
+        yield
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+@needs_tpu_compiler
+def test_plan_of_a_small_model_on_tpu():
+    record, text = estimate.plan(small(accumulation=2), "v5e:2x2")
+    assert record["fits"] and record["chips"] == 4 and record["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
+    assert record["compute"]["attention"] == "splash" and record["compute"]["dtype"] == "bfloat16"
+    assert record["parameters"] == 3 * (4 * 256 * 256 + 3 * 256 * 512 + 2 * 256) + 2 * 1024 * 256 + 256
+    # Three fp32 numbers per parameter, a quarter of them on each chip, and little else.
+    arguments = 12 * record["parameters"] / 4
+    assert arguments < record["argument_bytes"] < 1.1 * arguments
+    assert record["argument_bytes"] < record["peak_bytes"] < record["memory_bytes"]
+    assert record["flops_per_step"] == metrics.flops_per_token(small().model, 256) * 16 * 256
+    # The least that fsdp moves in bf16: all layers' weights twice (forward, backward) in each of two micro-batches,
+    # the head once in each; every chip receives the three quarters that it does not hold.
+    layers = 3 * (4 * 256 * 256 + 3 * 256 * 512)
+    gathered = record["collectives"]["all-gather"]["link_bytes"]
+    least = 2 * 2 * 0.75 * (2 * layers + 1024 * 256)
+    assert least < gathered < 1.2 * least
+    assert record["floor_seconds"]["network"] == 0
+    assert "tpu_custom_call" in text
+    page = estimate.page(record)
+    assert "v5e:2x2: 4 chips" in page and page.endswith("\nfits")
+
+
+@needs_tpu_compiler
+def test_two_slices_reduce_over_the_network_once_per_step():
+    config = small()
+    config.mesh.data = 2
+    record, _ = estimate.plan(config, "2xv5e:2x2")
+    assert record["slices"] == 2 and record["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+    crossed = sum(sums["network_bytes"] for sums in record["collectives"].values())
+    # Each chip's quarter of the gradients, bf16 in the layers and fp32 for embedding and head, out and back.
+    layers = 3 * (4 * 256 * 256 + 3 * 256 * 512)
+    expected = (2 * layers + 4 * 2 * 1024 * 256) / 4
+    assert 0.9 * expected < crossed < 1.5 * expected
+    config.mesh.data = 1
+    with pytest.raises(UserError, match="config.mesh.data=1 is not a multiple of the 2 slices"):
+        estimate.plan(config, "2xv5e:2x2")
+
+
+@needs_tpu_compiler
+def test_too_large_a_program_does_not_fit():
+    config = small(batch_size=4, sequence_length=65_536)
+    config.compute.remat = "none"
+    config.model.layers, config.model.feed_forward = 48, 16_384
+    record, text = estimate.plan(config, "v5e:2x2")
+    assert not record["fits"] and "G" in record["why"] and text == ""
+    assert "does not fit: " in estimate.page(record)
+
+
+@needs_gpu_compiler
+def test_plan_of_a_small_model_on_gpu():
+    record, text = estimate.plan(small(), "2xh200:2")
+    assert record["fits"] and record["compute"]["attention"] == "cudnn"
+    assert "fmha" in text
+    assert record["collectives"]["all-gather"]["link_bytes"] > 0
+    assert record["floor_seconds"]["network"] > 0  # fsdp over both nodes
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize("name", ["v5e:2x2", "v6e:2x2", "v5p:2x2x1"])
+def test_compiler_options_are_known_to_the_compiler(name):
+    devices = topology.describe(name).devices
+    options = hardware.compiler_options(devices[0])
+    assert options and hardware.chip_of(devices[0].device_kind) == hardware.chip_named(name.split(":")[0])
+    one = mesh.mesh_over((1, len(devices), 1), devices)
+    x = jax.ShapeDtypeStruct((8, 8), "float32", sharding=jax.NamedSharding(one, jax.P("fsdp", None)))
+    jax.jit(lambda x: x + 1, compiler_options=options).lower(x).compile()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        jax.jit(lambda x: x + 1, compiler_options=options | {"xla_no_such_option": True}).lower(x).compile()
+
+
+def test_turns_of_the_loss_are_those_of_a_device():
+    config = small()  # 16 x 256 positions, chunks of 128
+    assert estimate.loss_turns(config, 4) == 4  # 512 of 1024 positions
+    config.accumulation = 2
+    assert estimate.loss_turns(config, 4) == 2
+    config.mesh.tensor = 2  # two devices share the rows of one
+    assert estimate.loss_turns(config, 4) == 4
+    config.compute.loss_chunk = 10_000
+    assert estimate.loss_turns(config, 4) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [("compute", "remat"), ("diffusion", "objective"), ("compute", "attention")]
+)
+def test_names_are_checked_as_in_training(group, name):
+    config = small()
+    setattr(getattr(config, group), name, "bogus")
+    with pytest.raises(UserError, match=f"config.{group}.{name}='bogus': choose one of"):
+        estimate.plan(config, "v5e:2x2")
+
+
+def test_vocabulary_must_be_known():
+    config = small()
+    config.model.vocab_size = 0
+    with pytest.raises(UserError, match="config.model.vocab_size is 0"):
+        estimate.plan(config, "v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("v5p", r"write \[SLICESx\]CHIP:SHAPE"),
+        ("0xv5p:2x2x1", r"write \[SLICESx\]CHIP:SHAPE"),
+        ("v9:2x2", "no chip 'v9': choose from v5e"),
+        ("h200:2x2", "GPUs are counted"),
+        ("h200:0", "no such number of chips"),
+        ("99999xv5p:4x4x8", "no such number of chips"),
+        ("v5e:16x16x2", "no such number of chips"),
+        ("v5e:2x2x2", "v5e has 2 dimensions"),
+        pytest.param("v5e:3x3", "no such slice", marks=needs_tpu_compiler),
+    ],
+)
+def test_topologies_that_do_not_exist(text, problem):
+    with pytest.raises(UserError, match=problem):
+        topology.describe(text)
+
+
+def test_compiler_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
+    for text, extra in (("v5e:2x2", "tpu"), ("h200:8", "cuda13")):
+        with pytest.raises(UserError, match=rf"jax\[{extra}\]"):
+            topology.describe(text)
+
+
+def test_a_mistake_ends_in_one_line():
+    flags = ["--config=configs/8b.py:v9", "--topology=v5e:2x2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "llada_jax.plan", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 2
+    assert "configs/8b.py:v9: choose one of v5e-16x16" in done.stderr and done.stderr.count("\n") == 1
+
+
+HARDWARE = runpy.run_path(str(ROOT / "configs" / "8b.py"))["HARDWARE"]
+
+
+@pytest.mark.plans
+@pytest.mark.parametrize("name", [name for name in HARDWARE if name])
+def test_the_8b_configs_fit(name):
+    target = name.replace("-", ":", 1)
+    if not topology.installed(topology.parse(target)[1].name):
+        pytest.skip(f"the compiler for {target} is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "llada_jax.plan", f"--config=configs/8b.py:{name}", f"--topology={target}", "--json"],
+        cwd=ROOT, capture_output=True, text=True, timeout=1800, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["fits"]
+
+
+@pytest.mark.parametrize("name", [name for name in HARDWARE if name])
+def test_the_recorded_8b_plans_are_of_these_configs(name):
+    """benchmarks/plans/NAME.json, made by benchmarks/plans.sh, must be made anew when the config changes."""
+    record = json.loads((ROOT / "benchmarks" / "plans" / f"{name}.json").read_text())
+    assert record["fits"] and record["topology"] == name.replace("-", ":", 1)
+    wanted = HARDWARE[name]
+    assert (record["accumulation"], record["compute"]["remat"], record["mesh"]["data"]) == wanted
+    assert record["sequences_per_step"] * record["sequence_length"] == 1280 * 4096
+    assert record["parameters"] == 8_015_581_184
+
+
+TUNING = runpy.run_path(str(ROOT / "configs" / "8b_sft.py"))["HARDWARE"]
+
+
+@pytest.mark.parametrize("name", [name for name in TUNING if name])
+def test_the_recorded_tuning_plans_are_of_these_configs(name):
+    record = json.loads((ROOT / "benchmarks" / "plans" / f"8b_sft-{name}.json").read_text())
+    wanted = TUNING[name]
+    assert record["fits"] and record["topology"] == name.removeprefix("lora-").replace("-", ":", 1)
+    assert (record["accumulation"], record["compute"]["remat"]) == (wanted.accumulation, wanted.remat)
+    assert record["sequences_per_step"] * record["sequence_length"] == 256 * 4096
+    assert record["parameters"] == 8_015_581_184 and record["adapter_parameters"] == wanted.rank * 2_621_440

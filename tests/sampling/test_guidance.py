@@ -1,0 +1,35 @@
+"""Guidance is Eq. 16, on hidden states as on logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llada_jax.devices import mesh
+from llada_jax.model.transformer import initialise
+from llada_jax.sampling.guidance import guide, guided_trunk
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_logits_of_guided_hidden_states_are_equation_16(toy, make_mesh, rng, sizes):
+    tokens = rng.integers(0, 16, (4, 6)).astype(np.int32)
+    given = np.arange(6) < np.array([0, 1, 3, 6])[:, None]
+    real = np.array([6, 5, 6, 6], np.int32)
+    with jax.set_mesh(make_mesh(*sizes)):
+        model = initialise(toy.config, toy.compute, jax.random.key(3))
+        guided = jax.jit(lambda m, x, g, n, w: m.logits(guided_trunk(m, x, g, n, w)))
+        got = np.asarray(guided(model, *mesh.place_rows(tokens, given, real), 1.5))
+    attended = np.arange(6) < real[:, None]
+    with_prompt = np.asarray(toy.model(tokens, attended), np.float64)
+    without = np.asarray(toy.model(np.where(given, toy.config.mask_id, tokens).astype(np.int32), attended), np.float64)
+    wanted = without + 2.5 * (with_prompt - without)
+    np.testing.assert_allclose(got[attended], wanted[attended], atol=2e-5)
+    assert np.abs(wanted - with_prompt)[1:].max() > 0.1  # guidance does something
+    np.testing.assert_allclose(got[0], with_prompt[0], atol=1e-5)  # nothing given: nothing to guide by
+
+
+def test_combination_is_rounded_once(rng):
+    """In fp32, though the hidden states are bfloat16."""
+    h_cond, h_un = (jnp.asarray(rng.normal(size=(1, 4, 50)), jnp.bfloat16) for _ in range(2))
+    wanted = np.asarray(h_un, np.float64) + 2.5 * (np.asarray(h_cond, np.float64) - np.asarray(h_un, np.float64))
+    np.testing.assert_array_equal(guide(h_cond, h_un, 1.5), jnp.asarray(wanted, jnp.float32).astype(jnp.bfloat16))

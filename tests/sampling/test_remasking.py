@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain_sampler
+import pytest
+
+from llada_jax.sampling.remasking import choose, gumbel, schedule
+
+
+@pytest.mark.parametrize("block_length", [1, 3, 6, 64])
+def test_schedule_is_the_plain_one(block_length):
+    """Every number of masks and of steps: uneven, short last block, fewer steps than blocks, surplus steps."""
+    masks_B = jnp.arange(40)
+    compiled = jax.jit(lambda steps, step: schedule(masks_B, steps, block_length, step))
+    for steps in (1, 2, 3, 5, 7, 11, 16, 39, 64, 200):
+        expected = [plain_sampler.schedule(int(masks), steps, block_length) for masks in masks_B]
+        for step in range(max(map(len, expected)) + 2):
+            block_B, inner_B, count_B, total_B = map(np.asarray, compiled(steps, step))
+            assert total_B.tolist() == [len(row) for row in expected]
+            for i, row in enumerate(expected):
+                if step < len(row):
+                    assert (block_B[i], inner_B[i], count_B[i]) == row[step], (i, steps, step)
+                else:
+                    assert count_B[i] == 0
+
+
+def test_choose_leaves_out_what_is_not_allowed_but_not_from_the_softmax():
+    logits = jnp.array([[[5.0, 1.0, 2.0, 9.0]]])
+    allowed = jnp.array([False, True, True, False])
+    token, probability = choose(logits, None, allowed)
+    assert token.tolist() == [[2]]
+    np.testing.assert_allclose(probability, jax.nn.softmax(logits)[:, :, 2], rtol=1e-6)
+    noise = jnp.array([[[0.0, 3.0, 0.0, 0.0]]])
+    token, probability = choose(logits, noise, allowed)
+    assert token.tolist() == [[1]]
+    np.testing.assert_allclose(probability, jax.nn.softmax(logits)[:, :, 1], rtol=1e-6)
+    near_one = jnp.zeros((1, 2, 300)).at[0, :, 7].set(jnp.array([30.0, 31.0]))
+    scores = choose(near_one, None, jnp.ones(300, bool))[1][0]
+    np.testing.assert_allclose(scores, 1 / (1 + 299 * np.exp([-30.0, -31.0])), rtol=1.2e-7)
+
+
+@pytest.fixture(scope="module")
+def on_one_device(make_mesh):
+    with jax.set_mesh(make_mesh()):
+        yield
+
+
+def test_unsure_tokens_may_be_chosen_but_have_no_part_in_the_softmax():
+    logits, unsure = jnp.array([[[5.0, 1.0, 2.0, 9.0]]]), jnp.array([True, False, False, False])
+    token, probability = choose(logits, None, jnp.array([True, True, True, False]), unsure)
+    assert token.tolist() == [[0]] and probability.tolist() == [[0.0]]
+    token, probability = choose(logits, None, jnp.array([False, True, True, False]), unsure)
+    assert token.tolist() == [[2]]
+    np.testing.assert_allclose(probability, jax.nn.softmax(logits[:, :, 1:])[:, :, 1], rtol=1e-6)
+
+
+def test_draws_have_the_frequencies_of_the_softmax(on_one_device):
+    """Each of 10 tokens of probability 0.53 to 1e-4, at temperature 0.8."""
+    draws, temperature = 200_000, 0.8
+    logits = jnp.array([0.0, -0.5, -1, -2, -3, -4, -5, -6, -6.5, -7])
+    keys = jax.random.split(jax.random.key(0), (1, draws))
+    noise = temperature * jax.jit(gumbel, static_argnums=1)(keys, 10)
+    tokens, _ = choose(jnp.broadcast_to(logits, noise.shape), noise, jnp.ones(10, bool))
+    counts = np.bincount(np.asarray(tokens[0]), minlength=10)
+    expected = draws * np.asarray(jax.nn.softmax(logits / temperature), np.float64)
+    assert ((counts - expected) ** 2 / expected).sum() < 27.9  # chi square, 9 degrees of freedom, 0.1 %
+
+
+def test_rare_noise_is_there(on_one_device):
+    """Beyond 16 lies 1.1e-7 of the Gumbel distribution, beyond what 23-bit uniforms can give.
+
+    With a vocabulary of 10^5 such noise decides every hundredth draw.
+    """
+    bounds = (10.0, 16.0, 18.0)
+    draw = jax.jit(lambda key: jnp.stack([jnp.sum(gumbel(key, 2**20) > x, dtype=jnp.int32) for x in bounds]))
+    many, few, very_few = np.sum([draw(jax.random.split(jax.random.key(i), (1, 8))) for i in range(16)], axis=0)
+    drawn = 2**27
+    assert abs(many / (drawn * -np.expm1(-np.exp(-10.0))) - 1) < 0.05  # 6,093 expected, 4 sigma
+    assert 5 <= few <= 29 and very_few <= 9  # 15.1 and 2.0 expected

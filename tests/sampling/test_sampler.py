@@ -1,0 +1,296 @@
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain_sampler
+import pytest
+from paths import PARITY
+
+import llada_jax
+from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig, UserError
+from llada_jax.model.transformer import initialise, merge, split
+from llada_jax.sampling import sampler
+from llada_jax.sampling.sampler import denoise, denoise_steps, generate
+
+MASK = 60
+SIZES = ModelConfig(
+    layers=2, width=32, heads=4, kv_heads=2, feed_forward=96, vocab_size=64, mask_id=MASK, token_count=62
+)
+PROMPT_LENGTH, GEN_LENGTH = 9, 16
+ENDS = {"eos_id": 22, "eot_id": 11}  # tokens that this model likes
+
+
+def make_model(mesh):
+    with jax.set_mesh(mesh):
+        return initialise(SIZES, ComputeConfig(dtype="float32"), jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def model(make_mesh):
+    return make_model(make_mesh())
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Three prompts, left-padded, two of them with MASK tokens of their own; the padding has some too."""
+    prompt_BT = np.random.default_rng(0).integers(0, MASK, (3, PROMPT_LENGTH))
+    real_BT = np.ones(prompt_BT.shape, bool)
+    real_BT[1, :4] = False
+    prompt_BT[1, 2] = MASK  # padding: nothing to fill
+    prompt_BT[0, 3] = MASK
+    prompt_BT[2, 2:5] = MASK
+    return prompt_BT, real_BT
+
+
+COMPILED: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
+)
+
+
+def settings(**changes) -> SamplerConfig:
+    return SamplerConfig(**({"steps": 11, "gen_length": GEN_LENGTH, "block_length": 6} | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"steps": 60},
+        {"steps": 2},
+        {"temperature": 0.7, "remasking": "random"},
+        {"temperature": 1.3},
+        {"gen_length": 0, "steps": 2, "block_length": 2},
+        {"cfg_scale": 1.5},
+        {"cfg_scale": 0.5, "temperature": 0.7, "remasking": "random"},
+        {"logits_eos_inf": True, **ENDS},
+        {"confidence_eos_eot_inf": True, **ENDS},
+        {"confidence_eos_eot_inf": True, "temperature": 1.3, **ENDS},
+        {"confidence_eos_eot_inf": True, "temperature": 0.7, "remasking": "random", **ENDS},
+        {"stop_at_end": True, "block_length": 4, **ENDS},
+        {"stop_at_end": True, "block_length": 5, "steps": 19, **ENDS},  # EOS first in a block that goes on
+    ],
+    ids="uneven surplus fewer-than-blocks random sampled infilling guided guided-random no-eos late-eos "
+    "late-eos-sampled late-eos-random stop stop-after-the-block".split(),
+)
+def test_generate_is_the_plain_sampler(model, prompts, changes):
+    config, key = settings(**changes), jax.random.key(3)
+    out_BT = np.asarray(generate(model, prompts[0], config, key, prompts[1]))
+    np.testing.assert_array_equal(out_BT, plain_sampler.generate(model, prompts, config, key))
+    prompt_BT = out_BT[:, :PROMPT_LENGTH]
+    kept_BT = (prompts[0] != MASK) | ~prompts[1]
+    assert (prompt_BT == prompts[0])[kept_BT].all() and (prompt_BT != MASK)[~kept_BT].all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "sampled"])
+def test_a_row_is_the_same_alone_as_in_a_batch(model, prompts, temperature):
+    config = settings(temperature=temperature)
+    prompt_BT, real_BT = prompts
+    keys = jax.random.split(jax.random.key(5), 3)
+    together_BT = np.asarray(generate(model, prompt_BT, config, keys, real_BT))
+    alone_T = np.asarray(generate(model, prompt_BT[1:2, 4:], config, keys[1:2]))[0]
+    np.testing.assert_array_equal(together_BT[1, 4:], alone_T)
+    np.testing.assert_array_equal(together_BT[1, :4], prompt_BT[1, :4])
+    order = np.array([1, 2, 0])  # another place in the batch
+    moved_BT = np.asarray(generate(model, prompt_BT[order], config, keys[order], real_BT[order]))
+    np.testing.assert_array_equal(moved_BT, together_BT[order])
+    if temperature:
+        twice = np.array([0, 0, 1])
+        same_BT = np.asarray(generate(model, prompt_BT[twice], config, jax.random.key(5), real_BT[twice]))
+        assert (same_BT[0] != same_BT[1]).any(), "rows of one key must not share their noise"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"logits_eos_inf": True}, {"confidence_eos_eot_inf": True, "temperature": 1.3}],
+    ids=["never", "late"],
+)
+def test_rules_for_eos_change_what_comes_out(model, prompts, changes):
+    key, ruled = jax.random.key(3), settings(**ENDS, **changes)
+    free = settings(**ENDS, temperature=ruled.temperature)
+    ruled_BT, free_BT = (np.asarray(generate(model, prompts[0], c, key, prompts[1])) for c in (ruled, free))
+    assert (ruled_BT != free_BT).any()
+    assert 22 in free_BT[:, PROMPT_LENGTH:]
+    if "logits_eos_inf" in changes:
+        assert 22 not in ruled_BT[:, PROMPT_LENGTH:]
+
+
+def test_blocks_after_the_end_are_not_computed(model, prompts):
+    """Both rows end; the program stops with the later one, and the rest is EOS."""
+    rows, key = np.array([1, 2]), jax.random.key(3)
+    prompt_BT, real_BT = (x[rows] for x in prompts)
+    config = settings(block_length=4, steps=19, **ENDS)
+    whole_BT = np.asarray(generate(model, prompt_BT, config, key, real_BT))
+    stopping = dataclasses.replace(config, stop_at_end=True)
+    stopped_BT = np.asarray(generate(model, prompt_BT, stopping, key, real_BT))
+    steps = list(denoise_steps(model, prompt_BT, stopping, key, real_BT))
+    np.testing.assert_array_equal(steps[-1][0], stopped_BT)
+    assert len(steps) < len(list(denoise_steps(model, prompt_BT, config, key, real_BT)))
+    for whole_T, stopped_T in zip(whole_BT[:, PROMPT_LENGTH:], stopped_BT[:, PROMPT_LENGTH:], strict=True):
+        end = int(np.isin(whole_T, (22, 11)).argmax())
+        np.testing.assert_array_equal(stopped_T[: end + 1], whole_T[: end + 1])
+        assert (stopped_T[end + 8 :] == 22).all() and MASK not in stopped_T
+    assert (stopped_BT != whole_BT).any()
+
+
+@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("name", ["mha", "gqa"])
+def test_tokens_are_those_of_the_published_code(name, case):
+    """Also guided, and with EOS and EoT least confident; left-padded, steps that do not divide evenly."""
+    model, _ = llada_jax.load(PARITY / name)
+    cases = np.load(PARITY / name / "cases.npz")
+    config = llada_jax.SamplerConfig(**json.loads(str(cases["settings"]))[case], eot_id=501)
+    key = jax.random.key(0)
+    out_BT = generate(model, cases["prompt"], config, key, cases["prompt_mask"])
+    np.testing.assert_array_equal(out_BT, cases[f"gen{case}"])
+    if config.cfg_scale:
+        alone_BT = generate(model, cases["prompt"][1:, 9:], config, key)  # no padding, no mask
+        np.testing.assert_array_equal(alone_BT[0], cases[f"gen{case}"][1, 9:])
+
+
+def test_step_by_step_is_one_call(model, prompts):
+    config, key = settings(temperature=0.7, remasking="random"), jax.random.key(3)
+    one_call_BT = np.asarray(generate(model, prompts[0], config, key, prompts[1]))
+    COMPILED.clear()
+    steps = list(denoise_steps(model, prompts[0], config, key, prompts[1]))
+    assert not COMPILED
+    np.testing.assert_array_equal(steps[-1][0], one_call_BT)
+    expected = [plain_sampler.schedule(masks, config.steps, config.block_length) for masks in (17, 16, 19)]
+    counts = [revealed_BT.sum(axis=1).tolist() for _, revealed_BT in steps[1:]]
+    assert counts == [[step[2] if step else 0 for step in row] for row in itertools.zip_longest(*expected)]
+    for (before_BT, _), (after_BT, revealed_BT) in itertools.pairwise(steps):
+        assert (before_BT == after_BT)[~revealed_BT].all() and (before_BT == MASK)[revealed_BT].all()
+
+
+def test_a_single_token(model):
+    """The smallest shapes there are: one row, one MASK."""
+    config, key = settings(gen_length=1, block_length=1, steps=1), jax.random.split(jax.random.key(0), 2)
+    for prompt_BT in (np.zeros((2, 0), int), np.array([[7], [7]])):
+        two_BT = np.asarray(generate(model, prompt_BT, config, key))
+        np.testing.assert_array_equal(generate(model, prompt_BT[:1], config, key[:1]), two_BT[:1])
+
+
+def test_nothing_to_fill(model):
+    prompt_BT = np.arange(10).reshape(2, 5)
+    config = settings(gen_length=0)
+    np.testing.assert_array_equal(generate(model, prompt_BT, config, jax.random.key(0)), prompt_BT)
+    assert len(list(denoise_steps(model, prompt_BT, config, jax.random.key(0)))) == 1
+    assert generate(model, prompt_BT[:, :0], config, jax.random.key(0)).shape == (2, 0)
+
+
+def test_new_values_compile_nothing(model, prompts):
+    COMPILED.clear()
+    jax.jit(lambda x: x + 1)(np.zeros(77))
+    assert COMPILED, "the counter counts"
+    generate(model, prompts[0], settings(temperature=0.7), jax.random.key(0), prompts[1])
+    COMPILED.clear()
+    other, key = settings(temperature=0.2, steps=5), jax.random.key(1)
+    with jax.transfer_guard("disallow"):  # as in the training loop
+        generate(model, (prompts[0] + 1) % MASK, other, key, prompts[1])
+    list(itertools.islice(denoise_steps(model, prompts[0], other, jax.random.key(2), prompts[1]), 3))
+    assert not COMPILED
+
+
+def test_eight_devices_are_one(model, make_mesh, prompts):
+    """Rows, parameters and vocabulary split: also the noise is the same."""
+    config, key = settings(temperature=0.7, remasking="random"), jax.random.key(3)
+    mesh = make_mesh(2, 2, 2)
+    sharded = make_model(mesh)
+    expected_BT = np.asarray(generate(model, prompts[0], config, key, prompts[1]))
+    np.testing.assert_array_equal(generate(sharded, prompts[0], config, key, prompts[1]), expected_BT)
+    COMPILED.clear()
+    with jax.set_mesh(mesh), jax.transfer_guard("disallow"):  # from within a trainer
+        live_BT = generate(merge(*split(sharded)), prompts[0], config, key, prompts[1])
+    assert not COMPILED
+    np.testing.assert_array_equal(live_BT, expected_BT)
+
+
+def test_the_head_in_chunks_is_the_head_at_once(model, prompts, monkeypatch):
+    config, key = settings(temperature=1.0), jax.random.key(3)
+    at_once_BT = np.asarray(generate(model, prompts[0], config, key, prompts[1]))
+    monkeypatch.setattr(sampler, "HEAD_CHUNK", 4)
+    denoise.clear_cache()
+    np.testing.assert_array_equal(generate(model, prompts[0], config, key, prompts[1]), at_once_BT)
+    denoise.clear_cache()
+
+
+def shapes_in(jaxpr) -> set[tuple[int, ...]]:
+    """Shapes of all arrays in a jaxpr and the jaxprs within."""
+    shapes = set()
+    for equation in jaxpr.eqns:
+        shapes |= {getattr(v.aval, "shape", ()) for v in equation.outvars}
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+            if hasattr(inner := getattr(value, "jaxpr", value), "eqns"):
+                shapes |= shapes_in(inner)
+    return shapes
+
+
+def test_the_head_sees_the_active_block_only(model, prompts):
+    config = sampler.resolve(settings(), model)
+    with sampler.mesh.mesh_of(model.embedding[...]):
+        rows, tokens_BT = sampler._start(model, prompts[0], config, jax.random.key(0), prompts[1])
+        dials, static = sampler._arguments(config)
+        zero = sampler._scalar(0)
+        closed = jax.make_jaxpr(lambda m, r, t: denoise(m, r, t, zero, zero, dials, config=static))(
+            model, rows, tokens_BT
+        )
+    logits = {shape for shape in shapes_in(closed.jaxpr) if shape[:1] == (3,) and shape[-1] == SIZES.vocab_size}
+    assert logits == {(3, 6, SIZES.vocab_size)}
+
+
+def test_equal_scores_go_to_the_lowest_position(model):
+    params = split(model)[1]
+    params["head"] = jnp.zeros_like(params["head"])
+    flat = merge(split(model)[0], params)
+    steps = list(denoise_steps(flat, np.zeros((1, 3), int), settings(steps=16, block_length=16), jax.random.key(0)))
+    assert [int(revealed_BT[0].argmax()) for _, revealed_BT in steps[1:]] == list(range(3, 19))
+    assert (steps[-1][0] == 0).all()
+
+
+def test_never_a_token_that_is_none(model, prompts):
+    """MASK and the ids that fill up the vocabulary, at a temperature at which all tokens are alike."""
+    few = merge(*split(model))
+    few.config = dataclasses.replace(few.config, token_count=8, mask_id=5)
+    prompt_BT = prompts[0] * 0
+    out_BT = np.asarray(generate(few, prompt_BT, settings(temperature=50.0), jax.random.key(0)))
+    assert set(out_BT[:, PROMPT_LENGTH:].ravel().tolist()) == {0, 1, 2, 3, 4, 6, 7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"block_length": 0}, "block_length=0"),
+        ({"gen_length": -1}, "gen_length=-1"),
+        ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"remasking": "best"}, "choose one of low_confidence, random"),
+        ({"mask_id": 64}, "mask_id=64"),
+        ({"eot_id": -1}, "eot_id=-1"),
+        ({"cfg_scale": -1.0}, "cfg_scale=-1.0"),
+        ({"logits_eos_inf": True}, "does not say which token is EOS"),
+        ({"stop_at_end": True}, "does not say which token is EOS"),
+    ],
+)
+def test_impossible_settings_are_named(model, changes, words):
+    with pytest.raises(UserError, match=words):
+        generate(model, [[1, 2]], settings(**changes), jax.random.key(0))
+
+
+def test_impossible_prompts_are_named(model):
+    key = jax.random.key(0)
+    with pytest.raises(UserError, match="to 64: the model's vocabulary is 64"):
+        generate(model, [[1, 64]], settings(), key)
+    with pytest.raises(UserError, match="ids of shape"):
+        generate(model, [1, 2], settings(), key)
+    with pytest.raises(UserError, match="prompt_mask_BT"):
+        generate(model, [[1, 2]], settings(), key, [[True]])
+    with pytest.raises(UserError, match="key has shape"):
+        generate(model, [[1, 2]], settings(), jax.random.split(key, 3))
+    unknown = merge(*split(model))
+    unknown.config = dataclasses.replace(unknown.config, mask_id=None)
+    with pytest.raises(UserError, match="mask_id"):
+        generate(unknown, [[1, 2]], settings(), key)

@@ -1,0 +1,56 @@
+"""Published folders that a test reads, changes and renames."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+from safetensors.numpy import load_file, save_file
+
+from llada_jax.formats import huggingface, published, tensor_files
+
+
+def read(directory, mesh, dtype=jnp.float32):
+    with jax.set_mesh(mesh):
+        return huggingface.load_model(directory, dtype)
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config |= changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def split_shards(folder, shards=3):
+    """The same model as several files with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {}
+    for i in range(shards):
+        name = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = dict(list(tensors.items())[i::shards])
+        save_file(part, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / tensor_files.INDEX).write_text(json.dumps(index))
+    return weight_map
+
+
+def tensors_of(folder):
+    """All tensors of a folder, as the safetensors library reads them."""
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def rename_to_llama(config, tensors):
+    """The same model with Llama's names, of fields and tensors."""
+    pairs = [(published.LLADA[name], published.LLAMA[name]) for name in published.LLADA]
+    names = {old.format(i): new.format(i) for old, new in pairs for i in range(config["n_layers"])}
+    fields = {new: config[old] for old, new in (pair for pair in published.FIELDS.values() if len(pair) == 2)}
+    fields |= {name: config[name] for name in ("rms_norm_eps", "rope_theta", "mask_token_id", "torch_dtype")}
+    fields |= {"hidden_act": "silu", "eos_token_id": [config["eos_token_id"], 501]}
+    return fields, {names[name]: tensor for name, tensor in tensors.items()}

@@ -1,0 +1,89 @@
+"""What tests of whole runs share: looking into a run's folder, and stopping one at a chosen step."""
+
+import contextlib
+import json
+import os
+import signal
+import struct
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from llada_jax.devices import mesh as meshes
+from llada_jax.training import checkpoint, loop, workdir
+
+
+def state_of(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint (None = the newest) by name, on the host."""
+    config, _ = workdir.read_config(folder)
+    state = checkpoint.load_state(folder, step, config, meshes.one_device_mesh())
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def record_of(folder: Path, step: int) -> dict:
+    return json.loads((folder / "checkpoints" / str(step) / "run" / "metadata").read_text())
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Losses and everything else in metrics.jsonl, final parameters, moments and samples: bit by bit."""
+    assert tiny.records(folder) == tiny.records(other)
+    ours, theirs = state_of(folder), state_of(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert ours[name].tobytes() == theirs[name].tobytes(), name
+    assert (folder / "samples.txt").read_text() == (other / "samples.txt").read_text()
+    assert board_steps(folder) == board_steps(other)
+
+
+def board_steps(folder: Path) -> dict[str, list[int]]:
+    """Tag -> steps of the scalars that TensorBoard shows: a start event drops all that lies at or beyond its step."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    shown: dict[str, list[int]] = {}
+    for file in sorted((folder / "tensorboard").iterdir()):
+        content, place = file.read_bytes(), 0
+        while place + 12 <= len(content):
+            (length,) = struct.unpack("<Q", content[place : place + 8])
+            if place + length + 16 > len(content):
+                break  # torn by a kill
+            event = Event.FromString(content[place + 12 : place + 12 + length])
+            place += length + 16
+            if event.session_log.status == SessionLog.START:
+                shown = {tag: [step for step in steps if step < event.step] for tag, steps in shown.items()}
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    shown.setdefault(value.tag, []).append(event.step)
+    return {tag: steps for tag, steps in shown.items() if steps and tag not in tiny.TIMED}
+
+
+@contextlib.contextmanager
+def when_done(step: int, action):
+    """Within it `action` is called as soon as the loop has dispatched this step."""
+    original = loop.Loop._step
+
+    def call(self, *args):
+        state = original(self, *args)
+        if self.done == step:
+            action()
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Loop, "_step", call)
+        yield
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def wait_for(process, text: str) -> str:
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(seen)

@@ -1,0 +1,61 @@
+"""The smallest run there is, as a config file (--config=tests/support/tiny.py), and what the tests of runs share."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from paths import ROOT, SUPPORT
+
+from llada_jax.config import Config
+
+TIMED = ("step_seconds", "tokens_per_second", "tokens_per_second_per_device", "seconds_left")  # what no two runs share
+
+
+def get_config() -> Config:
+    c = Config(steps=20, batch_size=8, sequence_length=32)
+    c.model.layers, c.model.width, c.model.heads, c.model.kv_heads, c.model.feed_forward = 2, 32, 4, 4, 64
+    c.data.train_tokenizer, c.data.workers = 320, 1
+    c.compute.remat = "none"
+    c.diffusion.random_length_every = 5
+    c.optimizer.peak_learning_rate = 3e-3
+    c.optimizer.schedule = ((0.0, 0.0), (0.2, 1.0), (1.0, 0.1))
+    c.validation.every, c.validation.rows = 7, 8
+    c.checkpoint.every, c.checkpoint.keep = 5, 2
+    c.logging.every, c.logging.buckets = 3, 4
+    c.sampling.every, c.sampling.steps, c.sampling.gen_length, c.sampling.block_length = 9, 2, 4, 4
+    return c
+
+
+def write_corpus(path: Path, lines: int = 1500) -> str:
+    """A text file of lines that no other seed has, big enough for a tokenizer and some held-out pieces."""
+    words = "the a small quiet green tired fox engine child river walked sang ate and but never always home".split()
+    pick = random.Random(0)
+    documents = (" ".join(pick.choices(words, k=12)) + f" {i}." for i in range(lines))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return str(path)
+
+
+def command(workdir: Path, *overrides: str) -> list[str]:
+    """The command line of a training run; overrides are NAME=VALUE without --config."""
+    flags = [f"--config={SUPPORT / 'tiny.py'}", f"--workdir={workdir}"]
+    return [*flags, *(f"--config.{override}" for override in overrides)]
+
+
+def start(arguments: list[str], devices: int = 1, **options) -> subprocess.Popen:
+    """A process of its own: `python ARGUMENTS`, by default with one device; its stderr is readable text."""
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # no two of these share a memory
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, **options,
+    )  # fmt: skip
+
+
+def records(workdir: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name not in TIMED} for line in lines]

@@ -1,0 +1,86 @@
+"""The runs that tests of training share."""
+
+import shutil
+import time
+from pathlib import Path
+
+import jax
+import pytest
+import tiny
+
+from llada_jax import train
+from llada_jax.cli import entry_point
+from llada_jax.data.prepare.prepare_text import prepare
+from llada_jax.devices import mesh as meshes
+from llada_jax.training import checkpoint
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    return tiny.write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
+
+
+@pytest.fixture(scope="session")
+def prepared(corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared") / "set"
+    prepare([corpus], folder, train_tokenizer=320, sequence_length=32, workers=1, progress=False)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def run(prepared):
+    """run(folder, devices=1, "name=value" as name=value, dots as __): trains in this process, returns the exit code."""
+
+    def run_it(folder, devices: int = 1, **settings) -> int:
+        config = tiny.get_config()
+        config.data.path = prepared
+        for name, value in settings.items():
+            *groups, leaf = name.split("__")
+            node = config
+            for group in groups:
+                node = getattr(node, group)
+            assert hasattr(node, leaf)
+            setattr(node, leaf, value)
+
+        def first_devices(mesh_config):
+            return meshes.mesh_over(meshes.axis_sizes(mesh_config, devices), jax.devices()[:devices])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(meshes, "make_mesh", first_devices)
+            return train.train(config, folder)
+
+    return run_it
+
+
+@pytest.fixture(scope="session")
+def reference(run, tmp_path_factory):
+    """A run that nothing disturbed. Not to be changed."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    assert run(folder, checkpoint__keep=5) == entry_point.FINISHED
+    return folder
+
+
+@pytest.fixture
+def copy(reference, tmp_path):
+    """A copy of the undisturbed run up to a step, as if it had been killed there."""
+
+    def copied(step: int) -> Path:
+        folder = tmp_path / f"copy_{step}"
+        shutil.copytree(reference, folder)
+        for later in checkpoint.steps_in(folder):
+            if later > step:
+                shutil.rmtree(folder / "checkpoints" / str(later))
+        return folder
+
+    return copied
+
+
+@pytest.fixture(scope="session")
+def outside(corpus, tmp_path_factory):
+    """(folder, seconds) of an undisturbed run from text to the end in a process of its own."""
+    folder = tmp_path_factory.mktemp("outside") / "run"
+    started = time.monotonic()
+    process = tiny.start(["-m", "llada_jax.train", *tiny.command(folder, f"data.input={corpus}")])
+    errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    return folder, time.monotonic() - started

@@ -1,0 +1,328 @@
+"""Checkpoints: what is saved comes back bit by bit on any mesh; damage is found, named and stepped over."""
+
+import os
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from llada_jax.config import CheckpointConfig, UserError
+from llada_jax.training import checkpoint, workdir
+from llada_jax.training.step import TrainState, make_state
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = tiny.get_config()
+    config.model.vocab_size = 384
+    return config
+
+
+@pytest.fixture(scope="module")
+def one_device(make_mesh):
+    return make_mesh(1)
+
+
+@pytest.fixture(scope="module")
+def state(config, one_device):
+    with jax.set_mesh(one_device):
+        return make_state(config)
+
+
+@pytest.fixture
+def open_checkpoints(one_device):
+    """Opens the checkpoints of a workdir; closes them in the end."""
+    opened = []
+
+    def open_one(folder, **settings):
+        opened.append(checkpoint.Checkpoints(folder, CheckpointConfig(**{"every": 1, "keep": 3, **settings})))
+        return opened[-1]
+
+    with jax.set_mesh(one_device):
+        yield open_one
+        for one in opened:
+            try:
+                one.close()
+            except checkpoint.SaveFailed:
+                pass
+
+
+def at(state: TrainState, step: int) -> TrainState:
+    """Another state, which belongs to `step` and to no other."""
+    return TrainState(jnp.full_like(state.step, step), jax.tree.map(lambda x: x + step, state.params), state.opt_state)
+
+
+def same(a, b) -> bool:
+    """Whether two trees are equal bit by bit, wherever they are."""
+    a, b = jax.device_get((a, b))
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        x.dtype == y.dtype and x.tobytes() == y.tobytes()
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def two_saved(state, one_device, tmp_path_factory):
+    """A workdir with checkpoints 1 and 2; copy it before changing anything."""
+    folder = tmp_path_factory.mktemp("saved")
+    with jax.set_mesh(one_device):
+        saved = checkpoint.Checkpoints(folder, CheckpointConfig(every=1, keep=3))
+        for step in (1, 2):
+            saved.save(at(state, step), {"window": {"steps": step}})
+        saved.close()
+    return folder
+
+
+@pytest.fixture
+def folder(two_saved, tmp_path):
+    shutil.copytree(two_saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2), (1, 4, 1)])
+def test_comes_back_bit_by_bit_on_any_mesh(config, state, folder, make_mesh, open_checkpoints, shape):
+    mesh = make_mesh(*shape)
+    found, record = open_checkpoints(folder).restore(config, mesh, pytest.fail)
+    assert same(found, at(state, 2))
+    assert record["window"] == {"steps": 2}
+    assert found.params["blocks"]["q_proj"].sharding.mesh.shape == mesh.shape
+    shards = found.params["blocks"]["q_proj"].addressable_shards
+    assert shards[0].data.size * shape[1] * shape[2] == found.params["blocks"]["q_proj"].size
+
+
+def test_nothing_saved_is_none(config, tmp_path, one_device, open_checkpoints):
+    assert open_checkpoints(tmp_path).restore(config, one_device, pytest.fail) is None
+
+
+def test_a_sharded_state_is_saved_whole(config, folder, state, make_mesh, one_device, open_checkpoints):
+    mesh = make_mesh(1, 2, 4)
+    with jax.set_mesh(mesh):
+        elsewhere, _ = open_checkpoints(folder).restore(config, mesh, pytest.fail)
+        elsewhere.step = elsewhere.step + 1
+        saved = open_checkpoints(folder)
+        saved.save(elsewhere, {})
+        saved.wait()
+    found, _ = open_checkpoints(folder).restore(config, one_device, pytest.fail)
+    assert int(found.step) == 3 and same(found.params, at(state, 2).params)
+
+
+def test_donating_what_is_being_saved_does_no_harm(tmp_path, one_device, open_checkpoints):
+    # 64 MiB of noise are still being written when the next step has long taken the buffers.
+    x = jax.random.normal(jax.random.key(0), (1 << 24,))
+    wanted = np.array(x)
+    saved = open_checkpoints(tmp_path)
+    saved.save(TrainState(jnp.int32(1), {"x": x}, ()), {})
+    step = jax.jit(lambda x: x * 2 + 1, donate_argnums=0)
+    for _ in range(3):
+        x = step(x)
+    jax.block_until_ready(x)
+    saved.wait()
+    found = checkpoint._load(tmp_path, 1, {"params": {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}})
+    assert np.array_equal(found["params"]["x"], wanted)
+
+
+def test_the_record_is_that_of_the_moment(config, state, tmp_path, one_device, open_checkpoints):
+    saved, record = open_checkpoints(tmp_path), {"window": {"sums": [1.0, 2.0]}}
+    saved.save(at(state, 1), record)
+    record["window"]["sums"][0] = 7.0  # the loop goes on adding while files are written
+    saved.wait()
+    assert saved.restore(config, one_device, pytest.fail)[1]["window"] == {"sums": [1.0, 2.0]}
+
+
+def test_retention(state, tmp_path, open_checkpoints):
+    saved = open_checkpoints(tmp_path, keep=2, permanent_every=4)
+    for step in range(1, 12):
+        saved.save(at(state, step), {})
+    saved.wait()
+    assert saved.steps() == checkpoint.steps_in(tmp_path) == [4, 8, 10, 11]
+
+
+def test_a_step_is_saved_once(state, folder, open_checkpoints):
+    saved = open_checkpoints(folder)
+    before = (folder / "checkpoints" / "2" / "run" / "metadata").stat().st_mtime_ns
+    saved.save(at(state, 2), {"window": "another"})
+    saved.save(at(state, 3), {})
+    saved.save(at(state, 3), {})  # while it is being written
+    saved.wait()
+    assert saved.steps() == [1, 2, 3]
+    assert (folder / "checkpoints" / "2" / "run" / "metadata").stat().st_mtime_ns == before
+
+
+def largest(folder: Path) -> Path:
+    return max((folder / "state" / "ocdbt.process_0" / "d").iterdir(), key=lambda file: file.stat().st_size)
+
+
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray(largest(folder).read_bytes())
+    content[len(content) // 2] ^= 16
+    largest(folder).write_bytes(content)
+
+
+DAMAGE = {
+    "truncated array file": lambda folder: os.truncate(largest(folder), 1000),
+    "flipped bit": flip_a_bit,
+    "removed array file": lambda folder: largest(folder).unlink(),
+    "emptied metadata": lambda folder: os.truncate(folder / "state" / "_METADATA", 0),
+    "emptied record": lambda folder: os.truncate(folder / "run" / "metadata", 0),
+    "removed state": lambda folder: shutil.rmtree(folder / "state"),
+    "everything removed": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
+    "another step's": lambda folder: (shutil.rmtree(folder), shutil.copytree(folder.parent / "1", folder)),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(
+    config, state, folder, one_device, open_checkpoints, capfd, kind
+):
+    DAMAGE[kind](folder / "checkpoints" / "2")
+    lines = []
+    saved = open_checkpoints(folder)
+    found, record = saved.restore(config, one_device, lines.append)
+    assert same(found, at(state, 1)) and record["window"] == {"steps": 1}
+    assert len(lines) == 1 and lines[0].startswith("checkpoint 2 is damaged") and "\n" not in lines[0]
+    assert "Traceback" not in capfd.readouterr().err
+    saved.save(at(state, 2), {"window": {"steps": 2}})
+    saved.wait()
+    assert saved.steps() == [1, 2] and (folder / "checkpoints" / "damaged-2").is_dir()
+    assert same(open_checkpoints(folder).restore(config, one_device, pytest.fail)[0], at(state, 2))
+
+
+def listing(folder: Path) -> set[tuple[str, int]]:
+    return {(str(path.relative_to(folder)), path.stat().st_size) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_all_damaged_is_an_error_and_nothing_is_touched(config, folder, one_device, open_checkpoints):
+    for step in ("1", "2"):
+        os.truncate(folder / "checkpoints" / step / "state" / "_METADATA", 0)
+    before = listing(folder)
+    with pytest.raises(UserError, match=r"none of the checkpoints \[1, 2\] can be restored"):
+        open_checkpoints(folder).restore(config, one_device, lambda line: None)
+    assert listing(folder) == before
+
+
+def test_no_memory_is_no_damage(config, folder, one_device, open_checkpoints, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    saved = open_checkpoints(folder)
+    monkeypatch.setattr(checkpoint, "_verify", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        saved.restore(config, one_device, pytest.fail)
+    assert checkpoint.steps_in(folder) == [1, 2]
+
+
+def test_unfinished_checkpoints_are_ignored_and_removed(config, state, folder, one_device, open_checkpoints):
+    (folder / "checkpoints" / "2").rename(folder / "checkpoints" / "2.orbax-checkpoint-tmp")
+    assert checkpoint.steps_in(folder) == [1]
+    saved = open_checkpoints(folder)
+    found, _ = saved.restore(config, one_device, pytest.fail)
+    assert int(found.step) == 1
+    saved.save(at(state, 2), {})
+    saved.wait()
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_never_saved(state, folder, open_checkpoints, value):
+    poisoned = at(state, 3)
+    weight = poisoned.params["blocks"]["k_proj"]
+    values = np.array(weight)
+    values[1, 2, 3, 4] = value
+    poisoned.params["blocks"]["k_proj"] = jax.device_put(values, weight.sharding)
+    saved = open_checkpoints(folder)
+    with pytest.raises(checkpoint.SaveFailed, match=r"step 3 is not saved: params/blocks/k_proj is not finite"):
+        saved.save(poisoned, {})
+    assert checkpoint.steps_in(folder) == [1, 2]
+
+
+def test_a_disk_that_takes_no_more(config, state, folder, one_device, open_checkpoints, capfd):
+    saved = open_checkpoints(folder, keep=1)
+    before, limits = listing(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(checkpoint.SaveFailed, match="could not be written to .*checkpoints"):
+            saved.save(at(state, 3), {})
+            saved.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Traceback" not in capfd.readouterr().err
+    # Nothing older was removed on behalf of a checkpoint that never came to be.
+    assert before <= listing(folder)
+    again = open_checkpoints(folder, keep=1)
+    assert same(again.restore(config, one_device, pytest.fail)[0], at(state, 2))
+    again.save(at(state, 3), {})
+    again.wait()
+    assert checkpoint.steps_in(folder) == [3]
+
+
+def test_the_failure_of_a_save_is_noticed_before_the_next_one(state, folder, open_checkpoints):
+    saved = open_checkpoints(folder)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(checkpoint.SaveFailed):
+            saved.save(at(state, 3), {})
+            for _ in range(3000):
+                saved.check()
+                time.sleep(0.01)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_parts_of_a_workdir(config, state, folder, make_mesh, one_device):
+    workdir.write_config(folder, config, {})
+    mesh = make_mesh(1, 4, 2)
+    assert same(checkpoint.load_state(folder, 1, config, mesh), at(state, 1))
+    assert same(checkpoint.load_params(folder, None, config, mesh), at(state, 2).params)
+    halves = checkpoint.load_params(folder, 2, config, one_device, jnp.bfloat16)
+    assert same(halves, jax.tree.map(lambda x: x.astype(jnp.bfloat16), at(state, 2).params))
+    model = checkpoint.load_model(folder, 1, one_device)
+    assert same(model.embedding[...], at(state, 1).params["embedding"])
+
+
+def test_parts_of_a_damaged_checkpoint_are_refused(config, folder, one_device):
+    flip_a_bit(folder / "checkpoints" / "2")
+    with pytest.raises(UserError, match="checkpoint 2 of .* cannot be restored: the content of .* is not what was"):
+        checkpoint.load_state(folder, None, config, one_device)
+    assert int(checkpoint.load_state(folder, 1, config, one_device).step) == 1
+
+
+def test_steps_that_are_not_there(config, folder, tmp_path, one_device):
+    with pytest.raises(UserError, match=r"no checkpoint of step 3; it has 1, 2$"):
+        checkpoint.load_params(folder, 3, config, one_device)
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        checkpoint.choose_step(tmp_path, None)
+    assert checkpoint.choose_step(folder, None) == 2 and checkpoint.choose_step(folder, 1) == 1
+
+
+def test_the_fingerprint_does_not_depend_on_the_mesh_and_sees_every_bit(config, state, make_mesh, one_device):
+    with jax.set_mesh(one_device):
+        prints, broken = checkpoint.fingerprint(state.params)
+        assert not broken and len(prints) == len(jax.tree.leaves(state.params))
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        assert checkpoint.fingerprint(make_state(config).params)[0] == prints
+    with jax.set_mesh(one_device):
+        head = np.array(state.params["head"])
+        head[3, 4] = np.nextafter(head[3, 4], np.float32(9))
+        assert checkpoint.fingerprint({"head": jnp.asarray(head), "step": jnp.int32(3)})[0]["head"] != prints["head"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+@pytest.mark.parametrize("shape", [(), (40,), (7, 9), (3, 4, 5), (2, 3, 4, 5)])
+def test_the_fingerprint_is_the_sum_of_all_bits(rng, one_device, dtype, shape):
+    array = np.asarray(jnp.asarray(rng.standard_normal(shape) * 100).astype(dtype))
+    bits = array.view(np.uint16 if array.itemsize == 2 else np.uint32)
+    with jax.set_mesh(one_device):
+        assert checkpoint.fingerprint({"x": jnp.asarray(array)}) == ({"x": int(bits.sum(dtype=np.uint32))}, [])
+        if dtype == "int32":
+            return
+        for broken in (np.inf, -np.inf, np.nan):
+            array = array.copy()
+            array[(-1,) * len(shape)] = broken
+            assert checkpoint.fingerprint({"x": jnp.asarray(array)})[1] == ["x"]
