@@ -157,7 +157,7 @@ def record_start(workdir: Path, config: Config, step: int) -> None:
 
 def _commit() -> str | None:
     """The commit of this source tree, with "-dirty" if files differ from it; None outside a checkout."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -255,7 +255,7 @@ def test_a_mistake_is_told_once_and_ends_all(several, tmp_path, point, override,
 
 SMALL = """
 import os, signal, sys, time
-from llada_jax import distributed
+from llada_jax.devices import distributed
 from llada_jax.config import DistributedConfig, UserError
 index = distributed.index
 def fail(error):
@@ -316,7 +316,7 @@ GKE = {"TPU_WORKER_ID": "0", "MEGASCALE_NUM_SLICES": "1"}
 
 def test_slurm_processes_find_each_other(local):
     port = str(local.free_port())
-    code = "import sys\nfrom llada_jax import distributed, config\n" + (
+    code = "import sys\nfrom llada_jax import config\nfrom llada_jax.devices import distributed\n" + (
         "def main():\n  print(distributed.index(), distributed.count())\n  return 0\n"
         "sys.exit(distributed.run(main, config.DistributedConfig()))"
     )

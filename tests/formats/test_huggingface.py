@@ -234,7 +234,8 @@ def test_a_link_to_an_empty_folder_is_written_to(make_mesh, tmp_path):
 
 SEVERAL = """
 import sys, jax
-from llada_jax import distributed, huggingface, mesh
+from llada_jax.devices import distributed, mesh
+from llada_jax.formats import huggingface
 from llada_jax.config import DistributedConfig, UserError
 source, output, address, process = sys.argv[1:]
 def main():

@@ -177,10 +177,10 @@ import json, sys
 import jax
 port, process, *text = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-from llada_jax import mesh
+from llada_jax.devices import mesh
 from llada_jax.config import ComputeConfig, ModelConfig
-from llada_jax.model import initialise
-from llada_jax.scoring import log_likelihoods
+from llada_jax.model.transformer import initialise
+from llada_jax.scoring.likelihood import log_likelihoods
 config, compute, requests = (json.loads(part) for part in text)
 with jax.set_mesh(mesh.mesh_over((2, 2, 1), jax.devices())):
     model = initialise(ModelConfig(**config), ComputeConfig(**compute), jax.random.key(3))

@@ -25,7 +25,7 @@ from llada_jax.config import UserError
 from llada_jax.data.prepare.text import cut
 from llada_jax.text.tokenizer import Tokenizer, load_tokenizer
 
-_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
 _AHEAD = 2  # batches per worker that are read but not yet consumed: memory stays bounded
 
 
