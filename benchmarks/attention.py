@@ -1,8 +1,9 @@
-"""Attention kernels against each other: python benchmarks/attention.py [--shapes=BxTxHxGxK,...] [--rounds=5]
+"""Compares attention kernels: python benchmarks/attention.py [--shapes=BxTxHxGxK,...] [--rounds=5]
 
-Forward and backward pass of all kernels that run on this device, in turns, and of `jax.nn.dot_product_attention` as it
-is called without a choice (dense). One JSON line per shape and kernel: median time, the ratio to the plain reference,
-temporary memory as the compiler plans it, and the largest difference from the reference in the output.
+Measures the forward and backward pass of all kernels that run on this device, and of `jax.nn.dot_product_attention`
+without any options (which is dense). The kernels take turns. Prints one JSON line per shape and kernel: the median
+time, its ratio to the time of the reference kernel, the temporary memory that the compiler plans, and the largest
+difference between the kernel's output and the reference.
 """
 
 import functools
@@ -20,13 +21,15 @@ from llada_jax.devices import mesh
 from llada_jax.model.attention import KERNELS, attention, choose_kernel
 from llada_jax.model.transformer import compute_dtype
 
-_SHAPES = flags.DEFINE_list("shapes", ["2x1024x8x8x64"], "Of batch x tokens x heads x key/value heads x head width.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed turns of each kernel, after one that is not.")
-_DTYPE = flags.DEFINE_string("dtype", "", "float32 or bfloat16; default: the device's.")
+_SHAPES = flags.DEFINE_list(
+    "shapes", ["2x1024x8x8x64"], "Shapes, each batch x tokens x heads x key/value heads x head width."
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds, after an untimed one. Each kernel runs once per round.")
+_DTYPE = flags.DEFINE_string("dtype", "", "float32 or bfloat16. Default: the compute dtype for this device.")
 
 
 def _runs(dtype: jnp.dtype, width: int) -> dict:
-    """Kernel -> function of q, k, v; those that cannot run here are left out."""
+    """Returns the functions of q, k and v by the name of their kernel, for all kernels that run on this device."""
     runs = {"jax.nn": lambda q, k, v: jax.nn.dot_product_attention(q, k, v)}
     for name in KERNELS:
         if name == "splash_interpreted":
@@ -40,7 +43,7 @@ def _runs(dtype: jnp.dtype, width: int) -> dict:
 
 
 def measure(shape: tuple[int, ...], dtype: jnp.dtype, rounds: int) -> list[dict]:
-    """One record per kernel."""
+    """Measures all kernels for one shape and returns one record per kernel."""
     batch, length, heads, groups, width = shape
     keys = jax.random.split(jax.random.key(0), 4)
     with jax.set_mesh(mesh.one_device_mesh()):
@@ -65,7 +68,8 @@ def measure(shape: tuple[int, ...], dtype: jnp.dtype, rounds: int) -> list[dict]
                 jax.block_until_ready(step(q, k, v))
                 seconds[name].append(time.perf_counter() - started)
     median = {name: float(np.median(values)) for name, values in seconds.items()}
-    # Two matmuls forward, four backward, as MFU counts them: what a kernel computes again is not counted.
+    # Two matmuls in the forward pass and four in the backward pass, as MFU counts them. FLOPs that a kernel spends on
+    # computing something again do not count.
     flops = 12 * batch * length * length * heads * width
     device = jax.devices()[0]
     return [
@@ -88,12 +92,12 @@ def measure(shape: tuple[int, ...], dtype: jnp.dtype, rounds: int) -> list[dict]
 
 
 def main() -> None:
-    """Prints the records."""
+    """Prints the records of all shapes."""
     dtype = compute_dtype(ComputeConfig(dtype=_DTYPE.value))
     for text in _SHAPES.value:
         parts = text.split("x")
         if len(parts) != 5 or not all(part.isdigit() for part in parts):
-            raise UserError(f"--shapes={text}: write five numbers, as in 2x1024x8x8x64")
+            raise UserError(f"--shapes={text}: write five numbers joined by x, e.g. 2x1024x8x8x64")
         for record in measure(tuple(map(int, parts)), dtype, _ROUNDS.value):
             print(json.dumps(record), flush=True)
 

@@ -1,14 +1,15 @@
-"""Memory and time of published folders in and out: python benchmarks/convert.py [--model=1b] [--folder=DIR]
+"""Measures memory and time of loading and saving models: python benchmarks/convert.py [--model=1b] [--folder=DIR]
 
-Writes a folder of random bfloat16 weights shard by shard, then loads it and writes it back, each case in a fresh
-process on the CPU, where the parameters lie in the host's memory too. One JSON line per case, in MiB:
+Writes a published folder of random bfloat16 weights shard by shard, then loads it and saves it again. Each case runs in
+a process of its own on the CPU, so that the parameters are in the host's memory too. Prints one JSON line per case,
+with sizes in MiB:
 
-  parameters      what the devices hold in the end
-  largest_tensor  of those in the files
-  load_beyond     peak of anonymous memory (RssAnon of /proc/self/status, read every millisecond) while loading, less
-                  what there was before and less the parameters
-  save_beyond     the same while writing, less what there was before
-  mapped          peak of RssFile: pages of the mapped files, which the kernel takes back when it needs them
+  parameters      size of the parameters on the devices after loading
+  largest_tensor  size of the largest tensor in the files
+  load_beyond     peak of anonymous memory (RssAnon of /proc/self/status, read every millisecond) while loading, minus
+                  its value before loading and minus the parameters
+  save_beyond     peak of anonymous memory while saving, minus its value before saving
+  mapped          peak of RssFile while loading: pages of the mapped files, which the operating system can take back
 """
 
 import argparse
@@ -33,7 +34,7 @@ MIB = 1 << 20
 
 
 def generate(folder: Path, size: str, tied: bool, shard_bytes: int) -> None:
-    """A published folder with random weights, never more than one of its tensors in memory."""
+    """Writes a published folder with random weights, holding only one of its tensors in memory at a time."""
     import ml_dtypes
     import numpy as np
 
@@ -53,7 +54,7 @@ def generate(folder: Path, size: str, tied: bool, shard_bytes: int) -> None:
 
 
 class Peak:
-    """The highest RssAnon and RssFile of this process, bytes, and RssAnon at the start."""
+    """Records the highest RssAnon and RssFile of this process in bytes, and RssAnon at the start."""
 
     def __init__(self) -> None:
         self.start, self.anonymous, self.mapped = self._now()[0], 0, 0
@@ -88,7 +89,7 @@ def watched() -> Iterator[Peak]:
 
 
 def measure(folder: Path, load_dtype: str, save_dtype: str) -> dict:
-    """One case, in this process."""
+    """Loads and saves the model of one case in this process and returns the measurements."""
     import jax
     import jax.numpy as jnp
 
@@ -120,10 +121,10 @@ def measure(folder: Path, load_dtype: str, save_dtype: str) -> dict:
 
 
 def main() -> None:
-    """Prints one line per case."""
+    """Runs each case in a process of its own and prints one line per case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="1b", choices=SIZES)
-    parser.add_argument("--folder", help="where to write, default: a temporary folder")
+    parser.add_argument("--model", default="1b", choices=SIZES, help="size of the model")
+    parser.add_argument("--folder", help="folder to write the models to; default: the system's temporary folder")
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:

@@ -1,10 +1,11 @@
-"""Head and cross-entropy, loss and gradients: python benchmarks/cross_entropy.py [--tokens=2048 ...]
+"""Measures the head with cross-entropy, forward and backward: python benchmarks/cross_entropy.py [--tokens=2048 ...]
 
-`ours` (llada_jax.cross_entropy) against three usual ways, at the vocabulary of LLaDA with half of the positions masked:
-`plain` holds all logits; `scan` takes chunks of positions in a checkpointed lax.scan; `optax` is its integer
-cross-entropy on all logits. Each has a process of its own, all take turns; one JSON line per form: median time, its
-ratio to ours, memory beyond the inputs as the compiler plans it, the most the process ever held, and how far the loss
-and the gradients are from plain ones.
+Compares `ours` (llada_jax/diffusion/cross_entropy.py) with three common implementations, for LLaDA's vocabulary and
+with half of the positions masked. `plain` holds all logits in memory; `scan` processes chunks of positions in a
+checkpointed lax.scan; `optax` applies optax's cross-entropy for integer labels to all logits. Each implementation has a
+process of its own, and the processes take turns. Prints one JSON line per implementation: the median time, its ratio to
+the time of `ours`, the memory beyond the inputs that the compiler plans, the peak memory of the process or device, and
+the relative differences of the loss and the gradients from those of `plain`.
 """
 
 import argparse
@@ -22,7 +23,7 @@ FORMS = ("ours", "plain", "scan", "optax")
 
 
 def make_loss(form: str, chunk: int, targets, weight) -> Callable:
-    """loss(h_BTD, head_DV) -> sum(weight * nll), fp32."""
+    """Returns the function loss(h_BTD, head_DV) that computes the fp32 sum of weight * nll in the given form."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -57,7 +58,11 @@ def make_loss(form: str, chunk: int, targets, weight) -> Callable:
 
 
 def _worker(connection, form: str, args: argparse.Namespace) -> None:
-    """Sends the program's memory, then for each message (seconds, loss, samples of the gradients, peak GiB)."""
+    """Runs one form in a process of its own.
+
+    Sends the memory of the compiled program in bytes and the kind of the device. Then, for each message received, runs
+    the program once and sends (seconds, loss, samples of the gradients, peak memory in bytes).
+    """
     import jax
 
     from llada_jax.devices import mesh
@@ -89,14 +94,14 @@ def _worker(connection, form: str, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Prints one line per form."""
+    """Measures all forms in turns and prints one line per form."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = {"tokens": 2048, "rows": 4, "width": 512, "vocabulary": 126_464, "chunk": 1024, "rounds": 5}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--masked", type=float, default=0.5, help="share of the positions that has a loss")
-    parser.add_argument("--dtype", default="float32", help="of the hidden states and of what they are multiplied with")
-    parser.add_argument("--forms", default=",".join(FORMS))
+    parser.add_argument("--masked", type=float, default=0.5, help="share of the positions that have a loss")
+    parser.add_argument("--dtype", default="float32", help="dtype of the hidden states and of the matrix products")
+    parser.add_argument("--forms", default=",".join(FORMS), help="implementations to measure, separated by commas")
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     workers, planned = {}, {}
@@ -104,11 +109,11 @@ def main() -> None:
         here, there = context.Pipe()
         process = context.Process(target=_worker, args=(there, form, args), daemon=True)
         process.start()
-        there.close()  # a worker that dies is then noticed
+        there.close()  # Without an open end here, recv() fails if the worker dies.
         planned[form], device = here.recv()
         workers[form] = (process, here)
     answers: dict[str, list] = {form: [] for form in workers}
-    for _ in range(args.rounds + 1):  # the first is not counted
+    for _ in range(args.rounds + 1):  # The first round is not counted.
         for form, (_, connection) in workers.items():
             connection.send(True)
             answers[form].append(connection.recv())

@@ -1,8 +1,9 @@
-"""Draws what benchmarks/tuning.py printed: python benchmarks/curves.py --input=tuning.jsonl --output=tuning.svg
+"""Plots the output of benchmarks/tuning.py: python benchmarks/curves.py --input=tuning.jsonl --output=tuning.svg
 
-Left, the bound on held-out answers given their prompts, a line for each set; right, before and after tuning, the share
-of written answers that end, and that end in the asked format, where --format was given. Step 0 is the model that was
-tuned: it has to be the first --model in the file. Needs the extra `plots`.
+The left plot shows the bound on held-out answers given their prompts, with one line per set. The right plot shows,
+before and after tuning, the share of generated answers that end and, if --format was given to tuning.py, the share that
+also have that format. Step 0 is the model before tuning; it must be the first --model in the file. Needs the extra
+`plots`.
 """
 
 import json
@@ -14,15 +15,17 @@ from absl import app, flags
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-_INPUTS = flags.DEFINE_multi_string("input", None, "Files of JSON lines.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Picture to write: .svg or .png.", required=True)
+_INPUTS = flags.DEFINE_multi_string(
+    "input", None, "File of JSON lines from benchmarks/tuning.py; may repeat.", required=True
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Picture to write, an .svg or .png file.", required=True)
 
 COLOURS = ("#1f6fb4", "#d9730d", "#2b8a3e", "#8f4ab8")
-GREY = "#888888"  # reads on light and dark pages
+GREY = "#888888"  # is readable on light and dark pages
 STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), GREY),
     "font.size": 9,
-    "svg.hashsalt": "llada_jax",  # the same file from the same lines
+    "svg.hashsalt": "llada_jax",  # A fixed salt makes the same input give the same file.
 }
 
 
@@ -36,7 +39,8 @@ def main(_) -> None:
         bars: list[tuple[str, float, float, str]] = []
         for i, name in enumerate(names):
             colour = COLOURS[i % len(COLOURS)]
-            # Lines on one step complete each other, the last one counts; of the base it is its newest checkpoint's.
+            # Merge all records of the same step; if a key occurs twice, the last record wins. For the base model, whose
+            # checkpoints all count as step 0, this is the newest checkpoint.
             points: dict[int, dict] = {}
             for r in (r for r in records if Path(r["set"]).name == name):
                 step = 0 if r["model"] == base else r["step"]

@@ -1,6 +1,6 @@
-"""Speed and memory of preparation and pipeline: one JSON line per case.
+"""Measures the speed and memory of data preparation and of the data pipeline. Prints one JSON line per case.
 
-python benchmarks/data.py                            # the standard library's sources, a tokenizer trained on them
+python benchmarks/data.py                            # Python's standard library, with a tokenizer trained on it
 python benchmarks/data.py --input=FILES --tokenizer=FILE --sequence_length=4096
 """
 
@@ -18,15 +18,17 @@ from absl import flags
 
 from llada_jax.cli import entry_point
 
-_INPUT = flags.DEFINE_multi_string("input", ["stdlib"], "As for llada_jax.prepare.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "As for llada_jax.prepare; none = train one of 4,096 tokens.")
+_INPUT = flags.DEFINE_multi_string("input", ["stdlib"], "Text to prepare, as for llada_jax.prepare.")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "Tokenizer, as for llada_jax.prepare. Default: train a tokenizer with 4,096 tokens."
+)
 _SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 4096, "Tokens per row.")
-_WORKERS = flags.DEFINE_multi_integer("workers", [1, 2], "Numbers of workers to measure.")
-_SECONDS = flags.DEFINE_float("seconds", 5.0, "Time per pipeline case.")
+_WORKERS = flags.DEFINE_multi_integer("workers", [1, 2], "Number of worker processes to measure; may repeat.")
+_SECONDS = flags.DEFINE_float("seconds", 5.0, "Seconds to measure each pipeline case.")
 
 
 def measured(command: list[str]) -> tuple[float, float]:
-    """Wall seconds of a command and the peak of its resident memory with all its children, in MiB."""
+    """Runs a command and returns its wall-clock seconds and its peak resident memory, with all children, in MiB."""
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0
@@ -49,7 +51,10 @@ def measured(command: list[str]) -> tuple[float, float]:
 
 
 def resident(pid: int) -> int:
-    """Bytes of resident memory of a process and its descendants (Linux); shared pages count for each."""
+    """Returns the resident memory of a process and its descendants in bytes (only on Linux).
+
+    Pages that several processes share count once for each process.
+    """
     try:
         own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         children = [
@@ -92,7 +97,7 @@ def main() -> None:
 
 
 def pipeline(path: str) -> None:
-    """Batches of 8 rows, read in place and read ahead by one or two threads."""
+    """Measures batches of 8 rows that are read without prefetching, and with prefetching by one or two threads."""
     from llada_jax.data.manifest import load_manifest
     from llada_jax.data.read.pipeline import TrainingData
 

@@ -1,15 +1,17 @@
-"""Speed and variance of the likelihood of answers: python benchmarks/likelihood.py [--model=DIR --text=FILE.jsonl]
+"""Measures the likelihood of answers: python benchmarks/likelihood.py [--model=DIR --text=FILE.jsonl]
 
-Prints one JSON line per case. Without --model it measures speed on random weights: a set of requests like HellaSwag's
-through `scoring.likelihood.log_likelihoods`, and the plain way, which takes one request at a time and applies the head
-to every position of the canvas. The cases run in turns, so that other load on the machine affects all of them alike.
-It reports medians and the ratio of medians, both of elapsed time and of this process's CPU time, which other load
-disturbs less.
-Compilation is not counted.
+Prints one JSON line per case.
 
-With --model (a trained one) and --text ({"text": ...} per line), variance: the standard deviation of one sample
-of the 1/t form, of Eq. 6 with l drawn independently, and of ours with l spread evenly (that of its estimate,
-times the root of its samples), pooled over texts; and how far our standard error is from the truth.
+Without --model, measures the speed on random weights: a set of requests like HellaSwag's through
+`scoring.likelihood.log_likelihoods`, and the plain way, which processes one request at a time and applies the head to
+every position of the canvas. The cases run in turns, so that other load on the machine affects all of them alike. It
+reports medians and the ratio of medians, both of elapsed time and of this process's CPU time, which other load
+disturbs less. Compilation is not counted.
+
+With --model (a trained model) and --text (a file with one object {"text": ...} per line), measures the variance: the
+standard deviation of one sample of the 1/t form, of Eq. 6 with l drawn independently, and of our estimate with l spread
+evenly (the standard deviation of the estimate, times the square root of its number of samples). The variances are
+averaged over texts. It also reports the ratio of our reported standard error to the true one.
 """
 
 import argparse
@@ -37,7 +39,7 @@ FORMS = ("1/t", "Eq. 6, l independent", "ours")
 
 @jax.jit
 def _plain(model: Transformer, tokens_BT: jax.Array, mask_BT: jax.Array, weight_B: jax.Array) -> jax.Array:
-    """L / l * sum log p with logits for every position, (B,)."""
+    """Returns weight * sum log p over the masked positions, (B,), computing logits for every position."""
     tokens_BT = jax.reshard(tokens_BT, mesh.TOKENS_BT)
     logits_BTV = model.logits(model.trunk(jnp.where(mask_BT, model.config.mask_id, tokens_BT)))
     log_p_BTV = jax.nn.log_softmax(jax.reshard(logits_BTV, mesh.HIDDEN_BTD))
@@ -46,7 +48,18 @@ def _plain(model: Transformer, tokens_BT: jax.Array, mask_BT: jax.Array, weight_
 
 
 def draw(rng: np.random.Generator, prompt: int, answer: int, samples: int, form: str):
-    """Masks (samples, prompt + answer) of an answer, and their weights."""
+    """Draws random masks of an answer.
+
+    Args:
+      rng: The source of random numbers.
+      prompt: Number of tokens of the prompt, which are never masked.
+      answer: Number of tokens of the answer.
+      samples: Number of masks to draw.
+      form: "1/t" for the 1/t form, anything else for Eq. 6 with l drawn independently.
+
+    Returns:
+      The masks, bool (samples, prompt + answer), and their weights, fp32 (samples,): 1 / t, or L / l.
+    """
     uniform = rng.random((samples, answer))
     if form == "1/t":
         t = 1 - rng.random(samples)
@@ -58,7 +71,7 @@ def draw(rng: np.random.Generator, prompt: int, answer: int, samples: int, form:
 
 
 def plain(model: Transformer, requests, samples: int, chunk: int) -> list[float]:
-    """One request at a time, in chunks of its samples, as the published code does it."""
+    """Scores one request at a time, in chunks of its samples, as the published code does."""
     rng, values = np.random.default_rng(0), []
     with mesh.mesh_of(model.embedding[...]):
         for prompt, answer in requests:
@@ -75,7 +88,7 @@ def plain(model: Transformer, requests, samples: int, chunk: int) -> list[float]
 def _trunk(model: Transformer, tokens_BT: jax.Array, times: int) -> jax.Array:
     tokens_BT = jax.reshard(tokens_BT, mesh.TOKENS_BT)
 
-    def once(_, total):  # each turn depends on the one before
+    def once(_, total):  # Every iteration depends on the one before, so the compiler cannot merge them.
         return total + jnp.sum(model.trunk(tokens_BT + (total > 1e30)).astype(jnp.float32))
 
     return jax.lax.fori_loop(0, times, once, jnp.float32(0))
@@ -111,7 +124,7 @@ def speed(args: argparse.Namespace) -> None:
         for name, case in cases.items():
             start, cpu_start = time.perf_counter(), time.process_time()
             case()
-            if repeat:  # the first compiles
+            if repeat:  # The first run also compiles and is not counted.
                 seconds[name].append(time.perf_counter() - start)
                 cpu_seconds[name].append(time.process_time() - cpu_start)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -191,7 +204,7 @@ def _rows(model: Transformer, tokens_BT: jax.Array, mask_BT: jax.Array, weight_B
 
 
 def tell(args: argparse.Namespace, **line) -> None:
-    """One JSON line."""
+    """Prints one JSON line."""
     where = {
         "samples": args.samples,
         "threads": len(os.sched_getaffinity(0)),
@@ -210,11 +223,13 @@ def main() -> None:
     sizes |= {"texts": 4, "draws": 1024, "estimates": 40}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--model", help="variance on this trained model instead of speed")
-    parser.add_argument("--text", help="JSON lines with a field text")
-    parser.add_argument("--lengths", default="32:8,32:32,32:96", help="PROMPT:ANSWER tokens, several with commas")
+    parser.add_argument("--model", help="trained model to measure the variance on, instead of measuring the speed")
+    parser.add_argument("--text", help='file with one JSON object {"text": ...} per line, for --model')
+    parser.add_argument(
+        "--lengths", default="32:8,32:32,32:96", help="lengths in tokens as PROMPT:ANSWER, separated by commas"
+    )
     args = parser.parse_args()
-    # Before the first computation: XLA makes as many threads as there are cores it may use.
+    # This must come before the first computation: XLA starts as many threads as there are cores that it may use.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
     (variance if args.model else speed)(args)
 

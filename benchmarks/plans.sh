@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
-# The plans of configs/8b.py and 8b_sft.py for all their hardware: bash benchmarks/plans.sh [OUTPUT_DIR [NAME ...]]
-# Writes NAME.json into OUTPUT_DIR (benchmarks/plans), for the names in HARDWARE of both files or those given; in front
-# of a name of 8b_sft.py stands "8b_sft-", as in 8b_sft-lora-h200-1.
-# Needs pip install "jax[tpu]" and, for GPUs, "jax[cuda13]"; no accelerator. A plan takes up to 4 CPU minutes.
+# Makes the plans of configs/8b.py and configs/8b_sft.py: bash benchmarks/plans.sh [OUTPUT_DIR [NAME ...]]
+#
+# Writes a file NAME.json for each NAME into OUTPUT_DIR (default: benchmarks/plans). Without names, plans every entry in
+# HARDWARE of both config files. The names of configs/8b_sft.py start with "8b_sft-", e.g. 8b_sft-lora-h200-1.
+# Needs pip install "jax[tpu]" for TPUs and pip install "jax[cuda13]" for GPUs, but no accelerator. A plan takes up to 4
+# minutes of CPU time.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 out=${1:-benchmarks/plans}

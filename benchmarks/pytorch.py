@@ -1,11 +1,12 @@
-"""Against PyTorch on a CPU: python benchmarks/pytorch.py [--cases=step_cpu,...] [--threads=2] [--rounds=5]
+"""Compares llada_jax with PyTorch on a CPU: python benchmarks/pytorch.py [--cases=step_cpu,...] [--threads=2]
 
-Needs torch beside the package (pip install torch). The same model with the same weights, tokens and masks is run by
-llada_jax and by plain PyTorch, written below for the purpose: pre-norm blocks, RMSNorm, RoPE, SwiGLU, bidirectional
-scaled_dot_product_attention, AdamW, the head on masked positions only (and, as a second reference, on all).
-Each case first checks that all compute the same loss. They are then run in turns in two processes, one of which sleeps
-while the other works: two pools of threads in one process would get in each other's way. One JSON line per
-case: medians, and `ratio`, the time of llada_jax divided by PyTorch's, below 1 where llada_jax is faster.
+Needs torch (pip install torch). llada_jax and plain PyTorch run the same model with the same weights, tokens and masks.
+The PyTorch code is written below for this comparison: pre-norm blocks, RMSNorm, RoPE, SwiGLU, bidirectional
+scaled_dot_product_attention, AdamW, and the head on masked positions only (and, as a second reference, on all
+positions). Each case first checks that all implementations compute the same loss. The implementations then run in turns
+in two processes, one of which sleeps while the other works, because two pools of threads in one process would disturb
+each other. Prints one JSON line per case: median times, and `ratio`, the time of llada_jax divided by the time of
+PyTorch, which is below 1 if llada_jax is faster.
 """
 
 import argparse
@@ -20,13 +21,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-MASK_SHARE = 0.5  # of the positions, in every row
-SAMPLES = 32  # Monte Carlo samples of each likelihood
+MASK_SHARE = 0.5  # share of the positions that is masked, in every row
+SAMPLES = 32  # number of Monte Carlo samples of each likelihood
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is run: a train step, the forward pass that a reverse step of the sampler makes, or likelihoods."""
+    """What a case runs: a train step, the forward pass of one reverse step of the sampler, or likelihoods."""
 
     kind: str  # step | forward | likelihood
     layers: int
@@ -34,8 +35,8 @@ class Case:
     heads: int
     feed_forward: int
     vocabulary: int
-    batch: int  # rows; of likelihoods requests, with SAMPLES each
-    length: int  # tokens of a row; of likelihoods at most
+    batch: int  # number of rows; for likelihoods, number of requests with SAMPLES samples each
+    length: int  # tokens per row; for likelihoods, the largest number of tokens per request
     loss_chunk: int = 1024
     dtype: str = "float32"
 
@@ -53,7 +54,11 @@ CASES |= {f"{name}_bf16": dataclasses.replace(case, dtype="bfloat16") for name, 
 
 
 def make_batch(case: Case) -> dict[str, np.ndarray]:
-    """Tokens, which of them are masked, the weight 1 / p_mask of each row's."""
+    """Returns the batch of a case, by name.
+
+    "tokens" and "noisy" (tokens with MASK at the masked positions) are int32. "weight" is fp32, the weight of each
+    position in the loss: 1 / p_mask, divided by the number of positions, if it is masked, else 0.
+    """
     rng = np.random.default_rng(0)
     shape = (case.batch, case.length)
     masked = np.argsort(rng.random(shape), axis=1) < case.length * MASK_SHARE
@@ -65,14 +70,14 @@ def make_batch(case: Case) -> dict[str, np.ndarray]:
 
 
 def make_requests(case: Case) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Prompts and answers of lengths like HellaSwag's."""
+    """Returns pairs of prompt and answer, of random tokens and with lengths like HellaSwag's."""
     rng = np.random.default_rng(0)
     lengths = [(rng.integers(40, 121), rng.integers(10, 41)) for _ in range(case.batch)]
     return [tuple(rng.integers(0, case.vocabulary - 1, n).astype(np.int32) for n in pair) for pair in lengths]
 
 
 def make_weights(case: Case) -> dict[str, np.ndarray]:
-    """By the names of mesh.PARAMETERS, layers stacked; shapes as llada_jax has them."""
+    """Returns random weights by their names in mesh.PARAMETERS, with stacked layers and the shapes of llada_jax."""
     rng = np.random.default_rng(1)
     d, h, k, f, n = case.width, case.heads, case.width // case.heads, case.feed_forward, case.layers
     shapes = {
@@ -89,7 +94,12 @@ def make_weights(case: Case) -> dict[str, np.ndarray]:
 
 
 def with_jax(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
-    """{"ours": one run, which returns the loss or a sum over the hidden states}, and the versions."""
+    """Prepares a case with llada_jax.
+
+    Returns:
+      The functions that run the case once, by name (here only "ours"), and the versions of the packages. The functions
+      return a value to compare: the loss, the mean absolute hidden state, or the sum of the likelihoods.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -103,7 +113,7 @@ def with_jax(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
         layers=case.layers, width=case.width, heads=case.heads, kv_heads=case.heads, feed_forward=case.feed_forward,
         vocab_size=case.vocabulary, mask_id=case.vocabulary - 1,
     )  # fmt: skip
-    # Unrolled layers are faster in training, not in the forward pass alone.
+    # Unrolling the layers makes the train step faster, but not the forward pass alone.
     unroll = 0 if case.kind == "step" else 1
     compute = ComputeConfig(dtype=case.dtype, remat="none", unroll=unroll, loss_chunk=case.loss_chunk)
     config, batch, weights = Config(), make_batch(case), make_weights(case)
@@ -125,7 +135,9 @@ def with_jax(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
         def forward(params, noisy):
             return merge(graphdef, params).trunk(noisy)
 
-        params = jax.tree.map(lambda p: p.astype(case.dtype), params)  # as the sampler does, once for all steps
+        params = jax.tree.map(
+            lambda p: p.astype(case.dtype), params
+        )  # The sampler also casts once, before its first step.
         return {"ours": lambda: float(jnp.mean(jnp.abs(forward(params, noisy).astype(jnp.float32))))}, versions
 
     if case.kind == "likelihood":
@@ -159,7 +171,10 @@ def with_jax(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
 
 
 def with_torch(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
-    """{"torch": ..., "torch, head everywhere": ...} like `with_jax`; the second for train steps only."""
+    """Prepares a case with PyTorch and returns the same as `with_jax`.
+
+    The names are "torch" and, for train steps only, "torch, head everywhere", which applies the head to all positions.
+    """
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -225,7 +240,7 @@ def with_torch(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
             value = value[int(parts[1])] if parts[0] == "blocks" else value
             if parts[-1] == "weight" and parts[0] != "embedding" and parameter.ndim == 2:
                 inputs = parameter.shape[1]
-                value = value.reshape(inputs, -1).T  # nn.Linear holds the transposed matrix
+                value = value.reshape(inputs, -1).T  # nn.Linear stores the transposed matrix.
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(value)))
     batch = {name: torch.from_numpy(value) for name, value in make_batch(case).items()}
     noisy, tokens, weight = batch["noisy"].long(), batch["tokens"].long(), batch["weight"]
@@ -243,7 +258,7 @@ def with_torch(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
     if case.kind == "likelihood":
 
         def one_by_one() -> float:
-            """Each request alone, all its samples at once, logits at every position: how the published code does it."""
+            """Scores each request alone, all samples at once, with logits at every position, as the published code."""
             generator, total = torch.Generator().manual_seed(0), 0.0
             for prompt, answer in make_requests(case):
                 tokens = torch.from_numpy(np.concatenate([prompt, answer])).long().expand(SAMPLES, -1)
@@ -288,7 +303,7 @@ def with_torch(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
 
 
 def _worker(connection, make: Callable, case: Case, threads: int) -> None:
-    """Answers each name with (value, seconds)."""
+    """Prepares a case in a process of its own, and answers each name of a function with (value, seconds) of one run."""
     if make is with_torch:
         import torch
 
@@ -302,8 +317,9 @@ def _worker(connection, make: Callable, case: Case, threads: int) -> None:
 
 
 def compare(name: str, case: Case, threads: int, rounds: int) -> dict:
-    """One case's record."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # PyTorch's pool; XLA's has a thread per core that it may run on
+    """Measures one case and returns its record."""
+    # This limits PyTorch's pool of threads. XLA's pool has one thread per core that the process may use.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:threads]))
     context = multiprocessing.get_context("spawn")
     workers, owners, versions = [], {}, {}
@@ -311,7 +327,7 @@ def compare(name: str, case: Case, threads: int, rounds: int) -> dict:
         here, there = context.Pipe()
         process = context.Process(target=_worker, args=(there, make, case, threads), daemon=True)
         process.start()
-        there.close()  # a worker that dies is then noticed
+        there.close()  # Without an open end here, recv() fails if the worker dies.
         names, found = here.recv()
         owners |= dict.fromkeys(names, here)
         workers.append((process, here))
@@ -321,12 +337,12 @@ def compare(name: str, case: Case, threads: int, rounds: int) -> dict:
         owners[which].send(which)
         return owners[which].recv()
 
-    first = {which: ask(which)[0] for which in owners}  # compiles, warms up, and gives the loss at the start
+    first = {which: ask(which)[0] for which in owners}  # compiles, and gives the initial loss
     difference = max(abs(value / first["ours"] - 1) for value in first.values())
-    # Likelihoods are estimates, from different noise.
+    # Likelihoods are estimates from different random masks, so they agree only roughly.
     tolerance = 1e-5 if case.dtype == "float32" and case.kind != "likelihood" else 2e-2
     if not difference < tolerance:
-        raise SystemExit(f"{name}: not the same model, {first}")
+        raise SystemExit(f"{name}: the implementations do not compute the same value: {first}")
     seconds: dict[str, list[float]] = {which: [] for which in owners}
     for which in owners:
         ask(which)
@@ -357,11 +373,13 @@ def compare(name: str, case: Case, threads: int, rounds: int) -> dict:
 
 
 def main() -> None:
-    """Prints one line per case."""
+    """Measures the cases and prints one line per case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", default=",".join(CASES), help="names of the cases, separated by commas")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each implementation"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each implementation")
     args = parser.parse_args()
     for name in args.cases.split(","):
         print(json.dumps(compare(name, CASES[name], args.threads, args.rounds)), flush=True)

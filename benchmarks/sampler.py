@@ -1,8 +1,8 @@
-"""Speed of sampling: python benchmarks/sampler.py [--width=512 --layers=8 ...]
+"""Measures the speed of sampling: python benchmarks/sampler.py [--width=512 --layers=8 ...]
 
-Prints one JSON line per case: tokens per second and milliseconds per reverse step of `llada_jax.generate`, and the
-ratio to the plain way, which applies the head to the whole canvas in every step. The cases are run in turns, so
-that other load on the machine meets all of them; medians, and the ratio of medians. Compilation is not counted.
+Prints one JSON line per case: the tokens per second and milliseconds per reverse step of `llada_jax.generate`, and the
+ratio to the plain way, which applies the head to the whole canvas in every step. The cases run in turns, so that other
+load on the machine affects all of them alike. It reports medians and the ratio of medians. Compilation is not counted.
 """
 
 import argparse
@@ -26,7 +26,10 @@ from llada_jax.sampling.sampler import generate
 
 
 def plain(model: Transformer, prompt_BT: np.ndarray, config: SamplerConfig) -> jax.Array:
-    """Greedy low-confidence sampling as the published code does it: logits for every position, one call a step."""
+    """Samples greedily with low-confidence remasking as the published code does.
+
+    It computes logits for every position and makes one call per reverse step.
+    """
     mask_id, length = model.config.mask_id, prompt_BT.shape[1]
     canvas_BT = jnp.asarray(np.pad(prompt_BT, ((0, 0), (0, config.gen_length)), constant_values=mask_id), jnp.int32)
     blocks = config.gen_length // config.block_length
@@ -52,11 +55,11 @@ def _plain_step(model: Transformer, canvas_BT: jax.Array, end: int, count: int, 
 
 @jax.jit
 def trunk_alone(model: Transformer, canvas_BT: jax.Array, steps: int) -> jax.Array:
-    """What no sampler without a cache can be faster than: the trunk, `steps` times."""
+    """Runs only the trunk, `steps` times. No sampler without a cache can be faster than this."""
     canvas_BT = jax.reshard(canvas_BT, mesh.TOKENS_BT)
 
     def step(_, total):
-        h_BTD = model.trunk(canvas_BT + (total > 1e30))  # depends on the step before
+        h_BTD = model.trunk(canvas_BT + (total > 1e30))  # makes each step depend on the one before
         return total + jnp.sum(h_BTD.astype(jnp.float32))
 
     return jax.lax.fori_loop(0, steps, step, jnp.float32(0))
@@ -96,7 +99,7 @@ def main() -> None:
         for name, case in cases.items():
             start = time.perf_counter()
             results[name] = jax.block_until_ready(case())
-            if repeat:  # the first compiles
+            if repeat:  # The first run also compiles and is not counted.
                 seconds[name].append(time.perf_counter() - start)
             print(f"{repeat} of {args.repeats}: {name}", file=sys.stderr, flush=True)
     same = bool(jnp.all(results["generate"] == results["plain: head on the whole canvas"]))

@@ -1,8 +1,9 @@
-"""From the command to the first step: python benchmarks/startup.py [--rounds=3] [--config=configs/quickstart.py]
+"""Measures the start-up time: python benchmarks/startup.py [--rounds=3] [--config=configs/quickstart.py]
 
-Starts the quickstart's training on text prepared before, each time in a new workdir, until the first step stands in
-metrics.jsonl, and then ends it. In turns: with an empty cache of compiled programs (cold), with what that run left
-there (warm), and without one (off). One JSON line: medians in seconds, and of what a bare import takes.
+Starts the training of the quickstart on prepared text, each time in a new workdir, waits until metrics.jsonl contains
+the first step, and then kills the training. The runs take turns: with an empty cache of compiled programs (cold), with
+the cache that the cold run has filled (warm), and without a cache (off). Prints one JSON line: the median seconds of
+each case, and of importing llada_jax.train alone.
 """
 
 import argparse
@@ -20,14 +21,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment(cache: Path | None) -> dict[str, str]:
-    """Where compiled programs are kept; None = nowhere."""
+    """Returns environment variables that keep compiled programs in the folder `cache`, or nowhere if it is None."""
     settings = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false" if cache is None else "true"}
     settings.pop("JAX_COMPILATION_CACHE_DIR", None)
     return settings if cache is None else settings | {"XDG_CACHE_HOME": str(cache)}
 
 
 def seconds_to_first_step(arguments: list[str], workdir: Path, cache: Path | None) -> float:
-    """Of one start; RuntimeError if the process ends before."""
+    """Starts a training and returns the seconds until its first step.
+
+    Raises:
+      RuntimeError: If the training ends before its first step.
+    """
     command = [sys.executable, "-m", "llada_jax.train", *arguments, f"--workdir={workdir}", "--config.logging.every=1"]
     metrics, log = workdir / "metrics.jsonl", workdir.with_suffix(".log")
     start = time.perf_counter()
@@ -51,10 +56,10 @@ def seconds_to_import() -> float:
 
 
 def main() -> None:
-    """Prints one line."""
+    """Measures all cases and prints one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/quickstart.py")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--config", default="configs/quickstart.py", help="config file of the training")
+    parser.add_argument("--rounds", type=int, default=3, help="number of starts of each case")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, seconds = Path(name), {"cold": [], "warm": [], "off": [], "import": []}

@@ -1,7 +1,8 @@
-"""Time of the train step: python benchmarks/train_step.py [--cases=cpu,1b,8b,8b_lora] [--steps=10] [--attention=xla]
+"""Measures the train step: python benchmarks/train_step.py [--cases=cpu,1b,8b,8b_lora] [--steps=10] [--attention=xla]
 
-Prints one JSON line per case: median and range of the step time, tokens/s, FLOP/s by the model's count, MFU where
-the peak is known, peak device memory where the backend reports it. Random tokens: the time does not depend on them.
+Prints one JSON line per case: the median and range of the step time, tokens/s, FLOP/s by the count of
+`training.metrics`, MFU if the device's peak is known, and the peak device memory if the backend reports it. The tokens
+are random, because the time does not depend on them.
 """
 
 import json
@@ -23,12 +24,12 @@ from llada_jax.model.transformer import Transformer, abstract_model, resolve_com
 from llada_jax.training import metrics
 from llada_jax.training.step import make_state, make_train_step
 
-_CASES = flags.DEFINE_list("cases", ["cpu"], "Which of: cpu, cpu_lora, quickstart, 150m, 1b, 8b, 8b_lora.")
-_ATTENTION = flags.DEFINE_string("attention", None, "Kernel instead of the one that is chosen for the device.")
-_REMAT = flags.DEFINE_string("remat", None, "Instead of the case's own.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sequences, instead of the case's own number.")
-_PROFILE = flags.DEFINE_string("profile", None, "Folder that a profiler trace of three more steps is written to.")
-_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps, after two that are not.")
+_CASES = flags.DEFINE_list("cases", ["cpu"], "Cases to measure: cpu, cpu_lora, quickstart, 150m, 1b, 8b, 8b_lora.")
+_ATTENTION = flags.DEFINE_string("attention", None, "Attention kernel. Default: the one chosen for the device.")
+_REMAT = flags.DEFINE_string("remat", None, "Value of config.compute.remat. Default: the case's own.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Number of sequences per step. Default: the case's own.")
+_PROFILE = flags.DEFINE_string("profile", None, "Folder to write a profiler trace of three additional steps to.")
+_STEPS = flags.DEFINE_integer("steps", 10, "Number of timed steps, after two steps that are not timed.")
 
 
 def _config(batch_size: int, sequence_length: int, vocabulary: int, **model) -> Config:
@@ -40,14 +41,14 @@ def _config(batch_size: int, sequence_length: int, vocabulary: int, **model) -> 
 
 
 def cpu() -> Config:
-    """8 layers of width 512: large enough for matmuls to dominate on a CPU."""
+    """Returns a model with 8 layers of width 512, large enough that matmuls dominate the time on a CPU."""
     config = _config(8, 512, 32_000, layers=8, width=512, heads=8, kv_heads=8, feed_forward=1536)
     config.compute.unroll, config.compute.remat = 0, "none"
     return config
 
 
 def quickstart() -> Config:
-    """The quickstart's model and batch."""
+    """Returns the model and batch of configs/quickstart.py."""
     config = runpy.run_path(str(Path(__file__).parent.parent / "configs" / "quickstart.py"))["get_config"]()
     config.model.vocab_size = -(-config.data.train_tokenizer // 128) * 128
     config.model.mask_id = config.model.vocab_size - 1
@@ -55,34 +56,37 @@ def quickstart() -> Config:
 
 
 def gpu_150m() -> Config:
-    """configs/150m.py, one micro-batch."""
+    """Returns the model of configs/150m.py with one micro-batch."""
     config = _config(32, 1024, 32_000, layers=12, width=768, heads=12, kv_heads=12, feed_forward=2688)
     config.compute.remat = "dots"
     return config
 
 
 def gpu_1b() -> Config:
-    """configs/1b.py, 8 sequences."""
+    """Returns the model of configs/1b.py with a batch of 8 sequences."""
     config = _config(8, 4096, 126_464, layers=22, width=2048, heads=32, kv_heads=4, feed_forward=5634)
     config.compute.remat = "dots"
     return config
 
 
 def gpu_8b() -> Config:
-    """configs/8b.py, 4 sequences, on one card of 141 GB: parameters in fp32, moments in bfloat16 to fit."""
+    """Returns the model of configs/8b.py with 4 sequences, for one GPU with 141 GB.
+
+    The parameters are in fp32; the moments are in bfloat16, because they would not fit otherwise.
+    """
     config = _config(4, 4096, 126_464, layers=32, width=4096, heads=32, kv_heads=32, feed_forward=12_288)
     config.optimizer.state_dtype = "bfloat16"
     return config
 
 
 def adapted(config: Config) -> Config:
-    """The same with low-rank adapters: nothing else is tuned."""
+    """Adds low-rank adapters to a case, so that only the adapters are trained."""
     config.model.lora.rank, config.init_from = 16, "random weights"
     return config
 
 
 def gpu_8b_lora() -> Config:
-    """configs/8b_sft.py:lora-h200-1, one micro-batch of 4 sequences."""
+    """Returns the model of configs/8b_sft.py:lora-h200-1 with one micro-batch of 4 sequences."""
     config = adapted(gpu_8b())
     config.compute.remat, config.optimizer.state_dtype = "dots", "float32"
     return config
@@ -100,7 +104,7 @@ CASES = {
 
 
 def frozen_weights(config: Config) -> dict | None:
-    """What adapters stand beside, random, in the compute dtype; None without any."""
+    """Returns random frozen weights for a model with adapters, in the compute dtype, or None if it has no adapters."""
     if not config.model.lora.rank:
         return None
     dtype = jnp.dtype(config.compute.dtype)
@@ -114,7 +118,7 @@ def frozen_weights(config: Config) -> dict | None:
 
 
 def measure(name: str, config: Config, steps: int) -> dict:
-    """One case's record."""
+    """Measures one case and returns its record."""
     config.mesh.fsdp = -1
     config.batch_size = _BATCH_SIZE.value or config.batch_size
     config.compute.remat = _REMAT.value or config.compute.remat
@@ -173,7 +177,7 @@ def measure(name: str, config: Config, steps: int) -> dict:
 
 
 def main() -> None:
-    """Prints one line per case."""
+    """Measures the cases and prints one line per case."""
     for name in _CASES.value:
         if name not in CASES:
             raise UserError(f"--cases={name}: choose from {', '.join(CASES)}")

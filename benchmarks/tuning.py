@@ -1,17 +1,21 @@
-"""What instruction tuning changes: on held-out conversations, the bound on the answers, and answers that are written.
+"""Measures what instruction tuning changes, on held-out conversations: the bound on answers, and generated answers.
 
     python benchmarks/tuning.py --model=runs/base --model=runs/tuned --set=data/gsm8k --answers=100 \
         --format='\\n#### -?[0-9][0-9,.]*$'
 
 Prints one JSON line per model, checkpoint and set:
 
-  nats_per_token, bits_per_byte   the bound (Eq. 14) on the answers given the prompts, each with its one EOS
-  stops       share of the written answers that end (EOS or end of turn) within --gen_length tokens
-  in_format   share that end and whose text matches --format; in_format_reference: of the answers that were held out
-  correct     share whose text is the held-out answer; with --format, whose match is, with what the pattern matches
-  words       median number of words; words_reference: of the answers that were held out
+  nats_per_token, bits_per_byte   the bound (Eq. 14) on the held-out answers given their prompts; each answer includes
+              its one EOS
+  stops       share of the generated answers that end (with EOS or end of turn) within --gen_length tokens
+  in_format   share of the generated answers that end and whose text matches --format
+  in_format_reference   share of the held-out answers whose text matches --format
+  correct     share of the generated answers whose text equals the held-out answer, apart from case and spaces; with
+              --format, only the parts of both texts that match the pattern are compared
+  words       median number of words of the generated answers
+  words_reference   median number of words of the held-out answers
 
-The prompts are rendered with each set's chat template, for a model that has never seen it too.
+The prompts are rendered with each set's chat template, even for a model that has never seen this template.
 """
 
 import json
@@ -30,31 +34,30 @@ from llada_jax.data.manifest import load_manifest
 from llada_jax.data.read.chat import held_out_answers
 from llada_jax.data.rows import HeldOut
 from llada_jax.devices import mesh
-from llada_jax.formats.folders import is_workdir
+from llada_jax.formats import workdir
 from llada_jax.loading import load
 from llada_jax.model.transformer import Transformer, split
 from llada_jax.sampling.sampler import generate
 from llada_jax.sampling.text_completion import Options, make_batches, make_prompt, row_keys, text_length
 from llada_jax.scoring import bound
 from llada_jax.text.tokenizer import Tokenizer
-from llada_jax.training import checkpoint
 
 _MODELS = flags.DEFINE_multi_string("model", None, "Training workdirs or published folders.", required=True)
 _SETS = flags.DEFINE_multi_string("set", None, "Folders written by prepare --chat, with held-out rows.", required=True)
-_CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "Steps of the workdirs, or all; default: the newest of each.")
-_ROWS = flags.DEFINE_integer("rows", 256, "Held-out answers that the bound is taken of.")
-_SAMPLES = flags.DEFINE_integer("samples", 8, "Samples of each.")
-_ANSWERS = flags.DEFINE_integer("answers", 0, "Prompts that are answered; 0 = none.")
-_FORMAT = flags.DEFINE_string("format", None, "Regular expression that an answer in the asked format has.")
-_GEN_LENGTH = flags.DEFINE_integer("gen_length", 64, "Tokens of an answer, at most.")
-_STEPS = flags.DEFINE_integer("steps", None, "Reverse steps; default: one per token.")
-_BLOCK_LENGTH = flags.DEFINE_integer("block_length", 32, "Tokens per block.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 = always the most probable token.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows at once.")
+_CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "Steps of the workdirs, or all. Default: each workdir's newest.")
+_ROWS = flags.DEFINE_integer("rows", 256, "Number of held-out answers that the bound is computed for.")
+_SAMPLES = flags.DEFINE_integer("samples", 8, "Number of Monte Carlo samples of the bound per answer.")
+_ANSWERS = flags.DEFINE_integer("answers", 0, "Number of prompts that the model answers; 0 means none.")
+_FORMAT = flags.DEFINE_string("format", None, "Regular expression that an answer in the asked format contains.")
+_GEN_LENGTH = flags.DEFINE_integer("gen_length", 64, "Largest number of tokens of a generated answer.")
+_STEPS = flags.DEFINE_integer("steps", None, "Number of reverse steps. Default: one per token.")
+_BLOCK_LENGTH = flags.DEFINE_integer("block_length", 32, "Number of tokens per block.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 always takes the most probable token.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Number of rows that are processed at once.")
 
 
 def held_out_bound(model: Transformer, rows: HeldOut) -> dict[str, float]:
-    """Eq. 14 on all rows."""
+    """Returns the bound of Eq. 14 on the answers in all rows."""
     with mesh.mesh_of(model.embedding[...]):
         values = bound.validate(
             *split(model), rows, ValidationConfig(samples=_SAMPLES.value), batch_size=_BATCH_SIZE.value, chunk=512,
@@ -64,7 +67,11 @@ def held_out_bound(model: Transformer, rows: HeldOut) -> dict[str, float]:
 
 
 def answers(model: Transformer, tokenizer: Tokenizer, rows: HeldOut) -> dict[str, float]:
-    """What the model writes beside what was held out."""
+    """Generates answers to the prompts in `rows` and compares them with the held-out answers.
+
+    Returns:
+      The values from the module docstring, and "examples": the first five prompts with both answers.
+    """
     options = Options(
         steps=_STEPS.value,
         gen_length=_GEN_LENGTH.value,
@@ -117,29 +124,34 @@ def share(values) -> float:
 
 
 def checkpoints_of(folder: str) -> list[int | None]:
-    """The steps that are looked at; None = a published folder, which has none."""
-    if not is_workdir(Path(folder), "--model="):
+    """Returns the checkpoints (steps) of a model to measure, or [None] for a published folder, which has none."""
+    if not workdir.is_workdir(Path(folder), "--model="):
         return [None]
     wanted = _CHECKPOINTS.value
     if wanted == ["all"]:
-        return checkpoint.saved_steps(folder)
+        return workdir.saved_steps(folder)
     try:
-        return [checkpoint.choose_step(folder, int(step)) for step in wanted] or [checkpoint.choose_step(folder, None)]
+        return [workdir.choose_step(folder, int(step)) for step in wanted] or [workdir.choose_step(folder, None)]
     except ValueError as error:
-        raise UserError(f"--checkpoints={','.join(wanted)}: steps, or all") from error
+        raise UserError(f"--checkpoints={','.join(wanted)}: write steps separated by commas, or all") from error
 
 
 def main() -> None:
-    """Prints the lines."""
+    """Measures all models, checkpoints and sets, and prints one line for each."""
     for folder in _MODELS.value:
         for step in checkpoints_of(folder):
             model, tokenizer = load(folder, step=step)
             for path in _SETS.value:
                 manifest = load_manifest(path)
                 if tokenizer is None or tokenizer.sha256 != manifest.tokenizer_sha256:
-                    raise UserError(f"--set={path} was not prepared with the tokenizer of {folder}")
+                    raise UserError(
+                        f"--set={path} was not prepared with the tokenizer of --model={folder}: prepare the set again with "
+                        "this tokenizer"
+                    )
                 if not manifest.validation.rows:
-                    raise UserError(f"--set={path} holds no conversations out")
+                    raise UserError(
+                        f"--set={path} has no held-out conversations: prepare the set again with held-out conversations"
+                    )
                 length = manifest.sequence_length
                 started = time.monotonic()
                 rows = held_out_answers([path], _ROWS.value, length, model.config.vocab_size)

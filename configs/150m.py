@@ -1,19 +1,20 @@
-"""A model of about 150 M parameters for one GPU: large enough to write readable text, small enough to try things.
+"""A model of about 150 M parameters for one GPU: large enough to write readable text, small enough for experiments.
 
     python -m llada_jax.prepare --input='text/*.jsonl.gz' --output=data/150m --train_tokenizer=32000 \
         --sequence_length=1024
     python -m llada_jax.train --config=configs/150m.py --workdir=runs/150m --config.data.path=data/150m
 
 Batch: 256 sequences of 1024 tokens = 262,144 tokens; 20,000 steps = 5.2 B tokens.
-Hardware: 2.5 GB of parameters, gradients and moments beside the activations of 32 sequences. The recipe is the
-paper's in small (warm-up, plateau, linear decay); it has not been tuned, and its speed has not been measured yet.
+Hardware: the GPU holds 2.5 GB of parameters, gradients and moments, and the activations of 32 sequences. The recipe
+follows the paper's on a smaller scale (warm-up, plateau, linear decay). It has not been tuned, and its speed has not
+been measured yet.
 """
 
 from llada_jax.config import Config
 
 
 def get_config() -> Config:
-    """About 152 M parameters with a vocabulary of 32,000."""
+    """Returns the config of a model with about 152 M parameters and a vocabulary of 32,000 tokens."""
     config = Config(steps=20_000, batch_size=256, sequence_length=1024, accumulation=8)
     config.model.layers = 12
     config.model.width = 768

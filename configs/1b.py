@@ -4,8 +4,8 @@
     python -m llada_jax.train --config=configs/1b.py --workdir=runs/1b --config.data.path=DATA
 
 Model: 1,487,243,264 parameters, 969,246,720 without embedding and head; grouped-query attention, 4 key/value heads.
-The run is long (2.3 T tokens); for a shorter one set --config.steps and --config.optimizer.schedule.
-Hardware: 24 GB of parameters, gradients and moments; not yet run by us at this size.
+The run is long (2.3 T tokens). For a shorter run, set --config.steps and --config.optimizer.schedule.
+Hardware: parameters, gradients and moments take 24 GB. We have not yet run this config at this size.
 """
 
 import runpy
@@ -15,7 +15,7 @@ from llada_jax.config import Config
 
 
 def get_config() -> Config:
-    """The paper's 1B run: configs/8b.py with a smaller model."""
+    """Returns the config of the paper's 1B run: configs/8b.py with a smaller model."""
     config = runpy.run_path(str(Path(__file__).with_name("8b.py")))["paper_recipe"]()
     config.model.layers = 22
     config.model.width = 2048

@@ -4,18 +4,20 @@
     python -m llada_jax.train --config=configs/8b.py --workdir=runs/8b --config.data.path=DATA
 
 Model: 8,015,581,184 parameters, 6.98 B without embedding and head; multi-head attention, 4096 tokens.
-Data: 2.3 T tokens, one epoch; one sequence in a hundred cut to a length uniform in 1..4096.
+Data: 2.3 T tokens, one epoch; one sequence in a hundred is cut to a random length, uniform in 1..4096.
 Batch: 1280 sequences of 4096 tokens = 5,242,880 tokens; 438,690 steps.
-Schedule: 0 -> 4e-4 over 2,000 steps, held until 1.2 T tokens; 1e-4 for the next 0.8 T; linear to 1e-5 over
-the last 0.3 T. AdamW, weight decay 0.1. The paper does not state betas and clipping: 0.9, 0.95 and 1.0 here.
+Schedule: the learning rate rises from 0 to 4e-4 over 2,000 steps and stays there until 1.2 T tokens; it is 1e-4 for the
+next 0.8 T tokens, and falls linearly to 1e-5 over the last 0.3 T tokens.
+Optimizer: AdamW with weight decay 0.1. The paper does not state the betas and the clipping norm; they are 0.9, 0.95 and
+1.0 here.
 
-Hardware is an argument of this file, a name in HARDWARE below:
+The hardware is an argument of this file. It is a name in HARDWARE below:
 
     python -m llada_jax.train --config=configs/8b.py:v5p-4x4x8 --workdir=runs/8b --config.data.path=DATA
     python -m llada_jax.plan  --config=configs/8b.py:v5p-4x4x8 --topology=v5p:4x4x8
 
-Each is accepted by the plan, whose output is kept in benchmarks/plans; none has been run by us. Parameters, gradients
-and Adam's moments take 16 bytes per parameter, 128 GB in all; the paper used 0.13 million H800 hours.
+llada_jax.plan accepts every entry, and its output is kept in benchmarks/plans. We have run none of them. Parameters,
+gradients and Adam's moments take 16 bytes per parameter, 128 GB in all. The paper used 0.13 million H800 GPU hours.
 """
 
 from typing import NamedTuple
@@ -26,18 +28,20 @@ TOKENS_PER_STEP = 1280 * 4096
 
 
 class Hardware(NamedTuple):
-    """What depends on the chips."""
+    """The settings that depend on the chips."""
 
-    accumulation: int = 1  # micro-batches; the rest of the 1280 sequences lies on the chips at once
+    accumulation: int = 1  # micro-batches; the 1280 / accumulation sequences of one are on the chips at the same time
     remat: str = "full"
-    data: int = 1  # slices or nodes, each with a whole copy of the parameters
+    data: int = 1  # slices or nodes, each of which has a whole copy of the parameters
 
 
-# Kept of a layer per sequence of 4096, GiB in all 32 layers: full 1.0 (its input), attention 2.0, dots 13; executed
-# FLOPs beyond the model's: full 28 %, attention 24 %, dots 2 %. So dots where the memory is there for it.
+# The choices of remat differ in what all 32 layers store for the backward pass, per sequence of 4096 tokens: full
+# 1.0 GiB (the inputs of the layers), attention 2.0 GiB, dots 13 GiB. They also differ in the FLOPs that they execute
+# beyond those of the model: full 28 %, attention 24 %, dots 2 %. So dots is chosen wherever memory suffices for it.
+# The comments below say how many sequences of a micro-batch are on each chip.
 HARDWARE = {
     "": Hardware(),
-    "v5e-16x16": Hardware(accumulation=1, remat="full"),  # 5 sequences per chip
+    "v5e-16x16": Hardware(accumulation=1, remat="full"),  # 5
     "v6e-8x8": Hardware(accumulation=5, remat="attention"),  # 4
     "v6e-16x16": Hardware(accumulation=1, remat="attention"),  # 5
     "v5p-4x4x4": Hardware(accumulation=5, remat="dots"),  # 4
@@ -45,17 +49,17 @@ HARDWARE = {
     "v5p-4x8x8": Hardware(accumulation=1, remat="dots"),  # 5
     "2xv5p-4x4x8": Hardware(accumulation=1, remat="dots", data=2),  # 5; two slices
     "h200-8": Hardware(accumulation=40, remat="dots"),  # 4
-    "16xh100-8": Hardware(accumulation=5, remat="dots"),  # 2; parameters sharded over all 16 nodes
+    "16xh100-8": Hardware(accumulation=5, remat="dots"),  # 2; the parameters are sharded over all 16 nodes
 }
 
 
 def step_at(tokens: float) -> int:
-    """The step at which this many tokens have been seen."""
+    """Returns the step after which the run has seen this many tokens."""
     return round(tokens / TOKENS_PER_STEP)
 
 
 def paper_recipe() -> Config:
-    """What the paper's 8B and 1B runs share: data, batch, objective, schedule."""
+    """Returns what the paper's 8B and 1B runs share: data, batch, objective and schedule."""
     config = Config(steps=step_at(2.3e12), batch_size=1280, sequence_length=4096)
 
     # The published tokenizer and its special tokens.
@@ -91,7 +95,7 @@ def paper_recipe() -> Config:
 
 
 def get_config(hardware: str = "") -> Config:
-    """The paper's 8B run, for a name in HARDWARE."""
+    """Returns the config of the paper's 8B run, for a name in HARDWARE."""
     if hardware not in HARDWARE:
         raise UserError(f"configs/8b.py:{hardware}: choose one of {', '.join(filter(None, HARDWARE))}")
     config = paper_recipe()

@@ -4,17 +4,19 @@
     python -m llada_jax.train --config=configs/8b_sft.py:v5p-4x4x4 --workdir=runs/8b_sft
     python -m llada_jax.chat --model=runs/8b_sft
 
-Data: 4.5 M pairs, three epochs: 52,734 steps of 256; with other data set --config.steps to 3 * conversations / 256.
-Answers are padded with EOS, which is learned, to the longest of the batch.
-Schedule: 0 -> 2.5e-5 over 50 steps, held, the last 10 % linear to 2.5e-6. AdamW, weight decay 0.1. The paper does not
-state betas and clipping: 0.9, 0.95 and 1.0 here.
+Data: 4.5 M pairs of prompt and response, three epochs: 52,734 steps of 256 rows. With other data, set --config.steps to
+3 * conversations / 256. Answers are padded with EOS to the longest row of the batch; the model learns this padding.
+Schedule: the learning rate rises from 0 to 2.5e-5 over 50 steps and stays there. Over the last 10 % of the steps it
+falls linearly to 2.5e-6.
+Optimizer: AdamW with weight decay 0.1. The paper does not state the betas and the clipping norm; they are 0.9, 0.95 and
+1.0 here.
 
-LLaDA-8B-Base is the published folder; --config.init_from names another one, or a workdir of configs/8b.py.
+LLaDA-8B-Base is the published folder. --config.init_from names another folder, or a workdir of configs/8b.py.
 
-Hardware is an argument of this file, a name in HARDWARE below. All of the 8 B parameters are tuned, with 16 bytes of
-memory each, but on one GPU (lora-...): there low-rank adapters are, beside weights that stay as they are in bfloat16.
-Each is accepted by the plan (`python -m llada_jax.plan --config=configs/8b_sft.py:NAME --topology=...`), whose output
-is kept in benchmarks/plans; none has been run by us.
+The hardware is an argument of this file. It is a name in HARDWARE below. All 8 B parameters are tuned, which takes 16
+bytes of memory for each of them. On one GPU (lora-...), low-rank adapters are tuned instead, and the other weights stay
+unchanged in bfloat16. `python -m llada_jax.plan --config=configs/8b_sft.py:NAME --topology=...` accepts every entry,
+and its output is kept in benchmarks/plans. We have run none of them.
 """
 
 import runpy
@@ -27,16 +29,17 @@ PAIRS = 4_500_000
 
 
 class Hardware(NamedTuple):
-    """What depends on the chips."""
+    """The settings that depend on the chips."""
 
-    accumulation: int = 1  # micro-batches; the rest of the 256 rows lies on the chips at once
+    accumulation: int = 1  # micro-batches; each has 256 / accumulation rows, which are on the chips at the same time
     remat: str = "full"
-    rank: int = 0  # of adapters; 0 = all parameters are tuned
+    rank: int = 0  # the rank of the low-rank adapters; 0 = all parameters are tuned
 
 
+# The comments say how many rows of a micro-batch are on each chip.
 HARDWARE = {
     "": Hardware(),
-    "v5e-8x8": Hardware(accumulation=2),  # 2 rows per chip
+    "v5e-8x8": Hardware(accumulation=2),  # 2
     "v5p-4x4x4": Hardware(remat="dots"),  # 4
     "h200-8": Hardware(accumulation=8, remat="dots"),  # 4
     "lora-h200-1": Hardware(accumulation=64, remat="dots", rank=16),  # 4
@@ -44,7 +47,7 @@ HARDWARE = {
 
 
 def get_config(hardware: str = "") -> Config:
-    """The paper's fine-tuning run, for a name in HARDWARE."""
+    """Returns the config of the paper's fine-tuning run, for a name in HARDWARE."""
     if hardware not in HARDWARE:
         raise UserError(f"configs/8b_sft.py:{hardware}: choose one of {', '.join(filter(None, HARDWARE))}")
     config = runpy.run_path(str(Path(__file__).with_name("8b.py")))["get_config"]()
@@ -65,6 +68,6 @@ def get_config(hardware: str = "") -> Config:
     config.sampling.steps = config.sampling.gen_length = 128
 
     config.accumulation, config.compute.remat, config.model.lora.rank = HARDWARE[hardware]
-    if config.model.lora.rank:  # our choice: adapters take a larger rate than the weights themselves would
+    if config.model.lora.rank:  # our choice: adapters take a larger learning rate than the full weights
         config.optimizer.peak_learning_rate = 2e-4
     return config

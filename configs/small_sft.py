@@ -1,4 +1,4 @@
-"""Instruction tuning in small: a model that was pre-trained here learns to answer, on two CPU cores or one GPU.
+"""Small-scale instruction tuning: a model pre-trained with llada_jax learns to answer, on two CPU cores or one GPU.
 
     python -m llada_jax.prepare --chat --input='chats/*.jsonl.gz' --output=data/chats --tokenizer=runs/base \
         --sequence_length=512
@@ -6,16 +6,19 @@
         --config.data.path=data/chats
     python -m llada_jax.chat --model=runs/tuned
 
-The architecture is that of config.init_from (config.model.layers=0). An epoch is as many rows as there are
-conversations: with 32 rows per step, --config.steps is 3 * conversations / 32 for the paper's three epochs. The paper's
-2.5e-5 is for 8 billion parameters: small models take a larger one.
+The architecture is taken from config.init_from (config.model.layers=0). An epoch has as many rows as there are
+conversations. A step has 32 rows, so set --config.steps to 3 * conversations / 32 for three epochs, as in the paper.
+The paper's learning rate of 2.5e-5 is for 8 billion parameters; small models take a larger learning rate.
 """
 
 from llada_jax.config import Config
 
 
 def get_config() -> Config:
-    """The paper's recipe (`configs/8b_sft.py`) with a rate and a batch for a model of a few million parameters."""
+    """Returns the paper's recipe (`configs/8b_sft.py`), adapted to a model of a few million parameters.
+
+    Its learning rate and batch size differ from the paper's.
+    """
     config = Config(steps=2_000, batch_size=32, sequence_length=512, init_weights_only=True)
     config.init_from = "runs/base"
     config.model.layers = 0

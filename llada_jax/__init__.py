@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SamplerConfig", "generate", "load", "log_likelihood"]
 
-# Imported on first use: a process that only tokenises does not wait for jax.
+# These are imported on first use, so that a process that only tokenises does not wait for the import of jax.
 _HOME = {
     "SamplerConfig": "llada_jax.config",
     "generate": "llada_jax.sampling.sampler",

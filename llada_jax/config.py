@@ -1,8 +1,8 @@
-"""The typed configuration tree: everything a run can be told, with units.
+"""The typed configuration tree: every setting of a run, with its unit and the meaning of its special values.
 
-A config file under configs/ returns one `Config`. Any leaf can be overridden on the
-command line (`--config.optimizer.peak_learning_rate=3e-4`). config_check.py finds impossible
-combinations before any device work.
+A config file under configs/ returns one `Config`. Any setting can be overridden on the command line
+(`--config.optimizer.peak_learning_rate=3e-4`). `training/config_check.py` finds impossible values and combinations
+before any device is used.
 """
 
 import dataclasses
@@ -11,211 +11,269 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """A mistake of the user's: its message is one line that names the setting and the remedy.
+    """A mistake of the user. The message is one line that names the setting and says what to do.
 
-    Entry points print it without a traceback and leave with exit code 2.
+    Entry points print the message without a traceback and exit with code 2.
     """
 
 
 @dataclasses.dataclass(unsafe_hash=True, slots=True)
 class LoraConfig:
-    """Low-rank adaptation (arXiv 2106.09685): W + alpha / rank A B, of which only A and B are trained."""
+    """Low-rank adaptation (arXiv 2106.09685): W + alpha / rank A B, where only the adapters A and B are trained."""
 
-    rank: int = 0  # r, columns of A and rows of B; 0 = none: all weights are trained
-    alpha: float = 16.0  # the adapters' product is scaled by alpha / rank
-    # The matrices inside the layers that get adapters.
+    rank: int = 0  # r: the number of columns of A and of rows of B; 0 = no adapters, all weights are trained
+    alpha: float = 16.0  # the product A B is scaled by alpha / rank
+    # The matrices of each layer that get adapters.
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out")
 
 
 @dataclasses.dataclass(unsafe_hash=True, slots=True)
 class ModelConfig:
-    """Architecture (hashable: it is static data of the model) and the ids it gives special meaning."""
+    """The architecture and the special token ids. It is hashable, because it is static data of the model."""
 
-    layers: int = 32  # L; 0 = all of the architecture is that of config.init_from
-    width: int = 4096  # D
-    heads: int = 32  # H, query heads; head width K = width / heads
-    kv_heads: int = 32  # G, key/value heads: heads = multi-head, fewer = grouped-query attention
-    feed_forward: int = 12288  # F
-    vocab_size: int = 0  # V, rows of the embedding; 0 = the tokenizer's size, rounded up to a multiple of 128
-    tied_embeddings: bool = False  # the head is the transposed embedding
-    rope_theta: float = 500_000.0
-    norm_eps: float = 1e-5
-    # Ids; None = taken from the tokenizer. Ids >= token_count fill up the vocabulary and are never chosen.
+    layers: int = 32  # L: the number of layers; 0 = the whole architecture is taken from config.init_from
+    width: int = 4096  # D: the width of the hidden states
+    heads: int = 32  # H: the number of query heads; each has the width K = width / heads
+    # G: the number of key/value heads. Equal to `heads` = multi-head attention, fewer = grouped-query attention.
+    kv_heads: int = 32
+    feed_forward: int = 12288  # F: the width of the feed-forward network
+    # V: the number of rows of the embedding; 0 = the size of the tokenizer, rounded up to a multiple of 128.
+    vocab_size: int = 0
+    tied_embeddings: bool = False  # True = the output head is the transposed embedding
+    rope_theta: float = 500_000.0  # the base of the rotary position embedding (RoPE)
+    norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    # The number of token ids that the model may choose; None = the size of the tokenizer. The ids from token_count on
+    # only fill up the embedding to vocab_size rows; the sampler never chooses them.
     token_count: int | None = None
-    mask_id: int | None = None
-    bos_id: int | None = None
-    eos_id: int | None = None
-    eot_id: int | None = None
+    mask_id: int | None = None  # the id of MASK; None = the tokenizer's id
+    bos_id: int | None = None  # the id of BOS, the start of a text; None = the tokenizer's id
+    eos_id: int | None = None  # the id of EOS, the end of a text; None = the tokenizer's id
+    eot_id: int | None = None  # the id of the end of a turn in a chat; None = the tokenizer's id
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     @property
     def head_width(self) -> int:
-        """K, the width of one attention head."""
+        """The width K of one attention head."""
         return self.width // self.heads
 
 
 @dataclasses.dataclass(unsafe_hash=True, slots=True)
 class ComputeConfig:
-    """How the model is computed; changes speed and memory, not the mathematics."""
+    """How the model is computed. These settings change speed and memory, not the mathematics."""
 
-    dtype: str = ""  # of activations and matmul operands; "" = bfloat16 on accelerators, float32 on CPU
-    # What the backward pass keeps of a layer: none (of it is recomputed) | dots (matmuls and attention are kept) |
-    # attention (its output is kept) | full (nothing is kept: all of it is recomputed).
+    # The dtype of activations and matmul operands: float32 | bfloat16 | "" (bfloat16 on accelerators, float32 on CPU).
+    dtype: str = ""
+    # Which results of a layer's forward pass are stored for the backward pass. The others are computed again (remat).
+    #   none       no rematerialisation: all results are stored
+    #   dots       the results of matmuls and of attention are stored
+    #   attention  the result of attention is stored
+    #   full       full rematerialisation: only the input of the layer is stored
     remat: str = "full"
-    unroll: int = 1  # layers unrolled per iteration of the scan over layers; 0 = all (fastest on CPU, slow to compile)
-    # Kernel: auto (splash on TPU, cudnn on GPU in bfloat16, else xla) | splash | cudnn | xla (chunked over
-    # queries) | reference (plain, holds (T, T) scores) | splash_interpreted (for tests).
+    # The number of layers unrolled per iteration of the scan over layers. 0 = all layers: fastest on CPU, but slow to
+    # compile.
+    unroll: int = 1
+    # The attention kernel.
+    #   auto                the first of splash, cudnn, cpu and xla that can run on the devices in use
+    #   splash              flash attention for TPU
+    #   cudnn               flash attention for GPU, in bfloat16 only
+    #   cpu                 a kernel for CPU that holds the scores of a few heads and queries at a time
+    #   xla                 runs everywhere, in chunks of query_chunk queries
+    #   reference           the plain definition, holds all (T, T) scores
+    #   splash_interpreted  the splash kernel on any device, slowly, for tests
     attention: str = "auto"
-    deterministic: bool = False  # on GPU: the train step gives bitwise the same every time, slower; elsewhere it does
-    query_chunk: int = 512  # tokens: queries per chunk of the xla kernel
-    loss_chunk: int = 2048  # masked tokens per chunk of the loss (per device): logits held at once
+    # True = on GPU, the train step gives bitwise the same result every time, but is slower. On other devices it always
+    # gives the same result.
+    deterministic: bool = False
+    query_chunk: int = 512  # queries (tokens) per chunk of the attention kernel xla
+    loss_chunk: int = 2048  # masked tokens whose logits each device holds at a time while it computes the loss
 
 
 @dataclasses.dataclass(slots=True)
 class DiffusionConfig:
-    """The forward process q(x_t | x_0) and the objective."""
+    """The forward process q(x_t | x_0) and the training objective (equations of arXiv 2502.09992)."""
 
-    # pretrain (Eq. 3) | sft (Eq. 5, of responses given prompts) | sft_whole (prompts are masked too, as in iLLaDA)
+    # The training objective.
+    #   pretrain   Eq. 3, on text
+    #   sft        Eq. 5, on conversations: only responses are masked, prompts are given
+    #   sft_whole  on conversations: prompts are masked like responses, as in iLLaDA
     objective: str = "pretrain"
-    eps: float = 1e-3  # p_mask = (1 - eps) t + eps
-    t_sampling: str = "low_discrepancy"  # independent (the paper) | low_discrepancy (lower variance)
-    random_length_every: int = 100  # rows: one row in every so many gets a random length; 0 = never
+    eps: float = 1e-3  # the least mask ratio: a token is masked with the probability p_mask = (1 - eps) t + eps
+    # How the t of each row is drawn: independent (as in the paper) | low_discrepancy (t is spread evenly over the rows,
+    # which lowers the variance of the loss).
+    t_sampling: str = "low_discrepancy"
+    # One row in every `random_length_every` rows is cut to a random length, uniform in 1..sequence_length; 0 = never.
+    # It must be 0 for objectives on conversations.
+    random_length_every: int = 100
 
 
 @dataclasses.dataclass(slots=True)
 class DataConfig:
-    """What is trained on: prepared sets, or text that is prepared on first use."""
+    """The training data: either prepared sets (`path`), or files that the run prepares when it starts (`input`)."""
 
-    path: str = ""  # prepared sets: comma-separated folders written by llada_jax.prepare, or gs://BUCKET/SET
-    cache: str = ""  # folder where each host keeps copies of remote sets; "" = ~/.cache/llada_jax
-    weights: tuple[float, ...] = ()  # mixture weights in the order of path; () = by number of rows
-    input: str = ""  # text to prepare into the workdir: comma-separated files or globs, or "stdlib"
-    tokenizer: str = ""  # SentencePiece .model, tokenizer.json or a folder for `input`; "" = train one
-    train_tokenizer: int = 4096  # vocabulary size of the tokenizer trained when none is given
-    validation_fraction: float = 0.02  # of the documents of `input`, chosen by their hash
-    workers: int = 0  # processes that prepare `input`; 0 = one per core
-    read_threads: int = 1  # threads that read rows
-    prefetch: int = 4  # batches read ahead of the step
+    # Prepared sets, separated by commas: folders written by llada_jax.prepare, or remote sets such as gs://BUCKET/SET.
+    path: str = ""
+    cache: str = ""  # the folder in which each host keeps copies of remote sets; "" = ~/.cache/llada_jax
+    # The shares of the sets in the training rows, in any scale and in the order of `path`. () = in proportion to the
+    # number of rows of each set (the number of conversations, for objectives on conversations).
+    weights: tuple[float, ...] = ()
+    # The files to prepare into the workdir: files or globs, separated by commas, or "stdlib" (the source files of
+    # Python's standard library).
+    input: str = ""
+    # The tokenizer for `input`: a SentencePiece .model, a tokenizer.json, or a folder with either. "" = a tokenizer is
+    # trained on the text; for conversations, the tokenizer of config.init_from is used.
+    tokenizer: str = ""
+    train_tokenizer: int = 4096  # the vocabulary size, in tokens, of the tokenizer that is trained if none is given
+    # The fraction of the documents of `input` that is held out for validation; a document's hash decides. 0 = none.
+    validation_fraction: float = 0.02
+    workers: int = 0  # the number of processes that prepare `input`; 0 = one per CPU core
+    read_threads: int = 1  # the number of threads per process that read rows
+    prefetch: int = 4  # the number of batches that are read ahead of the current step
 
 
 @dataclasses.dataclass(slots=True)
 class MeshConfig:
-    """Devices per mesh axis. At most one may be -1: all that are left."""
+    """The number of devices along each mesh axis. At most one axis may be -1: it takes all remaining devices."""
 
-    data: int = 1  # replicas of the parameters
-    fsdp: int = -1  # batch and parameters sharded
-    tensor: int = 1  # heads, feed-forward and vocabulary sharded
+    data: int = 1  # the batch is sharded over this axis, and each shard has a replica of the parameters
+    fsdp: int = -1  # the batch and the parameters are sharded over this axis
+    tensor: int = 1  # heads, feed-forward and vocabulary are sharded over this axis
 
 
 @dataclasses.dataclass(slots=True)
 class OptimizerConfig:
-    """AdamW or Muon, and the schedule."""
+    """The optimizer, AdamW or Muon, and the learning rate schedule."""
 
-    name: str = "adamw"  # adamw (the paper) | muon (matrices inside the layers by Muon, the rest by AdamW)
-    peak_learning_rate: float = 4e-4
-    # Polyline of (position, factor of the peak): an int position counts steps, a float one is a
-    # fraction of `steps`; linear in between, the same position twice is a jump, flat at both ends.
+    # adamw (as in the paper) | muon (Muon for the matrices inside the layers, AdamW for all other parameters)
+    name: str = "adamw"
+    peak_learning_rate: float = 4e-4  # the learning rate is this value times the factor that `schedule` gives
+    # Points (position, factor) of a polyline. A position that is an int counts steps; one that is a float is a fraction
+    # of config.steps. So 1 is the first step, and 1.0 is the end of the run. The factor is linear between two points,
+    # and constant before the first and after the last point. The same position twice makes a jump.
     schedule: tuple[tuple[float, float], ...] = ((0, 0.0), (2000, 1.0))
-    weight_decay: float = 0.1  # on matrices, not on norm weights
-    beta1: float = 0.9
-    beta2: float = 0.95
-    adam_eps: float = 1e-8
-    clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
-    # Of the moments between steps: float32 | bfloat16 (half the memory; updates are computed in float32 all the same).
+    weight_decay: float = 0.1  # decoupled weight decay of matrices; norm weights are not decayed
+    beta1: float = 0.9  # the decay rate of Adam's first moment; Muon's momentum is always 0.95
+    beta2: float = 0.95  # the decay rate of Adam's second moment
+    adam_eps: float = 1e-8  # added to the root of Adam's second moment
+    clip_norm: float = 1.0  # gradients are scaled down to this global norm; 0 = no clipping
+    # The dtype in which the moments are kept between steps: float32 | bfloat16 (half the memory). Updates are computed
+    # in float32 in either case.
     state_dtype: str = "float32"
-    max_nonfinite: int = 10  # non-finite steps in a row (each is skipped) that end the run
+    # A step whose loss or gradients are not finite is skipped. The run ends after this many skipped steps in a row.
+    max_nonfinite: int = 10
 
 
 @dataclasses.dataclass(slots=True)
 class CheckpointConfig:
-    """When the state is saved and how much of it stays."""
+    """When checkpoints are saved, and how many of them are kept."""
 
-    every: int = 1000  # steps between rolling checkpoints
-    keep: int = 3  # newest checkpoints kept, permanent ones among them counted
-    permanent_every: int = 0  # steps between checkpoints that are never removed; 0 = none
+    every: int = 1000  # steps between checkpoints
+    keep: int = 3  # the number of newest checkpoints that are kept; permanent ones among them count
+    # Steps between permanent checkpoints, which are never removed: a multiple of `every`; 0 = none are permanent.
+    permanent_every: int = 0
 
 
 @dataclasses.dataclass(slots=True)
 class ValidationConfig:
-    """The likelihood bound (Eq. 6, empty prompt) on held-out rows."""
+    """Validation: the likelihood bound (Eq. 6 of arXiv 2502.09992) of held-out rows.
 
-    every: int = 1000  # steps; 0 = only at the end
-    rows: int = 256  # held-out rows at most; 0 = no validation
-    samples: int = 1  # Monte Carlo samples per row
-    seed: int = 0  # of the fixed noise
+    The prompt is empty for text; for conversations, it is the bound of the answer given its prompt.
+    """
+
+    every: int = 1000  # steps between validations; 0 = only at the end of the run
+    rows: int = 256  # the largest number of held-out rows that are used; 0 = no validation
+    samples: int = 1  # the number of Monte Carlo samples per row
+    seed: int = 0  # the seed of the noise, which is the same in every validation
 
 
 @dataclasses.dataclass(slots=True)
 class LoggingConfig:
-    """What is written while training."""
+    """Which metrics are written during training, and where."""
 
-    every: int = 10  # steps between log lines
-    tensorboard: bool = True
-    wandb_project: str = ""  # "" = off; needs the extra [wandb]
-    buckets: int = 10  # equal bins of the mask ratio, each with its own loss
+    every: int = 10  # steps between log lines, each with a record in metrics.jsonl
+    tensorboard: bool = True  # True = metrics are also written for TensorBoard, to workdir/tensorboard
+    # The project on Weights & Biases that also gets the metrics; "" = none. It needs the extra: llada_jax[wandb].
+    wandb_project: str = ""
+    buckets: int = 10  # the mask ratio is divided into this many equal bins, and the loss of each bin is logged
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SamplerConfig:
-    """The reverse process (hashable: static data of the compiled sampler)."""
+    """The reverse process. It is hashable, because it is static data of the compiled sampler."""
 
-    steps: int = 64  # reverse steps, shared between the blocks
-    gen_length: int = 64  # MASK tokens appended to the prompt; 0 = only fill in the prompt's own
-    block_length: int = 32  # MASK tokens per block; blocks are finished left to right
-    temperature: float = 0.0  # 0 = greedy
-    remasking: str = "low_confidence"  # low_confidence | random
-    cfg_scale: float = 0.0  # w of Eq. 16, guidance away from what comes without the prompt; 0 = none
-    logits_eos_inf: bool = False  # EOS is never chosen: its logit is -inf
-    confidence_eos_eot_inf: bool = False  # EOS and end of turn stay only when nothing else can: least confident of all
-    stop_at_end: bool = False  # blocks after one with EOS or end of turn in it are not computed: all of them is EOS
-    # Ids; None = the model's own.
-    mask_id: int | None = None
-    eos_id: int | None = None
-    eot_id: int | None = None
+    steps: int = 64  # the number of reverse steps in all, shared between the blocks
+    gen_length: int = 64  # the number of MASK tokens appended to the prompt; 0 = only fill in MASK tokens of the prompt
+    block_length: int = 32  # the number of MASK tokens per block; blocks are finished from left to right
+    temperature: float = 0.0  # the scale of the Gumbel noise added to the logits; 0 = greedy decoding
+    # Which predictions of a reverse step are kept, while the others are masked again: low_confidence (the most probable
+    # ones are kept) | random (a random choice is kept).
+    remasking: str = "low_confidence"
+    # w of Eq. 16 in arXiv 2502.09992: how far classifier-free guidance moves the logits away from those that the model
+    # gives without the prompt. 0 = no guidance; otherwise each reverse step takes two forward passes.
+    cfg_scale: float = 0.0
+    logits_eos_inf: bool = False  # True = the logit of EOS is -inf, so that EOS is never chosen
+    # True = predictions of EOS and end of turn have the lowest confidence, so that they are kept after all others.
+    confidence_eos_eot_inf: bool = False
+    # True = a row ends after a block in which an appended token became EOS or end of turn: its later blocks are not
+    # computed but filled with EOS.
+    stop_at_end: bool = False
+    mask_id: int | None = None  # the id of MASK; None = the model's id
+    eos_id: int | None = None  # the id of EOS; None = the model's id
+    eot_id: int | None = None  # the id of the end of a turn; None = the model's id
 
 
 @dataclasses.dataclass(slots=True)
 class SamplingConfig:
-    """Samples written during training."""
+    """The samples that are written during training."""
 
-    every: int = 1000  # steps; 0 = only at the end
-    prompts: tuple[str, ...] = ("",)  # a prompt with [MASK] in it is filled in
-    steps: int = 64
-    gen_length: int = 64
-    block_length: int = 32
-    temperature: float = 0.0
+    every: int = 1000  # steps between samples; 0 = only at the end of the run
+    # One sample is written for each prompt; () = no samples. A prompt that contains [MASK] is filled in; any other
+    # prompt is continued. For objectives on conversations, each prompt is a message of the user and gets an answer.
+    prompts: tuple[str, ...] = ("",)
+    # As in SamplerConfig:
+    steps: int = 64  # the number of reverse steps in all, shared between the blocks
+    gen_length: int = 64  # the number of MASK tokens appended to a prompt that is not filled in
+    block_length: int = 32  # the number of MASK tokens per block
+    temperature: float = 0.0  # the scale of the Gumbel noise added to the logits; 0 = greedy decoding
 
 
 @dataclasses.dataclass(slots=True)
 class ProfileConfig:
-    """A profiler trace into workdir/profile."""
+    """A trace of some steps by JAX's profiler, written to workdir/profile by process 0."""
 
-    first_step: int = 0  # first traced step
-    steps: int = 0  # traced steps; 0 = off
+    # The number of steps done before the trace begins. There is no trace if the run resumes after this step.
+    first_step: int = 0
+    steps: int = 0  # the number of traced steps; 0 = no trace
 
 
 @dataclasses.dataclass(slots=True)
 class DistributedConfig:
-    """How long the processes of a run wait for one another; without effect on a run of one process."""
+    """How long the processes of a run wait for each other. It has no effect on a run of one process."""
 
-    initialization_timeout: int = 300  # seconds until all must have started
-    heartbeat_timeout: int = 30  # seconds of silence after which a process counts as dead, and the others end
-    shutdown_timeout: int = 10  # seconds that a process which failed gives the others to leave with it
+    initialization_timeout: int = 300  # seconds within which all processes must have started
+    heartbeat_timeout: int = (
+        30  # seconds without a sign of life after which a process counts as dead and the others end
+    )
+    shutdown_timeout: int = 10  # seconds that a failed process waits for the others, so that all exit together
 
 
 @dataclasses.dataclass(slots=True)
 class Config:
     """One training run."""
 
-    seed: int = 0
-    steps: int = 1000  # optimiser steps in all
-    batch_size: int = 8  # sequences per step, over all devices
-    sequence_length: int = 4096  # T, tokens
-    accumulation: int = 1  # micro-batches per step
-    init_from: str = ""  # start from: a workdir, or a published folder (weights only)
-    init_step: int | None = None  # of init_from; None = its newest checkpoint
-    init_weights_only: bool = False  # leave optimiser, step and data position of init_from behind
-    report: bool = False  # end with yardsticks and the next commands (the quickstart)
+    seed: int = 0  # the seed of the initial weights, the order of the data, the masking and the samples
+    steps: int = 1000  # the total number of optimizer steps, including those before a resume
+    batch_size: int = 8  # sequences per step, over all devices and micro-batches
+    sequence_length: int = 4096  # T: tokens per sequence
+    # Gradient accumulation: the number of micro-batches into which the batch of a step is divided; 1 = none.
+    accumulation: int = 1
+    # Where the run starts from: a training workdir, or a published folder (which holds weights only). "" = new weights.
+    init_from: str = ""
+    init_step: int | None = None  # the step of the checkpoint in the workdir init_from; None = the newest one
+    # True = take only the weights from init_from, and begin at step 0 with a new optimizer state.
+    init_weights_only: bool = False
+    # True = at the end of the run, print its likelihood bound beside the results of simpler models, and commands to try
+    # next. The quickstart does so.
+    report: bool = False
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
@@ -231,12 +289,12 @@ class Config:
 
 
 def to_dict(config: Config) -> dict:
-    """The tree as nested dicts of JSON values."""
+    """Returns the tree as nested dicts of values that JSON can hold."""
     return dataclasses.asdict(config)
 
 
 def from_dict(record: dict, kind: type = Config):
-    """The inverse of `to_dict`. Raises TypeError on an unknown key; types of values are config_check's matter."""
+    """Inverts `to_dict`. Raises TypeError on an unknown key; the types of values are checked by `config_check`."""
     hints = typing.get_type_hints(kind)
     values = {}
     for name, value in record.items():
@@ -254,18 +312,18 @@ def _as_tuples(value):
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple]:
-    """Dotted name -> (old, new) of the leaves that differ."""
+    """Returns dotted name -> (old, new) of the settings that differ."""
     after = dict(leaves(new))
     return {name: (value, after[name]) for name, value in leaves(old) if not _same(value, after[name])}
 
 
 def _same(one, other) -> bool:
-    # 1 and 1.0 are equal numbers, but in a schedule a step and a fraction of the run.
+    # 1 and 1.0 are equal in Python, but in a schedule 1 is a step and 1.0 a fraction of the run.
     return one == other and (not isinstance(one, tuple) or repr(one) == repr(other))
 
 
 def leaves(node, prefix: str = "") -> Iterator[tuple[str, typing.Any]]:
-    """(dotted name, value) of every setting below `node`."""
+    """Yields (dotted name, value) for every setting below `node`."""
     for field in dataclasses.fields(node):
         value = getattr(node, field.name)
         if dataclasses.is_dataclass(value):

@@ -1,18 +1,17 @@
-"""One way in for every kind of model folder."""
+"""`llada_jax.load`: one way in for every kind of model folder."""
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from llada_jax.config import ComputeConfig, ModelConfig, UserError
+from llada_jax.config import ComputeConfig, UserError
 from llada_jax.devices import mesh as meshes
-from llada_jax.formats import published
-from llada_jax.formats.folders import is_workdir
+from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer, compute_dtype, resolve_compute
+from llada_jax.text.agreement import fitted, with_tokenizer
 from llada_jax.text.tokenizer import Tokenizer, find_tokenizer
 
 
@@ -22,19 +21,25 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     step: int | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
-    """The model in a folder and its tokenizer (None if the folder has none), which knows the model's own ids.
+    """Loads the model in a folder and its tokenizer.
 
     Args:
-      path: a training workdir, a published folder (config.json and *.safetensors), or what convert wrote.
-      mesh: where the parameters go. None = the mesh that is set, else one of a single device.
-      dtype: of the parameters and of the computation. None = float32 on CPU, bfloat16 on accelerators.
-      step: of a workdir's checkpoint. None = its newest.
+      path: A training workdir, a published folder (config.json and *.safetensors), or what `convert` wrote.
+      mesh: The mesh that the parameters are placed on. None means the mesh in use, or a mesh of one device if none is
+        set.
+      dtype: The dtype of the parameters and of the computation. None means float32 on a CPU and bfloat16 on
+        accelerators.
+      step: The step of the checkpoint of a workdir. None means the newest.
+
+    Returns:
+      The model, and its tokenizer, which uses the model's own special ids. The tokenizer is None if the folder has
+      none.
 
     Raises:
-      UserError: no model there, or not one that can be used; says what is wrong in one line.
+      UserError: If there is no model in the folder, or if it cannot be used. The message says why in one line.
     """
     path = Path(path)
-    trained_here = is_workdir(path, "model ")
+    trained_here = workdir.is_workdir(path, "model ")
     if not trained_here and step is not None:
         raise UserError(f"{path} is a published folder: it has no step {step}")
     try:
@@ -48,19 +53,19 @@ def load(
             model, tokenizer = _from_workdir(path, dtype, step)
         else:
             model, tokenizer = _from_published(path, dtype)
-        # For the devices it lies on, whatever the default ones are, or those that it was trained on. One layer after
-        # the other: where training is faster with them unrolled, on a CPU, the forward pass alone is not.
+        # The attention kernel is chosen for the devices that hold the model, which need not be those of its training.
+        # Layers are scanned: unrolling them can speed up training on a CPU, but slows down the forward pass alone.
         compute = dataclasses.replace(model.compute, attention="auto", unroll=1)
         model.compute = resolve_compute(model.config, compute, jax.sharding.get_mesh().devices.flat[0])
         return model, tokenizer
 
 
 def _from_workdir(path: Path, dtype: jnp.dtype, step: int | None) -> tuple[Transformer, Tokenizer | None]:
-    # Here, not above: Orbax takes a second to import, which a published folder does not need.
-    from llada_jax.training import checkpoint, workdir
+    # Imported here because Orbax takes a second to load, which a published folder does not need.
+    from llada_jax.formats import weights
 
-    tokenizer = fitted(find_tokenizer(path / "tokenizer"), workdir.read_config(path)[0].model, path)
-    return checkpoint.load_model(path, step, jax.sharding.get_mesh(), dtype), tokenizer
+    tokenizer = fitted(find_tokenizer(path / workdir.TOKENIZER), workdir.read_config(path)[0].model, path)
+    return weights.load_model(path, step, jax.sharding.get_mesh(), dtype), tokenizer
 
 
 def _from_published(path: Path, dtype: jnp.dtype) -> tuple[Transformer, Tokenizer | None]:
@@ -71,47 +76,9 @@ def _from_published(path: Path, dtype: jnp.dtype) -> tuple[Transformer, Tokenize
     return model, tokenizer
 
 
-def fitted(tokenizer: Tokenizer | None, config: ModelConfig, source: str | Path) -> Tokenizer | None:
-    """The tokenizer with the ids of MASK, BOS and EOS that the model's config states.
-
-    Args:
-      tokenizer: as its files say; None = there is none.
-      config: of the model.
-      source: the folder of both, for messages.
-
-    Raises UserError: the tokenizer has tokens that the model has no embedding for.
-    """
+def load_with_tokenizer(path: str | Path, step: int | None = None) -> tuple[Transformer, Tokenizer]:
+    """Loads a model as `load` does. Raises UserError if the folder has no tokenizer."""
+    model, tokenizer = load(path, step=step)
     if tokenizer is None:
-        return None
-    if tokenizer.own_size > config.vocab_size:
-        raise UserError(
-            f"{source}: the tokenizer has {tokenizer.own_size} tokens, the model's embedding {config.vocab_size}: "
-            "they do not belong together"
-        )
-    return tokenizer.of_model(config.mask_id, config.bos_id, config.eos_id)
-
-
-def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
-    """The config with what it does not say itself taken from the (fitted) tokenizer: number of tokens, special ids.
-
-    An id beyond the vocabulary is no token of the model: it stays unknown.
-    """
-    if tokenizer is None:
-        return config
-    missing = {"token_count": min(tokenizer.size, config.vocab_size)}
-    for name in ("mask_id", "bos_id", "eos_id", "eot_id"):
-        if (found := getattr(tokenizer, name)) < config.vocab_size:
-            missing[name] = found
-    return dataclasses.replace(
-        config, **{name: value for name, value in missing.items() if getattr(config, name) is None}
-    )
-
-
-def trained_length(folder: str | Path) -> int | None:
-    """The tokens that the model in a folder was trained with, by its config.json; None if that does not say."""
-    try:
-        record = json.loads((Path(folder) / "config.json").read_text())
-        run = record.get("config")  # of a training workdir
-        return published.sequence_length(record) if run is None else run.get("sequence_length")
-    except (OSError, ValueError, AttributeError):
-        return None
+        raise UserError(f"{path} has no tokenizer: put its tokenizer.json or tokenizer.model there")
+    return model, tokenizer

@@ -1,11 +1,13 @@
-"""What a run would need: python -m llada_jax.plan --config=configs/8b.py:v5p-4x4x8 --topology=v5p:4x4x8
+"""Plan a run: python -m llada_jax.plan --config=configs/8b.py:v5p-4x4x8 --topology=v5p:4x4x8
 
-Compiles the real train step for hardware that need not be there and reports parameters, memory per chip, FLOPs,
-bytes moved by collectives, the least time that a step can take, and what the whole recipe costs at that time.
+Compiles the real train step for hardware that need not be present. Reports the number of parameters, the memory per
+chip, the FLOPs, the bytes that collectives move, the least time that a step can take, and what the whole run costs if
+every step takes that time.
 
---topology is [SLICESx]CHIP:SHAPE: v5e:16x16, v5p:4x4x8, v6e:16x16, 2xv5p:4x4x8 (two slices), h200:8, 2xh200:8 (two
-nodes). TPUs need `pip install "jax[tpu]"`, GPUs `pip install "jax[cuda13]"`; neither needs the hardware. Exit code 0
-if the step fits into the chips' memory, 1 if it does not.
+--topology has the form [SLICESx]CHIP:SHAPE, for example v5e:16x16, v5p:4x4x8, v6e:16x16, 2xv5p:4x4x8 (two slices),
+h200:8 or 2xh200:8 (two nodes). Plans for TPUs need `pip install "jax[tpu]"`, plans for GPUs need
+`pip install "jax[cuda13]"`; neither needs the hardware. The exit code is 0 if the train step fits into the memory of
+the chips, and 1 if it does not.
 """
 
 import json
@@ -19,20 +21,23 @@ from llada_jax.config import UserError
 from llada_jax.planning import topology
 from llada_jax.planning.estimate import page, plan
 
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/8b.py:v5p-4x4x8")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "[SLICESx]CHIP:SHAPE, e.g. v5p:4x4x8, 2xv5p:4x4x8 or h200:8.")
-_JSON = flags.DEFINE_boolean("json", False, "Print one JSON line instead of a page.")
-_HLO = flags.DEFINE_string("hlo", None, "File that the compiled program's text is written to.")
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file of the run, e.g. configs/8b.py:v5p-4x4x8")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Hardware to plan for, [SLICESx]CHIP:SHAPE, e.g. v5p:4x4x8, 2xv5p:4x4x8 or h200:8."
+)
+_JSON = flags.DEFINE_boolean("json", False, "Print the plan as one line of JSON instead of text.")
+_HLO = flags.DEFINE_string("hlo", None, "File to write the text of the compiled program (optimized HLO) to.")
 
 
 def main() -> int:
-    """Prints the plan; returns the exit code."""
+    """Prints the plan and returns the exit code."""
     config = entry_point.config_of(_CONFIG)
     if not _TOPOLOGY.value:
-        raise UserError("--topology=CHIP:SHAPE is missing, e.g. --topology=v5p:4x4x8")
+        raise UserError("--topology=CHIP:SHAPE is missing; name the hardware to plan for, e.g. --topology=v5p:4x4x8")
     topology.prepare_environment()
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)  # programs for described devices cannot be reloaded
+    # Programs compiled for described devices cannot be loaded from the cache again.
+    jax.config.update("jax_enable_compilation_cache", False)
     record, text = plan(config, _TOPOLOGY.value)
     if _HLO.value:
         try:

@@ -1,4 +1,4 @@
-"""python -m llada_jax.prepare: text files, or conversations -> a prepared set to train on.
+"""python -m llada_jax.prepare: turns text files or conversations into a prepared set to train on.
 
 python -m llada_jax.prepare --input='text/*.jsonl.gz' --output=sets/text --tokenizer=tokenizer.model
 python -m llada_jax.prepare --input=book.txt --output=sets/book --train_tokenizer=4096 --sequence_length=512
@@ -21,39 +21,58 @@ from llada_jax.data.prepare.prepare_text import prepare
 _INPUT = flags.DEFINE_multi_string(
     "input",
     None,
-    "File or glob: .txt and .jsonl (also .gz or .xz of them), .parquet; or the word stdlib, for the "
-    "source files of Python's standard library. May be repeated.",
+    "File or glob to read: .txt or .jsonl (both also compressed as .gz or .xz), or .parquet. The word stdlib stands "
+    "for the source files of Python's standard library. The flag may be repeated.",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write; it must not exist yet.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write. It must not exist yet, or must be empty.")
 _CHAT = flags.DEFINE_boolean(
     "chat",
     False,
-    "The input is conversations for instruction tuning: .jsonl (also .gz, .xz) whose lines have messages, prompt and "
-    "response, instruction (input) output, or (context) question and answer.",
+    "Read the input as conversations for instruction tuning: .jsonl files (also .gz, .xz) whose lines have the keys "
+    "messages; or prompt and response; or instruction, output and optionally input; or question, answer and optionally "
+    "context.",
 )
 _TOO_LONG = flags.DEFINE_enum(
-    "too_long", "drop", RULES, "What becomes of an answer that is longer, with its prompt, than --sequence_length."
+    "too_long",
+    "drop",
+    RULES,
+    "With --chat: what to do with an answer that, together with its prompt, is longer than --sequence_length. drop "
+    "leaves it out; cut removes the oldest turns of the prompt and, if that is not enough, the end of the answer.",
 )
 _GROUP_KEY = flags.DEFINE_string(
-    "group_key", None, "Key whose value a conversation shares with others that are held out with it, e.g. a document."
+    "group_key",
+    None,
+    "With --chat: name of a key in the lines, for example document. Conversations with the same value under this key "
+    "are held out together.",
 )
 _TOKENIZER = flags.DEFINE_string(
-    "tokenizer", None, "SentencePiece .model, tokenizer.json, or a folder with either: a model's, a training workdir."
+    "tokenizer",
+    None,
+    "Tokenizer to use: a SentencePiece .model, a tokenizer.json, or a folder with either, such as a model's folder or "
+    "a training workdir.",
 )
 _TRAIN_TOKENIZER = flags.DEFINE_integer(
-    "train_tokenizer", None, "Instead of --tokenizer: the size of a vocabulary to train on the text."
+    "train_tokenizer", None, "Vocabulary size of a tokenizer to train on the text, instead of --tokenizer."
 )
-_SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 4096, "Tokens per row.")
+_SEQUENCE_LENGTH = flags.DEFINE_integer(
+    "sequence_length", 4096, "Number of tokens per row; with --chat, the maximum number."
+)
 _VALIDATION_FRACTION = flags.DEFINE_float(
-    "validation_fraction", 0.02, "Share of the documents (or conversations) held out, chosen by the hash of their text."
+    "validation_fraction",
+    0.02,
+    "Share of the documents (or conversations) to hold out. The hash of their text decides which ones.",
 )
-_WORKERS = flags.DEFINE_integer("workers", 0, "Processes that tokenise; 0 = one per core. The result is the same.")
-_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Key of the text in .jsonl, its column in .parquet.")
+_WORKERS = flags.DEFINE_integer(
+    "workers", 0, "Number of processes that tokenise; 0 means one per core. The result does not depend on this number."
+)
+_TEXT_KEY = flags.DEFINE_string(
+    "text_key", "text", "Key of the text in a .jsonl file, and name of its column in a .parquet file."
+)
 flags.mark_flags_as_required(["input", "output"])
 
 
 def main() -> None:
-    """Prepares what the flags say and prints a summary."""
+    """Prepares a set as the flags say, and prints a summary."""
     start = time.monotonic()
     output = _OUTPUT.value
     same = {
@@ -64,7 +83,7 @@ def main() -> None:
     if _CHAT.value:
         _refuse("--chat", {"train_tokenizer": _TRAIN_TOKENIZER, "text_key": _TEXT_KEY})
         if _TOKENIZER.value is None:
-            raise UserError("--tokenizer is missing: conversations are prepared for the model that is to be tuned")
+            raise UserError("--tokenizer is missing: pass the tokenizer of the model that you want to tune")
         chat = {"too_long": _TOO_LONG.value, "group_key": _GROUP_KEY.value}
         manifest = prepare_chat(_INPUT.value, output, tokenizer=_TOKENIZER.value, **chat, **same)
         print(_chat_summary(output, manifest, time.monotonic() - start))
@@ -82,10 +101,10 @@ def main() -> None:
 
 
 def _refuse(kind: str, others: dict[str, flags.FlagHolder]) -> None:
-    """UserError for a flag that has no meaning here."""
+    """Raises UserError if the user passed a flag that has no meaning for this kind of input."""
     for name, holder in others.items():
         if holder.present:
-            raise UserError(f"--{name} has no meaning for {kind}")
+            raise UserError(f"--{name} has no meaning for {kind}: leave it out")
 
 
 def _text_summary(output: str, manifest: Manifest, seconds: float) -> str:

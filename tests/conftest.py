@@ -1,11 +1,11 @@
-"""Tests run on 8 simulated CPU devices and share one compilation cache."""
+"""All tests run on 8 simulated CPU devices and share one compilation cache."""
 
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-# Before jax is imported anywhere.
+# These variables must be set before jax is imported anywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -24,12 +24,12 @@ from llada_jax.devices import mesh
 from llada_jax.model.transformer import Transformer, initialise
 from llada_jax.text.tokenizer import Tokenizer, train_tokenizer
 
-jax.config.update("jax_default_matmul_precision", "highest")  # on a GPU too: no TF32 where fp32 is compared
+jax.config.update("jax_default_matmul_precision", "highest")  # otherwise a GPU would compute fp32 matmuls in TF32
 
 
 @pytest.fixture(scope="session")
 def make_mesh():
-    """make_mesh(data, fsdp, tensor): a mesh over the first devices."""
+    """Returns make_mesh(data, fsdp, tensor), which makes a mesh over the first devices."""
 
     def make(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
         devices = jax.devices()[: data * fsdp * tensor]
@@ -46,13 +46,14 @@ def rng() -> np.random.Generator:
 
 
 class Toy(NamedTuple):
-    """A model so small that every masking of its one text can be enumerated."""
+    """A model and a text so small that every way of masking the text can be enumerated."""
 
     config: ModelConfig
     compute: ComputeConfig
     model: Transformer
     x_0: np.ndarray  # int32 (6,)
-    # For lengths 6 and 3: float64 (2**length, length), nll of token i when the bits of the row's number are masked.
+    # For the text's first 6 and first 3 tokens: float64 (2**length, length). Row r, column i is the nll of token i if
+    # the positions whose bits are set in r are masked.
     nll: dict[int, np.ndarray]
 
 
@@ -65,18 +66,19 @@ def toy(make_mesh) -> Toy:
     x_0 = np.array([3, 1, 4, 1, 5, 9], np.int32)
     nll = {}
     for length in (6, 3):
-        # A short text is seen alone here, without any padding.
+        # The model sees only the first `length` tokens, without any padding.
         masked = (np.arange(2**length)[:, None] >> np.arange(length)) & 1 == 1
         logits = np.asarray(model(np.where(masked, config.mask_id, x_0[:length]).astype(np.int32)), np.float64)
         log_z = np.log(np.exp(logits).sum(axis=-1))
         nll[length] = log_z - logits[:, np.arange(length), x_0[:length]]
-        assert nll[length].std(axis=0).min() > 0.01  # it matters what else is masked, or nothing would be tested
+        # The nll must depend on what else is masked, or the tests would test nothing.
+        assert nll[length].std(axis=0).min() > 0.01
     return Toy(config, compute, model, x_0, nll)
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> Path:
-    """A published model of random weights with a tokenizer of 400 tokens. Not to be changed."""
+    """Returns the folder of a published model with random weights and a tokenizer of 400 tokens. Do not change it."""
     folder = tmp_path_factory.mktemp("model") / "toy"
     shutil.copytree(Path(__file__).parent / "parity" / "gqa", folder)
     train_tokenizer([Path(__file__).read_text()], 400, folder)
@@ -85,5 +87,5 @@ def model_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def loaded(model_folder) -> tuple[Transformer, Tokenizer]:
-    """What it is loaded as."""
+    """Returns the model and the tokenizer loaded from `model_folder`."""
     return llada_jax.load(model_folder)

@@ -1,4 +1,4 @@
-"""The config tree: JSON round trip, names of leaves, differences, the files under configs/."""
+"""The config tree: its JSON round trip, the names of settings, differences, and the files under configs/."""
 
 import dataclasses
 import importlib.util
@@ -23,7 +23,7 @@ def load(path: Path) -> Config:
 
 
 def unusual() -> Config:
-    """No group is at its default."""
+    """Returns a config in which nearly every group differs from its default."""
     c = Config(seed=7, steps=123, init_step=None, report=True)
     c.model = ModelConfig(layers=2, width=64, heads=4, kv_heads=2, mask_id=9, vocab_size=128, tied_embeddings=True)
     c.compute.remat = "dots"
@@ -44,7 +44,7 @@ def test_round_trip_through_json():
     config = unusual()
     back = configs.from_dict(json.loads(json.dumps(configs.to_dict(config))))
     assert back == config
-    # What means steps and what means a fraction must survive: 1 and 1.0 are equal in Python, not in a schedule.
+    # The types of positions must survive: 1 and 1.0 are equal in Python, but in a schedule 1 is a step, 1.0 a fraction.
     assert [type(p) for p, _ in back.optimizer.schedule] == [int, int, float, float, float]
     assert schedule_points(back.optimizer, 100) == schedule_points(config.optimizer, 100)
     assert isinstance(back.data.weights, tuple) and isinstance(back.sampling.prompts, tuple)
@@ -86,12 +86,12 @@ def test_differences_name_old_and_new():
 
 
 def test_a_fraction_is_not_a_step():
-    """(1.0, x) is the end of the run, (1, x) its first step: the difference must be seen on resume."""
+    """(1.0, x) is the end of the run and (1, x) its first step, so a resumed run must notice the difference."""
     old, new = Config(), Config()
     old.optimizer.schedule, new.optimizer.schedule = ((1, 1.0),), ((1.0, 1.0),)
     assert "optimizer.schedule" in configs.differences(old, new)
     new.optimizer.schedule, new.model.rope_theta = old.optimizer.schedule, 500_000
-    assert configs.differences(old, new) == {}  # but 500000 and 500000.0 are one and the same
+    assert configs.differences(old, new) == {}  # but 500000 and 500000.0 are the same value
 
 
 def test_configs_do_not_share_their_groups():

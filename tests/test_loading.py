@@ -12,16 +12,15 @@ from paths import PARITY
 
 import llada_jax
 import llada_jax.convert
-from llada_jax import loading
 from llada_jax.config import Config, ModelConfig, UserError
-from llada_jax.formats import huggingface
-from llada_jax.loading import with_tokenizer
+from llada_jax.formats import huggingface, workdir
+from llada_jax.formats.workdir import write_config
 from llada_jax.model.transformer import split
 from llada_jax.sampling.text_completion import Options, finished_text, make_prompt
+from llada_jax.text.agreement import with_tokenizer
 from llada_jax.text.tokenizer import find_tokenizer, train_tokenizer
 from llada_jax.training.checkpoint import Checkpoints
 from llada_jax.training.step import make_state
-from llada_jax.training.workdir import write_config
 
 
 @pytest.fixture(scope="module", params=["mha", "gqa"])
@@ -139,11 +138,11 @@ def test_the_package_alone_imports_no_jax():
 
 
 def test_length_a_model_was_trained_with(tmp_path):
-    assert loading.trained_length(tmp_path) is None
+    assert workdir.trained_length(tmp_path) is None
     for content, length in (
         ('{"config": {"sequence_length": 32}}', 32),
         ('{"max_sequence_length": 64}', 64),
         ("{", None),
     ):
         (tmp_path / "config.json").write_text(content)
-        assert loading.trained_length(tmp_path) == length
+        assert workdir.trained_length(tmp_path) == length

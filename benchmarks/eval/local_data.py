@@ -1,8 +1,8 @@
-"""Tasks of lm_eval with their data from files on this machine, for want of a network.
+"""Tasks of lm_eval that read their data from files on this machine and so need no network.
 
 Prompts, answer filters and metrics are those of the installed lm_eval: arc_easy_local, lambada_local and gsm8k_local
-measure what arc_easy, lambada_openai and gsm8k do on the same documents. Only the examples in front of a question are
-others: they come from the test set (never the question itself), as there is no other file.
+measure the same as arc_easy, lambada_openai and gsm8k on the same documents. Only the few-shot examples in front of a
+question differ: they come from the test set, because there is no other file, but never include the question itself.
 
 LLADA_EVAL_DATA=FOLDER python -m llada_jax.evaluate --model=DIR --include_path=benchmarks/eval \\
     --tasks=arc_easy_local,lambada_local,gsm8k_local --output=FILE
@@ -28,10 +28,10 @@ _INSTRUCTION = re.compile(
 
 
 class _Stock(ConfigurableTask):
-    """A task of lm_eval with other data."""
+    """A task of lm_eval that reads its documents from a file."""
 
-    stock: str  # its file in lm_eval
-    data: str  # the file with its documents, in LLADA_EVAL_DATA
+    stock: str  # file of the original task in lm_eval
+    data: str  # file with the documents, in the folder LLADA_EVAL_DATA
 
     def __init__(self, config: dict[str, Any]):
         stock = yaml.safe_load((Path(lm_eval.tasks.__file__).parent / self.stock).read_text(encoding="utf-8"))
@@ -40,24 +40,27 @@ class _Stock(ConfigurableTask):
         super().__init__(config=stock | own | splits)
 
     def dataset_on_file(self, **_) -> dict[str, datasets.Dataset]:
-        """The documents, in the fields that the stock task's own have."""
+        """Returns the documents, with the same fields as the documents of the original task."""
         return {"test": datasets.Dataset.from_list([self.document(record) for record in _records(self.data)])}
 
     def document(self, record: dict[str, Any]) -> dict[str, Any]:
-        """A record of the file as a document."""
+        """Converts a record of the file to a document."""
         return record
 
 
 class ArcEasy(_Stock):
-    """A list of {"instruction", "answer"}, the choices within the instruction's text."""
+    """The file is a JSON list of {"instruction", "answer"}; the text of the instruction contains the choices."""
 
     stock, data = "arc/arc_easy.yaml", "arc_easy_test.json"
 
     def document(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Choices with the labels 1, 2, ..."""
+        """Converts a record to a document whose choices have the labels 1, 2, ..."""
         found = _INSTRUCTION.fullmatch(record["instruction"])
         if found is None:
-            raise ValueError(f"not as expected: {record['instruction']!r}")
+            raise ValueError(
+                f'{self.data}: an instruction must look like "question: ... Answer1: ... Answer format: ...", not '
+                f"{record['instruction']!r}"
+            )
         texts = [choice.strip() for choice in re.split(r"Answer\d: ", found[2])[1:]]
         labels = [str(i + 1) for i in range(len(texts))]
         answer = record["answer"].removeprefix("answer")
@@ -65,31 +68,31 @@ class ArcEasy(_Stock):
 
 
 class Lambada(_Stock):
-    """Lines {"text"}."""
+    """The file has one JSON object {"text"} per line."""
 
     stock, data = "lambada/lambada_openai.yaml", "lambada_test.jsonl"
 
 
 class Gsm8k(_Stock):
-    """Lines {"question", "answer"}."""
+    """The file has one JSON object {"question", "answer"} per line."""
 
     stock, data = "gsm8k/gsm8k.yaml", "gsm8k_test.jsonl"
 
 
 def text(**_) -> dict[str, datasets.Dataset]:
-    """The file that LLADA_EVAL_TEXT names: lines {"text"}."""
+    """Returns the texts of the file that LLADA_EVAL_TEXT names, which has one JSON object {"text"} per line."""
     if "LLADA_EVAL_TEXT" not in os.environ:
-        raise ValueError('set LLADA_EVAL_TEXT to a .jsonl file with lines {"text"}')
+        raise ValueError('set LLADA_EVAL_TEXT to a .jsonl file with one object {"text"} per line')
     return {"test": datasets.Dataset.from_list(_lines(Path(os.environ["LLADA_EVAL_TEXT"])))}
 
 
 def _records(name: str) -> list[dict[str, Any]]:
     if "LLADA_EVAL_DATA" not in os.environ:
-        raise ValueError(f"set LLADA_EVAL_DATA to the folder that has {name}")
+        raise ValueError(f"set LLADA_EVAL_DATA to the folder that contains {name}")
     path = Path(os.environ["LLADA_EVAL_DATA"]) / name
     return _lines(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    # Not splitlines: texts may hold other characters that it takes for the end of a line.
+    # Do not use splitlines, because it also splits at other characters, which texts may contain.
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]

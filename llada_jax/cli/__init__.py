@@ -1,4 +1,4 @@
-"""What all entry points share: exit codes, one line for a user's mistake, the compilation cache.
+"""What all entry points share: exit codes, one-line error messages, and the compilation cache.
 
-May import: config. Start reading at `entry_point.py`.
+This package may import config. Start reading at `entry_point.py`.
 """

@@ -1,4 +1,4 @@
-"""Compiled programs are kept on disk: a second start of the same command does not compile again."""
+"""Keeps compiled programs on disk, so that a second start of the same command need not compile them again."""
 
 import hashlib
 import os
@@ -6,19 +6,23 @@ import platform
 import sys
 from pathlib import Path
 
-# Seconds that a program must have taken to compile to be kept; 0 = all: the start of a run compiles few.
+# Only programs that took at least this many seconds to compile are kept. 0 keeps all; a run compiles only few.
 LEAST_COMPILE_TIME = 0.0
 
 
 def default_folder() -> Path:
-    """Of this user and this kind of machine: a program compiled for a CPU may use instructions that another lacks."""
+    """Returns the cache folder of this user for this kind of machine.
+
+    Each kind of machine has its own folder, because a program compiled for one CPU may use instructions that another
+    CPU lacks.
+    """
     root = os.environ.get("XDG_CACHE_HOME")
     caches = Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache"
     return caches / "llada_jax" / "xla" / hashlib.sha256(_machine().encode()).hexdigest()[:12]
 
 
 def _machine() -> str:
-    """What the processor can do, as far as the system says."""
+    """Returns a description of the system and of the processor's features, as far as the system states them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -28,10 +32,11 @@ def _machine() -> str:
 
 
 def enable() -> None:
-    """Turns the cache on, in `default_folder`, unless the user has said something about it to JAX.
+    """Turns on JAX's compilation cache in `default_folder`, unless the user has configured it already.
 
-    JAX_COMPILATION_CACHE_DIR=DIR puts it elsewhere, JAX_ENABLE_COMPILATION_CACHE=false turns it off. A process that
-    has not imported jax needs none. If the folder cannot be written, there is one line on stderr and no cache.
+    JAX_COMPILATION_CACHE_DIR=DIR selects another folder, and JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
+    Nothing happens in a process that has not imported jax. If the folder cannot be written to, one line is printed to
+    stderr and programs are not cached.
     """
     if "jax" not in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -45,7 +50,7 @@ def enable() -> None:
         probe = folder / f".{os.getpid()}"
         probe.touch()
         probe.unlink()
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder
         print(f"compiled programs are not kept: {error}", file=sys.stderr)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))

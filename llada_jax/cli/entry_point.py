@@ -1,4 +1,4 @@
-"""What the entry points share: flags in, one clear line and an exit code out."""
+"""What the entry points share: they parse flags, report mistakes in one clear line, and exit with a code."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -13,24 +13,29 @@ FINISHED, FAILURE, USER_ERROR, INTERRUPTED, PREEMPTED = 0, 1, 2, 130, 143
 
 
 def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> None:
-    """Parses absl flags, calls `main` and exits with its code (None = 0).
+    """Parses absl flags, calls `main` and exits with the code that it returns.
 
-    A wrong flag, a config file that fails or a `UserError` ends in one line on stderr and exit code 2, Ctrl-C
-    in 130; any other exception keeps its traceback (exit code 1). --help prints the entry point's own flags.
+    A wrong flag, a config file that raises an exception, or a `UserError` leads to one line on stderr and exit code 2;
+    Ctrl-C leads to exit code 130. Any other exception keeps its traceback (exit code 1). --help prints the flags of the
+    entry point.
+
+    Args:
+      main: The entry point. It returns the exit code; None means 0.
+      argv: The command line, including the name of the program. None means sys.argv.
     """
     logging.use_absl_handler()
-    # Silent while flags are parsed: ml_collections would warn of a mistake that is reported here in one line.
+    # Do not log while flags are parsed: ml_collections would warn of mistakes that are reported below in one line.
     logging.set_verbosity(logging.FATAL)
     argv = list(sys.argv if argv is None else argv)
     if {"--help", "-h"} & set(argv[1:]):
         app.usage(shorthelp=True, writeto_stdout=True, exitcode=FINISHED)
     try:
-        # A config file is executed while its flag is parsed: its own mistakes surface here too.
+        # Parsing the --config flag executes the config file, so mistakes in that file raise their exceptions here.
         rest = flags.FLAGS(argv)
         if logging.get_verbosity() == logging.FATAL:  # --verbosity was not given
             logging.set_verbosity(logging.WARNING)
         if len(rest) > 1:
-            raise UserError(f"unexpected argument {rest[1]!r}: every setting is a flag, --name=value")
+            raise UserError(f"unexpected argument {rest[1]!r}: pass every setting as a flag, --name=value")
         compilation_cache.enable()
         sys.exit(main())
     except UserError as error:
@@ -47,29 +52,32 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
 
 
 def config_of(holder: flags.FlagHolder) -> Config:
-    """The value of a parsed --config flag.
+    """Returns the config that a parsed --config flag holds.
+
+    Args:
+      holder: The flag.
 
     Raises:
-      UserError: the flag or its file is missing, or get_config() returns something else.
+      UserError: If the flag or its file is missing, or if get_config() does not return a Config.
     """
     config = holder.value
     if isinstance(config, Config):
         return config
     flag = flags.FLAGS[holder.name]
     if not flag.present:
-        raise UserError("--config=FILE is missing, e.g. --config=configs/quickstart.py")
+        raise UserError("--config=FILE is missing: pass a config file, e.g. --config=configs/quickstart.py")
     try:
-        # For a file it could not read ml_collections hands out a stand-in, any use of which raises why.
+        # If ml_collections could not read the file, the value is a stand-in that raises the reason when it is used.
         _ = config.steps
     except OSError as error:
         raise UserError(f"--config={flag.config_filename}: {error.__cause__}") from None
     except AttributeError:
         pass
-    raise UserError("get_config() in the file of --config must return a llada_jax.config.Config")
+    raise UserError("get_config() in the --config file must return a llada_jax.config.Config")
 
 
 def print_error(message: str) -> None:
-    """Tells of a user's mistake in one line."""
+    """Prints the message about a user's mistake to stderr, in one line."""
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
 
 
@@ -79,7 +87,7 @@ def _fail(message: str) -> None:
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:
-    """Where the exception passed through, the outermost frame first."""
+    """Yields the frames that the exception passed through, the outermost frame first."""
     traceback = error.__traceback__
     while traceback is not None:
         yield traceback.tb_frame
@@ -87,13 +95,14 @@ def _frames(error: BaseException) -> Iterator[FrameType]:
 
 
 def _is_parsing(frame: FrameType) -> bool:
-    """True within absl's parsing of flags: the exception then did not come out of `main`."""
+    """Returns whether the frame is absl's parsing of flags. An exception that passed it did not come from `main`."""
     return frame.f_code.co_name == "__call__" and "absl" in frame.f_code.co_filename
 
 
 def _explain(error: BaseException) -> str:
-    """What went wrong in a config file and in which line of it."""
-    while cause := error.__cause__ or error.__context__:  # absl and ml_collections wrap some, tracebacks in their text
+    """Returns what went wrong in a config file, with the file and the line."""
+    # absl and ml_collections wrap some errors in others whose text contains a traceback.
+    while cause := error.__cause__ or error.__context__:
         error = cause
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     machinery = ("absl", "ml_collections", "importlib", "llada_jax", "__main__")

@@ -1,4 +1,5 @@
-"""Conversations with a model: messages, answers, and a session in a terminal or a pipe.
+"""Conversations with a model: the messages, the answers, and the session in a terminal or a pipe.
 
-May import: everything below the entry points but evaluation, planning and training. Start reading at `conversation.py`.
+This package may import everything except the entry points, evaluation, planning and training.
+Start reading at `conversation.py`.
 """

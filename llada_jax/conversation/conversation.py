@@ -1,8 +1,9 @@
-"""A conversation: its messages, its settings and one answer at a time. What a user sees of it: chat_session.py.
+"""A conversation: its messages, its settings, and the model's answers. `conversation/session.py` shows it to the user.
 
-An answer is the reverse process (Section 2.4 of arXiv 2502.09992) on [chat so far | MASK ... MASK], watched step by
-step, so that it can be stopped. Messages and settings change only when a change is known to be possible, the
-answer only when the new one is whole: whatever fails or is stopped leaves a conversation that can go on.
+An answer is made by the reverse process (Section 2.4 of arXiv 2502.09992) on [chat so far | MASK ... MASK], step by
+step, so that the user can watch it and stop it. Messages and settings change only after the change is known to be
+possible, and an answer is stored only when it is complete. Whatever fails or is stopped therefore leaves a
+conversation that can continue.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from llada_jax.sampling.sampler import check_settings, denoise_steps, resolve
 from llada_jax.sampling.text_completion import LENGTH_MULTIPLE, Options, text_length
 from llada_jax.text.tokenizer import Tokenizer
 
-LONGEST = 1 << 20  # tokens of an answer; the longest of any model are a small part of it
+LONGEST = 1 << 20  # largest gen_length, in tokens; far more than any model can use
 
 _WORDS = {True: ("on", "true", "yes", "1"), False: ("off", "false", "no", "0")}
 _KINDS = {int: "a whole number", float: "a number", bool: "on or off"}
@@ -27,13 +28,20 @@ _KINDS = {int: "a whole number", float: "a number", bool: "on or off"}
 
 @dataclasses.dataclass(frozen=True)
 class Settings(Options):
-    """How answers are made."""
+    """The settings by which answers are made."""
 
-    gen_length: int = 128  # tokens of the longest answer
-    seed: int = 0  # of the noise, with the turn and how often it was answered
+    gen_length: int = 128  # maximum number of tokens in an answer
+    seed: int = 0  # seed of the noise, which also depends on the turn and on how often the turn was answered
 
     def checked(self, model: Transformer | None = None) -> "Settings":
-        """These settings. UserError names one that is impossible, with this model or (None) with any."""
+        """Returns these settings unchanged after checking them.
+
+        Args:
+          model: The model that the settings are for. None means that only the model-independent checks are made.
+
+        Raises:
+          UserError: If a setting is impossible. The message names the setting.
+        """
         if not 1 <= self.gen_length <= LONGEST:
             raise UserError(f"gen_length={shortened(self.gen_length)}: it must be at least 1 and at most {LONGEST:,}")
         if not 0 <= self.seed < 1 << 32:
@@ -44,13 +52,21 @@ class Settings(Options):
         return self
 
     def changed(self, name: str, text: str) -> "Settings":
-        """These settings with one as a user types it; "default" is its default. UserError names what is wrong."""
+        """Returns a copy of these settings in which one setting has a new value.
+
+        Args:
+          name: The name of the setting.
+          text: The new value as a user types it. "default" means the default of the setting.
+
+        Raises:
+          UserError: If there is no such setting or the value is impossible.
+        """
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         if name not in defaults:
-            raise UserError(f"there is no setting {shortened(name)!r}: {', '.join(defaults)}")
+            raise UserError(f"there is no setting {shortened(name)!r}: choose one of {', '.join(defaults)}")
         kind = int if defaults[name] is None else type(defaults[name])
         try:
-            if len(text) > TYPED:  # no number: some of them are
+            if len(text) > TYPED:  # treated as no number, although a number may be that long
                 raise ValueError
             if text == "default":
                 value = defaults[name]
@@ -59,11 +75,11 @@ class Settings(Options):
             else:
                 value = kind(text)
         except (ValueError, StopIteration):
-            raise UserError(f"{name}={shortened(text)}: it must be {_KINDS[kind]}, or default") from None
+            raise UserError(f"{name}={shortened(text)}: it must be {_KINDS[kind]} or the word default") from None
         return dataclasses.replace(self, **{name: value}).checked()
 
     def described(self) -> dict[str, str]:
-        """Name -> value in words."""
+        """Returns a dictionary from the names of the settings to their values in words."""
         words = {None: "one per token", True: "on", False: "off"}
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: words[x] if x is None or isinstance(x, bool) else str(x) for name, x in values.items()}
@@ -71,26 +87,27 @@ class Settings(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """An answer after a reverse step, as far as its end, if that is known: EOS or end of turn, not included."""
+    """An answer after a reverse step, up to its end (EOS or end of turn, not included) if the end is known."""
 
-    tokens_T: np.ndarray  # int32, MASK where nothing is decided yet
-    new_T: np.ndarray  # bool: decided by this step
-    step: int  # steps taken
-    done: bool  # the answer is whole, and in the conversation
-    ended: bool  # its end is known; False = it goes on as far as gen_length allows
+    tokens_T: np.ndarray  # int32, MASK where the token is not decided yet
+    new_T: np.ndarray  # bool, True for tokens decided by this step
+    step: int  # number of steps taken
+    done: bool  # True if the answer is complete and stored in the conversation
+    ended: bool  # True if the end of the answer is known; False if tokens_T has all gen_length tokens
 
 
 class Conversation:
-    """Messages and settings; see `answer`.
+    """The messages and the settings of a conversation. The method `answer` makes the model's answers.
 
     Args:
-      model, tokenizer: from `llada_jax.load`.
-      settings: to start with.
-      messages: to start with, as `check_dialogue` wants them.
+      model: The model, as returned by `llada_jax.load`.
+      tokenizer: The tokenizer, as returned by `llada_jax.load`.
+      settings: The settings to start with.
+      messages: The messages to start with, in the form that `check_dialogue` requires.
 
     Raises:
-      UserError: the model cannot converse (it has no ids for what the chat template writes, or no MASK), a setting
-        is impossible with it, or the template refuses the messages.
+      UserError: If the model cannot converse (it has no ids for what the chat template writes, or no MASK), if a
+        setting is impossible with the model, or if the template refuses the messages.
     """
 
     def __init__(
@@ -100,74 +117,95 @@ class Conversation:
         self.tokenizer = tokenizer
         self.settings = settings.checked(model)
         self.messages: list[Message] = []
-        self._attempts = 0  # answers begun to the last message of the user's
+        self._attempts = 0  # number of answers begun to the user's last message
         self.replace(messages)
 
     def replace(self, messages: Sequence[Message]) -> None:
-        """Makes these the conversation. UserError, and nothing changes, if they are none or the template refuses."""
+        """Replaces all messages of the conversation.
+
+        Raises:
+          UserError: If the messages are not a conversation, the chat template refuses them, or the model lacks a token
+            that the template needs. In all these cases nothing changes.
+        """
         messages = check_dialogue(messages)
-        # The template is tried on what will be answered; without a turn, on one that stands for it.
+        # Try the template on the messages that will be answered. If the user has not written any, add a placeholder.
         tried = asked(messages) or [*messages, {"role": "user", "content": "?"}]
         highest = max(self.tokenizer.encode_chat(tried))
         if highest >= self.model.config.vocab_size:
             raise UserError(
-                f"the chat template needs token {highest}, the model's vocabulary is {self.model.config.vocab_size}: "
-                "this model cannot converse"
+                f"the chat template needs token {highest}, but the model's vocabulary is "
+                f"{self.model.config.vocab_size}: this model cannot converse"
             )
         self.messages = messages
         self._attempts = int(bool(messages) and messages[-1]["role"] == "assistant")
 
     def say(self, text: str) -> None:
-        """The user's next message. It takes the place of one that has no answer. Errors as `replace`."""
+        """Adds the user's next message, in place of the last message if that has no answer yet.
+
+        Raises:
+          UserError: In the same cases as `replace`.
+        """
         unanswered = bool(self.messages) and self.messages[-1]["role"] == "user"
         before = self.messages[:-1] if unanswered else self.messages
         self.replace([*before, {"role": "user", "content": text}])
 
     def edit(self, text: str) -> None:
-        """Another text for the user's last message, whose answer goes. Errors as `replace`; there must be one."""
+        """Changes the text of the user's last message and removes its answer.
+
+        Raises:
+          UserError: If there is no message of the user yet, and in the same cases as `replace`.
+        """
         *before, last = self._asked()
         self.replace([*before, last | {"content": text}])
 
     def undo(self) -> None:
-        """Takes back the user's last message and its answer. UserError if there is none."""
+        """Removes the user's last message and its answer. Raises UserError if there is no message of the user."""
         self.replace(self._asked()[:-1])
 
     def restart(self) -> None:
-        """Forgets everything but the system message and the settings."""
+        """Removes all messages except the system message. The settings stay."""
         self.replace([message for message in self.messages[:1] if message["role"] == "system"])
 
     def instruct(self, text: str) -> None:
-        """Sets the system message; "" = none. Errors as `replace`."""
+        """Sets the system message, or removes it if the text is empty.
+
+        Raises:
+          UserError: In the same cases as `replace`.
+        """
         system = [{"role": "system", "content": text}] if text else []
         attempts = self._attempts
         self.replace([*system, *(message for message in self.messages if message["role"] != "system")])
-        self._attempts = attempts  # the message stays: another answer to it is still another
+        self._attempts = attempts  # the user's message is the same, so its next answer must get new noise
 
     def set(self, name: str, text: str) -> None:
-        """Changes a setting. UserError, and nothing changes, if that is impossible."""
+        """Changes a setting. If the change is impossible, raises UserError and changes nothing."""
         self.settings = self.settings.changed(name, text).checked(self.model)
 
     def last_message(self) -> str:
-        """The user's last message. UserError if there is none."""
+        """Returns the text of the user's last message. Raises UserError if there is none."""
         return self._asked()[-1]["content"]
 
     def length(self) -> int:
-        """Tokens: of the chat up to the answer that would come now, and gen_length for that."""
+        """Returns the number of tokens in the chat up to the next answer, plus gen_length for the answer."""
         return len(self.tokenizer.encode_chat(self._asked())) + self.settings.gen_length
 
     def text(self, frame: Frame) -> str:
-        """The text of a whole answer."""
+        """Returns the text of a complete answer."""
         return self.tokenizer.decode(frame.tokens_T, skip_special=True, continuation=True)
 
     def answer(self) -> Iterator[Frame]:
         """Answers the user's last message, or answers it again.
 
-        Yields the answer before the first reverse step and after each. With the last, `done`, it is in the
-        conversation, in the place of an earlier answer; who stops before keeps the conversation as it is. If the
-        messages are changed in between, the answer is to none of them any more: it ends without that last one. The
-        noise depends on the seed, the turn, and how many answers to it were begun before.
+        When the last frame is yielded, its `done` is True and the answer is stored in the conversation, in place of
+        any earlier answer. A caller who stops before the last frame leaves the conversation as it is. If the messages
+        are changed in the meantime, the answer no longer belongs to any of them, so the iterator ends without storing
+        it. The noise depends on the seed, the turn, and the number of answers to the turn that were begun before.
 
-        Raises UserError: there is nothing to answer, or not the memory for it.
+        Yields:
+          The answer before the first reverse step and after each step.
+
+        Raises:
+          UserError: If there is no message to answer, or not enough memory.
         """
         before, chat, settings = self.messages, self._asked(), self.settings
         ids = self.tokenizer.encode_chat(chat)
@@ -175,7 +213,7 @@ class Conversation:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), turn), self._attempts)
         self._attempts += 1
         config = settings.sampler(0, settings.gen_length)
-        # Few lengths, few compilations; at least one token of padding, as a canvas without any is another program.
+        # Few lengths mean few compilations. There is always some padding: a canvas without any is another program.
         padding = LENGTH_MULTIPLE - len(ids) % LENGTH_MULTIPLE
         prompt_BT = np.pad(np.asarray([ids], np.int32), ((0, 0), (padding, 0)))
         real_BT = np.arange(prompt_BT.shape[1])[None] >= padding
@@ -183,8 +221,8 @@ class Conversation:
         for step, (tokens_BT, new_BT) in enumerate(_with_memory(steps, prompt_BT.shape[1] + settings.gen_length)):
             tokens_T, new_T = (x_BT[0, prompt_BT.shape[1] :] for x_BT in (tokens_BT, new_BT))
             end = text_length(tokens_T, self.model, self.tokenizer)
-            # What is decided stays: once nothing before the end is masked, neither the rest of its block nor the blocks
-            # after it matter. So nothing is asked of the sampler's own stop_at_end, which waits for the block's end.
+            # A decided token never changes. Once no token before the end is masked, neither the rest of the block nor
+            # the blocks after it matter. The sampler's own stop_at_end is not used: it waits for the end of the block.
             done = not np.any(tokens_T[:end] == self.model.config.mask_id)
             frame = Frame(tokens_T[:end], new_T[:end], step, done, end < len(tokens_T))
             if self.messages is not before:
@@ -202,10 +240,10 @@ class Conversation:
 
 
 def _with_memory(steps: Iterator[Any], length: int) -> Iterator[Any]:
-    """The same, with one line for the user when a canvas of this length is too long for the memory."""
+    """Yields from `steps`, and raises UserError if there is not enough memory for a canvas of this length."""
     try:
         yield from steps
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:  # of the device; of the host
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:  # from the device, from the host
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"not enough memory for {length} tokens: start anew, or set a smaller gen_length") from error
+        raise UserError(f"not enough memory for {length} tokens: start anew or set a smaller gen_length") from error

@@ -1,4 +1,4 @@
-"""The messages of a conversation, and the files that they are kept in."""
+"""The messages of a conversation, and the files in which conversations are saved."""
 
 import json
 import os
@@ -7,18 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llada_jax.cli.outputs import write_text
 from llada_jax.config import UserError
-from llada_jax.formats.folders import write_text
 from llada_jax.text.chat_template import check_messages
 
 Message = dict[str, Any]  # {"role": "system" | "user" | "assistant", "content": text}, as in training data
-TYPED = 100  # characters of what a user typed that an error repeats
+TYPED = 100  # an error message repeats at most this many characters of what a user typed
 
 
 def check_dialogue(messages: Any) -> list[Message]:
-    """The messages of a conversation: a system message or none, then the user's and the assistant's in turn.
+    """Returns a copy of the messages of a conversation after checking them.
 
-    Raises UserError: something else.
+    A conversation may begin with one system message. After it, the user and the assistant take turns, and the user
+    begins. An empty list is a conversation too.
+
+    Raises:
+      UserError: If the messages are not such a conversation.
     """
     if messages != [] and messages != ():
         check_messages(messages)
@@ -27,34 +31,38 @@ def check_dialogue(messages: Any) -> list[Message]:
     for i, message in enumerate(turns):
         if message["role"] != (wanted := ("user", "assistant")[i % 2]):
             place = i + len(found) - len(turns)
-            raise UserError(f"message {place} is of role {message['role']!r:.100} where one of {wanted!r} must stand")
+            raise UserError(f"message {place} has the role {message['role']!r:.100}, but must have the role {wanted!r}")
     try:
         json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise UserError("a message holds half a character (a lone surrogate)") from error
+        raise UserError("a message contains half a character (a lone surrogate): remove it") from error
     return found
 
 
 def asked(messages: Sequence[Message]) -> list[Message]:
-    """The messages up to the user's last; none if there is no such."""
+    """Returns the messages up to and including the user's last one, or an empty list if the user has written none."""
     count = max((i + 1 for i, message in enumerate(messages) if message["role"] == "user"), default=0)
     return list(messages[:count])
 
 
 def shortened(typed: object) -> str:
-    """What a user typed, for an error's one line: of a long text the beginning and the end."""
+    """Returns what a user typed in a form for a one-line error: of a long text, only the beginning and the end."""
     text = str(typed)
     return text if len(text) <= TYPED else f"{text[: TYPED // 2 - 2]}...{text[1 - TYPED // 2 :]}"
 
 
 def named_file(text: str) -> Path:
-    """The file that a user names, there or not, ~ being a home. UserError: a folder, or no file can be there."""
+    """Returns the path of a file that a user names. The file need not exist, and ~ stands for a home folder.
+
+    Raises:
+      UserError: If the path is a folder, or if no file can exist there.
+    """
     try:
         path = Path(text).expanduser()
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except FileNotFoundError:
         return path
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name or no way to it; no such user; a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # name too long or no way to it; no such user; NUL in it
         raise UserError(f"{shortened(text)} cannot be a file: {_reason(error)}") from error
     if is_folder:
         raise UserError(f"{shortened(path)} is a folder: name a file")
@@ -62,22 +70,26 @@ def named_file(text: str) -> Path:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The conversation in a file: {"messages": [...]}, checked, and whatever other keys are there.
+    """Reads a conversation from a file and checks it.
 
-    Raises UserError: it says in one line what is wrong with the file.
+    Returns:
+      The object in the file: {"messages": [...]} with any other keys that the file has.
+
+    Raises:
+      UserError: If the file cannot be read or is not a conversation. The message is one line and names the file.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8-sig"))
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{shortened(path)} holds half a character (a lone surrogate)") from error
+        raise UserError(f"{shortened(path)} contains half a character (a lone surrogate): remove it") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{shortened(path)} cannot be read: {_reason(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{shortened(path)} is not JSON: {error}") from error
     if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
         wanted = '{"messages": [{"role": ..., "content": ...}, ...]}'
-        raise UserError(f"{shortened(path)} is no conversation: that is {wanted}")
+        raise UserError(f"{shortened(path)} is not a conversation, which has the form {wanted}")
     try:
         return record | {"messages": check_dialogue(record["messages"])}
     except UserError as error:
@@ -85,15 +97,18 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Writes a conversation, whole or not at all, on one line: several such files are a JSONL file to train on.
+    """Writes a conversation to a file, completely or not at all.
 
-    Raises UserError: it cannot be written, or would replace a file that is no conversation.
+    The conversation takes one line, so several such files put together are a JSONL file to train on.
+
+    Raises:
+      UserError: If the file cannot be written, or if it exists and is not a conversation.
     """
     if os.path.lexists(path):
         try:
             read_record(path)
         except UserError as error:
-            raise UserError(f"{shortened(path)} is there already and is no conversation: name another file") from error
+            raise UserError(f"{shortened(path)} exists and is not a conversation: name another file") from error
     try:
         write_text(path, json.dumps(record, ensure_ascii=False) + "\n")
     except (OSError, UserError) as error:
@@ -101,5 +116,5 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """Why it failed, without the path and the number that an OSError repeats."""
+    """Returns the reason of an error, without the path and the error number that an OSError adds."""
     return getattr(error, "strerror", None) or str(error)

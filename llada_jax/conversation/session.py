@@ -1,4 +1,4 @@
-"""The conversation as a user has it, in a terminal or a pipe: lines in, answers out."""
+"""Runs a conversation with a user in a terminal or a pipe: reads lines and writes answers."""
 
 import contextlib
 import json
@@ -21,26 +21,26 @@ from llada_jax.conversation.dialogue import named_file, read_record, shortened, 
 from llada_jax.sampling import terminal
 
 HELP = """\
-/again              answer my last message again (with a temperature: otherwise)
-/edit [TEXT]        change my last message: to TEXT, or in the line editor
-/undo               take back my last message and its answer
-/new                forget the conversation; system message and settings stay
-/system [TEXT]      set the system message; alone: have none
-/set [NAME VALUE]   change a setting (VALUE: or default); alone: show them
+/again              answer my last message again (differently if temperature > 0)
+/edit [TEXT]        change my last message to TEXT; without TEXT, edit it
+/undo               remove my last message and its answer
+/new                forget the conversation; keep the system message and settings
+/system [TEXT]      set the system message; without TEXT, remove it
+/set [NAME VALUE]   change a setting (VALUE may be default); alone, show all
 /show               show the conversation
-/save [FILE]        write it as JSON; alone: where it was last saved or loaded
-/save! FILE         the same in the place of another conversation
-/load FILE          go on with another conversation
-/help, /quit        this; leave (or Ctrl-D)
+/save [FILE]        save the conversation as JSON; without FILE, to its last file
+/save! FILE         the same, even if FILE holds another conversation
+/load FILE          continue the conversation in FILE
+/help, /quit        show this help; leave (Ctrl-D leaves too)
 
-// at the beginning of a message stands for /. In a terminal a line that ends
-with \\ goes on in the next. Ctrl-C stops an answer: nothing of it is kept, your
-message stays for /again and /edit, or the next one takes its place."""
+To begin a message with /, write //. In a terminal, a line that ends with \\
+continues on the next line. Ctrl-C stops an answer, and nothing of it is kept.
+Your message stays: use /again or /edit, or replace it with your next message."""
 
 
 def line_editor() -> ModuleType | None:
-    """The module that edits what `input` reads and recalls earlier lines; None if the system has none."""
-    # Not with the others: it writes to some terminals when it is imported, and a pipe must stay clean.
+    """Returns the module by which `input` edits lines and recalls earlier ones, or None if the system has none."""
+    # It is not imported with the others, because its import writes to some terminals, and a pipe must stay clean.
     try:
         import readline
     except ImportError:
@@ -50,10 +50,17 @@ def line_editor() -> ModuleType | None:
 
 @contextlib.contextmanager
 def noted_signals(*numbers: int) -> Iterator[list[int]]:
-    """Within it these signals are only noted, in the list: no step, and nothing that is drawn, is torn apart.
+    """Records these signals in a list while the block runs, so that none interrupts a reverse step or a drawing.
 
-    A second one does what it would do without: Ctrl-C is a KeyboardInterrupt. Any other signal than Ctrl-C ends the
-    program where the block ends, with exit code 128 + its number. What is ignored (nohup, in the background) stays so.
+    A second signal of the same number acts as it would without this function: Ctrl-C raises KeyboardInterrupt. A
+    recorded signal other than Ctrl-C ends the program at the end of the block, with exit code 128 + its number. A
+    signal that is ignored (under nohup or in the background) stays ignored.
+
+    Args:
+      *numbers: The numbers of the signals.
+
+    Yields:
+      The list of the signals received so far.
     """
     noted: list[int] = []
     before = {number: signal.getsignal(number) for number in numbers}
@@ -62,7 +69,7 @@ def noted_signals(*numbers: int) -> Iterator[list[int]]:
         noted.append(number)
         signal.signal(number, before[number])
 
-    # None: of a handler that is not Python's, which could not be put back.
+    # getsignal returns None for a handler that was not installed by Python, which could not be restored.
     mine = [number for number in numbers if before[number] not in (signal.SIG_IGN, None)]
     for number in mine:
         signal.signal(number, note)
@@ -71,21 +78,21 @@ def noted_signals(*numbers: int) -> Iterator[list[int]]:
     finally:
         for number in mine:
             signal.signal(number, before[number])
-        # Instead of any other exception, too: a terminal that has gone makes some of its own.
+        # This replaces any other exception too, because a terminal that was closed causes exceptions of its own.
         for number in noted:
             if number != signal.SIGINT:
                 raise SystemExit(128 + number)
 
 
 class Chat:
-    """The conversation in a terminal or a pipe.
+    """A session with a user in a terminal or a pipe.
 
     Args:
-      conversation: to go on with.
-      longest: tokens that the model was trained with; None = unknown.
-      path: the file that it comes from, if it does.
-      record: what was in that file; what it has beside messages is saved again.
-      as_json: answers as JSON, one line for each message.
+      conversation: The conversation to continue.
+      longest: The number of tokens that the model was trained with. None means that it is unknown.
+      path: The file that the conversation comes from, or None.
+      record: The content of that file. Its keys other than "messages" are saved again with the conversation.
+      as_json: Whether to write answers as JSON, one line for each message.
     """
 
     def __init__(
@@ -101,8 +108,8 @@ class Chat:
         self._path = path
         self._record = record or {}
         self._as_json = as_json
-        self._warned = self._failed = False  # of the length; in any line
-        self._own = set() if path is None else {os.path.realpath(path)}  # files loaded or saved: they may be replaced
+        self._warned = self._failed = False  # whether the length was warned of; whether any line failed
+        self._own = set() if path is None else {os.path.realpath(path)}  # files loaded or saved, which may be replaced
         self._in_terminal = sys.stdin.isatty()
         self._editor = line_editor() if self._in_terminal and sys.stdout.isatty() else None
         self._draws = self._in_terminal and terminal.can_draw(sys.stderr)
@@ -119,14 +126,15 @@ class Chat:
             "/load": self._load,
             "/help": self._help,
         }
-        # What is not text in the encoding of the system is replaced, in and out: it is no reason to end.
-        sys.stdin.reconfigure(errors="replace", newline=None)  # None: lines may end as on other systems
+        # Input and output that the system's encoding cannot represent is replaced, instead of ending the program.
+        sys.stdin.reconfigure(errors="replace", newline=None)  # None accepts the line ends of any system
         sys.stdout.reconfigure(errors="replace")
 
     def run(self) -> int:
-        """Takes messages and commands until /quit or the end of stdin.
+        """Handles messages and commands until /quit or the end of stdin.
 
-        Returns the exit code: in a pipe that of a user's mistake if a line could not be understood or was not answered.
+        Returns:
+          The exit code. In a pipe it is `entry_point.USER_ERROR` if any line was not understood or not answered.
         """
         if self._in_terminal:
             if self._path is not None:
@@ -153,22 +161,29 @@ class Chat:
         return entry_point.USER_ERROR if self._failed and not self._in_terminal else entry_point.FINISHED
 
     def _take(self, line: str) -> None:
-        """Does what one line says."""
+        """Handles one line, which is a command or a message."""
         words = line.strip()
         if words.startswith("/") and not words.startswith("//"):
             name, *rest = words.split(maxsplit=1)
             if name not in self._commands:
                 raise UserError(
-                    f"there is no command {shortened(name)}: /help lists them; write // for a message that begins so"
+                    f"there is no command {shortened(name)}: /help lists them; to begin a message with /, write //"
                 )
             self._commands[name](*rest or [""])
         else:
             self._ask(line.removeprefix("/"), self._conversation.say)
 
     def _read(self, text: str = "") -> str:
-        """The next line, in a terminal with those it goes on in; `text` is there to be edited. EOFError at the end."""
+        """Returns the next line, in a terminal together with the lines that continue it.
+
+        Args:
+          text: The text that the line editor starts with.
+
+        Raises:
+          EOFError: At the end of the input.
+        """
         lines = [self._read_line("> ", text)]
-        # An even number of backslashes is what some write at the end of a line, as in LaTeX.
+        # Only an odd number of backslashes continues a line: an even number may be part of the text, as in LaTeX.
         while self._in_terminal and (len(lines[-1]) - len(lines[-1].rstrip("\\"))) % 2:
             lines[-1] = lines[-1][:-1]
             lines.append(self._read_line("  ", ""))
@@ -189,7 +204,12 @@ class Chat:
         return line.removesuffix("\n")
 
     def _ask(self, message: str | None, change: Callable[[str], None] | None) -> None:
-        """Has `change` make this the user's last message, and answers it; None, None = the one that is there."""
+        """Sets the user's last message and answers it.
+
+        Args:
+          message: The text of the message. None answers the last message as it is.
+          change: The method of the conversation that sets the message, or None if `message` is None.
+        """
         try:
             if change is not None:
                 change(message)
@@ -200,12 +220,12 @@ class Chat:
             raise
 
     def _answer(self, message: str) -> None:
-        """Answers the user's last message, where it is seen, until it is done or stopped."""
+        """Answers the user's last message and shows the answer until it is complete or stopped."""
         self._warn_of_length()
         frame, started = None, time.monotonic()
         with contextlib.ExitStack() as stack:
             screen = None
-            # A terminal that is drawn to must be left as it was; in a pipe a program may end at once.
+            # While drawing, these signals must wait until the terminal is restored. Without drawing, they act at once.
             others = (signal.SIGTERM, signal.SIGHUP) if self._draws else ()
             noted = stack.enter_context(noted_signals(signal.SIGINT, *others))
             if self._draws:
@@ -222,7 +242,7 @@ class Chat:
                     if noted:
                         break
             if frame is None or not frame.done:
-                status = "stopped: /again answers again, /edit changes your message, the next one takes its place"
+                status = "stopped: /again answers again, /edit changes your message, your next message replaces it"
                 if screen is not None and frame is not None:
                     screen.finish([*self._spans(frame, screen), ("\n" + status, "status")])
                 else:
@@ -240,12 +260,12 @@ class Chat:
             self._note(status)
 
     def _put(self, message: str | None, answer: str | None) -> None:
-        """Writes the answer to a message, None = it has none, to stdout."""
+        """Writes the answer to a message to stdout. None means that the message has no answer."""
         self._failed |= answer is None
         if self._as_json:
-            # In ASCII: whatever the encoding, and whatever counts as the end of a line elsewhere, it is one line.
+            # JSON in ASCII is one line in every encoding, whatever else other programs treat as the end of a line.
             print(json.dumps({"message": message, "answer": answer}), flush=True)
-        elif answer is not None and not (self._draws and sys.stdout.isatty()):  # there it stands already
+        elif answer is not None and not (self._draws and sys.stdout.isatty()):  # else the terminal shows it already
             print(terminal.harmless(answer) if sys.stdout.isatty() else answer, flush=True)
 
     def _spans(self, frame: Frame, screen: terminal.Screen) -> terminal.Spans:
@@ -256,12 +276,15 @@ class Chat:
         )
 
     def _warn_of_length(self) -> None:
-        """Says that the model was not trained for as many tokens; once, until there is another reason for it."""
+        """Warns that the chat is longer than what the model was trained with, unless the user was already warned.
+
+        The warning can appear again after /new, /load and a change of gen_length.
+        """
         if self._longest is None or self._warned or (length := self._conversation.length()) <= self._longest:
             return
         self._warned = True
         self._note(
-            f"the chat and gen_length are {length} tokens, the model was trained with {self._longest}: "
+            f"the chat and gen_length take {length} tokens, but the model was trained with {self._longest}: "
             "answers may get worse"
         )
 
@@ -275,7 +298,7 @@ class Chat:
         if not text:
             before = self._conversation.last_message()
             if self._editor is None:
-                raise UserError("/edit: write the new message after it")
+                raise UserError("/edit: write the new message after the command")
             text = self._read(before)
         if text.strip():
             self._ask(text, self._conversation.edit)
@@ -286,7 +309,7 @@ class Chat:
 
     def _new(self, _: str) -> None:
         self._conversation.restart()
-        # Of another conversation: its file is not to be replaced, nor what was said of it to be repeated.
+        # The old conversation's file must not be replaced, nor its other keys be saved with the new conversation.
         self._path, self._record, self._warned = None, {}, False
         self._note("a new conversation")
 
@@ -312,9 +335,9 @@ class Chat:
     def _save(self, name: str, replace: bool = False) -> None:
         path = named_file(name) if name else self._path
         if path is None:
-            raise UserError("/save: name a file")
+            raise UserError("/save: name a file, as in /save FILE")
         if os.path.lexists(path) and not replace and os.path.realpath(path) not in self._own:
-            raise UserError(f"{shortened(path)} is there already: name another file, or replace it with /save! FILE")
+            raise UserError(f"{shortened(path)} exists already: name another file, or replace it with /save! FILE")
         write_record(path, self._record | {"messages": self._conversation.messages})
         self._remember(path)
         self._note(f"{len(self._conversation.messages)} messages are in {path}")
@@ -324,7 +347,7 @@ class Chat:
 
     def _load(self, name: str) -> None:
         if not name:
-            raise UserError("/load: name a file")
+            raise UserError("/load: name a file, as in /load FILE")
         path = named_file(name)
         record = read_record(path)
         self._conversation.replace(record["messages"])

@@ -1,4 +1,4 @@
-"""From text and conversations to prepared sets (`prepare/`), and from prepared sets to batches (`read/`).
+"""Turns text and conversations into prepared sets (`prepare/`), and reads prepared sets as batches (`read/`).
 
 May import: diffusion, devices, text, config. Start reading at `sets.py`, which decides what a run reads.
 """

@@ -1,4 +1,4 @@
-"""manifest.json: what a prepared set contains, written last and read first."""
+"""Defines manifest.json, which says what a prepared set contains; it is written last and read first."""
 
 import dataclasses
 import hashlib
@@ -19,30 +19,30 @@ SPLITS = ("train", "validation")
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One ArrayRecord file."""
+    """Describes one file of a prepared set: an ArrayRecord file, or the index of a split."""
 
     name: str
     rows: int
-    size: int  # bytes of the file
-    sha256: str  # of the file
+    size: int  # size of the file in bytes
+    sha256: str  # sha256 of the file
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The rows of one split."""
+    """Describes the rows of one split."""
 
-    rows: int  # of packed text, or answers
-    tokens: int  # EOS after documents included, padding of the last row not
-    bytes: int  # of UTF-8 text; where there are answers, of theirs
-    documents: int  # stretches of text, each ended by EOS, or conversations
+    rows: int  # number of rows of packed text, or of answers
+    tokens: int  # number of tokens; EOS after a document counts, the padding of the last row does not
+    bytes: int  # bytes of UTF-8 text; for conversations, the text of the answers only
+    documents: int  # number of stretches of text, each ended by EOS, or of conversations
     shards: tuple[Shard, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What came from one input, both splits together."""
+    """Counts what came from one input, over both splits."""
 
-    input: str  # as given
+    input: str  # the input as the user gave it
     files: int
     documents: int
     tokens: int
@@ -51,75 +51,78 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """What only a set of conversations has: its rows are answers with their prompts, see data/pairs.py."""
+    """Holds what only the manifest of a set of conversations has; data/pairs.py explains the rows of such a set."""
 
-    template_sha256: str  # of the chat template
-    too_long: str  # what was done with answers that are too long with their prompts: drop | cut
-    group_key: str | None  # of conversations that are held out together; None = those that begin alike
-    dropped: int  # answers left out because they, or their prompts, are too long
-    cut: int  # answers that lost earlier turns of their prompt, or their own end
-    empty: int  # answers left out because there is no text in them, or before them
-    train_index: Shard  # the index beside the shards
+    template_sha256: str  # sha256 of the chat template
+    too_long: str  # what was done with an answer that is too long together with its prompt: drop | cut
+    # Conversations with the same value under this key were held out together. None means that conversations with the
+    # same messages before the first answer were held out together.
+    group_key: str | None
+    dropped: int  # number of answers left out because they, or their prompts, are too long
+    cut: int  # number of answers that lost earlier turns of their prompt, or their own end
+    empty: int  # number of answers left out because they, or all messages before them, have no text
+    train_index: Shard  # the index file of the split; it lies beside the shards
     validation_index: Shard
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """A prepared set.
+    """Describes a prepared set.
 
-    A row of text is a record of `8 + sequence_length * itemsize` bytes, little-endian: uint32 its true length in
-    tokens, uint32 the bytes of text it stands for, then the ids in `dtype`, padded with EOS.
+    A row of packed text is a little-endian record of `8 + sequence_length * itemsize` bytes. It has three parts: the
+    row's true length in tokens (uint32), the number of bytes of text that the row stands for (uint32), and
+    `sequence_length` ids in `dtype`, padded with EOS. data/pairs.py describes the records of conversations.
     """
 
     tokenizer_kind: str
     tokenizer_sha256: str
-    tokenizer_size: int  # ids, control tokens included
-    vocab_size: int  # tokenizer_size rounded up, the rows of an embedding
+    tokenizer_size: int  # number of ids, control tokens included
+    vocab_size: int  # tokenizer_size rounded up to a multiple of 128; the number of rows of an embedding
     bos_id: int
     eos_id: int
     mask_id: int
     start_header_id: int
     end_header_id: int
     eot_id: int
-    sequence_length: int  # tokens per row; where rows are answers, at most
-    dtype: str  # of the ids: uint16 | uint32
+    sequence_length: int  # tokens per row of packed text; for conversations, the maximum number of tokens per row
+    dtype: str  # dtype of the ids: uint16 | uint32
     validation_fraction: float
-    validation_hash: str  # what is hashed, and how
-    validation_below: int  # a document is held out if its hash is below this
+    validation_hash: str  # what is hashed to choose the held-out text, and how it is hashed
+    validation_below: int  # a document, or a group of conversations, is held out if its hash is below this number
     train: Split
     validation: Split
     sources: tuple[Source, ...]
-    chat: Chat | None = None  # None = packed text
+    chat: Chat | None = None  # None for packed text
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """The content of manifest.json."""
+        """Returns the content of manifest.json."""
         fields = dataclasses.asdict(self)
         if self.chat is None:
-            del fields["chat"]  # as it was before there were conversations: the set is the same, its hash too
+            del fields["chat"]  # sets of text that were prepared before this field existed keep their hash
         return json.dumps(fields, indent=1, sort_keys=True) + "\n"
 
     @property
     def sha256(self) -> str:
-        """Identity of the data: it covers the hashes of all shards and of the tokenizer."""
+        """The hash that identifies the data. It covers the hashes of all shards and of the tokenizer."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def split(self, name: str) -> Split:
-        """The split "train" or "validation"."""
+        """Returns the split with the name "train" or "validation"."""
         return {"train": self.train, "validation": self.validation}[name]
 
     def index(self, name: str) -> Shard | None:
-        """The index of a split, None where rows are text."""
+        """Returns the index file of a split, or None if the rows are packed text."""
         return self.chat and {"train": self.chat.train_index, "validation": self.chat.validation_index}[name]
 
     def files(self) -> list[Shard]:
-        """All files that the rows lie in."""
+        """Returns all shards and, for conversations, the index files."""
         shards = [shard for name in SPLITS for shard in self.split(name).shards]
         return shards + [index for name in SPLITS if (index := self.index(name))]
 
 
 def tokenizer_fields(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What a manifest says of the tokenizer."""
+    """Returns the fields of a manifest that describe the tokenizer."""
     roles = ("bos_id", "eos_id", "mask_id", "start_header_id", "end_header_id", "eot_id")
     return {
         "tokenizer_kind": tokenizer.kind,
@@ -131,16 +134,20 @@ def tokenizer_fields(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def load_manifest(directory: str | os.PathLike) -> Manifest:
-    """Reads the manifest of a prepared set; `directory` may be anything etils.epath opens, such as gs://.
+    """Reads the manifest of a prepared set.
 
-    Raises UserError if there is none, or one that is damaged or of another version.
+    Args:
+      directory: The folder of the set. It may be any path that etils.epath opens, for example one on gs://.
+
+    Raises:
+      UserError: If the folder has no manifest, or if the manifest is damaged or has another format version.
     """
     file = epath.Path(directory) / MANIFEST_FILE
     try:
         content = file.read_text()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
-            f"{directory} is not a prepared set (it has no {MANIFEST_FILE}): run llada_jax.prepare"
+            f"{directory} is not a prepared set, because it has no {MANIFEST_FILE}: run python -m llada_jax.prepare"
         ) from error
     try:
         fields: dict[str, Any] = json.loads(content)
@@ -156,4 +163,6 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
             return Manifest(**fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is damaged: prepare the set again") from error
-    raise UserError(f"{file} has format {version}, this version reads {FORMAT}: prepare the set again")
+    raise UserError(
+        f"{file} has format {version}, but this version of llada_jax reads format {FORMAT}: prepare the set again"
+    )

@@ -1,11 +1,13 @@
-"""Rows of conversations: prompts with their answers, the records that hold them, and the index beside the shards.
+"""Defines the rows of conversations, the records that hold these rows, and the index beside the shards.
 
-A conversation with n answers gives n rows, one after the other: row k is the prompt of answer k, all turns before
-it included, and that answer. A record is little-endian: uint32 tokens of the prompt, uint32 tokens of the answer,
-uint32 bytes of text in the answer, then the ids of both in the dtype of the set.
+A row is a prompt with its answer. A conversation with n answers gives n rows, one after the other: row k holds the
+prompt of answer k, which includes all turns before it, and answer k itself. A record is little-endian: the number of
+tokens of the prompt (uint32), the number of tokens of the answer (uint32), the number of bytes of text in the answer
+(uint32), and then the ids of the prompt and of the answer in the dtype of the set.
 
-The index of a split, a .npy file, has two uint32 columns: of each row the number of its conversation, ascending, and
-its tokens. By it every host knows how long rows are that only others read.
+The index of a split is a .npy file with one line per row and two uint32 columns: the number of the row's conversation,
+in ascending order, and the number of tokens of the row. The index tells every host the lengths of all rows, also of
+those that only other hosts read.
 """
 
 import array
@@ -30,11 +32,11 @@ RULES = ("drop", "cut")
 
 
 class Pair(NamedTuple):
-    """One record."""
+    """One row: a prompt with its answer."""
 
     tokens: np.ndarray  # int32 [prompt + answer]
-    prompt: int  # tokens of the prompt
-    bytes: int  # of text in the answer
+    prompt: int  # number of tokens of the prompt
+    bytes: int  # bytes of text in the answer
 
     @property
     def length(self) -> int:
@@ -42,28 +44,40 @@ class Pair(NamedTuple):
 
 
 def encode_pair(pair: Pair, dtype: str) -> bytes:
-    """The record of a pair."""
+    """Returns the record of a pair, with its ids in `dtype`."""
     header = np.array([pair.prompt, pair.length - pair.prompt, pair.bytes], HEADER)
     return header.tobytes() + pair.tokens.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
 
 
 def decode_pair(record: bytes, dtype: str, sequence_length: int) -> Pair:
-    """Reads a record; raises ValueError if it is no pair of at most `sequence_length` ids of `dtype`."""
+    """Reads a record.
+
+    Args:
+      record: The bytes of the record.
+      dtype: The dtype of the ids in the record.
+      sequence_length: The maximum number of tokens of a pair.
+
+    Raises:
+      ValueError: If the record is not a pair of at most `sequence_length` ids in `dtype`.
+    """
     kind = np.dtype(dtype).newbyteorder("<")
     if len(record) < HEADER_BYTES:
-        raise ValueError(f"a record of {len(record)} bytes is no prompt with its answer")
+        raise ValueError(f"a record of {len(record)} bytes is too short for a prompt with its answer")
     prompt, answer, bytes_ = map(int, np.frombuffer(record, HEADER, 3))
     length = prompt + answer
     if not (prompt and answer and length <= sequence_length and len(record) == HEADER_BYTES + length * kind.itemsize):
-        raise ValueError(f"a record of {len(record)} bytes is no prompt of {prompt} and answer of {answer} in {dtype}")
+        raise ValueError(
+            f"a record of {len(record)} bytes is not a prompt of {prompt} tokens and an answer of {answer} tokens "
+            f"in {dtype}"
+        )
     return Pair(np.frombuffer(record, kind, length, offset=HEADER_BYTES).astype(np.int32), prompt, bytes_)
 
 
 class Encoded(NamedTuple):
-    """Conversations in tokens."""
+    """Several conversations after tokenisation."""
 
-    pairs: list[list[Pair]]  # of each conversation, in order
-    dropped: int  # answers, see manifest.Chat
+    pairs: list[list[Pair]]  # one list per conversation, with its pairs in order
+    dropped: int  # number of answers; `manifest.Chat` explains this number and the next two
     cut: int
     empty: int
 
@@ -72,18 +86,28 @@ class ChatBatch(NamedTuple):
     """Conversations that are tokenised together."""
 
     messages: Sequence[Sequence[dict[str, Any]]]
-    where: Sequence[str]  # file and line of each
+    where: Sequence[str]  # file and line of each conversation
     sequence_length: int
     too_long: str  # a name in RULES
     tag: Any = None
 
     def tokenize(self, tokenizer: Tokenizer, token_bytes: np.ndarray) -> Encoded:
-        """The pairs of each conversation that fit, or are made to fit. UserError names file and line."""
+        """Returns the pairs of each conversation that fit into `sequence_length`, or that were cut to fit.
+
+        Args:
+          tokenizer: The tokenizer; its chat template renders the conversations.
+          token_bytes: int32 [ids], the bytes of text that each id stands for.
+
+        Raises:
+          UserError: If a conversation cannot be rendered. The message names its file and line.
+        """
         pairs, dropped, cut, empty = [], 0, 0, 0
         for messages, where in zip(self.messages, self.where, strict=True):
             pairs.append([])
             turns = [k for k, message in enumerate(messages) if message["role"] == "user"]
-            first = 0  # of the turns: the oldest that is kept. What is too old for one answer is so for all later ones.
+            # Index into `turns` of the oldest turn that is kept. A turn that does not fit in front of one answer does
+            # not fit in front of a later answer either, so the search for it goes on where it stopped.
+            first = 0
             for i in answers(messages):
                 if not (messages[i]["content"].strip() and any(m["content"].strip() for m in messages[:i])):
                     empty += 1
@@ -107,7 +131,19 @@ class ChatBatch(NamedTuple):
         turns: Sequence[int],
         first: int,
     ) -> tuple[Pair | None, bool, int]:
-        """The pair for the last message, None if it is dropped; whether all of it is there; the oldest turn kept."""
+        """Makes the pair of the last message, and cuts it to fit if `too_long` says so.
+
+        Args:
+          tokenizer: The tokenizer.
+          token_bytes: int32 [ids], the bytes of text that each id stands for.
+          messages: The messages up to the answer, which is the last of them.
+          turns: The positions of the user's messages in the whole conversation.
+          first: The index into `turns` of the oldest turn to try to keep.
+
+        Returns:
+          The pair, or None if the answer is dropped; whether the pair is complete, with nothing cut; and the index
+          into `turns` of the oldest turn that was kept.
+        """
         last = max(sum(turn < len(messages) - 1 for turn in turns) - 1, 0)
         while True:
             kept = [*messages[: turns[0]], *messages[turns[first] :]] if first else messages
@@ -126,17 +162,18 @@ class ChatBatch(NamedTuple):
 
 def _pair(tokenizer: Tokenizer, token_bytes: np.ndarray, messages: Sequence[dict[str, Any]]) -> Pair:
     prompt, answer = tokenizer.encode_answer(messages)
-    if tokenizer.eos_id in answer:  # what a template writes after it is not part of the answer
+    if tokenizer.eos_id in answer:  # what the template writes after EOS is not part of the answer
         answer = answer[: answer.index(tokenizer.eos_id)]
     return _counted(np.array([*prompt, *answer, tokenizer.eos_id], np.int32), len(prompt), token_bytes)
 
 
 def _counted(tokens: np.ndarray, prompt: int, token_bytes: np.ndarray) -> Pair:
+    """Returns the pair of these tokens, with the bytes of text of its answer counted."""
     return Pair(tokens, prompt, int(token_bytes[tokens[prompt:]].sum(dtype=np.int64)))
 
 
 def template_hash(tokenizer: Tokenizer) -> str:
-    """sha256 of the chat template that conversations are rendered with."""
+    """Returns the sha256 of the chat template that renders the conversations."""
     return hashlib.sha256((tokenizer.chat_template or tokenizer.default_chat_template).encode()).hexdigest()
 
 
@@ -144,15 +181,26 @@ class PairWriter:
     """Writes the pairs of one split as shards and an index."""
 
     def __init__(self, directory: Path, name: str, dtype: str, shard_rows: int):
-        """`shard_rows`: rows per shard, at most."""
+        """Creates the writer.
+
+        Args:
+          directory: The folder that the files are written to.
+          name: The name of the split, with which the names of the files begin.
+          dtype: The dtype of the ids in the records.
+          shard_rows: The maximum number of rows per shard.
+        """
         self._path = directory / f"{name}.index.npy"
         self._dtype = dtype
         self._writer = ShardWriter(directory, name, shard_rows)
-        self._index = array.array("I")  # conversation and length in turn
+        self._index = array.array("I")  # for each row: the number of its conversation, then its length
         self._bytes = self._conversations = 0
 
     def add(self, pairs: Sequence[Pair]) -> None:
-        """Appends a conversation, nothing if no answer of it is left; raises OSError if it cannot be written."""
+        """Appends the pairs of one conversation. A conversation that has no pairs left does not count.
+
+        Raises:
+          OSError: If the pairs cannot be written.
+        """
         for pair in pairs:
             self._writer.write(encode_pair(pair, self._dtype))
             self._index.extend((self._conversations, pair.length))
@@ -160,7 +208,7 @@ class PairWriter:
         self._conversations += bool(pairs)
 
     def finish(self) -> tuple[Split, Shard]:
-        """Closes the last shard and writes the index."""
+        """Closes the last shard, writes the index, and returns what the manifest says of the split and the index."""
         index_N2 = np.array(self._index, HEADER).reshape(-1, 2)
         with self._path.open("wb") as file:
             np.save(file, index_N2)
@@ -171,9 +219,19 @@ class PairWriter:
 
 
 def load_index(path: str, manifest: Manifest, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The index of a split: the first row of each conversation and, at the end, the number of rows; tokens of each row.
+    """Reads the index of a split.
 
-    Both int64. UserError if it is missing or is not what the manifest says.
+    Args:
+      path: The folder of the set.
+      manifest: The manifest of the set.
+      split: The name of the split.
+
+    Returns:
+      Two int64 arrays. The first holds the first row of each conversation and, at its end, the number of rows. The
+      second holds the number of tokens of each row.
+
+    Raises:
+      UserError: If the index is missing, or if its content is not what the manifest says.
     """
     entry = manifest.index(split)
     file = epath.Path(path) / entry.name
@@ -182,7 +240,7 @@ def load_index(path: str, manifest: Manifest, split: str) -> tuple[np.ndarray, n
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing: copy the whole folder, or prepare the set again") from error
     if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise UserError(f"{file} is damaged, or of another set: copy it again, or prepare the set again")
+        raise UserError(f"{file} is damaged, or belongs to another set: copy it again, or prepare the set again")
     conversation_N, length_N = np.load(io.BytesIO(content), allow_pickle=False).astype(np.int64).T
     starts = np.flatnonzero(np.diff(conversation_N, prepend=-1))
     return np.append(starts, len(length_N)), length_N

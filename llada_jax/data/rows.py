@@ -1,4 +1,4 @@
-"""Rows: packing tokens to the sequence length, and the records that hold them."""
+"""Packs tokens into rows of the sequence length, and defines the records that hold these rows."""
 
 import hashlib
 import os
@@ -10,50 +10,71 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from llada_jax.data.manifest import Shard, Split
 
-HEADER = np.dtype("<u4")  # two of them: tokens in the row, bytes of text in the row
-# One record per group: any row is read alone. One thread: the bytes do not depend on timing.
+HEADER = np.dtype("<u4")  # a record begins with two of these: the row's tokens and its bytes of text
+# With one record per group, any row can be read alone. With one thread, the bytes of a file do not depend on timing.
 _WRITER_OPTIONS = "group_size:1,zstd:1,max_parallelism:1"
 
 
 class Row(NamedTuple):
-    """One record."""
+    """One row of packed text."""
 
     tokens: np.ndarray  # int32 [T]
-    length: int  # true length in tokens; EOS fills up the rest
-    bytes: int  # of text
+    length: int  # true length in tokens; EOS fills the rest of the row
+    bytes: int  # bytes of text that the row stands for
 
 
 def encode_row(ids: np.ndarray, length: int, bytes_: int) -> bytes:
-    """The record of `ids` [T], already in the little-endian dtype of the set."""
+    """Returns the record of a row.
+
+    Args:
+      ids: The ids, [T], which already have the little-endian dtype of the set.
+      length: The true length of the row in tokens.
+      bytes_: The number of bytes of text that the row stands for.
+    """
     return np.array([length, bytes_], HEADER).tobytes() + ids.tobytes()
 
 
 def decode_row(record: bytes, dtype: str, sequence_length: int) -> Row:
-    """Reads a record; raises ValueError if it is not a row of `sequence_length` ids of `dtype`."""
+    """Reads a record.
+
+    Args:
+      record: The bytes of the record.
+      dtype: The dtype of the ids in the record.
+      sequence_length: T, the number of ids in the record.
+
+    Raises:
+      ValueError: If the record is not a row of `sequence_length` ids in `dtype`, or if its true length is impossible.
+    """
     kind = np.dtype(dtype).newbyteorder("<")
     if len(record) != 2 * HEADER.itemsize + sequence_length * kind.itemsize:
-        raise ValueError(f"a record of {len(record)} bytes is no row of {sequence_length} tokens in {dtype}")
+        raise ValueError(f"a record of {len(record)} bytes is not a row of {sequence_length} tokens in {dtype}")
     length, bytes_ = np.frombuffer(record, HEADER, 2)
     tokens = np.frombuffer(record, kind, sequence_length, offset=2 * HEADER.itemsize).astype(np.int32)
     if not 1 <= length <= sequence_length:
-        raise ValueError(f"a row of length {length} where 1 to {sequence_length} is possible")
+        raise ValueError(f"a row has length {length}, but only lengths from 1 to {sequence_length} are possible")
     return Row(tokens, int(length), int(bytes_))
 
 
 class HeldOut(NamedTuple):
-    """Held-out rows, all of one width: text, or answers with their prompts."""
+    """Held-out rows of one width: packed text, or prompts with their answers."""
 
     tokens_NT: np.ndarray  # int32
-    length_N: np.ndarray  # int32, true lengths, prompts included
-    prompt_N: np.ndarray  # int32, tokens of the prompt at the start of each row; 0 of text
-    bytes_N: np.ndarray  # int64, of text, or of the answers
+    length_N: np.ndarray  # int32, true length of each row, the prompt included
+    prompt_N: np.ndarray  # int32, tokens of the prompt at the start of each row; 0 for text
+    bytes_N: np.ndarray  # int64, bytes of text in each row; for prompts with answers, those of the answer
 
 
 class ShardWriter:
     """Writes the records of one split as shards."""
 
     def __init__(self, directory: Path, name: str, shard_rows: int):
-        """`shard_rows`: rows per shard, at most."""
+        """Creates the writer.
+
+        Args:
+          directory: The folder that the shards are written to.
+          name: The name of the split, with which the names of the shards begin.
+          shard_rows: The maximum number of rows per shard.
+        """
         self._directory, self._name, self._shard_rows = directory, name, shard_rows
         self._writer: ArrayRecordWriter | None = None
         self._shards: list[Shard] = []
@@ -61,7 +82,11 @@ class ShardWriter:
         self.rows = 0
 
     def write(self, record: bytes) -> None:
-        """Appends a record; raises OSError if it cannot be written."""
+        """Appends a record.
+
+        Raises:
+          OSError: If the record cannot be written.
+        """
         try:
             if self._writer is None:
                 self._writer = ArrayRecordWriter(str(self._path()), _WRITER_OPTIONS)
@@ -74,7 +99,7 @@ class ShardWriter:
             self._close_shard()
 
     def finish(self) -> tuple[Shard, ...]:
-        """Closes the last shard."""
+        """Closes the last shard, and returns what the manifest says of all shards."""
         self._close_shard()
         return tuple(self._shards)
 
@@ -91,14 +116,19 @@ class ShardWriter:
             raise OSError(str(error)) from error
         reader = ArrayRecordReader(str(path))
         if not reader.ok() or reader.num_records() != self._written:
-            raise OSError(f"{path.name} was not written completely (disk full?)")
+            raise OSError(f"{path.name} was not written completely (is the disk full?)")
         reader.close()
         self._shards.append(finished_file(path, self._written))
         self._writer, self._written = None, 0
 
 
 def finished_file(path: Path, rows: int) -> Shard:
-    """What the manifest says of a file, once all of it is on the disk."""
+    """Makes sure that a file is on the disk, and returns what the manifest says of it.
+
+    Args:
+      path: The file, which is completely written.
+      rows: The number of rows in the file.
+    """
     with path.open("rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -109,15 +139,32 @@ class SplitWriter:
     """Packs the token stream of one split into rows and writes them as shards."""
 
     def __init__(self, directory: Path, name: str, sequence_length: int, dtype: str, eos_id: int, shard_rows: int):
-        """`shard_rows`: rows per shard, at most."""
+        """Creates the writer.
+
+        Args:
+          directory: The folder that the shards are written to.
+          name: The name of the split, with which the names of the shards begin.
+          sequence_length: The number of tokens per row.
+          dtype: The dtype of the ids in the records.
+          eos_id: The id of EOS.
+          shard_rows: The maximum number of rows per shard.
+        """
         self._writer = ShardWriter(directory, name, shard_rows)
         self._eos = np.array([eos_id], np.uint32)
         self._ids = np.full(sequence_length, eos_id, np.dtype(dtype).newbyteorder("<"))
-        self._fill = self._row_bytes = 0  # of the row under construction
+        self._fill = self._row_bytes = 0  # tokens and bytes of text in the row under construction
         self._tokens = self._bytes = self._documents = 0
 
     def add(self, ids: np.ndarray, counts: np.ndarray) -> None:
-        """Appends tokens, each standing for `counts` bytes of text; raises OSError if they cannot be written."""
+        """Appends tokens, and writes each row that becomes full.
+
+        Args:
+          ids: The ids of the tokens.
+          counts: The number of bytes of text that each token stands for.
+
+        Raises:
+          OSError: If a row cannot be written.
+        """
         start, total = 0, len(ids)
         self._tokens += total
         self._bytes += int(counts.sum(dtype=np.int64))
@@ -131,12 +178,12 @@ class SplitWriter:
                 self._write_row()
 
     def end_document(self) -> None:
-        """Appends EOS."""
+        """Appends EOS and counts a document."""
         self.add(self._eos, np.zeros(1, np.uint32))
         self._documents += 1
 
     def finish(self) -> Split:
-        """Writes the last, partial row and closes the last shard."""
+        """Writes the last, partial row, closes the last shard, and returns what the manifest says of the split."""
         if self._fill:
             self._ids[self._fill :] = self._eos[0]
             self._write_row()

@@ -1,41 +1,90 @@
-"""Which prepared sets a run reads: those it is given, or the one made of its text in its workdir; and as what."""
+"""Decides which prepared sets a run reads, and opens them for training and for validation."""
 
+import dataclasses
+import os
 from pathlib import Path
 
 from llada_jax.config import Config, UserError
-from llada_jax.data.manifest import Manifest, load_manifest
+from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest, load_manifest
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
+from llada_jax.data.read import remote
 from llada_jax.data.read.chat import ChatData, held_out_answers
 from llada_jax.data.read.pipeline import Data, TrainingData, validation_rows
 from llada_jax.data.rows import HeldOut
+from llada_jax.devices import distributed
 from llada_jax.devices.distributed import log
 from llada_jax.diffusion.forward import is_chat
-from llada_jax.text.tokenizer import load_tokenizer
+from llada_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
-def prepared_sets(config: Config, folder: Path, stored: Config | None) -> list[str]:
-    """Folders of the prepared sets of a run; text given as config.data.input is prepared into the workdir first.
+@dataclasses.dataclass(frozen=True)
+class PreparedSets:
+    """The prepared sets of a run, on this host."""
+
+    paths: list[str]
+    manifests: list[Manifest]  # one for each path
+    tokenizer: Tokenizer  # the one that all of them were prepared with
+
+    @property
+    def tokenizer_folder(self) -> str:
+        """The folder that holds the tokenizer's files."""
+        return os.path.join(self.paths[0], TOKENIZER_FOLDER)
+
+    @property
+    def template_sha256(self) -> str | None:
+        """The hash of the chat template that conversations were prepared with; None for sets of text."""
+        chat = self.manifests[0].chat
+        return chat.template_sha256 if chat else None
+
+    def identity(self, config: Config) -> dict:
+        """Returns what makes two runs the same run beyond their settings: hashes of the data and the tokenizer."""
+        return {
+            "data": [manifest.sha256 for manifest in self.manifests],
+            "weights": list(config.data.weights),
+            "tokenizer": self.tokenizer.sha256,
+        }
+
+
+def find_sets(config: Config, workdir: Path, earlier: Config | None) -> PreparedSets:
+    """Finds the prepared sets of a run. Text given as config.data.input is prepared into the workdir first.
+
+    All processes of the run must call this. Remote sets are copied to each host.
 
     Args:
-      config: the run.
-      folder: its workdir.
-      stored: config of the run that has checkpoints there; None if there are none.
+      config: The configuration of the run.
+      workdir: Its workdir.
+      earlier: The configuration with which the run was started before; None for a new run.
 
     Raises:
-      UserError: the text cannot be prepared, or was prepared or trained on with other settings than these.
+      UserError: If a set is missing or damaged, if the text cannot be prepared, or if it was prepared or trained on
+        with other settings than these.
     """
+    paths = distributed.first_decides("prepared sets", lambda: _paths(config, workdir, earlier))
+    if any(map(remote.is_remote, paths)):
+        paths = [remote.local_copy(path, config.data.cache, log) for path in paths]
+        distributed.barrier("copied")  # hosts copy at different speeds, and later waits are shorter than that
+    sets = PreparedSets(
+        paths, [load_manifest(path) for path in paths], load_tokenizer(os.path.join(paths[0], TOKENIZER_FOLDER))
+    )
+    if sets.tokenizer.sha256 != sets.manifests[0].tokenizer_sha256:
+        raise UserError(f"{sets.tokenizer_folder} is not the tokenizer that the set was prepared with")
+    return sets
+
+
+def _paths(config: Config, workdir: Path, earlier: Config | None) -> list[str]:
+    """Returns the folders of the prepared sets, which it prepares if config.data.input asks for that."""
     data = config.data
     if data.path:
         return [path.strip() for path in data.path.split(",") if path.strip()]
-    target = folder / "data"
+    target = workdir / "data"
     inputs = [item.strip() for item in data.input.split(",") if item.strip()]
     if target.exists():
-        _check_prepared(config, inputs, target, load_manifest(target), stored)
+        _check_prepared(config, inputs, target, load_manifest(target), earlier)
         return [str(target)]
-    if stored and stored.data.input != data.input:
-        before = stored.data.input or f"config.data.path={stored.data.path}"
-        raise UserError(f"config.data.input is {data.input}, but {folder} was trained on {before}: set it back")
+    if earlier and earlier.data.input != data.input:
+        before = earlier.data.input or f"config.data.path={earlier.data.path}"
+        raise UserError(f"config.data.input is {data.input}, but {workdir} was trained on {before}: set it back")
     log(f"preparing {data.input} in {target}")
     tokenizer = _tokenizer_source(config)
     same = {
@@ -55,7 +104,10 @@ def prepared_sets(config: Config, folder: Path, stored: Config | None) -> list[s
 
 
 def _tokenizer_source(config: Config) -> str:
-    """The tokenizer that text is prepared with, "" = one is trained; conversations have that of the model tuned."""
+    """Returns the tokenizer that config.data.input is prepared with. "" means that one is trained on the text.
+
+    Conversations are prepared with the tokenizer of the model that is tuned.
+    """
     if not is_chat(config):
         return config.data.tokenizer
     if not (source := config.data.tokenizer or config.init_from):
@@ -64,7 +116,11 @@ def _tokenizer_source(config: Config) -> str:
 
 
 def open_training(config: Config, paths: list[str]) -> Data:
-    """The rows that a run trains on. UserError as `pipeline.TrainingData`, and if they are not for its objective."""
+    """Opens the rows that a run trains on.
+
+    Raises:
+      UserError: As `pipeline.TrainingData`, or if the sets do not suit the objective of the run.
+    """
     same = {
         "seed": config.seed,
         "batch_size": config.batch_size,
@@ -77,7 +133,7 @@ def open_training(config: Config, paths: list[str]) -> Data:
 
 
 def open_held_out(config: Config, paths: list[str]) -> HeldOut | None:
-    """The rows that a run is validated on; None if it is not, or the sets hold none out."""
+    """Opens the rows that a run is validated on. Returns None if it is not validated, or if no rows are held out."""
     if not config.validation.rows:
         return None
     take = held_out_answers if is_chat(config) else validation_rows
@@ -85,8 +141,10 @@ def open_held_out(config: Config, paths: list[str]) -> HeldOut | None:
     return rows if len(rows.tokens_NT) else None
 
 
-def _check_prepared(config: Config, inputs: list[str], target: Path, manifest: Manifest, stored: Config | None) -> None:
-    """UserError if the set in the workdir was prepared with other settings than these."""
+def _check_prepared(
+    config: Config, inputs: list[str], target: Path, manifest: Manifest, earlier: Config | None
+) -> None:
+    """Raises UserError if the set in the workdir was prepared with other settings than these."""
     data = config.data
     pairs = [
         ("data.input", ",".join(inputs), ",".join(source.input for source in manifest.sources)),
@@ -94,17 +152,17 @@ def _check_prepared(config: Config, inputs: list[str], target: Path, manifest: M
         ("sequence_length", config.sequence_length, manifest.sequence_length),
     ]
     tokenizer = _tokenizer_source(config)
-    before = stored and _tokenizer_source(stored)
+    before = earlier and _tokenizer_source(earlier)
     if not tokenizer:
         pairs.append(("data.train_tokenizer", data.train_tokenizer, manifest.tokenizer_size))
-        if stored:
+        if earlier:
             pairs.append(("data.tokenizer", "''", repr(before)))
-    elif before != tokenizer:  # else the file may be gone: the set has its own
+    elif before != tokenizer:  # if it is the same one, its file may be gone by now: the set has its own copy
         pairs.append(("data.tokenizer", load_tokenizer(tokenizer).sha256, manifest.tokenizer_sha256))
     remedy = "set it back or take another --workdir"
     for name, wanted, found in pairs:
         if wanted != found:
             raise UserError(
                 f"config.{name} is {wanted}, but {target} was prepared with {found}: {remedy}"
-                + ("" if stored else ", or remove that folder to prepare it anew")
+                + ("" if earlier else ", or remove that folder to prepare it anew")
             )

@@ -1,4 +1,4 @@
-"""The device mesh and where every array lies on it, the processes of a run, and what is known of each chip.
+"""The device mesh, the placement of every array on it, the processes of a run, and facts about each kind of chip.
 
-May import: cli, config. Start reading at `mesh.py`.
+This package may import `cli` and `config`. Start reading at `mesh.py`.
 """

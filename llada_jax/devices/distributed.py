@@ -1,18 +1,20 @@
-"""Several processes, one run: how they start, what one of them decides for all, and how they end together.
+"""Starts a run of several processes, lets process 0 decide for all of them, and ends them together.
 
-A run on one machine has one process and nothing here does anything. On several hosts each process runs the same
-command and finds the others in one of two ways:
+A run on one machine usually has a single process; the functions of this module then have nothing to coordinate. On
+several hosts, each process runs the same command and finds the other processes in one of two ways:
 
-  by itself     where JAX knows the cluster and it announces several processes: Slurm (srun), Cloud TPU, GKE;
-  by the flags  --coordinator_address=HOST:PORT --num_processes=N --process_id=I, in all N processes.
+  automatically  if JAX recognizes a cluster that announces several processes: Slurm (srun), Cloud TPU, GKE;
+  by flags       if all N processes get --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
 
-All share one workdir, a mounted folder. What depends on more than shared data (Is there a checkpoint? Is the
-workdir free?) is decided by process 0 alone, see `first_decides`. No process is left hanging: one that fails says
-so and the others leave with its exit code within seconds; one that dies without a word (kill -9, a lost host) is
-missed after config.distributed.heartbeat_timeout, and JAX then aborts the others (SIGABRT, exit code 134).
+All processes share one workdir on a mounted file system. Process 0 alone makes every decision that does not follow
+from the data that all processes share (Does a checkpoint exist? Is the workdir in use?); see `first_decides`.
 
-Decisions travel through the key-value store of JAX's coordinator, not through devices: it is there before any
-device is touched, and it can be waited for.
+No process is left hanging. If a process fails, it announces its exit code, and the other processes exit with the same
+code within seconds. If a process dies without announcing anything (kill -9, a lost host), its death is detected after
+config.distributed.heartbeat_timeout seconds, and JAX then aborts the other processes (SIGABRT, exit code 134).
+
+Decisions are sent through the key-value store of JAX's coordinator and not through the devices, because the store
+exists before any device is initialized, and because a process can wait for a key in it.
 """
 
 import collections
@@ -28,47 +30,52 @@ from typing import Any, NoReturn
 
 import jax
 from jax._src import clusters
-from jax._src.distributed import global_state  # the client of the coordinator: JAX has no public name for it
+from jax._src.distributed import global_state  # holds the client of the coordinator, for which JAX has no public name
 
 from llada_jax.cli import entry_point
 from llada_jax.config import DistributedConfig, UserError
 
-_LONG_MS = 24 * 3600 * 1000  # text may take hours to prepare; a process that fails ends the waiting anyway
-_LOOK_SECONDS = 2.0  # between two looks at whether some process has failed
-_TELL_SECONDS = 15.0  # of waiting at the start before it is told
+_LONG_MS = (
+    24 * 3600 * 1000
+)  # timeout of a wait: preparing text may take hours, and a failing process ends the wait anyway
+_LOOK_SECONDS = 2.0  # interval between two checks whether a process has failed
+_TELL_SECONDS = 15.0  # how long a process waits for the others at the start before it prints that it is waiting
 _FAILED = "llada_jax/failed/"
 _TPU_CLUSTERS = ("gcetpu", "gketpu")
 
-ABORTED = 134  # what JAX leaves with when another process has died: worth another start
+ABORTED = 134  # JAX's exit code when another process has died; the run is then worth restarting
 
 _uses: collections.Counter = collections.Counter()
-_leaving = threading.Lock()  # taken by the thread that ends this process, never released
+_leaving = threading.Lock()  # acquired by the thread that ends this process, and never released
 
 
 def count() -> int:
-    """Processes of this run. Unlike jax.process_count it touches no device."""
+    """Returns the number of processes of this run. Unlike jax.process_count, it does not initialize any device."""
     return global_state.num_processes if global_state.client else 1
 
 
 def index() -> int:
-    """Which of them this is, from 0. Unlike jax.process_index it touches no device."""
+    """Returns the index of this process, from 0. Unlike jax.process_index, it does not initialize any device."""
     return global_state.process_id if global_state.client else 0
 
 
 def log(message: str) -> None:
-    """A line to stderr, from process 0 only."""
+    """Prints a line to stderr in process 0, and does nothing in the other processes."""
     if index() == 0:
         print(message, file=sys.stderr, flush=True)
 
 
 def first_decides(what: str, decide: Callable[[], Any]) -> Any:
-    """What `decide` returns in process 0, in every process; it is not called in the others.
+    """Calls `decide` in process 0 only, and returns its result in every process.
 
-    All processes must come here in the same order. If process 0 fails, `run` ends the others.
+    All processes must make their calls in the same order. If process 0 fails, `run` ends the other processes.
 
     Args:
-      what: names it, for whoever looks into a hanging run.
-      decide: returns something JSON can hold; lists come out as lists, tuples too.
+      what: The name of the decision. It is part of the key in the store, which helps to find out where a run hangs.
+      decide: A function whose result can be written as JSON. With several processes, tuples in it become lists.
+
+    Returns:
+      The result of `decide` in process 0.
     """
     if count() == 1:
         return decide()
@@ -82,12 +89,15 @@ def first_decides(what: str, decide: Callable[[], Any]) -> Any:
 
 
 def check_same(what: str, mine: Any, explain: Callable[[Any], str]) -> None:
-    """UserError unless `mine`, which JSON can hold, is the same in this process as in process 0.
+    """Checks that a value is the same in this process as in process 0.
 
     Args:
-      what: names it.
-      mine: to be compared.
-      explain: the message, given what process 0 has.
+      what: The name of the value, as for `first_decides`.
+      mine: The value of this process. It must be possible to write it as JSON.
+      explain: A function that takes the value of process 0 and returns the error message.
+
+    Raises:
+      UserError: If the two values differ.
     """
     if count() == 1:
         return
@@ -97,7 +107,17 @@ def check_same(what: str, mine: Any, explain: Callable[[Any], str]) -> None:
 
 
 def first_problem(what: str, problem: str | None) -> str | None:
-    """The problem of the lowest process that has one, in every process; None if none has. Waits for all."""
+    """Returns the same problem in every process, or None if no process has a problem.
+
+    Waits until all processes have called it.
+
+    Args:
+      what: The name of what is checked, as for `first_decides`.
+      problem: A description of the problem of this process; None if it has no problem.
+
+    Returns:
+      The problem of the process with the lowest index among those that have one.
+    """
     if count() == 1:
         return problem
     key = _key(what)
@@ -109,7 +129,7 @@ def first_problem(what: str, problem: str | None) -> str | None:
 
 
 def barrier(what: str) -> None:
-    """Until all processes are here."""
+    """Waits until all processes have called it."""
     if count() > 1:
         global_state.client.wait_at_barrier(_key(what), _LONG_MS)
 
@@ -120,7 +140,11 @@ def _key(what: str) -> str:
 
 
 def announce(code: int) -> bool:
-    """Says that this process fails with this exit code; True if no other was first, whose message is then enough."""
+    """Announces to the other processes that this process fails with the exit code `code`.
+
+    Returns:
+      False if another process has announced a failure before: its message is then enough. True otherwise.
+    """
     if count() == 1:
         return True
     try:
@@ -137,14 +161,22 @@ def run(
     num_processes: int | None = None,
     process_id: int | None = None,
 ) -> int:
-    """Finds the other processes, if there are any, calls `main` and brings all of them to one end.
+    """Connects to the other processes, if there are any, calls `main`, and ends all processes together.
+
+    Args:
+      settings: The time limits of config.distributed.
+      main: The function that does the work of one process and returns its exit code.
+      coordinator_address: The value of --coordinator_address, or None if the flag was not given.
+      num_processes: The value of --num_processes, or None if the flag was not given.
+      process_id: The value of --process_id, or None if the flag was not given.
 
     Returns:
-      The exit code of `main`, if it is one of success in all of them (or there is just one process). Otherwise it does
-      not return: all processes leave with the exit code of the first that failed, and one message.
+      The exit code of `main`, if there is only one process or if `main` succeeds in all of them (it finished, or it was
+      stopped and saved). Otherwise this function does not return: all processes exit with the exit code of the first
+      process that failed, and one message is printed.
 
     Raises:
-      UserError: the three arguments do not fit together.
+      UserError: If only some of the three flags are given, or if their values do not fit together.
     """
     _start(settings, coordinator_address, num_processes, process_id)
     if count() == 1:
@@ -163,7 +195,7 @@ def run(
 
 
 def _call(main: Callable[[], int]) -> tuple[int, bool]:
-    """The exit code of `main`, and whether it raised something, which is then told."""
+    """Calls `main` and prints its errors; returns its exit code and whether it raised an exception."""
     try:
         return main(), False
     except UserError as error:
@@ -175,26 +207,26 @@ def _call(main: Callable[[], int]) -> tuple[int, bool]:
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else entry_point.FAILURE, True
     except BaseException:
-        if not _leaving.locked():  # else it comes of the end of the others
+        if not _leaving.locked():  # otherwise the exception is only a consequence of the end of another process
             print(f"process {index()} (of {count()}):\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return entry_point.FAILURE, True
 
 
 def _watch(finished: threading.Event, settings: DistributedConfig) -> None:
-    """Leaves when another process has failed: the main thread may be waiting for it for ever."""
+    """Ends this process when another process has failed, because the main thread may wait for it forever."""
     while not finished.wait(_LOOK_SECONDS):
         try:
             if global_state.client.key_value_dir_get(_FAILED):
                 _leave(settings)
         except jax.errors.JaxRuntimeError:
-            return  # the coordinator is gone: JAX itself ends this process
+            return  # the coordinator is gone, so JAX itself ends this process
 
 
 def _leave(settings: DistributedConfig) -> NoReturn:
-    """Ends this process with the exit code that was announced, once all are about to; without any clean-up.
+    """Ends this process with the announced exit code as soon as all processes are about to exit, without clean-up.
 
-    A clean-up would wait for the others: files of a checkpoint, collectives. What is half-written is what a kill
-    leaves behind, and is found and removed at the next start.
+    A clean-up would wait for the other processes, for example for their files of a checkpoint or in a collective.
+    Half-written files look like those that a killed process leaves behind; the next start finds and removes them.
     """
     with _leaving:
         code = ABORTED
@@ -202,10 +234,11 @@ def _leave(settings: DistributedConfig) -> NoReturn:
             code = int(global_state.client.key_value_dir_get(_FAILED)[0][1])
             global_state.client.wait_at_barrier("llada_jax/leaving", settings.shutdown_timeout * 1000)
         except (jax.errors.JaxRuntimeError, IndexError):
-            # Some process is dead or stuck, and our failure most likely comes of that: nothing to give up for.
+            # A process is dead or stuck, and most likely caused the exception in this one. ABORTED instead of FAILURE
+            # tells the launcher that another start is worthwhile.
             code = ABORTED if code == entry_point.FAILURE else code
         if index() == 0:
-            time.sleep(0.5)  # the coordinator lives here: it goes last, or JAX aborts the others
+            time.sleep(0.5)  # process 0 runs the coordinator and must exit last, or JAX aborts the others
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -230,10 +263,10 @@ def _start(
         options = {"cluster_detection_method": cluster.name}
         if cluster.name == "slurm":
             options["local_device_ids"] = _slurm_devices()
-    # Started by the first step, see preemption.py: until then SIGTERM ends a process at once.
+    # devices/preemption.py starts this service after the first step; until then SIGTERM ends a process at once.
     jax.config.update("jax_enable_preemption_service", False)
-    # JAX waits without a word, and aborts (134) when the time is over.
-    late = f"waiting for the other processes at {where}, {settings.initialization_timeout} seconds at most"
+    # JAX waits without printing anything, and aborts with exit code 134 when the time is over.
+    late = f"waiting for the other processes at {where}, for at most {settings.initialization_timeout} seconds"
     waiting = threading.Timer(_TELL_SECONDS, lambda: print(late, file=sys.stderr, flush=True))
     waiting.daemon = True
     waiting.start()
@@ -242,21 +275,30 @@ def _start(
 
 
 def _check_flags(address: str | None, processes: int | None, process: int | None) -> str:
-    """The address. UserError unless the three flags fit together."""
+    """Returns the address, or raises UserError if the three flags do not fit together."""
     if address is None or processes is None or process is None:
-        raise UserError("--coordinator_address=HOST:PORT, --num_processes and --process_id belong together: give all")
+        raise UserError(
+            "--coordinator_address=HOST:PORT, --num_processes and --process_id belong together: give all three"
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise UserError(f"--coordinator_address={address}: HOST:PORT is needed, where process 0 will listen")
+        raise UserError(
+            f"--coordinator_address={address} is not HOST:PORT: give the host and port where process 0 will listen"
+        )
     if processes < 1:
-        raise UserError(f"--num_processes={processes}: at least one is needed")
+        raise UserError(f"--num_processes={processes}: at least one process is needed")
     if not 0 <= process < processes:
-        raise UserError(f"--process_id={process}: with --num_processes={processes} it is 0 to {processes - 1}")
+        raise UserError(
+            f"--process_id={process}: with --num_processes={processes} it must be from 0 to {processes - 1}"
+        )
     return address
 
 
 def _cluster() -> type[clusters.ClusterEnv] | None:
-    """The cluster around this process as JAX recognises it, if it announces several processes."""
+    """Returns JAX's class for the cluster that this process runs in, or None.
+
+    The result is None if JAX recognizes no cluster, or if the cluster does not announce more than one process.
+    """
     for kind in clusters.ClusterEnv._cluster_types:
         if kind.opt_in_only_method or not _may_ask(kind):
             continue
@@ -266,19 +308,23 @@ def _cluster() -> type[clusters.ClusterEnv] | None:
                 if kind.is_env_present():
                     return kind if kind.get_process_count() > 1 else None
         except (ImportError, OSError):
-            pass  # a TPU machine without the metadata server that would know of others, or without a way to ask it
+            pass  # a TPU machine without the metadata server that lists other hosts, or without a package to query it
     return None
 
 
 def _may_ask(kind: type[clusters.ClusterEnv]) -> bool:
-    if kind.name in _TPU_CLUSTERS:  # not for a process that was told to leave the TPU alone
+    if kind.name in _TPU_CLUSTERS:  # a process that was told not to use the TPU is not part of a TPU cluster
         return os.environ.get("JAX_PLATFORMS", "tpu") != "cpu"
-    # Any pod would do for JAX, a notebook's too; it then asks Kubernetes, which may refuse to answer.
+    # JAX takes any pod for part of a cluster, even the pod of a notebook. It would then query Kubernetes, which may
+    # refuse to answer. Only the pods of an indexed job have JOB_COMPLETION_INDEX.
     return kind.__name__ != "K8sCluster" or "JOB_COMPLETION_INDEX" in os.environ
 
 
 def _slurm_devices() -> list[int] | None:
-    """All GPUs of the node for a Slurm task that has the node to itself; None = one each, as JAX does it."""
+    """Returns the indices of all GPUs of the node if this Slurm task is the only one on it; None otherwise.
+
+    None leaves JAX's default in place, which gives one GPU to each task.
+    """
     gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
     alone = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split("(")[0] == "1"
     return list(range(int(gpus))) if alone and gpus.isdigit() else None

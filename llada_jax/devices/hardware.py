@@ -1,8 +1,9 @@
-"""What is known of each kind of chip: peaks, memory, links, and the compiler options it is driven with.
+"""Facts about each kind of chip: peak speed, memory, bandwidths, and the compiler options that suit it.
 
-Figures are the makers' (Cloud TPU documentation and NVIDIA data sheets, read 2026-11). Links count one direction:
-what a chip can receive per second, half of the "bidirectional" figure in those sheets; the network's figure is the
-pod's or the host's, shared out over its chips (GPUs: one 400 Gbit/s adapter each).
+The figures come from the makers (Cloud TPU documentation and NVIDIA data sheets, read 2026-11). The bandwidth of a
+link counts one direction only: the bytes that a chip can receive per second, which is half of the "bidirectional"
+figure in those documents. The network bandwidth of a chip is that of its pod or host, divided by the number of chips
+there (for GPUs: one 400 Gbit/s adapter per GPU).
 """
 
 import dataclasses
@@ -11,27 +12,29 @@ import jax
 
 from llada_jax.config import UserError
 
-# TPU. The latency-hiding scheduler is on by default there; these give it something to hide.
+# All TPUs. The latency-hiding scheduler is on by default; these options give it transfers that it can overlap with
+# computation.
 _TPU = {
     "xla_enable_async_all_gather": True,
-    # Reductions over the 'data' axis (slices) may be put off out of the loop over layers and merged, whatever
-    # their sizes.
+    # Reductions over the 'data' axis (between slices) may be moved out of the loop over layers and merged, whatever
+    # their sizes are.
     "xla_tpu_enable_data_parallel_all_reduce_opt": True,
     "xla_tpu_data_parallel_opt_different_sized_ops": True,
 }
-# On v5e the tensor core itself carries a gather of the next weights on, in steps between those of a matmul. The
-# compiler warns of wrong results and hangs on any other chip; newer ones refuse.
+# On v5e the TensorCore itself gathers the next weights, in steps interleaved with the steps of a matmul. For any other
+# chip the compiler warns of wrong results and of programs that hang; newer compilers refuse the options.
 _FUSED = {
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
     "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
     "xla_tpu_overlap_compute_collective_tc": True,
 }
-# v5p and v6e have SparseCores, which gather weights and scatter gradients beside the tensor core; each shape of the
-# torus needs its own word. Without, gradients are all-reduced and sliced, and on v5p a gather over the whole torus is
-# an all-reduce of zeros and the shard: twice the bytes, and nothing runs beside it. (So the compiled text of libtpu
-# 0.0.42 and 0.0.50.) They could take all-reduces over, too: that stays off, said here so that no later default turns
-# it on, as training losses were reported to suffer.
+# v5p and v6e have SparseCores, which can gather weights and reduce-scatter gradients while the TensorCore computes.
+# Each shape of the torus needs an option of its own. Without these options, gradients are all-reduced and then sliced,
+# and on v5p a gather over the whole torus becomes an all-reduce of the shard and zeros: it moves twice the bytes, and
+# nothing runs at the same time. (The compiled programs of libtpu 0.0.42 and 0.0.50 show this.) SparseCores could also
+# do all-reduces. That stays off, because worse training losses were reported with it; the option is set explicitly so
+# that no later default turns it on.
 _SPARSE_CORE = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": True,
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
@@ -46,11 +49,12 @@ _TORUS_3D = {
 
 # NVIDIA Hopper.
 _HOPPER = {
-    # Gathers and scatters of one layer run beside the matmuls of another.
+    # Gathers and reduce-scatters of one layer overlap with the matmuls of another layer.
     "xla_gpu_enable_latency_hiding_scheduler": True,
-    # Two iterations of the scan over layers in flight, or gathers could not run ahead of the layer that needs them.
+    # Two iterations of the scan over layers run at the same time; otherwise a gather could not start before the layer
+    # that needs it.
     "xla_gpu_enable_while_loop_double_buffering": True,
-    # Some large transfers instead of many small ones: about one layer of the 8B model's each.
+    # A few large transfers instead of many small ones: each combines about one layer of the 8B model.
     "xla_gpu_all_gather_combine_threshold_bytes": 536870912,
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 536870912,
 }
@@ -60,21 +64,21 @@ _HOPPER = {
 class Chip:
     """One kind of accelerator chip."""
 
-    name: str  # as in --topology
-    kinds: tuple[str, ...]  # parts of jax.Device.device_kind that mean it
+    name: str  # the name of the chip in --topology
+    kinds: tuple[str, ...]  # a jax.Device.device_kind that contains one of these strings means this chip
     peak_flops: float  # dense bfloat16, FLOP/s
     memory: float  # bytes
-    link: float  # bytes/s a chip can receive from chips of its slice or node
-    network: float  # bytes/s a chip can receive from other slices or nodes
+    link: float  # bytes/s that a chip can receive from the other chips of its slice or node
+    network: float  # bytes/s that a chip can receive from other slices or nodes
     compiler_options: dict[str, bool | int] = dataclasses.field(default_factory=dict)
 
 
 GIB = 2**30
-GPU = ("gpu", "cuda", "rocm")  # names of the platform
+GPU = ("gpu", "cuda", "rocm")  # the names that JAX may use for the platform of a GPU
 CHIPS = (
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 200e9, 3.1e9, _TPU | _FUSED),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 400e9, 12.5e9,
-         # More of the vector memory for fusions than by default, so that matmul tiles are larger; not measured by us.
+         # Gives fusions more of the vector memory than the default, so that matmul tiles are larger; not measured here.
          _TPU | _SPARSE_CORE | _TORUS_2D | {"xla_tpu_scoped_vmem_limit_kib": 65536}),
     Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 600e9, 6.25e9, _TPU | _SPARSE_CORE | _TORUS_3D),
     Chip("h100", ("H100 80GB HBM3",), 989e12, 80e9, 450e9, 50e9, _HOPPER),
@@ -83,23 +87,28 @@ CHIPS = (
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip that a jax.Device.device_kind means; None if it is not known (a CPU, say)."""
+    """Returns the chip that a jax.Device.device_kind stands for, or None if it is unknown (a CPU, for example)."""
     return next((chip for chip in CHIPS if any(kind in device_kind for kind in chip.kinds)), None)
 
 
 def chip_named(name: str) -> Chip:
-    """The chip of a --topology. UserError if it is not known."""
+    """Returns the chip of this name, as --topology gives it. Raises UserError if there is no such chip."""
     for chip in CHIPS:
         if chip.name == name:
             return chip
-    raise UserError(f"--topology: no chip {name!r}: choose from {', '.join(chip.name for chip in CHIPS)}")
+    raise UserError(f"--topology: there is no chip {name!r}: choose from {', '.join(chip.name for chip in CHIPS)}")
 
 
 def compiler_options(device: jax.Device, deterministic: bool = False) -> dict[str, bool | int]:
-    """What to give the compiler for this kind of device; {} where nothing is known.
+    """Returns the compiler options for this kind of device.
 
-    deterministic: the program gives bitwise the same results every time, and is chosen without timing anything; only
-      GPUs need to be told.
+    Args:
+      device: A device of the kind that the program is compiled for.
+      deterministic: Whether the program must give bitwise the same results every time, and must be chosen without
+        timing any alternatives. Only GPUs need an option for this.
+
+    Returns:
+      The options by name; empty if none are known for this kind of device.
     """
     chip = chip_of(device.device_kind)
     options = dict(chip.compiler_options) if chip else {}

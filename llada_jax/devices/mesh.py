@@ -1,8 +1,8 @@
-"""The device mesh, the one table of PartitionSpecs, and how rows are placed on it.
+"""The device mesh, the only table of PartitionSpecs, and the placement of rows on the mesh.
 
-The mesh has three axes: 'data' (replicas of the parameters), 'fsdp' (batch and parameters
-sharded) and 'tensor' (heads, feed-forward and vocabulary sharded). All are Explicit: every
-array's sharding is part of its type, and a forgotten one is an error at trace time.
+The mesh has three axes: 'data' (replicas of the parameters), 'fsdp' (shards of the batch and of the parameters) and
+'tensor' (shards of the heads, the feed-forward width and the vocabulary). All three axes are Explicit: the sharding of
+every array is part of its type, and a missing sharding is an error at trace time.
 """
 
 import contextlib
@@ -20,9 +20,10 @@ from jax.sharding import PartitionSpec as P
 from llada_jax.config import Config, MeshConfig, ModelConfig, UserError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # a batch dimension is split over both
+BATCH = ("data", "fsdp")  # a batch dimension is split over both axes
 
-# Where each parameter lives. Stacked layers have a leading unsharded L in front.
+# How each parameter is sharded. The comments give the dimensions in the letters of model/transformer.py. The layers
+# are stacked: each of their parameters has a leading dimension L in addition, which is not sharded.
 PARAMETERS = {
     "embedding": P("tensor", "fsdp"),  # VD
     "head": P("fsdp", "tensor"),  # DV
@@ -36,7 +37,7 @@ PARAMETERS = {
     "ff_proj": P("fsdp", "tensor"),  # DF
     "up_proj": P("fsdp", "tensor"),  # DF
     "ff_out": P("tensor", "fsdp"),  # FD
-    # Low-rank adapters (lora.py), R their rank: A lies as the inputs of its matrix do, B as the outputs.
+    # Low-rank adapters (model/lora.py) of rank R: A is sharded like the inputs of its matrix, B like the outputs.
     "q_proj_a": P("fsdp", None),  # DR
     "q_proj_b": P(None, "tensor", None),  # RHK
     "k_proj_a": P("fsdp", None),  # DR
@@ -62,64 +63,91 @@ LOGITS_BTV = P(BATCH, None, "tensor")
 
 
 def gathered(spec: P) -> P:
-    """The spec of a parameter while it is used: its fsdp shards gathered, its tensor shards not."""
+    """Returns the spec of a parameter while it is used: gathered over 'fsdp', but still split over 'tensor'."""
     return P(*(None if axis == "fsdp" else axis for axis in spec))
 
 
 def axis_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """Sizes of AXES for this many devices, -1 resolved. UserError if they do not multiply to it."""
+    """Returns the sizes of the mesh axes, in the order of AXES.
+
+    Args:
+      config: The configured sizes, of which one may be -1.
+      devices: The number of devices that the mesh must take.
+
+    Returns:
+      The sizes, in which -1 is replaced by the number of devices that are left for that axis.
+
+    Raises:
+      UserError: If a size is invalid, or if the product of the sizes cannot be the number of devices.
+    """
     sizes = [config.data, config.fsdp, config.tensor]
     if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-        raise UserError(f"config.mesh is {sizes}: axes must be positive, at most one may be -1 (what is left)")
+        raise UserError(
+            f"config.mesh is {sizes}: every axis must be positive, except that one may be -1 (all devices left)"
+        )
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         if devices % known:
-            raise UserError(f"config.mesh {dict(zip(AXES, sizes, strict=True))} does not divide {devices} devices")
+            raise UserError(
+                f"config.mesh {dict(zip(AXES, sizes, strict=True))} needs a multiple of {known} devices, "
+                f"but there are {devices}: change the sizes of the axes"
+            )
         sizes[sizes.index(-1)] = devices // known
     elif known != devices:
         raise UserError(
-            f"config.mesh {dict(zip(AXES, sizes, strict=True))} takes {known} devices, there are {devices}: "
+            f"config.mesh {dict(zip(AXES, sizes, strict=True))} takes {known} devices, but there are {devices}: "
             "set one axis to -1 to use all of them"
         )
     return tuple(sizes)
 
 
 def mesh_over(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh of these axis sizes over these devices, see `device_grid`."""
+    """Returns the mesh of these axis sizes over these devices, arranged by `device_grid`."""
     return Mesh(device_grid(sizes, devices), AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def device_grid(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
-    """The devices in an array of these axis sizes, neighbours on an axis near each other.
+    """Arranges the devices in an array, so that neighbours on an axis are close to each other in the hardware.
 
-    Devices of several TPU slices are joined over the slower network: only the 'data' axis crosses it.
-    UserError if 'data' is not a multiple of the number of slices.
+    TPU slices are connected by a network that is slower than the links within a slice. Only the 'data' axis crosses it.
+
+    Args:
+      sizes: The sizes of AXES, whose product is the number of devices.
+      devices: The devices, in any order.
+
+    Returns:
+      The array of devices, whose shape is `sizes`.
+
+    Raises:
+      UserError: If the size of 'data' is not a multiple of the number of slices.
     """
     devices = list(devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
-    # An axis may take parts of a torus dimension: some shapes could not be laid out otherwise.
+    # An axis may take a part of a dimension of the torus, because some shapes cannot be arranged otherwise.
     split = {"devices": devices, "allow_split_physical_axes": True}
     if slices == 1:
         return mesh_utils.create_device_mesh(sizes, **split)
     data, fsdp, tensor = sizes
     if data % slices:
-        raise UserError(f"config.mesh.data={data} is not a multiple of the {slices} slices: only it may cross them")
+        raise UserError(
+            f"config.mesh.data={data} is not a multiple of the {slices} slices: no other axis may cross slices"
+        )
     return mesh_utils.create_hybrid_device_mesh((data // slices, fsdp, tensor), (slices, 1, 1), **split)
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices of all processes."""
+    """Returns the mesh over all devices of all processes."""
     return mesh_over(axis_sizes(config, len(jax.devices())), jax.devices())
 
 
 @functools.cache
 def one_device_mesh(device: jax.Device | None = None) -> Mesh:
-    """A mesh of one device (the first local one by default)."""
+    """Returns a mesh of one device, which is the first local device by default."""
     return mesh_over((1, 1, 1), [device or jax.local_devices()[0]])
 
 
 def check_model(model: ModelConfig, sizes: tuple[int, int, int]) -> None:
-    """UserError if a parameter's dimension is not divisible by the mesh axis it is split over."""
+    """Raises UserError if a dimension of a parameter is not divisible by the size of the axis it is split over."""
     _, fsdp, tensor = sizes
     for name, value, axis, size in (
         ("width", model.width, "fsdp", fsdp),
@@ -133,7 +161,7 @@ def check_model(model: ModelConfig, sizes: tuple[int, int, int]) -> None:
 
 
 def check_batch(config: Config, sizes: tuple[int, int, int]) -> None:
-    """UserError unless every micro-batch gives every batch shard the same number of rows."""
+    """Raises UserError unless every micro-batch has the same number of rows for every shard of the batch."""
     shards = sizes[0] * sizes[1]
     if config.batch_size % (shards * config.accumulation):
         raise UserError(
@@ -143,27 +171,33 @@ def check_batch(config: Config, sizes: tuple[int, int, int]) -> None:
 
 
 def batch_shards() -> int:
-    """Number of shards a batch dimension is split into on the mesh in use."""
+    """Returns the number of shards that a batch dimension is split into on the mesh in use."""
     shape = jax.sharding.get_abstract_mesh().shape
     return shape["data"] * shape["fsdp"]
 
 
 def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
-    """A mesh without devices, for shapes and shardings only."""
+    """Returns a mesh without devices, which is used to compute only shapes and shardings."""
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3)
 
 
 def place_rows(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
-    """Arrays (B, ...) split over the batch axes of the mesh in use; None stays None.
+    """Splits arrays over the batch axes of the mesh in use.
 
-    B is rounded up to a multiple of the batch shards by repeating the last row: drop what is
-    beyond B from the result.
+    If B is not a multiple of the number of batch shards, it is rounded up by repeating the last row. The caller must
+    drop the rows beyond B from whatever it computes.
+
+    Args:
+      *arrays: Arrays of shape (B, ...). None is allowed and stays None.
+
+    Returns:
+      The placed arrays, in the same order.
     """
 
     def place(array):
         missing = -len(array) % batch_shards()
         if missing:
-            # On the host if it lies there: an implicit transfer may be disallowed.
+            # An array on the host is padded on the host, because implicit transfers may be disallowed.
             xp = np if isinstance(array, np.ndarray) else jnp
             array = xp.concatenate([xp.asarray(array), xp.repeat(xp.asarray(array)[-1:], missing, axis=0)])
         spec = P(BATCH, *(None,) * (array.ndim - 1))
@@ -175,28 +209,43 @@ def place_rows(*arrays: jax.Array | None) -> tuple[jax.Array | None, ...]:
 
 
 def place_batch(batch: dict, mesh: Mesh, batch_size: int) -> dict:
-    """The global arrays of a batch of which each process holds its own rows."""
+    """Makes the global arrays of a batch from the rows that each process holds.
+
+    Args:
+      batch: Arrays by name, with the rows of this process (`local_rows`) along the first dimension.
+      mesh: The mesh that the arrays are placed on.
+      batch_size: The number of rows of the global batch.
+
+    Returns:
+      The global arrays by name, split over the batch axes.
+    """
 
     def place(x):
         spec = P(BATCH, *(None,) * (x.ndim - 1))
         return jax.make_array_from_process_local_data(NamedSharding(mesh, spec), x, (batch_size, *x.shape[1:]))
 
-    # JAX counts this as an unasked transfer where other processes hold rows too.
+    # If other processes hold rows too, JAX counts this as an implicit transfer.
     with jax.transfer_guard_host_to_device("allow"):
         return {name: place(x) for name, x in batch.items()}
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of the global batch that this process feeds, ascending."""
+    """Returns the indices of the rows of the global batch that this process supplies, in ascending order."""
     sharding = NamedSharding(mesh, ROWS_B)
     indices = sharding.addressable_devices_indices_map((batch_size,)).values()
     slices = {index[0].indices(batch_size)[:2] for index in indices}
     return [row for first, last in sorted(slices) for row in range(first, last)]
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Returns the array in another dtype, computed on the devices that hold it and with the same sharding."""
+    return x.astype(dtype)
+
+
 @contextlib.contextmanager
 def mesh_of(array: jax.Array):
-    """Enters the mesh that `array` lives on, unless a mesh is set already (or we are inside a trace)."""
+    """Sets the mesh that `array` is placed on, unless a mesh is set already or the code is being traced."""
     if not jax.sharding.get_abstract_mesh().empty or not isinstance(array.sharding, NamedSharding):
         yield
         return

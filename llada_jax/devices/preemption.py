@@ -1,4 +1,4 @@
-"""SIGTERM: noted, so that a run can save and leave; several processes agree on the step."""
+"""Remembers SIGTERM, so that a run can save and exit; several processes agree on the step at which they do so."""
 
 import signal
 import threading
@@ -12,10 +12,10 @@ from llada_jax.devices import distributed
 
 
 class StopSignal:
-    """Remembers SIGTERM, to this process or to any of several, so that the loop can save and leave.
+    """Remembers a SIGTERM to any process of the run, so that the training loop can save and exit.
 
-    Until `listen` the signal ends the process at once, as it should while there is nothing to save: a long
-    compilation would otherwise outlast the patience of whoever sent it.
+    Until `listen` is called, the signal ends the process at once. That is right while there is nothing to save:
+    otherwise the process would finish a long compilation first, and its sender would not wait that long.
     """
 
     def __init__(self):
@@ -23,7 +23,7 @@ class StopSignal:
         self._before: Any = None
 
     def listen(self) -> None:
-        """From here on the signal is only remembered. All processes must come here at the same step."""
+        """Makes the signal be remembered from now on. All processes must call this at the same step."""
         if distributed.count() > 1:
             if global_state.preemption_sync_manager is None:
                 jax.config.update("jax_enable_preemption_service", True)
@@ -33,7 +33,7 @@ class StopSignal:
             self._before = signal.signal(signal.SIGTERM, self._receive)
 
     def received(self, step: int) -> bool:
-        """Whether to stop at this step; several processes agree on it, some steps after the signal."""
+        """Returns whether to stop at this step. Several processes agree on a step shortly after the signal."""
         if self._together:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._received
@@ -42,7 +42,7 @@ class StopSignal:
         self._received = True
 
     def close(self) -> None:
-        """Restores what was there before."""
+        """Restores the signal handler that was in place before `listen`."""
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             self._before = None

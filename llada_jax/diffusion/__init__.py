@@ -1,4 +1,4 @@
 """The forward process, the training objectives, and the masked cross-entropy.
 
-May import: devices and what devices may import. Start reading at `forward.py`.
+This package may import `devices`, and whatever `devices` may import. Start reading at `forward.py`.
 """

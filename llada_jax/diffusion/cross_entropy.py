@@ -1,9 +1,8 @@
-"""Output head and cross-entropy together, over the masked positions only.
+"""Computes the output head and the cross-entropy together, over the masked positions only.
 
-The vocabulary is large (126,464) and about half of all positions carry no loss. So the positions
-with a weight are brought to the front and worked off in chunks until none is left; the gradients are
-formed in the same pass. Never are there logits of more than one chunk, none is computed twice, and
-positions without weight cost nothing.
+The vocabulary is large (126,464), and about half of all positions have no loss. Therefore the positions whose weight is
+not 0 are sorted to the front and processed in chunks until none is left; the gradients are computed in the same pass.
+Only the logits of one chunk exist at a time, no logits are computed twice, and positions of weight 0 cost nothing.
 """
 
 import functools
@@ -19,18 +18,18 @@ from llada_jax.devices import mesh
 def linear_cross_entropy(
     h_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, weight_BT: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array]:
-    """sum(weight * nll) and nll, where nll = -log softmax(h @ head)[target].
+    """Computes sum(weight * nll) and nll, where nll = -log softmax(h @ head)[target].
 
     Args:
-      h_BTD: hidden states in the compute dtype, rows split over the batch axes.
-      head_DV: fp32 output matrix as mesh.PARAMETERS["head"] places it; used in the dtype of h.
-      targets_BT: int32 ids in [0, V).
-      weight_BT: fp32, 0 where there is no loss.
-      chunk: positions per chunk on each device; (chunk, V / tensor) fp32 logits are held at once.
+      h_BTD: The hidden states in the compute dtype, with rows split over the batch axes.
+      head_DV: The fp32 output matrix, sharded as mesh.PARAMETERS["head"] specifies. It is cast to the dtype of h.
+      targets_BT: The int32 ids of the correct tokens, in [0, V).
+      weight_BT: The fp32 weights of the positions, 0 where there is no loss.
+      chunk: The number of positions per chunk on each device. A device holds (chunk, V / tensor) fp32 logits at a time.
 
     Returns:
-      The fp32 scalar sum over all rows, differentiable in h and head, and the fp32 (B, T) negative
-      log-likelihoods in nats, 0 where the weight is 0, without gradient.
+      The sum over all rows, an fp32 scalar that is differentiable with respect to h and head.
+      The negative log-likelihoods nll in nats, fp32 (B, T), which are 0 where the weight is 0 and have no gradient.
     """
     return _run(h_BTD, head_DV, targets_BT, weight_BT, chunk, gradients=False)[:2]
 
@@ -50,7 +49,7 @@ linear_cross_entropy.defvjp(_forward, _backward)
 
 
 def _run(h_BTD, head_DV, targets_BT, weight_BT, chunk, gradients):
-    # Gathered once, before the loop, in the dtype it is used in.
+    # The matrix is gathered once, before the loop, and in the dtype that the products need.
     head_DV = jax.reshard(head_DV.astype(h_BTD.dtype), P(None, "tensor"))
     out_specs = [P(), mesh.TOKENS_BT]
     if gradients:
@@ -59,19 +58,19 @@ def _run(h_BTD, head_DV, targets_BT, weight_BT, chunk, gradients):
         functools.partial(_local, chunk=chunk, gradients=gradients),
         in_specs=(mesh.HIDDEN_BTD, P(None, "tensor"), mesh.TOKENS_BT, mesh.TOKENS_BT),
         out_specs=tuple(out_specs),
-        check_vma=False,  # gradients are written out by hand: nothing differentiates through this
+        check_vma=False,  # JAX does not differentiate this: the gradients are written by hand
     )(h_BTD, head_DV, targets_BT, weight_BT)
 
 
 def _local(h_BTD, head_DV, targets_BT, weight_BT, *, chunk, gradients):
-    """One device's rows and its slice of the vocabulary; inside the loop only 'tensor' communicates."""
+    """Processes the rows and the vocabulary slice of one device; its loop communicates over 'tensor' only."""
     batch, length, width = h_BTD.shape
     count = batch * length
     chunk = min(chunk, count)
     h_ND, targets_N, weight_N = h_BTD.reshape(count, width), targets_BT.reshape(count), weight_BT.reshape(count)
     order_N = jnp.argsort(weight_N == 0, stable=True)
     weighted = jnp.count_nonzero(weight_N)
-    # All devices make the same number of turns, or the collectives in the loop would hang.
+    # All devices must make the same number of turns, or the collectives in the loop would hang.
     turns = jax.lax.pmax(-(-weighted // chunk), mesh.AXES)
     first_id = jax.lax.axis_index("tensor") * head_DV.shape[1]
 
@@ -93,7 +92,7 @@ def _local(h_BTD, head_DV, targets_BT, weight_BT, *, chunk, gradients):
         target_logit_C = jax.lax.psum(jnp.where(here_C, target_logit_C, 0.0), "tensor")
         nll_C = jnp.log(sum_C) + top_C - target_logit_C
 
-        # Positions beyond the last weighted one are written nowhere.
+        # An index of `count` is out of bounds, so the results of positions after the last weighted one are dropped.
         write_C = jnp.where(valid_C, index_C, count)
         nll_N = nll_N.at[write_C].set(nll_C, mode="drop")
         if gradients:
@@ -117,6 +116,7 @@ def _local(h_BTD, head_DV, targets_BT, weight_BT, *, chunk, gradients):
     nll_BT = nll_N.reshape(batch, length)
     if not gradients:
         return total, nll_BT
-    # Reduced once, after the loop: over the replicas, and over the fsdp shards into the slice each keeps.
+    # The gradient is reduced once, after the loop: over the replicas, and over the fsdp shards, each of which keeps its
+    # slice.
     dhead_DV = jax.lax.psum_scatter(dhead_DV, "fsdp", scatter_dimension=0, tiled=True)
     return total, nll_BT, dh_ND.reshape(batch, length, width), jax.lax.psum(dhead_DV, "data")

@@ -1,7 +1,8 @@
 """The forward process q(x_t | x_0) and the training objectives (Section 2.1 of arXiv 2502.09992).
 
-Every random number of row i in step s comes from fold_in(fold_in(key(seed), s), i), i the row in the
-global batch: a run does not depend on the number of devices, hosts or micro-batches.
+The noise of a row depends only on the seed, the step s and the index i of the row in the global batch. Its key is
+fold_in(fold_in(key(seed), s), i); only low-discrepancy values of t come from the key of the step and from i directly.
+Therefore a run does not depend on the number of devices, hosts or micro-batches.
 """
 
 from typing import NamedTuple
@@ -11,46 +12,55 @@ import jax.numpy as jnp
 
 from llada_jax.config import Config, DiffusionConfig
 
-GOLDEN_RATIO_32 = 0x9E3779B9  # 2**32 * (sqrt(5) - 1) / 2, odd
+GOLDEN_RATIO_32 = 0x9E3779B9  # 2**32 * (sqrt(5) - 1) / 2, rounded to an odd integer
 
 
 class Corrupted(NamedTuple):
     """A batch after the forward process."""
 
-    tokens_BT: jax.Array  # int32, x_t: MASK where masked
-    mask_BT: jax.Array  # bool, where the loss is taken
-    weight_BT: jax.Array  # fp32, of each position's nll in the loss of its row; 0 where not masked
-    p_mask_B: jax.Array  # fp32, the mask ratio of each row: t, moved away from 0 by eps
+    tokens_BT: jax.Array  # int32, the ids x_t, which are MASK where a token is masked
+    mask_BT: jax.Array  # bool, True where a token is masked; only these tokens have a loss
+    weight_BT: jax.Array  # fp32, the weight of each token's nll in the loss of its row; 0 where it is not masked
+    p_mask_B: jax.Array  # fp32, the mask ratio of each row, (1 - eps) t + eps
 
 
 def step_key(seed: int, step: jax.Array) -> jax.Array:
-    """The key of a step's noise."""
+    """Returns the key for the noise of a step."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def row_keys(key: jax.Array, row_B: jax.Array) -> jax.Array:
-    """One key per global row."""
+    """Returns one key per row of the global batch."""
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(row_B)
 
 
 def unit_interval(bits: jax.Array) -> jax.Array:
-    """fp32 in (0, 1) from uint32 bits: mid-points of 2**23 equal bins. With 2**24 the last would be rounded to 1."""
+    """Maps uint32 bits to fp32 numbers in (0, 1).
+
+    The numbers are the mid-points of 2**23 equal bins. With 2**24 bins, the last mid-point would be rounded to 1.
+    """
     return ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
 
 
 def low_discrepancy(key: jax.Array, row_B: jax.Array) -> jax.Array:
-    """frac(u + i * golden ratio) of row i as uint32: uniform for each row, nearly stratified over any run of rows."""
+    """Returns frac(u + i * golden ratio) for each row i, in units of 2**-32 as uint32; u is random, once per step.
+
+    The value of each single row is uniform. The values of any consecutive rows are nearly stratified.
+    """
     offset = jax.random.bits(key, (), jnp.uint32)
     return offset + row_B.astype(jnp.uint32) * jnp.uint32(GOLDEN_RATIO_32)
 
 
 def sample_t(key: jax.Array, row_B: jax.Array, kind: str) -> jax.Array:
-    """t_B, fp32 in (0, 1), each uniform.
+    """Samples t for each row.
 
     Args:
-      key: the step's key.
-      row_B: int32 rows in the global batch.
-      kind: a name in T_SAMPLING.
+      key: The key of the step.
+      row_B: The int32 indices of the rows in the global batch.
+      kind: A name in T_SAMPLING.
+
+    Returns:
+      The values t_B, fp32 in (0, 1). Each value is uniformly distributed.
     """
     return unit_interval(T_SAMPLING[kind](key, row_B))
 
@@ -63,43 +73,58 @@ T_SAMPLING = {"independent": _independent, "low_discrepancy": low_discrepancy}
 
 
 def pretrain(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int) -> Corrupted:
-    """Eq. 3: each real token is masked with p_mask = (1 - eps) t + eps, and weighs 1 / p_mask.
+    """Masks a batch for pre-training (Eq. 3): every real token is masked with probability p_mask = (1 - eps) t + eps.
 
-    The loss of a row, sum(weight * nll), is divided by its length; its expectation is the bound
-    -E_t[1/t sum_i 1[x_t^i = MASK] log p(x_0^i | x_t)] / length for the token-wise mask ratio p_mask.
+    The weight of a masked token is 1 / (p_mask * length), so that the loss of a row is sum(weight * nll). The
+    expectation of this loss is the bound -E_t[1/t sum_i 1[x_t^i = MASK] log p(x_0^i | x_t)] / length, with p_mask as
+    the mask ratio of each token.
 
     Args:
-      key: the step's key.
-      batch: "tokens" int32 (B, T), x_0, and "length" int32 (B,), real tokens of each row; the rest is padding, neither
-        masked nor counted.
-      row_B: int32 rows in the global batch.
-      config: t_sampling and eps.
-      mask_id: id of MASK.
+      key: The key of the step.
+      batch: A dict with "tokens", int32 (B, T), the ids x_0, and "length", int32 (B,), the number of real tokens of
+        each row. The tokens after them are padding, which is neither masked nor counted.
+      row_B: The int32 indices of the rows in the global batch.
+      config: The configuration, of which t_sampling and eps are used.
+      mask_id: The id of MASK.
+
+    Returns:
+      The batch after the forward process.
     """
     return _mask_from(jnp.zeros_like(batch["length"]), key, batch, row_B, config, mask_id)
 
 
 def sft(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int) -> Corrupted:
-    """Eq. 5: as `pretrain`, of the response given the prompt, which is never masked.
+    """Masks a batch for supervised fine-tuning (Eq. 5): as `pretrain` does, but it never masks the prompt.
 
-    The loss of a row is divided by the length of its response, L' = length - prompt, EOS padding up to `length`
-    counted; its expectation is -E_t[1/t sum_i 1[r_t^i = MASK] log p(r_0^i | p_0, r_t)] / L'.
+    The loss of a row is divided by the length of the response, L' = length - prompt, which includes EOS padding up to
+    `length`. The expectation of this loss is -E_t[1/t sum_i 1[r_t^i = MASK] log p(r_0^i | p_0, r_t)] / L'.
 
     Args:
-      batch: also has "prompt" int32 (B,), below "length": tokens of the prompt, at the start of each row.
+      key: The key of the step.
+      batch: A dict as for `pretrain`, with "prompt" in addition, int32 (B,), the number of tokens of the prompt, which
+        stands at the start of each row. It must be less than "length".
+      row_B: The int32 indices of the rows in the global batch.
+      config: The configuration, of which t_sampling and eps are used.
+      mask_id: The id of MASK.
+
+    Returns:
+      The batch after the forward process.
     """
     return _mask_from(batch["prompt"], key, batch, row_B, config, mask_id)
 
 
 def sft_whole(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int) -> Corrupted:
-    """iLLaDA's form of instruction tuning (arXiv 2606.25331): prompt and response are masked alike, as text is."""
+    """Masks a batch for iLLaDA's instruction tuning (arXiv 2606.25331).
+
+    Prompt and response are masked alike, as `pretrain` masks text.
+    """
     return pretrain(key, batch, row_B, config, mask_id)
 
 
 def _mask_from(
     first_B: jax.Array, key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int
 ) -> Corrupted:
-    """The forward process on the positions from first_B up to the length of each row."""
+    """Applies the forward process to the positions from first_B up to the length of each row."""
     tokens_BT, length_B = batch["tokens"], batch["length"]
     t_B = sample_t(key, row_B, config.t_sampling)
     p_mask_B = (1 - config.eps) * t_B + config.eps
@@ -115,9 +140,9 @@ def _mask_from(
 
 
 OBJECTIVES = {"pretrain": pretrain, "sft": sft, "sft_whole": sft_whole}
-OF_CHAT = ("sft", "sft_whole")  # those that take prompts with responses; the others take packed text
+OF_CHAT = ("sft", "sft_whole")  # objectives that take prompts with responses; the others take packed text
 
 
 def is_chat(config: Config) -> bool:
-    """Whether a run is on conversations, by its objective."""
+    """Returns whether a run trains on conversations, which its objective decides."""
     return config.diffusion.objective in OF_CHAT

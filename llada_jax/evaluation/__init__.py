@@ -1,4 +1,4 @@
-"""Evaluations: lm-evaluation-harness, published settings, and the couplet test of the paper.
+"""Runs evaluations: lm-evaluation-harness tasks, the published settings, and the couplet test of the paper.
 
-May import: loading, formats, scoring and everything below them. Start reading at `run.py`.
+This package may import loading, formats, scoring, and every package below them. Start reading at `run.py`.
 """

@@ -1,14 +1,15 @@
-"""LLaDA as a model of lm-evaluation-harness: `import llada_jax.evaluation.harness` registers "llada_jax".
+"""Makes LLaDA a model of lm-evaluation-harness: `import llada_jax.evaluation.harness` registers it as "llada_jax".
 
     lm_eval.simple_evaluate(model="llada_jax", model_args="pretrained=runs/mine,mc_samples=64", tasks=["arc_easy"])
     lm_eval.simple_evaluate(model=llada_jax.evaluation.harness.LLaDA(model, tokenizer=tokenizer), tasks=["arc_easy"])
 
-The likelihood of an answer is the bound of Eq. 6; whether it is the greedy one is what low-confidence generation, a
-token per step, says. Results go to lm_eval's request cache portion by portion, and all noise depends on the seed and
-the content of a request alone: an evaluation that was interrupted and continued gives the same figures.
+The likelihood of an answer is the bound of Eq. 6. An answer counts as the greedy one if low-confidence generation with
+one token per step gives exactly this answer. Results are written to lm_eval's request cache portion by portion, and all
+noise depends only on the seed and on the content of a request. Therefore an evaluation that was interrupted and
+continued gives the same figures as an uninterrupted one.
 
-In a run of several processes all make the same calls: the rows are spread over the mesh beneath, so for lm_eval each
-is the only one.
+In a run of several processes every process makes the same calls, and the rows are spread over the mesh inside these
+calls. To lm_eval each process therefore looks like the only one.
 """
 
 import collections
@@ -31,50 +32,56 @@ from tqdm import tqdm
 from llada_jax import loading
 from llada_jax.config import UserError
 from llada_jax.devices import distributed
+from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.text_completion import Options, complete_ids
 from llada_jax.scoring import likelihood
 from llada_jax.text.tokenizer import Tokenizer
 
-# lm_eval's bootstrap would fork this process, whose threads (of JAX) do not survive that.
+# Without this, lm_eval's bootstrap would fork this process, and the threads of JAX do not survive a fork.
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
-BATCH_SIZE = 8  # prompts generated at once
-DEFAULT_GEN_LENGTH = 256  # tokens, where neither the user nor the task says how many
-LIKELIHOOD_PORTION = 256  # requests scored between two writes to the cache
-GENERATION_PORTION = 4  # batches, likewise
-_CACHE_PART = 500  # results told to the other processes at once
+BATCH_SIZE = 8  # the number of prompts that are completed together
+DEFAULT_GEN_LENGTH = 256  # tokens, if neither the user nor the task sets a length
+LIKELIHOOD_PORTION = 256  # the number of requests that are scored between two writes to the cache
+GENERATION_PORTION = 4  # the number of batches that are generated between two writes to the cache
+_CACHE_PART = 500  # the number of results that are sent to the other processes in one message
 _KNOWN = {"until", "do_sample", "temperature", "max_gen_toks"}
-# In front of each control token that a chat template writes: between template and ids lm_eval has a text of its own
-# making, with what documents and examples say. No character, so no text has it.
+# Stands in front of each control token that a chat template writes. lm_eval builds a prompt from the template's output
+# and from the texts of documents and examples; only marked control tokens are encoded as control tokens. The mark is a
+# Unicode noncharacter, so it does not occur in texts.
 CONTROL = "\ufdd0"
-_PLACE = "\ufdd1"  # likewise no character: where a message goes
+_PLACE = "\ufdd1"  # also a noncharacter: a placeholder for the content of a message
 
 
 @register_model("llada_jax")
 class LLaDA(TemplateLM):
-    """A model of this project for lm_eval.
+    """A LLaDA model with the interface that lm_eval expects.
 
     Args:
-      pretrained: a folder as `llada_jax.load` takes it, or a model that it has returned.
-      tokenizer: of such a model.
-      model: another name for `pretrained`.
-      step: of a workdir's checkpoint; None = its newest.
-      dtype: as for `llada_jax.load`.
-      mesh: as for `llada_jax.load`.
-      mc_samples: Monte Carlo samples of each likelihood, where it is not exact anyway (one-token answers).
-      cfg_scale: w of Eq. 16, of likelihoods and of generation.
-      gen_length: tokens to generate; None = what the task says, else 256.
-      steps, block_length, temperature, remasking, logits_eos_inf, confidence_eos_eot_inf: of generation, see
-        `completion.Options`; temperature None = what the task says.
-      max_length: tokens of prompt and answer at most, a longer prompt loses its beginning. None = what the model was
-        trained with; without limit if that is unknown.
-      seed: of the noise.
-      batch_size: prompts generated at once; None or "auto" = 8. What is scored at once is bounded by tokens.
-      max_batch_size, device: given by lm_eval, not used: the mesh says where and how much.
+      pretrained: A folder as `llada_jax.load` takes it, or a model that `llada_jax.load` has returned.
+      tokenizer: The tokenizer, if `pretrained` is a model and not a folder.
+      model: Another name for `pretrained`.
+      step: The step of a checkpoint in a training workdir. None means the newest checkpoint.
+      dtype: The dtype as in `llada_jax.load`.
+      mesh: The mesh as in `llada_jax.load`.
+      mc_samples: The number of Monte Carlo samples per likelihood. Short answers, always those of one token, are
+        scored exactly instead, see `scoring.likelihood.log_likelihoods`.
+      cfg_scale: The guidance scale w of Eq. 16, for likelihoods and for generation.
+      gen_length: The number of tokens to generate. None means the number that the task sets, or 256 if it sets none.
+      steps, block_length, temperature, remasking, logits_eos_inf, confidence_eos_eot_inf: Settings of generation, see
+        `sampling.text_completion.Options`. A temperature of None means the temperature that the task sets.
+      max_length: The largest number of tokens of prompt and answer together. A longer prompt loses its beginning. None
+        means the length that the model was trained with if `pretrained` is a folder, and no limit if that length is
+        unknown or if `pretrained` is a model.
+      seed: The seed of the noise.
+      batch_size: The number of prompts that are completed together. None or "auto" means 8. Likelihoods are batched by
+        their number of tokens instead.
+      max_batch_size, device: Arguments that lm_eval passes. They are not used, because the mesh determines the devices
+        and the batches.
 
     Raises:
-      UserError: a folder without a model or tokenizer, an impossible setting.
+      UserError: If the folder has no model or no tokenizer, or if a setting is out of range.
     """
 
     def __init__(
@@ -104,17 +111,19 @@ class LLaDA(TemplateLM):
         super().__init__()
         source = pretrained if pretrained is not None else model
         if source is None:
-            raise UserError("pretrained=DIR is missing: a training workdir, or a folder with a published model")
+            raise UserError("pretrained=DIR is missing: pass a training workdir, or a folder with a published model")
         if isinstance(source, str | Path):
             self.model, self.tokenizer = loading.load(source, mesh, dtype, step)
-            self.max_length = loading.trained_length(source) if max_length is None else max_length
+            self.max_length = workdir.trained_length(source) if max_length is None else max_length
         else:
             self.model, self.tokenizer, self.max_length = source, tokenizer, max_length
         if self.tokenizer is None:
-            raise UserError(f"{source} has no tokenizer: put its tokenizer.json or tokenizer.model there")
+            raise UserError(f"{source} has no tokenizer: put its tokenizer.json or tokenizer.model into the folder")
         self.batch_size = BATCH_SIZE if batch_size in (None, "auto") else int(batch_size)
         if self.batch_size < 1 or mc_samples < 1 or (self.max_length or 1) < 1:
-            raise UserError(f"batch_size={batch_size}, mc_samples={mc_samples}, max_length={max_length}: at least 1")
+            raise UserError(
+                f"batch_size={batch_size}, mc_samples={mc_samples}, max_length={max_length}: each must be at least 1"
+            )
         self.mc_samples, self.gen_length, self.temperature = mc_samples, gen_length, temperature
         self.options = Options(
             steps=steps,
@@ -126,31 +135,35 @@ class LLaDA(TemplateLM):
         )
         self._control = self.tokenizer.control_pattern
         self.key = jax.random.key(seed)
-        self.ignored: set[str] = set()  # settings of tasks that were told of
+        self.ignored: set[str] = set()  # settings of tasks that were already reported as not used
 
-    # What lm_eval asks for.
+    # The methods and properties that lm_eval calls.
 
     @property
     def eot_token_id(self) -> int:
-        """The id that ends a text."""
+        """Returns the id of the token that ends a text."""
         return self.tokenizer.eos_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells lm_eval's caches tokenizers and chat templates apart."""
+        """Returns a name that lets lm_eval's caches distinguish tokenizers and chat templates."""
         template = hashlib.sha256(str(self.chat_template(True)).encode()).hexdigest()
         return f"llada_jax-{self.tokenizer.sha256[:16]}-{template[:16]}"
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The source of the chat template: of several in a folder the default one, without any LLaDA's own."""
+        """Returns the source of the folder's (default) chat template, or of LLaDA's own if the folder has none.
+
+        The result is None if `chat_template` is false. Raises UserError if it is the name of a template.
+        """
         if isinstance(chat_template, str):
-            raise UserError(f"apply_chat_template={chat_template}: a template cannot be chosen by name")
+            raise UserError(f"apply_chat_template={chat_template}: a template cannot be chosen by name, pass True")
         return (self.tokenizer.chat_template or self.tokenizer.default_chat_template) if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The dialogue as one text, with CONTROL in front of each control token that the template has written.
+        """Renders the dialogue as one text, with CONTROL in front of each control token that the template writes.
 
-        Without `add_generation_prompt` its last message, of the assistant, stays open.
+        Without `add_generation_prompt` the last message, which is the assistant's, is not closed, so that it can be
+        continued.
         """
         if add_generation_prompt:
             return self._render(chat_history)
@@ -165,7 +178,7 @@ class LLaDA(TemplateLM):
         return self._control.sub(lambda found: CONTROL + found[0], text).translate(back)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Ids of a text. Literals of control tokens are the characters that they are, but where CONTROL is in front."""
+        """Encodes a text. Literals of control tokens are encoded as plain text unless they follow CONTROL."""
         ids: list[int] = []
         for i, part in enumerate(re.split(CONTROL + self._control.pattern, string)):
             after_text = bool(ids) and ids[-1] not in (self.tokenizer.bos_id, self.tokenizer.eos_id)
@@ -173,7 +186,10 @@ class LLaDA(TemplateLM):
         return ids
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """(nats, whether it is the greedy one) of each (context, continuation); an empty context is an empty prompt."""
+        """Returns for each (context, continuation) its log-likelihood in nats, and whether it is the greedy one.
+
+        An empty context is an empty prompt.
+        """
         encoded = []
         for context, continuation in (request.args for request in requests):
             pair = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
@@ -199,7 +215,7 @@ class LLaDA(TemplateLM):
         return self._in_portions("loglikelihood", given, [order], LIKELIHOOD_PORTION, score, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Nats of whole texts, of any length: windows, each given the tokens in front of it."""
+        """Returns the log-likelihood in nats of whole texts, in windows that are given the tokens before them."""
         documents = [self.tok_encode(request.args[0]) for request in requests]
         longest = self.max_length or max(map(len, documents), default=1) or 1
 
@@ -219,14 +235,14 @@ class LLaDA(TemplateLM):
         return self._in_portions("loglikelihood_rolling", given, [order], LIKELIHOOD_PORTION // 16, score, disable_tqdm)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Completions, each cut at EOS and at the first of its stop strings."""
+        """Completes the prompts. Each completion is cut at EOS and at the first of its stop strings."""
         prompts, stops, groups, cut = [], [], collections.defaultdict(list), 0
         for i, (context, gen_kwargs) in enumerate(request.args for request in requests):
             options, until = self._generation(gen_kwargs)
             room = None if self.max_length is None else self.max_length - options.gen_length
             if room is not None and room < 1:
-                raise UserError(f"gen_length={options.gen_length} leaves no room for a prompt: the model's length is "
-                                f"{self.max_length} (max_length=N overrides it)")  # fmt: skip
+                raise UserError(f"gen_length={options.gen_length} leaves no room for a prompt: prompt and answer have "
+                                f"at most {self.max_length} tokens (set a larger max_length=N)")  # fmt: skip
             prompt = self.tok_encode(context)
             prompts.append(prompt if room is None else prompt[-room:])
             cut += len(prompts[-1]) < len(prompt)
@@ -256,7 +272,7 @@ class LLaDA(TemplateLM):
         return self._in_portions("generate_until", given, orders, size, complete, disable_tqdm)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Results are kept there. The other processes are told what process 0 has found in its cache."""
+        """Sets the cache for results, and sends the results in the cache of process 0 to the other processes."""
         super().set_cache_hook(cache_hook)
         if cache_hook.dbdict is not None and distributed.count() > 1:
             found = list(cache_hook.dbdict.items()) if distributed.index() == 0 else []
@@ -267,15 +283,15 @@ class LLaDA(TemplateLM):
                         cache_hook.dbdict[name] = result
 
     def get_model_info(self) -> dict[str, Any]:
-        """The settings, for lm_eval's results."""
+        """Returns the settings, which lm_eval writes into its results."""
         settings = dataclasses.asdict(self.options)
         settings |= {"gen_length": self.gen_length, "temperature": self.temperature}
         return settings | {"mc_samples": self.mc_samples, "max_length": self.max_length}
 
-    # How.
+    # How the requests are processed.
 
     def _fitting(self, prompt: list[int], answer: list[int]) -> tuple[list[int], list[int]]:
-        """Both cut on the left to the model's length, the answer only if it is longer than that alone."""
+        """Cuts the prompt on the left so that both fit, and the answer if it alone is longer than max_length."""
         if self.max_length is None:
             return prompt, answer
         answer = answer[-self.max_length :]
@@ -286,11 +302,11 @@ class LLaDA(TemplateLM):
             distributed.log(f"{count} prompts lose their beginning: with the answer they pass {self.max_length} tokens")
 
     def _generation(self, gen_kwargs: dict[str, Any]) -> tuple[Options, list[str]]:
-        """What to do for a task's generation_kwargs, and its stop strings."""
+        """Returns the options for a task's generation_kwargs, and its stop strings."""
         asked = normalize_gen_kwargs(gen_kwargs, DEFAULT_GEN_LENGTH)
         for name in asked.keys() - _KNOWN - self.ignored:
             distributed.log(
-                f"generation_kwargs {name}={asked[name]} of a task: not used, there is no such setting here"
+                f"a task sets {name}={asked[name]} in generation_kwargs: it is not used, LLaDA has no such setting"
             )
             self.ignored.add(name)
         until = [asked["until"]] if isinstance(asked["until"], str) else asked["until"]
@@ -311,13 +327,18 @@ class LLaDA(TemplateLM):
         work: Callable[[Sequence[int], Callable[[int], None]], list],
         quiet: bool,
     ) -> list:
-        """The results of all requests, each portion of them into the cache as soon as it is done.
+        """Computes the results of all requests in portions, and caches each portion as soon as it is done.
 
         Args:
-          kind: of requests, and `given` their arguments: what lm_eval's cache knows a result by.
-          orders: places of requests that may be done together, in the order to do them.
-          size: requests in a portion.
-          work: does the requests at some places, telling how many of them are done.
+          kind: The kind of the requests. Together with its arguments it identifies a request in lm_eval's cache.
+          given: The arguments of each request.
+          orders: Groups of indices of requests that may be processed together, each in the order of processing.
+          size: The number of requests in a portion.
+          work: A function that processes the requests with the given indices, and reports how many of them are done.
+          quiet: Whether to hide the progress bar.
+
+        Returns:
+          The results in the order of the requests.
         """
         results: dict[int, Any] = {}
         hidden = quiet or distributed.index() > 0
@@ -337,9 +358,11 @@ class LLaDA(TemplateLM):
 
 
 def _numbers(prompts: Iterable[Sequence[int]], sampled: Iterable[bool]) -> Iterator[int]:
-    """What each prompt's noise depends on: its content, and where a task samples how many equal ones came before.
+    """Yields the number that determines the noise of each prompt.
 
-    Those are never taken from a cache. All others may be: then equal requests have one result.
+    The number depends on the content of the prompt. Where a task samples, the number also depends on how many equal
+    prompts were sampled before, so that repeated requests get different results; lm_eval never takes these results from
+    its cache. The results of all other requests may come from the cache, so there equal requests get equal results.
     """
     seen: collections.Counter = collections.Counter()
     for prompt, again in zip(prompts, sampled, strict=True):
@@ -350,5 +373,5 @@ def _numbers(prompts: Iterable[Sequence[int]], sampled: Iterable[bool]) -> Itera
 
 
 def _cut(text: str, stops: Iterable[str]) -> str:
-    """The text up to the first of the stop strings."""
+    """Returns the text up to the first of the stop strings."""
     return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

@@ -1,8 +1,9 @@
-"""The couplet test for the reversal curse (arXiv 2502.09992, Section 3.3).
+"""Runs the couplet test for the reversal curse (arXiv 2502.09992, Section 3.3).
 
-Given one line of a couplet of a classical Chinese poem the model generates the next one (forward) or the one before
-(reversal), without having been tuned for it. A model that only knows its texts from left to right is much worse at
-the second. Here also as a masked diffusion model does it by itself: the missing line of the couplet is filled in.
+The model gets one line of a couplet of a classical Chinese poem and generates the next line (forward) or the line
+before it (reversal), without having been tuned for this. A model that has learned its texts only from left to right is
+much worse at the reversal. The test is also run in the way that is natural for a masked diffusion model: the missing
+line is masked in the text of the couplet, and the model fills it in.
 """
 
 import dataclasses
@@ -19,22 +20,26 @@ from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.text_completion import Options, complete_ids
 from llada_jax.text.tokenizer import Tokenizer
 
-GEN_LENGTH = 28  # tokens, the authors' setting: the longest line and some room
-# The questions, as the authors ask them: "What is the line after (before) this? Just give the line."
+GEN_LENGTH = 28  # tokens, as the authors set it: enough for the longest line, with some room to spare
+# The authors' questions: "What is the line after (before) this one? Just output the line."
 QUESTIONS = {"forward": "{}的下一句是什么？ 直接输出句子即可。", "reversal": "{}的上一句是什么？ 直接输出句子即可。"}
-_MARKS = re.compile(r"[\s\W_]+")  # punctuation and spaces
+_MARKS = re.compile(r"[\s\W_]+")  # matches punctuation and spaces
 
 
 @dataclasses.dataclass(frozen=True)
 class Couplet:
-    """Two lines that follow one another."""
+    """Two consecutive lines of a poem."""
 
     first: str
     second: str
 
 
 def read_couplets(path: str | Path) -> list[Couplet]:
-    """A JSON list of {"first": ..., "second": ...}. UserError if it is not one."""
+    """Reads couplets from a JSON list of {"first": ..., "second": ...}.
+
+    Raises:
+      UserError: If the file cannot be read, is not such a list, is empty, or has an empty line in a couplet.
+    """
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))
         couplets = [Couplet(record["first"].strip(), record["second"].strip()) for record in records]
@@ -43,7 +48,7 @@ def read_couplets(path: str | Path) -> list[Couplet]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f'--data={path}: not a JSON list of {{"first": ..., "second": ...}}: {error!r}') from None
     if not couplets or any(not (couplet.first and couplet.second) for couplet in couplets):
-        raise UserError(f"--data={path}: there is no couplet in it, or one with an empty line")
+        raise UserError(f"--data={path}: the file has no couplet in it, or has a couplet with an empty line")
     return couplets
 
 
@@ -57,21 +62,24 @@ def evaluate(
     batch_size: int = 8,
     report: Callable[[str, list[tuple[str, str, str]]], None] = lambda task, done: None,
 ) -> dict[str, dict[str, float | int | str]]:
-    """Accuracies in both directions, generated and filled in.
+    """Measures the accuracy in both directions, for generated and for filled-in lines.
 
     Args:
-      model, tokenizer: from `llada_jax.load`.
-      couplets: what is asked for.
-      options: of the generation; gen_length None = 28.
-      key: of the noise.
-      chat: ask through the chat template; else the question is a text to be continued (base models).
-      batch_size: prompts at once.
-      report: told after each of the four tests what was (given, wanted, answered).
+      model, tokenizer: The model and its tokenizer as `llada_jax.load` returns them.
+      couplets: The couplets whose lines are asked for.
+      options: The settings of generation. A gen_length of None means 28.
+      key: The key of the noise.
+      chat: Whether to ask through the chat template. If false, the question is a text to be continued, as for base
+        models.
+      batch_size: The number of prompts that are completed together.
+      report: A function that is called after each of the four tests with its name and a list of (given line, wanted
+        line, answer).
 
     Returns:
-      By task (reversal_forward, reversal_backward, the same with _infill) figures as lm_eval names them: exact_match
-      (the answer is the line, punctuation aside), contains (the line is somewhere in the answer: the published script
-      counts this), each with its binomial standard error, and sample_len.
+      The figures of each task: reversal_forward, reversal_backward, reversal_forward_infill and
+      reversal_backward_infill. They are named as in lm_eval: exact_match (the answer equals the line, apart from
+      punctuation and spaces), contains (the line occurs somewhere in the answer, which is what the published script
+      counts; not for the infill tasks), each with its binomial standard error, and sample_len, the number of couplets.
     """
     if options.gen_length is None:
         options = dataclasses.replace(options, gen_length=GEN_LENGTH)
@@ -106,7 +114,7 @@ def _ask(question: str, tokenizer: Tokenizer, chat: bool) -> list[int]:
 
 
 def _with_gap(couplet: Couplet, direction: str, tokenizer: Tokenizer) -> list[int]:
-    """The couplet with as many MASKs as the missing line has tokens."""
+    """Encodes the couplet with its missing line replaced by as many MASK tokens as the line has tokens."""
     if direction == "forward":
         masks = [tokenizer.mask_id] * len(tokenizer.encode(couplet.second, continuation=True))
         end = tokenizer.encode("。", continuation=True)
@@ -120,7 +128,7 @@ def _filling(options: Options) -> Options:
 
 
 def _filled(text: str, couplet: Couplet, direction: str) -> str:
-    """What stands in the gap of a filled-in couplet."""
+    """Extracts the line that the model has filled into the gap of a couplet."""
     if direction == "forward":
         return text.removeprefix(couplet.first + "，").removesuffix("。")
     return text.removesuffix(f"，{couplet.second}。")

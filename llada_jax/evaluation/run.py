@@ -1,7 +1,8 @@
-"""An evaluation from its tasks to its file of results: what evaluate.py does.
+"""Runs an evaluation from its tasks to its file of results. This is what `evaluate.py` starts.
 
-Everything that a user can get wrong is looked at before the model is loaded: the tasks are found, their data loaded
-and their first request built. Several processes do all of this alike; the first alone writes and shows progress.
+Everything that a user can get wrong is checked before the model is loaded: the tasks are looked up, their data is
+loaded, and their first requests are built. In a run of several processes all processes do the same work, but only the
+first one writes results and shows progress.
 """
 
 import contextlib
@@ -24,23 +25,24 @@ import jax
 import numpy as np
 
 from llada_jax import __version__, loading
+from llada_jax.cli.outputs import write_text
 from llada_jax.config import MeshConfig, UserError
 from llada_jax.devices import distributed, mesh
 from llada_jax.evaluation import reversal, tasks
-from llada_jax.formats.folders import write_text
+from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.sampler import check_settings
 from llada_jax.sampling.text_completion import Options
 from llada_jax.text.tokenizer import Tokenizer
 
 REVERSAL = "reversal"
-BOOTSTRAPS = 1000  # resamples, where a standard error has no formula: enough for two digits
+BOOTSTRAPS = 1000  # resamples for standard errors that have no formula; enough for two digits
 _PACKAGES = ("jax", "jaxlib", "flax", "lm_eval", "datasets", "tokenizers", "sentencepiece", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What to evaluate, how, and where the results go. None = left to the task, the model or `harness.LLaDA`."""
+    """What to evaluate, how, and where to write the results. None leaves a choice to task, model or `harness.LLaDA`."""
 
     model: str
     tasks: tuple[str, ...]
@@ -49,9 +51,9 @@ class Evaluation:
     step: int | None = None
     dtype: str | None = None
     include_path: tuple[str, ...] = ()
-    data: str | None = None  # couplets, for the task "reversal"
+    data: str | None = None  # file of couplets for the task "reversal"
     num_fewshot: int | None = None
-    limit: float | None = None  # documents per task; below 1: share of them
+    limit: float | None = None  # number of documents per task, or a share of them if below 1
     apply_chat_template: bool = False
     confirm_run_unsafe_code: bool = False
     mc_samples: int = 128
@@ -72,13 +74,13 @@ class Evaluation:
     tensor: int = 1
 
     def settings(self) -> dict[str, Any]:
-        """What the figures depend on beside the model and the tasks: arguments of `harness.LLaDA`."""
+        """Returns the settings that the figures depend on, besides model and tasks, as arguments of `harness.LLaDA`."""
         names = ("mc_samples", "cfg_scale", "gen_length", "steps", "block_length", "temperature", "remasking")
         names += ("logits_eos_inf", "confidence_eos_eot_inf", "max_length", "seed")
         return {name: getattr(self, name) for name in names}
 
     def options(self) -> Options:
-        """Of generation, for what lm_eval has no part in."""
+        """Returns the settings of generation for evaluations that do not use lm_eval."""
         given = {name: getattr(self, name) for name in ("block_length", "temperature")}
         return Options(
             steps=self.steps,
@@ -92,9 +94,20 @@ class Evaluation:
 
 
 def run(job: Evaluation) -> int:
-    """Evaluates, writes the results, prints their table to stdout; returns the exit code 0. UserError as below."""
+    """Evaluates the model, writes the results to a file and prints their table to stdout.
+
+    Returns:
+      The exit code 0.
+
+    Raises:
+      UserError: If `check` finds a mistake, or if a task, the couplets or the model cannot be loaded.
+    """
     started, date = time.monotonic(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    distributed.check_same("evaluation", dataclasses.asdict(job), lambda _: "it has other flags than process 0")
+    distributed.check_same(
+        "evaluation",
+        dataclasses.asdict(job),
+        lambda _: "its flags differ from those of process 0; start all processes with the same flags",
+    )
     check(job)
     names = [name for name in job.tasks if name != REVERSAL]
     couplets = reversal.read_couplets(job.data) if REVERSAL in job.tasks else []
@@ -105,12 +118,12 @@ def run(job: Evaluation) -> int:
         found = tasks.load(names, job.include_path, job.num_fewshot, job.confirm_run_unsafe_code)
 
     devices = mesh.make_mesh(MeshConfig(data=-1, fsdp=job.fsdp, tensor=job.tensor))
-    # Which one is decided once: while it is evaluated a run may go on and save.
+    # Process 0 chooses the checkpoint for all, because a running training may save a newer one at any time.
     identity = distributed.first_decides("model", lambda: identify(job.model, job.step))
     step = job.step if identity["step"] is None else identity["step"]
     model, tokenizer = loading.load(job.model, devices, job.dtype, step)
     if tokenizer is None:
-        raise UserError(f"{job.model} has no tokenizer: put its tokenizer.json or tokenizer.model there")
+        raise UserError(f"{job.model} has no tokenizer: put its tokenizer.json or tokenizer.model into this folder")
     identity |= {"dtype": model.compute.dtype, "tokenizer": tokenizer.sha256}
     results: dict[str, Any] = {"results": {}, "n-shot": {}}
     batch_size = job.batch_size or 8 * devices.shape["data"] * devices.shape["fsdp"]
@@ -147,20 +160,20 @@ def run(job: Evaluation) -> int:
 
 
 def check(job: Evaluation) -> None:
-    """UserError for what can be seen at once to be impossible."""
+    """Raises UserError for mistakes in the settings that can be found without loading tasks or the model."""
     if not job.tasks:
-        raise UserError("nothing to evaluate: give --tasks=NAME,... or --recipe=NAME (--list shows the recipes)")
+        raise UserError("nothing to evaluate: pass --tasks=NAME,... or --recipe=NAME (--list shows the recipes)")
     if distributed.index() == 0:
         _check_places(job)
     if not Path(job.model).is_dir():
-        raise UserError(f"--model={job.model} is no folder: give a training workdir or a published model's folder")
+        raise UserError(f"--model={job.model} is not a folder; pass a training workdir or a published model's folder")
     if REVERSAL in job.tasks and not job.data:
-        raise UserError("--tasks=reversal needs --data=FILE.json: its couplets")
+        raise UserError("--tasks=reversal needs --data=FILE.json, a file with the couplets")
     for name, least in (("mc_samples", 1), ("max_length", 1), ("batch_size", 1), ("num_fewshot", 0)):
         if (value := getattr(job, name)) is not None and value < least:
             raise UserError(f"--{name}={value}: it must be at least {least}")
     if job.limit is not None and (job.limit <= 0 or (job.limit >= 1 and job.limit != int(job.limit))):
-        raise UserError(f"--limit={job.limit}: a number of documents, or a share of them below 1")
+        raise UserError(f"--limit={job.limit}: pass a whole number of documents, or a share of them between 0 and 1")
     options = job.options()
     check_settings(options.sampler(0, 1 if options.gen_length is None else options.gen_length))
     if any(name != REVERSAL for name in job.tasks) and importlib.util.find_spec("lm_eval") is None:
@@ -168,14 +181,14 @@ def check(job: Evaluation) -> None:
 
 
 def _check_places(job: Evaluation) -> None:
-    """UserError unless the results, and what --cache keeps, can be written; makes the folder of the latter."""
+    """Raises UserError unless --output and --cache can be written. Creates the folder of --cache."""
     output = Path(job.output).absolute()
     flag, path = "output", output
     try:
         if not output.parent.is_dir():
-            raise UserError(f"--output={job.output}: there is no folder {output.parent}")
+            raise UserError(f"--output={job.output}: there is no folder {output.parent}; create it first")
         if output.is_dir():
-            raise UserError(f"--output={job.output} is a folder: name a file in it")
+            raise UserError(f"--output={job.output} is a folder; pass the name of a file")
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
         if job.cache is not None:
@@ -188,15 +201,15 @@ def _check_places(job: Evaluation) -> None:
 
 
 def _count(limit: float | None, total: int) -> int:
-    """How many of all --limit means."""
+    """Returns how many of `total` documents the flag --limit selects."""
     return total if limit is None else math.ceil(limit * total) if limit < 1 else int(limit)
 
 
 def _prepare_lm_eval() -> None:
-    """What must be said before lm_eval is imported (harness.py says the rest)."""
+    """Sets what must be set before lm_eval is imported (`harness.py` sets the rest)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    for library in ("lm_eval", "huggingface_hub"):  # what is wrong with a task is told by tasks.py, once
+    for library in ("lm_eval", "huggingface_hub"):  # tasks.py reports the problems of a task, once
         logging.getLogger(library).setLevel(logging.ERROR)
     if distributed.index():
         os.environ["TQDM_DISABLE"] = "1"
@@ -211,23 +224,23 @@ def _harness(
     manager: Any,
     loaded: list,
 ) -> dict[str, Any]:
-    """The results of lm_eval."""
+    """Runs lm_eval and returns the parts of its results that are kept."""
     import lm_eval
 
     from llada_jax.evaluation import harness
 
     settings = job.settings()
     if settings["max_length"] is None:
-        settings["max_length"] = loading.trained_length(job.model)
+        settings["max_length"] = workdir.trained_length(job.model)
     lm = harness.LLaDA(model, tokenizer, batch_size=batch_size, **settings)
     if distributed.index() == 0:
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as elsewhere:
         cache = None
         if job.cache is not None:
-            # lm_eval knows a result by its request alone: other models and settings must not meet in one file.
+            # lm_eval identifies a result only by its request, so each model and set of settings needs its own file.
             cache = f"{job.cache}-{_fingerprint(job, identity)}" if distributed.index() == 0 else f"{elsewhere}/cache"
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is reserved for the table
             results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=loaded,
@@ -239,30 +252,30 @@ def _harness(
                 apply_chat_template=job.apply_chat_template,
                 confirm_run_unsafe_code=job.confirm_run_unsafe_code,
             )
-    results = results or {"results": {}, "n-shot": {}}  # lm_eval gives them to the first process of a machine only
+    results = results or {"results": {}, "n-shot": {}}  # lm_eval returns None if LOCAL_RANK is not 0
     names = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
     return {name: results[name] for name in (*names, "samples") if name in results}
 
 
 def identify(path: str, step: int | None = None) -> dict[str, Any]:
-    """Which model it is, so that another one at the same place is told apart.
+    """Identifies a model, so that another model at the same path can be distinguished from it.
 
     Args:
-      path: its folder.
-      step: of a workdir's checkpoint; None = its newest.
+      path: The folder of the model.
+      step: The step of a checkpoint in a training workdir. None means the newest checkpoint.
 
     Returns:
-      path, step (None of a published folder), hashes of config.json and of the weights. Of a checkpoint that is the
-      hash of its record, which has a fingerprint of every array; of a published folder one of names, sizes and times.
+      The path, the step (None for a published folder), a hash of config.json, and a hash of the weights. For a
+      checkpoint, the weights' hash is the hash of the checkpoint's record, which has a fingerprint of every array. For
+      a published folder, it is a hash of the names, sizes and modification times of the *.safetensors files.
     """
     folder = Path(path)
     record: dict[str, Any] = {"path": str(folder.resolve()), "step": None}
-    if (folder / "checkpoints").is_dir():
-        from llada_jax.training import checkpoint
-
-        record["step"] = checkpoint.choose_step(folder, step)
-        weights = _content(folder / checkpoint.FOLDER / str(record["step"]) / "run" / "metadata")
-        weights += _content(folder / checkpoint.BASE / checkpoint.FOLDER / "0" / "run" / "metadata")  # under adapters
+    if (folder / workdir.CHECKPOINTS).is_dir():
+        record["step"] = workdir.choose_step(folder, step)
+        weights = _content(workdir.checkpoint_path(folder, record["step"]) / "run" / "metadata")
+        # For a model with adapters, the weights of the frozen base model count as well.
+        weights += _content(workdir.checkpoint_path(folder / workdir.FROZEN, 0) / "run" / "metadata")
     else:
         found = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
         weights = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]).encode()
@@ -270,7 +283,7 @@ def identify(path: str, step: int | None = None) -> dict[str, Any]:
 
 
 def _content(path: Path) -> bytes:
-    """Of a file, empty if it cannot be read: what is missing is told when the model is loaded."""
+    """Returns the content of a file, empty if it cannot be read: loading the model reports what is missing."""
     try:
         return path.read_bytes()
     except OSError:
@@ -297,12 +310,12 @@ def _versions() -> dict[str, str]:
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: what a task's config holds beside plain values."""
+    """Converts a value from a task's config that JSON cannot represent."""
     return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures with their standard errors, a line each."""
+    """Returns a table of the figures with their standard errors, one figure per line."""
     rows = [("task", "shots", "filter", "metric", "value", "stderr")]
     for task, figures in results["results"].items():
         for name, value in figures.items():

@@ -20,11 +20,12 @@ import tqdm
 from jax.experimental import multihost_utils
 from jax.sharding import PartitionSpec as P
 
+from llada_jax.cli.outputs import check_folder, whole_folder
 from llada_jax.config import ComputeConfig, ModelConfig, UserError
 from llada_jax.devices import distributed, mesh
 from llada_jax.formats import published, tensor_files
-from llada_jax.formats.folders import as_json, check_output, put_files, whole_folder
-from llada_jax.formats.published import CONFIG, PublishedTensor, model_config, published_tensors, read_json
+from llada_jax.formats.companions import put_files
+from llada_jax.formats.published import CONFIG, PublishedTensor, as_json, model_config, published_tensors, read_json
 from llada_jax.formats.tensor_files import Folder
 from llada_jax.model.transformer import Transformer, abstract_model, merge, split
 
@@ -111,11 +112,6 @@ def _set_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), i, axis=0)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return x.astype(dtype)
-
-
 def _read_parameter(
     folder: Folder, tensors: list[PublishedTensor], target: jax.ShapeDtypeStruct, dtype: jnp.dtype
 ) -> jax.Array:
@@ -144,7 +140,7 @@ def _read_parameter(
 
     if not stacked:
         array = on_devices(tensors[0])
-        return array if array.dtype == dtype else _cast(array, dtype)
+        return array if array.dtype == dtype else mesh.cast(array, dtype)
     stack = jnp.zeros(target.shape, dtype, out_sharding=P(None, *mesh.PARAMETERS[name]))
     for i, tensor in enumerate(tensors):
         # Waited for: what is only dispatched keeps its layer.
@@ -274,7 +270,7 @@ def save_model(
 def _problem(directory: str | os.PathLike) -> str | None:
     """Why this folder cannot be written, as far as can be seen now."""
     try:
-        check_output(directory)
+        check_folder(directory)
     except UserError as error:
         return str(error)
     return None

@@ -124,6 +124,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def as_json(fields: Mapping[str, Any]) -> bytes:
+    """Returns the content of a JSON file with these fields, in the form in which published folders have it."""
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelConfig:
     """The architecture that a published config.json describes.
 

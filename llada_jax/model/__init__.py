@@ -1,4 +1,4 @@
 """The Transformer, its attention kernels and its low-rank adapters.
 
-May import: devices and what devices may import. Start reading at `transformer.py`.
+This package may import `devices`, and whatever `devices` may import. Start reading at `transformer.py`.
 """

@@ -1,8 +1,13 @@
-"""Bidirectional attention: one front, `attention`, kernels behind it, and one plain reference.
+"""Bidirectional attention: the function `attention`, the kernels that it calls, and a plain reference.
 
-There is no causal mask: every real token attends to every real token of its row. Which keys are real is
-said by `real`: None (all of them), bool (B, S), or int32 (B,), the number of them at the start of each row;
-never by a (T, S) mask.
+There is no causal mask: every real token attends to every real token of its row. The argument `real` says which keys
+are real tokens. It has one of three forms, and is never a (T, S) mask:
+
+  None         all keys are real;
+  bool (B, S)  True where a key is real;
+  int32 (B,)   the number of real keys of each row, which are the first keys of the row.
+
+The letters in names are those of transformer.py.
 """
 
 import functools
@@ -25,20 +30,22 @@ def attention(
     kernel: str = "xla",
     query_chunk: int = 512,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v, each group of H / G query heads sharing one key/value head.
+    """Computes softmax(q k^T / sqrt(K)) v, where each group of H / G query heads shares one key/value head.
 
     Args:
-      q_BTHK: queries, any float dtype, sharded over batch and heads.
-      k_BSGK, v_BSGK: keys and values of the same dtype, H divisible by G.
-      real: which keys may be attended to, see the module's docstring; rows split like the queries'.
-      kernel: a name in KERNELS, as `choose_kernel` gives it.
-      query_chunk: queries per chunk of the xla kernel.
+      q_BTHK: The queries, of any float dtype, sharded over batch and heads.
+      k_BSGK: The keys, of the same dtype. H must be divisible by G.
+      v_BSGK: The values, of the same dtype.
+      real: Which keys may be attended to; see the docstring of this module. Its rows are split like those of the
+        queries.
+      kernel: A name in KERNELS, as returned by `choose_kernel`.
+      query_chunk: The number of queries per chunk of the xla kernel.
 
     Returns:
-      (B, T, H, K) in the dtype of q; softmax and accumulation are fp32.
+      The outputs (B, T, H, K) in the dtype of q. Softmax and accumulation are computed in fp32.
 
     Raises:
-      UserError: no such kernel.
+      UserError: If there is no kernel of this name.
     """
     if kernel not in KERNELS:
         raise UserError(f"config.compute.attention={kernel!r}: choose one of {', '.join(CHOICES)}")
@@ -51,18 +58,28 @@ def attention(
     else:
         inputs = (q_BTHK, k_BSGK, v_BSGK, real)
         specs = (heads, heads, heads, P(mesh.BATCH, *(None,) * (real.ndim - 1)))
-    # Without the check, as kernels do not say how their outputs vary over the mesh. Nothing float is
-    # replicated over an axis here, so gradients need no reduction that the check would add.
+    # check_vma is off because kernels do not say how their outputs vary over the mesh. The check would also add
+    # reductions of gradients, but none is needed: no float array is replicated over a mesh axis here.
     return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(*inputs)
 
 
 def choose_kernel(name: str, dtype: jnp.dtype, head_width: int, device: jax.Device) -> str:
-    """The kernel that config.compute.attention means on this kind of device, decided once per run.
+    """Returns the kernel that config.compute.attention means on this kind of device. It is chosen once per run.
 
-    "auto" is the first that can run of: splash (TPU), cuDNN's flash attention (GPU), the CPU's own, xla.
+    "auto" means the first of these kernels that can run: splash (on TPU), cuDNN's flash attention (on GPU), the kernel
+    for CPUs, xla. If a kernel is named explicitly, no other kernel silently takes its place.
+
+    Args:
+      name: The value of config.compute.attention, a name in CHOICES.
+      dtype: The dtype of queries, keys and values.
+      head_width: K, the width of one head.
+      device: A device of the kind that the attention runs on.
+
+    Returns:
+      A name in KERNELS.
 
     Raises:
-      UserError: no such kernel, or it cannot run here. There is no silent fall-back to a dense one.
+      UserError: If there is no kernel of this name, or if it cannot run on this kind of device.
     """
     if name not in CHOICES:
         raise UserError(f"config.compute.attention={name!r}: choose one of {', '.join(CHOICES)}")
@@ -70,30 +87,33 @@ def choose_kernel(name: str, dtype: jnp.dtype, head_width: int, device: jax.Devi
         order = ("splash", "cudnn", "cpu", "xla")
         return next(kernel for kernel in order if _obstacle(kernel, dtype, head_width, device) is None)
     if obstacle := _obstacle(name, dtype, head_width, device):
-        raise UserError(f"config.compute.attention={name}: {obstacle}; 'auto' takes what runs here")
+        raise UserError(f"config.compute.attention={name}: {obstacle}; 'auto' chooses a kernel that runs here")
     return name
 
 
 def _obstacle(name: str, dtype: jnp.dtype, head_width: int, device: jax.Device) -> str | None:
-    """Why a kernel cannot run on this kind of device; None if it can."""
+    """Returns the reason why a kernel cannot run on this kind of device, or None if it can."""
     home = {"splash": "tpu", "cudnn": "gpu", "cpu": "cpu"}.get(name, device.platform)
     if device.platform != home:
-        return f"it runs on {home}, this is {device.platform}"
+        return f"this kernel runs on {home}, but the device is {device.platform}"
     if name != "cudnn":
         return None
-    # A device that is only described (llada_jax.plan) has no capability to ask for; AMD's are no numbers.
+    # A device that is only described (by llada_jax.plan) has no compute_capability. That of an AMD GPU is not a number.
     capability = str(getattr(device, "compute_capability", None) or "9.0")
     if not capability.replace(".", "", 1).isdigit() or float(capability) < 8.0:
-        return f"cuDNN attention needs compute capability 8.0, this device has {capability}"
+        return f"cuDNN attention needs compute capability 8.0 or higher, but this device has {capability}"
     if dtype != jnp.bfloat16:
         return "cuDNN attention computes in bfloat16: set --config.compute.dtype=bfloat16"
     if head_width % 8 or head_width > 128:
-        return f"cuDNN attention takes heads of up to 128 in steps of 8, these have a width of {head_width}"
+        return (
+            "cuDNN attention needs a head width that is a multiple of 8 and at most 128, "
+            f"but these heads have a width of {head_width}"
+        )
     return None
 
 
 def reference_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None) -> jax.Array:
-    """The definition, with all (T, S) scores in memory. On one device; see `attention`."""
+    """Computes attention as it is defined, on one device, with all (T, S) scores in memory; see `attention`."""
     batch, length, heads, width = q_BTHK.shape
     groups = k_BSGK.shape[2]
     q_BTGRK = q_BTHK.reshape(batch, length, groups, heads // groups, width)
@@ -108,7 +128,7 @@ def reference_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array,
 def xla_attention(
     q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None, *, query_chunk: int
 ) -> jax.Array:
-    """`reference_attention` over chunks of queries: (query_chunk, S) scores at a time, never (T, S)."""
+    """Computes `reference_attention` in chunks of queries: it holds (query_chunk, S) scores at a time, never (T, S)."""
     length = q_BTHK.shape[1]
     if length <= query_chunk:
         return reference_attention(q_BTHK, k_BSGK, v_BSGK, real)
@@ -118,7 +138,7 @@ def xla_attention(
     batch, _, heads, width = q_BTHK.shape
     q_chunks = q_BTHK.reshape(batch, chunks, query_chunk, heads, width).swapaxes(0, 1)
 
-    # Without the checkpoint the backward pass would keep every chunk's scores: (T, S) again.
+    # Without jax.checkpoint the scores of every chunk, (T, S) in all, would be kept for the backward pass.
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def one_chunk(carry, q):
         return carry, reference_attention(q, k_BSGK, v_BSGK, real)
@@ -128,25 +148,39 @@ def xla_attention(
 
 
 def cudnn_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None) -> jax.Array:
-    """cuDNN's flash attention. It takes lengths only, so the real keys of each row are brought to its front."""
+    """Computes attention with cuDNN's flash attention.
+
+    cuDNN takes only the number of real keys per row. Therefore the real keys of each row are moved to the start of it.
+    """
     if real is not None and real.ndim == 2:
-        # The order of keys does not matter to full attention: they carry their positions in them already.
+        # The order of the keys does not matter to full attention, because RoPE has already encoded their positions.
         order_BS = jnp.argsort(~real, axis=1, stable=True)
         k_BSGK, v_BSGK = (jnp.take_along_axis(x, order_BS[:, :, None, None], axis=1) for x in (k_BSGK, v_BSGK))
         real = real.sum(axis=1, dtype=jnp.int32)
     return jax.nn.dot_product_attention(
         q_BTHK, k_BSGK, v_BSGK, key_value_seq_lengths=real, implementation="cudnn"
-    )  # scaled by 1 / sqrt(K) inside
+    )  # this call also scales the scores by 1 / sqrt(K)
 
 
 def splash_attention(
     q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None, *, interpret: bool = False
 ) -> jax.Array:
-    """TPU's flash attention: scores only ever in blocks. Padding is given by segments: 1 real, 0 not.
+    """Computes attention with the flash attention for TPUs, which holds scores only in blocks.
 
-    T and S are filled up to a multiple of 128 with keys of segment 0. interpret: run it anywhere, slowly.
+    The kernel takes segment ids to tell real keys (segment 1) from padding (segment 0). T and S are padded to a
+    multiple of 128; the added keys are in segment 0.
+
+    Args:
+      q_BTHK: The queries; see `attention` for this and the next three.
+      k_BSGK: The keys.
+      v_BSGK: The values.
+      real: Which keys may be attended to.
+      interpret: Whether to interpret the kernel, which works on any device but is slow.
+
+    Returns:
+      The outputs (B, T, H, K) in the dtype of q.
     """
-    # Imported here: it takes a second, and only a TPU needs it.
+    # This import takes a second, and only a TPU needs it.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     length, heads, width = q_BTHK.shape[1:]
@@ -154,7 +188,7 @@ def splash_attention(
     if keys % LANES and real is None:
         real = jnp.full(k_BSGK.shape[0], keys, jnp.int32)
 
-    def laid_out(x):  # (B, T, H, K) -> (B, H, T filled up, K)
+    def laid_out(x):  # (B, T, H, K) -> (B, H, padded T, K)
         return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -x.shape[1] % LANES), (0, 0)))
 
     q = laid_out((q_BTHK.astype(jnp.float32) * width**-0.5).astype(q_BTHK.dtype))
@@ -169,7 +203,7 @@ def splash_attention(
             block_q_dkv=q_block,
             block_kv_dkv=kv_block,
             block_kv_dkv_compute=kv_block,
-            use_fused_bwd_kernel=True,  # one pass over the scores in the backward pass instead of two
+            use_fused_bwd_kernel=True,  # the backward pass goes over the scores once, not twice
         ),
         residual_checkpoint_name=SAVED_NAME,
         interpret=interpret,
@@ -183,11 +217,11 @@ def splash_attention(
 
 
 def _block(length: int) -> int:
-    """The largest block up to 512 that divides a multiple of LANES."""
+    """Returns the largest block size up to 512 that divides `length`, which is a multiple of LANES."""
     return next(block for block in (512, 384, 256, LANES) if length % block == 0)
 
 
-LANES = 128  # of a TPU's vector unit: the blocks of splash attention are multiples of it
+LANES = 128  # lanes of a TPU's vector unit; the block sizes of splash attention are multiples of this number
 KERNELS = {
     "xla": xla_attention,
     "reference": reference_attention,

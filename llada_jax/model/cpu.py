@@ -1,10 +1,13 @@
-"""What XLA's CPU backend computes fast only when it is said in its own way: attention and projections.
+"""Attention and projections, written so that XLA's CPU backend computes them fast.
 
-Differentiated by JAX and compiled for a CPU, plain attention makes some ten passes over (B, H, T, T) arrays in
-main memory, in single arrays larger than any cache, and keeps several of them. Here scores exist only for a few
-heads and queries at a time, and the backward pass computes them again. Projections are differentiated by hand, so
-that no gradient of an activation has to be transposed in memory, and multiply bfloat16 into fp32, for which there
-are fast kernels. The mathematics is that of the plain forms.
+If plain attention is differentiated by JAX and compiled for a CPU, it makes about ten passes over (B, H, T, T) arrays
+in main memory. Each of these arrays is larger than any cache, and several of them are kept for the backward pass. In
+this module, scores exist only for a few heads and queries at a time, and the backward pass computes them again.
+
+The gradients of projections are written by hand, so that no gradient of an activation has to be transposed in memory.
+Projections multiply bfloat16 operands and accumulate in fp32, for which the backend has fast kernels.
+
+The mathematics is the same as in the plain forms. The letters in names are those of transformer.py.
 """
 
 import functools
@@ -13,40 +16,48 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-MASKED_OUT = -1e30  # finite, so that a row without any real key gives numbers, not NaN
-SAVED_NAME = "attention"  # of what the backward pass of attention needs; a remat policy may keep it
-SCORES = 2**19  # scores worked on at a time: with what is made of them they stay in the caches
+MASKED_OUT = -1e30  # score of a key that is not real; finite, so that a row without any real key does not give NaN
+SAVED_NAME = "attention"  # checkpoint_name of the arrays that the backward pass needs; remat policies can keep them
+SCORES = 2**19  # scores that are computed at a time; they and the arrays computed from them stay in the caches
 
 
 def real_mask(real: jax.Array, keys: int) -> jax.Array:
-    """Which keys may be attended to as bool (B, S): given so, or as int32 (B,), how many at each row's start."""
+    """Returns which keys may be attended to, as bool (B, S).
+
+    Args:
+      real: The mask itself, bool (B, S), or the number of real keys at the start of each row, int32 (B,).
+      keys: S, the number of keys.
+    """
     return real if real.ndim == 2 else jnp.arange(keys) < real[:, None]
 
 
 @jax.custom_vjp
 def cpu_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v on one device, never more than about SCORES scores at a time.
+    """Computes softmax(q k^T / sqrt(K)) v on one device, with no more than about SCORES scores at a time.
 
     Args:
-      q_BTHK, k_BSGK, v_BSGK: one float dtype, H divisible by G.
-      real: which keys may be attended to: None = all, bool (B, S), or int32 (B,), how many at each row's start.
+      q_BTHK: The queries, of any float dtype.
+      k_BSGK: The keys, of the same dtype. H must be divisible by G.
+      v_BSGK: The values, of the same dtype.
+      real: Which keys may be attended to: None for all keys, a mask, bool (B, S), or the number of real keys at the
+        start of each row, int32 (B,).
 
     Returns:
-      (B, T, H, K) in the dtype of q; softmax and accumulation are fp32.
+      The outputs (B, T, H, K) in the dtype of q. Softmax and accumulation are computed in fp32.
     """
     return _forward(q_BTHK, k_BSGK, v_BSGK, real)[0]
 
 
 def _dot(a_NXY: jax.Array, b_NXY: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
-    """One matrix product per n, in fp32."""
+    """Returns the matrix product of a and b for each n, summed over the given axes, in fp32."""
     return jax.lax.dot_general(a_NXY, b_NXY, (((a_axis,), (b_axis,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
 class _Tiles:
-    """How (B, T, H, K) is cut: `heads` key/value heads at a time and `rows` queries of each of them.
+    """Divides arrays (B, T, H, K) into tiles of `heads` key/value heads and `rows` queries of each of these heads.
 
-    Letters: Z turns, N heads of a turn, C chunks of queries, Q queries of a chunk (the R = H / G query heads of a
-    key/value head one after the other).
+    Letters in names: Z turns of the outer loop, N key/value heads of a turn, C chunks of queries, Q queries of a chunk.
+    The queries of a key/value head are those of its R = H / G query heads, one query head after the other.
     """
 
     def __init__(self, q_shape: tuple[int, ...], k_shape: tuple[int, ...]):
@@ -60,14 +71,14 @@ class _Tiles:
         self.heads = max(n for n in range(1, min(fitting, pairs) + 1) if pairs % n == 0)
 
     def keys_in(self, x_BSGK: jax.Array) -> jax.Array:
-        """(Z, N, S, K)."""
+        """Reshapes keys or values to (Z, N, S, K)."""
         return x_BSGK.swapaxes(1, 2).reshape(-1, self.heads, self.keys, self.width)
 
     def keys_out(self, x_ZNSK: jax.Array) -> jax.Array:
         return x_ZNSK.reshape(self.batch, self.kv_heads, self.keys, self.width).swapaxes(1, 2)
 
     def queries_in(self, x_BTHK: jax.Array) -> jax.Array:
-        """(Z, C, N, Q, K), filled up with zeros."""
+        """Reshapes queries to (Z, C, N, Q, K), padded with zeros."""
         x = x_BTHK.swapaxes(1, 2).reshape(-1, self.heads, self.chunks * self.rows - self.padding, self.width)
         x = jnp.pad(x, ((0, 0), (0, 0), (0, self.padding), (0, 0)))
         return x.reshape(-1, self.heads, self.chunks, self.rows, self.width).swapaxes(1, 2)
@@ -78,7 +89,7 @@ class _Tiles:
         return x.reshape(self.batch, self.q_heads, self.length, self.width).swapaxes(1, 2)
 
     def bias(self, real: jax.Array | None) -> jax.Array:
-        """(Z, N, S), added to the scores."""
+        """Returns the bias (Z, N, S) that is added to the scores: 0 for real keys, MASKED_OUT for other keys."""
         if real is None:
             return jnp.zeros((self.batch * self.kv_heads // self.heads, self.heads, self.keys), jnp.float32)
         bias_BS = jnp.where(real_mask(real, self.keys), 0.0, MASKED_OUT)
@@ -117,7 +128,7 @@ def _backward(residuals, dout_BTHK):
         def chunk(sums, inputs):
             q_NQK, dout_NQK, out_NQK, top_NQ, sum_NQ = inputs
             mean_NQ = jnp.sum(dout_NQK.astype(jnp.float32) * out_NQK.astype(jnp.float32), axis=-1)
-            # Keys first: two of the three products with these matrices then need no transposition.
+            # With keys as the first dimension, two of the three products with these matrices need no transposition.
             scores_NSQ = _dot(k_NSK, q_NQK, 2, 2) * scale + bias_NS[:, :, None]
             p_NSQ = jnp.exp(scores_NSQ - top_NQ[:, None, :]) * (1 / sum_NQ)[:, None, :]
             dscores_NSQ = p_NSQ * (_dot(v_NSK, dout_NQK, 2, 2) - mean_NQ[:, None, :]) * scale
@@ -142,9 +153,17 @@ cpu_attention.defvjp(_forward, _backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def project(equation: str, x: jax.Array, weight: jax.Array, out_sharding: jax.sharding.PartitionSpec) -> jax.Array:
-    """jnp.einsum(equation, x, weight, out_sharding=out_sharding) in the dtype of x, accumulated in fp32.
+    """Computes jnp.einsum(equation, x, weight, out_sharding=out_sharding) in the dtype of x, accumulated in fp32.
 
-    equation: "btd,df->btf" and the like: x and weight share the letters that are summed over and no others.
+    Args:
+      equation: An equation such as "btd,df->btf". The letters that x and weight share must be exactly those that are
+        summed over.
+      x: The activations.
+      weight: The weights.
+      out_sharding: The PartitionSpec of the result.
+
+    Returns:
+      The result in the dtype of x.
     """
     y = jnp.einsum(equation, x, weight, out_sharding=out_sharding, preferred_element_type=jnp.float32)
     return y.astype(x.dtype)
@@ -160,7 +179,8 @@ def _project_backward(equation, out_sharding, residuals, dy):
     x_letters, weight_letters = inputs.split(",")
     specs = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec
     dx = project(f"{out},{weight_letters}->{x_letters}", dy, weight, specs[0])
-    # x first: it is x that is transposed, once for all the projections it goes into, not each of the dy.
+    # x comes first, so that x is transposed and not dy: x is transposed once for all projections that read it, but each
+    # of them has its own dy.
     return dx, project(f"{x_letters},{out}->{weight_letters}", x, dy, specs[1])
 
 

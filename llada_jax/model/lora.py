@@ -1,8 +1,8 @@
-"""Low-rank adaptation (LoRA, arXiv 2106.09685): a large model tuned by training small matrices beside its own.
+"""Low-rank adaptation (LoRA, arXiv 2106.09685): tunes a large model by training small matrices beside its own.
 
-A matrix W of a layer stays as it is and gives way to W + alpha / r A B, with A (inputs, r) and B (r, outputs) of a
-small rank r; B starts at zero. The model computes x W + alpha / r (x A) B (model.py), so that the gradient of W is
-never formed; gradients and the optimizer's state exist for A and B alone.
+A matrix W of a layer is replaced by W + alpha / r A B, where W is frozen, and A (inputs, r) and B (r, outputs) have a
+small rank r. B starts at zero. The model computes x W + alpha / r (x A) B (see transformer.py), so that the gradient of
+W is never formed. Gradients and the state of the optimizer exist for A and B only.
 """
 
 import dataclasses
@@ -20,17 +20,20 @@ ADAPTERS = frozenset(f"{name}_{part}" for name in MATRICES for part in "ab")
 
 
 def plain(config: ModelConfig) -> ModelConfig:
-    """The config of the same model without adapters."""
+    """Returns the configuration of the same model without adapters."""
     return dataclasses.replace(config, lora=LoraConfig())
 
 
 def adapter_count(config: ModelConfig) -> int:
-    """Number of the adapters' parameters, without allocating any."""
+    """Returns the number of parameters of the adapters, without allocating any parameters."""
     return parameter_count(config) - parameter_count(plain(config))
 
 
 def partition(params: dict) -> tuple[dict, dict]:
-    """The parameters of a model as (trainable, frozen): its adapters and all else, both nested as `params` is."""
+    """Splits the parameters of a model into (trainable, frozen): its adapters and all other parameters.
+
+    Both parts are nested dicts like `params`.
+    """
     blocks = params["blocks"]
     adapters = {name: x for name, x in blocks.items() if name in ADAPTERS}
     frozen = {name: x for name, x in blocks.items() if name not in ADAPTERS}
@@ -38,33 +41,38 @@ def partition(params: dict) -> tuple[dict, dict]:
 
 
 def combine(trainable: dict, frozen: dict | None) -> dict:
-    """The inverse of `partition`; without anything frozen ({} or None), `trainable` as it is."""
+    """Undoes `partition`. If nothing is frozen ({} or None), the result is `trainable` itself."""
     return {**frozen, "blocks": {**frozen["blocks"], **trainable["blocks"]}} if frozen else trainable
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def initialise(config: ModelConfig, compute: ComputeConfig, key: jax.Array) -> dict:
-    """Fresh adapters, as `partition` gives them: A normal truncated at 3 sigma, sigma = 1 / sqrt(d_in), and B zero.
+    """Returns newly initialized adapters, nested as `partition` returns them and sharded over the mesh in use.
 
-    Sharded over the mesh in use. Nothing else of the model is made: what is not returned is not computed.
+    A is drawn from a normal distribution that is truncated at 3 sigma, with sigma = 1 / sqrt(d_in). B is zero. The
+    other parameters of the model are not computed, because this jitted function does not return them.
     """
     return partition(split(Transformer(config, compute, key))[1])[0]
 
 
 def merge(params: dict, config: ModelConfig) -> dict:
-    """The parameters of the same model without adapters: W + alpha / r A B, in the dtype of W.
+    """Adds the adapters of a model to its matrices: every W becomes W + alpha / r A B, in the dtype of W.
 
-    Computed in fp32, matrix by matrix and layer by layer: beside the model there is memory for the largest one.
+    The sum is computed in fp32, one matrix and one layer at a time. In addition to the model, this needs memory only
+    for the largest matrix.
 
     Args:
-      params: of a model with adapters, stacked along L, on the mesh in use. The matrices that have adapters are
-        donated: they cannot be used afterwards.
-      config: of that model.
+      params: The parameters of a model with adapters, stacked along L, on the mesh in use. The matrices that have
+        adapters are donated, so they cannot be used afterwards.
+      config: The configuration of this model.
+
+    Returns:
+      The parameters of the same model without adapters.
     """
     blocks = {name: x for name, x in params["blocks"].items() if name not in ADAPTERS}
     for name in config.lora.targets if config.lora.rank else ():
         a, b = (params["blocks"][f"{name}_{part}"] for part in "ab")
-        # Waited for: what is only dispatched has its memory already.
+        # Wait for the result: a computation that is dispatched but not finished already takes up its memory.
         blocks[name] = jax.block_until_ready(_merge_one(blocks[name], a, b, name, config.lora.alpha / config.lora.rank))
     return {**params, "blocks": blocks}
 
@@ -75,7 +83,7 @@ def _merge_one(w: jax.Array, a: jax.Array, b: jax.Array, name: str, scale: float
 
     def layer(matrices: tuple[jax.Array, ...]) -> jax.Array:
         w, a, b = (x.astype(jnp.float32) for x in matrices)
-        # A and B lie as W's inputs and outputs do: nothing has to travel.
+        # A is sharded like the inputs of W and B like its outputs, so that no data moves between devices.
         product = jnp.einsum(
             f"{inputs}r,r{outputs}->{inputs}{outputs}",
             a,

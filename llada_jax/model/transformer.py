@@ -1,10 +1,10 @@
-"""The mask predictor: a Transformer without causal mask (Section 2.2 of arXiv 2502.09992).
+"""The mask predictor: a Transformer without a causal mask (Section 2.2 of arXiv 2502.09992).
 
-A pre-norm Llama block without biases, RMSNorm, SwiGLU, RoPE; no time input, since the mask
-ratio is visible in the tokens. Modules are used strictly as pytrees of parameters.
+Its layers are pre-norm Llama blocks without biases, with RMSNorm, SwiGLU and RoPE. The model has no time input, because
+it can see the mask ratio in the tokens. Modules are used only as pytrees of parameters.
 
-Letters in names: B batch, T (and S, of keys) sequence, D model width, H heads, G key/value
-heads, K head width, F feed-forward, V vocabulary, L layers, R rank of the low-rank adapters.
+Letters in names give the dimensions of arrays: B batch, T sequence (S for the sequence of keys), D model width, H
+heads, G key/value heads, K head width, F feed-forward width, V vocabulary, L layers, R rank of the low-rank adapters.
 """
 
 import copy
@@ -23,7 +23,7 @@ from llada_jax.devices import mesh
 from llada_jax.model.attention import SAVED_NAME, attention, choose_kernel
 from llada_jax.model.cpu import project
 
-# The matrices inside a layer: the letters of their inputs and of their outputs.
+# The matrices inside a layer, each with the letters of its input dimensions and of its output dimensions.
 MATRICES = {
     "q_proj": ("d", "hk"),
     "k_proj": ("d", "gk"),
@@ -36,16 +36,17 @@ MATRICES = {
 
 
 def _save_attention(primitive, *_, **params) -> bool:
-    """Remat policy: keep what the attention kernels' backward passes need, so that no kernel runs twice."""
-    # cuDNN's primitive gives no name to its softmax statistics: it is known by its own.
+    """Tells jax.checkpoint to keep what the backward passes of attention kernels need, so that no kernel runs twice."""
+    # cuDNN's softmax statistics have no checkpoint_name, so they are recognized by the name of the primitive.
     return primitive.name.startswith("dot_product_attention_fwd") or (
         primitive.name == "name" and params["name"] == SAVED_NAME
     )
 
 
-# What the backward pass keeps of a layer's forward pass, beside the layer's input; the rest is computed again.
+# What is kept of a layer's forward pass for the backward pass, in addition to the layer's input. The backward pass
+# computes everything else again. The keys are the values of config.compute.remat.
 REMAT = {
-    "none": None,  # all of it is kept
+    "none": None,  # everything is kept
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": _save_attention,
     "dots": jax.checkpoint_policies.save_from_both_policies(
@@ -55,7 +56,11 @@ REMAT = {
 
 
 def _policy(compute: ComputeConfig, rank: int):
-    """REMAT's; but what adapters of this rank add to a product is not kept: it is as large, and quickly computed."""
+    """Returns the remat policy, changed so that the products with the matrices B of adapters are never kept.
+
+    Such a product is as large as the product that it is added to, but much cheaper to compute again, because it sums
+    over the rank only.
+    """
     policy = REMAT[compute.remat]
     if policy is None or not rank:
         return policy
@@ -71,9 +76,16 @@ def _policy(compute: ComputeConfig, rank: int):
 
 
 def compute_dtype(compute: ComputeConfig, platform: str | None = None) -> jnp.dtype:
-    """dtype of activations and matmul operands: bfloat16 on accelerators, float32 on CPU, unless set.
+    """Returns the dtype of activations and matmul operands.
 
-    platform: of the devices that compute; None = the default backend's.
+    Unless config.compute.dtype is set, this is bfloat16 on accelerators and float32 on CPUs.
+
+    Args:
+      compute: The configuration of the computation.
+      platform: The platform of the devices that compute. None means the platform of the default backend.
+
+    Raises:
+      UserError: If config.compute.dtype is neither float32 nor bfloat16.
     """
     name = compute.dtype or ("float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16")
     if name not in ("float32", "bfloat16"):
@@ -82,9 +94,15 @@ def compute_dtype(compute: ComputeConfig, platform: str | None = None) -> jnp.dt
 
 
 def resolve_compute(model: ModelConfig, compute: ComputeConfig, device: jax.Device | None = None) -> ComputeConfig:
-    """A copy of `compute` in which dtype and attention kernel are decided for a device (None = the default one).
+    """Returns a copy of `compute` with the dtype and the attention kernel that are right for a device.
 
-    Raises UserError: a kernel or dtype that does not exist, or a kernel that cannot run there.
+    Args:
+      model: The configuration of the model.
+      compute: The configuration of the computation.
+      device: A device of the kind that computes. None means the default device.
+
+    Raises:
+      UserError: If the dtype or the kernel does not exist, or if the kernel cannot run on this kind of device.
     """
     device = device or jax.devices()[0]
     dtype = compute_dtype(compute, device.platform)
@@ -93,7 +111,11 @@ def resolve_compute(model: ModelConfig, compute: ComputeConfig, device: jax.Devi
 
 
 def _parameter(name: str, key: jax.Array, shape: tuple[int, ...], sigma) -> nnx.Param:
-    """Normal truncated at three sigma, placed as mesh.PARAMETERS says; ones for norm weights (sigma None)."""
+    """Returns a new parameter, sharded as mesh.PARAMETERS specifies.
+
+    Its values are drawn from a normal distribution that is truncated at 3 sigma. If sigma is None, as for the weights
+    of norms, all values are one.
+    """
     spec = mesh.PARAMETERS[name]
     if sigma is None:
         return nnx.Param(jnp.ones(shape, jnp.float32, out_sharding=spec))
@@ -102,21 +124,21 @@ def _parameter(name: str, key: jax.Array, shape: tuple[int, ...], sigma) -> nnx.
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) over the last axis in fp32, cast back to the dtype of x, then times weight."""
+    """Computes x / rms(x) over the last axis in fp32, casts it to the dtype of x, and multiplies it by weight."""
     x_fp32 = x.astype(jnp.float32)
     x_fp32 = x_fp32 * jax.lax.rsqrt(jnp.mean(x_fp32 * x_fp32, axis=-1, keepdims=True) + eps)
     return x_fp32.astype(x.dtype) * weight.astype(x.dtype)
 
 
 def rope_table(length: int, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, fp32 (T, K / 2), of position * theta ** (-2 i / K)."""
+    """Returns cos and sin, fp32 (T, K / 2), of the angles position * theta ** (-2 i / K)."""
     frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def apply_rope(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
-    """Rotates the two halves of each head against each other (rotate-half), in fp32."""
+    """Applies RoPE in fp32; component i of a head is rotated together with component i + K / 2 (rotate-half)."""
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_TK[:, None, :], sin_TK[:, None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -128,7 +150,7 @@ def _einsum(equation: str, x: jax.Array, weight: jax.Array, out_sharding: P) -> 
 
 
 class Block(nnx.Module):
-    """One layer. Built under vmap, so that its parameters are stacked along L."""
+    """One layer. It is built under vmap, so that the parameters of all layers are stacked along L."""
 
     def __init__(self, config: ModelConfig, key: jax.Array, layer: jax.Array):
         c, make = config, functools.partial(_parameter, key=key)
@@ -146,17 +168,17 @@ class Block(nnx.Module):
             shape, count = getattr(self, name).shape, len(MATRICES[name][0])
             a, b = (*shape[:count], c.lora.rank), (c.lora.rank, *shape[count:])
             setattr(self, f"{name}_a", make(f"{name}_a", shape=a, sigma=math.prod(shape[:count]) ** -0.5))
-            # Zeros: the start is exactly the model without adapters.
+            # B starts at zero, so that training starts exactly from the model without adapters.
             b_spec = mesh.PARAMETERS[f"{name}_b"]
             setattr(self, f"{name}_b", nnx.Param(jnp.zeros(b, jnp.float32, out_sharding=b_spec)))
 
     def __call__(self, x_BTD, rope, real, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
-        """x_BTD plus attention plus feed-forward, in the dtype of x_BTD."""
-        # The kernel is decided for the devices in use: "cpu" says what they are.
+        """Adds attention and then the feed-forward network to x_BTD, in the dtype of x_BTD."""
+        # The attention kernel has been chosen for the devices in use, so "cpu" means that they are CPUs.
         product = project if compute.attention == "cpu" else _einsum
 
         def use(name: str) -> jax.Array:
-            # Cast before the gather: half the bytes travel.
+            # The cast comes before the gather, because bfloat16 halves the number of bytes that are transferred.
             weight = getattr(self, name)[...].astype(x_BTD.dtype)
             return jax.reshard(weight, mesh.gathered(mesh.PARAMETERS[name]))
 
@@ -165,8 +187,9 @@ class Block(nnx.Module):
             y = product(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, use(name), out_sharding)
             if not hasattr(self, f"{name}_a"):
                 return y
-            # Beside it, never W + A B: what backpropagates into that is as large as W. Sums over heads or feed-forward
-            # cross the tensor shards while they are thin.
+            # The product with the adapter is added to y. W + A B is never formed, because its gradient would be as
+            # large as W. Sums over heads or over the feed-forward width are reduced over the tensor shards here, while
+            # they have only R columns.
             xa_BTR = _einsum(f"bt{inputs},{inputs}r->btr", x, use(f"{name}_a"), mesh.HIDDEN_BTD)
             xa_BTR *= config.lora.alpha / config.lora.rank
             return y + _einsum(f"btr,r{outputs}->bt{outputs}", xa_BTR, use(f"{name}_b"), out_sharding)
@@ -196,14 +219,16 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """The mask predictor p_theta(. | x_t).
 
-    Parameters are fp32 and initialised as in the published config ("mitchell"): normal
-    truncated at 3 sigma, sigma = 1 / sqrt(width) for embedding and head, 1 / sqrt(d_in) inside a
-    block, and for its two output matrices also divided by sqrt(2 (layer + 1)).
-    Construct it under `jax.set_mesh` (and `jax.jit`, so that each device makes only its shards).
+    Parameters are fp32 and are initialised as in the published configuration ("mitchell"): they are drawn from a normal
+    distribution that is truncated at 3 sigma. sigma is 1 / sqrt(width) for the embedding and the head, and
+    1 / sqrt(d_in) for the matrices inside a block. For the two output matrices of a block it is also divided by
+    sqrt(2 (layer + 1)). The weights of norms are one.
+
+    Construct the model under `jax.set_mesh`, and under `jax.jit`, so that each device allocates only its own shards.
     """
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, key: jax.Array):
-        self.config = copy.deepcopy(config)  # a copy: static data must not change under the caller's hands
+        self.config = copy.deepcopy(config)  # static data must not change when the caller changes its config
         self.compute = dataclasses.replace(compute)
         embedding_key, head_key, blocks_key = jax.random.split(key, 3)
         shape, sigma = (config.vocab_size, config.width), config.width**-0.5
@@ -215,10 +240,17 @@ class Transformer(nnx.Module):
         self.head = None if config.tied_embeddings else _parameter("head", head_key, shape[::-1], sigma)
 
     def trunk(self, tokens_BT: jax.Array, real: jax.Array | None = None) -> jax.Array:
-        """Hidden states (B, T, D) in the compute dtype, after the final norm, before the head.
+        """Computes the hidden states after the final norm and before the head.
 
-        real says which tokens may be attended to: None = all, bool (B, T), or int32 (B,), how many at the
-        start of each row. Runs under `jax.set_mesh` with B divisible by the mesh's data x fsdp.
+        Call this under `jax.set_mesh`.
+
+        Args:
+          tokens_BT: The int32 ids of the tokens. B must be divisible by the number of batch shards, data x fsdp.
+          real: Which tokens may be attended to: None for all tokens, a mask, bool (B, T), or the number of real tokens
+            at the start of each row, int32 (B,).
+
+        Returns:
+          The hidden states (B, T, D) in the compute dtype.
         """
         compute, config = self.compute, self.config
         if not compute.dtype or compute.attention == "auto":
@@ -235,24 +267,28 @@ class Transformer(nnx.Module):
         return rms_norm(x_BTD, self.final_norm[...], config.norm_eps)
 
     def head_weight(self) -> jax.Array:
-        """The output matrix (D, V), fp32: its own or the transposed embedding."""
+        """Returns the output matrix (D, V) in fp32, which is the transposed embedding if the embeddings are tied."""
         return self.embedding[...].T if self.head is None else self.head[...]
 
     def logits(self, h_BTD: jax.Array) -> jax.Array:
-        """fp32 logits (B, T, V) of hidden states from `trunk`."""
+        """Returns the fp32 logits (B, T, V) of the hidden states that `trunk` has returned."""
         weight = jax.reshard(self.head_weight().astype(h_BTD.dtype), P(None, "tensor"))
         return jnp.einsum(
             "btd,dv->btv", h_BTD, weight, preferred_element_type=jnp.float32, out_sharding=mesh.LOGITS_BTV
         )
 
     def __call__(self, tokens_BT: jax.Array, padding_mask_BT: jax.Array | None = None) -> jax.Array:
-        """fp32 logits (B, T, V) for every position, compiled; no mesh needs to be set.
+        """Computes the logits of every position with a compiled function; no mesh needs to be set.
+
+        This is meant for notebooks and tests and not for training, because every device gets the whole array of logits.
 
         Args:
-          tokens_BT: int32 ids, MASK where unknown.
-          padding_mask_BT: bool, True = a real token; padding is not attended to.
+          tokens_BT: The int32 ids of the tokens, with MASK for unknown tokens.
+          padding_mask_BT: A bool mask, True for real tokens; padding is not attended to. None means that all tokens are
+            real.
 
-        Returns the logits whole on every device: for notebooks and tests, not for training.
+        Returns:
+          The fp32 logits (B, T, V).
         """
         with mesh.mesh_of(self.embedding[...]):
             return _forward(self, *mesh.place_rows(tokens_BT, padding_mask_BT), rows=len(tokens_BT))
@@ -260,16 +296,17 @@ class Transformer(nnx.Module):
 
 @functools.partial(jax.jit, static_argnames="rows")
 def _forward(model: Transformer, tokens_BT, padding_mask_BT, rows: int):
-    # Replicated, so that a notebook can index the result like any array.
+    # The result is replicated, so that a notebook can index it like any other array.
     return jax.reshard(model.logits(model.trunk(tokens_BT, padding_mask_BT)), P(None, None, None))[:rows]
 
 
 def embed(embedding_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of the embedding, (B, T, D) in `dtype`.
+    """Returns the rows of the embedding table for the ids of the tokens, (B, T, D) in `dtype`.
 
-    The table stays where it is: each fsdp shard looks up its slice of D for the ids of all
-    fsdp shards, then slices of D are exchanged for slices of B. Less travels than the table would,
-    and the table's gradient is summed in fp32 (half of all ids are MASK) where it belongs.
+    The table itself is not transferred between devices. Each fsdp shard looks up its slice of D for the ids of all fsdp
+    shards; then the shards exchange slices of D for slices of B. This transfers less data than gathering the table. It
+    also sums the gradient of the table in fp32 on the devices that hold it; the precision matters, because half of all
+    ids are MASK and share one row.
     """
 
     def local(table_VD, ids_BT):
@@ -285,28 +322,28 @@ def embed(embedding_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> ja
 
 
 def split(model: Transformer) -> tuple[nnx.GraphDef, dict]:
-    """The model's static part and its parameters as nested dicts of arrays."""
+    """Splits the model into its static part and its parameters, which are nested dicts of arrays."""
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 
 
 def merge(graphdef: nnx.GraphDef, params: dict) -> Transformer:
-    """The inverse of `split`; params may be traced, abstract or of another dtype."""
+    """Undoes `split`. The parameters may be traced or abstract, and their dtype may be another one."""
     return nnx.merge(graphdef, params)
 
 
 def abstract_model(config: ModelConfig, compute: ComputeConfig) -> Transformer:
-    """The model with jax.ShapeDtypeStruct leaves; under `jax.set_mesh` they carry their shardings."""
+    """Returns the model with jax.ShapeDtypeStruct leaves; under `jax.set_mesh` these have their shardings."""
     return jax.eval_shape(lambda: Transformer(config, compute, jax.random.key(0)))
 
 
 def initialise(config: ModelConfig, compute: ComputeConfig, key: jax.Array) -> Transformer:
-    """A freshly initialised model, sharded over the mesh in use; the same values on any mesh."""
+    """Returns a newly initialised model, sharded over the mesh in use. Its values are the same on any mesh."""
     return jax.jit(Transformer, static_argnums=(0, 1))(config, compute, key)
 
 
 def parameter_count(config: ModelConfig) -> int:
-    """Number of parameters, without allocating any."""
+    """Returns the number of parameters of a model, without allocating any parameters."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh((1, 1, 1))):
         leaves = jax.tree.leaves(abstract_model(config, ComputeConfig()))
     return sum(leaf.size for leaf in leaves)

@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its text: how often each runs and how many bytes it moves."""
+"""Finds the collectives in the text of a compiled program: how often each one runs and how many bytes it moves."""
 
 import dataclasses
 import math
@@ -16,37 +16,44 @@ _CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=(\{[^}]*\}|%?[\
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective of the program."""
+    """One collective operation of a program."""
 
     kind: str  # a name in KINDS
-    size: int  # bytes of its whole operand or result, whichever is larger, on one device
-    group: int  # devices that take part
-    slices: int  # slices (or nodes) that they are on
+    size: int  # bytes of the whole operand or of the whole result on one device, whichever is larger
+    group: int  # number of devices that take part
+    slices: int  # number of slices (or nodes) that these devices are on
     count: float  # runs per call of the program
 
     def link_bytes(self) -> float:
-        """Bytes that each device must receive within its slice, all runs together, at the least."""
+        """Returns the least number of bytes that each device must receive from its own slice, summed over all runs."""
         return self._moved(self.group // self.slices) * self.count
 
     def network_bytes(self) -> float:
-        """Bytes that each device must receive from other slices, if those of one slice share out the work."""
+        """Returns the least number of bytes that each device must receive from other slices, summed over all runs.
+
+        The devices of one slice are assumed to share this traffic equally.
+        """
         return self._moved(self.slices) / (self.group // self.slices) * self.count
 
     def _moved(self, parties: int) -> float:
         if self.kind == "collective-permute":
             return self.size if parties > 1 else 0
-        rounds = 2 if self.kind == "all-reduce" else 1  # to reduce, and to hand the result back
+        rounds = 2 if self.kind == "all-reduce" else 1  # one round reduces, the other distributes the result
         return rounds * self.size * (parties - 1) / parties
 
 
 def collectives(text: str, devices: int, slices: int, unknown_trips: float) -> list[Collective]:
-    """All collectives of an optimised HLO module, those in loops counted as often as the loop runs.
+    """Returns all collectives of an optimised HLO module; a collective in a loop counts once per iteration.
 
     Args:
-      text: of the module, as `compiled.as_text()` gives it.
-      devices: that the program runs on, the same number on each slice, those of a slice one after the other.
-      slices: TPU slices, or GPU nodes.
-      unknown_trips: how often a loop runs whose trip count depends on data.
+      text: The text of the module, as `compiled.as_text()` returns it.
+      devices: Number of devices that the program runs on. Every slice has the same number of devices, and the devices
+        of one slice have consecutive numbers.
+      slices: Number of TPU slices, or of GPU nodes.
+      unknown_trips: The trip count to assume for a loop whose trip count depends on data.
+
+    Returns:
+      One `Collective` for each collective instruction in a computation that runs.
     """
     computations, entry = _computations(text)
     runs = _runs(computations, entry, unknown_trips)
@@ -57,13 +64,14 @@ def collectives(text: str, devices: int, slices: int, unknown_trips: float) -> l
         seen = set()
         for place, line in _with_fused(name, lines, computations):
             if " recv(" in line and "xla_megascale" in line:
-                # What crosses TPU slices is handed to the hosts, which reduce it with their peers.
+                # Data for other TPU slices is handed to the hosts, which reduce it with the hosts of those slices.
                 found.append(Collective("all-reduce", _shapes(line.split(" recv(")[0])[0], slices, slices, runs[name]))
                 continue
             kind = next((kind for kind in KINDS if f" {kind}(" in line or f" {kind}-start(" in line), None)
             if kind is None:
                 continue
-            # An asynchronous gather stands in the fusions that start it, run beside it and await it.
+            # The same asynchronous gather appears in several fusions: the one that starts it, those that run beside
+            # it, and the one that waits for it. Count it only once.
             channel = re.search(r"channel_id=\d+", line)
             if line not in lines:
                 key = (kind, channel and channel[0], _groups_text(line))
@@ -74,13 +82,14 @@ def collectives(text: str, devices: int, slices: int, unknown_trips: float) -> l
             crossed = len({partition // (devices // slices) for partition in groups})
             size = _size(line, kind, len(groups))
             if "all-reduce-scatter" in place:
-                kind = "reduce-scatter"  # a TPU writes it as an all-reduce of which only a slice is made
+                # The TPU compiler writes a reduce-scatter as an all-reduce of which only a slice is computed.
+                kind = "reduce-scatter"
             found.append(Collective(kind, size, len(groups), crossed, runs[name]))
     return found
 
 
 def totals(found: list[Collective]) -> dict[str, dict[str, float]]:
-    """Per kind: runs, and bytes received per device over links and over the network."""
+    """Returns, for each kind, the number of runs and the bytes received per device over links and over the network."""
     sums: dict[str, Counter] = defaultdict(Counter)
     for one in found:
         sums[one.kind].update(runs=one.count, link_bytes=one.link_bytes(), network_bytes=one.network_bytes())
@@ -95,7 +104,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
             current = computations.setdefault(header[1], [])
             if line.startswith("ENTRY"):
                 entry = header[1]
-        elif line.rstrip() == "}":  # not just any line that starts so: a kernel's description may be several lines long
+        elif line.rstrip() == "}":  # The whole line: the description of a kernel may contain a line that starts with }.
             current = None
         elif current is not None:
             current.append(line)
@@ -103,7 +112,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _runs(computations: dict[str, list[str]], entry: str, unknown_trips: float) -> dict[str, float]:
-    """How often each computation that is not a fusion's runs."""
+    """Returns how often each computation runs, leaving out the computations of fusions."""
     runs: dict[str, float] = defaultdict(float)
 
     def visit(name: str, times: float) -> None:
@@ -121,7 +130,11 @@ def _runs(computations: dict[str, list[str]], entry: str, unknown_trips: float) 
 
 
 def _trips(line: str, computations: dict[str, list[str]], unknown_trips: float) -> float:
-    """Trip count of a while instruction: as annotated, or the constant that its condition compares with."""
+    """Returns the trip count of a while instruction.
+
+    This is the annotated trip count if there is one, else the largest constant in the loop's condition, else
+    `unknown_trips`.
+    """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
         return int(known[1])
     condition = computations[re.search(r"condition=%?([\w.\-]+)", line)[1]]
@@ -130,12 +143,12 @@ def _trips(line: str, computations: dict[str, list[str]], unknown_trips: float) 
 
 
 def _called(line: str) -> list[str]:
-    """Names of the computations that an instruction calls."""
+    """Returns the names of the computations that an instruction calls."""
     return [name for names in _CALLED.findall(line) for name in re.findall(r"[\w.\-]+", names)]
 
 
 def _with_fused(name: str, lines: list[str], computations: dict[str, list[str]]):
-    """The instructions of a computation and of the fusions in it, each with the name of where it stands."""
+    """Yields the instructions of a computation and of its fusions, each with the name of its own computation."""
     for line in lines:
         yield name, line
         if " fusion(" in line:
@@ -144,18 +157,18 @@ def _with_fused(name: str, lines: list[str], computations: dict[str, list[str]])
 
 
 def _size(line: str, kind: str, parties: int) -> int:
-    """Bytes of the larger of result and operand: what a gather ends with, what a scatter starts from."""
+    """Returns the bytes of the result or operand, whichever is larger: a gather's result, a scatter's operand."""
     result = re.match(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) (?:all-|reduce-scatter|collective-permute)", line)[1]
     shapes = _shapes(result)
     if f" {kind}-start(" in line and kind in ("all-gather", "reduce-scatter"):
-        return sum(shapes) * parties // (parties + 1)  # operands and results stand side by side
+        return sum(shapes) * parties // (parties + 1)  # The type lists both the operands and the results.
     if kind == "collective-permute":
         return shapes[0]
     return sum(shapes) * (parties if kind == "reduce-scatter" else 1)
 
 
 def _shapes(text: str) -> list[int]:
-    """Bytes of the arrays in a type."""
+    """Returns the bytes of each array in the text of a type."""
     return [
         math.prod(int(n) for n in dims.split(",") if n) * _BYTES.get(dtype, 4)
         for dtype, dims in re.findall(r"\b([a-z]+\d+|pred)\[([\d,]*)\]", text)
@@ -168,7 +181,10 @@ def _groups_text(line: str) -> str:
 
 
 def _groups(line: str, devices: int, per_slice: int) -> list[int]:
-    """The partitions of the first group of a collective; of a permutation a pair that crosses slices, if one does."""
+    """Returns the device numbers in the first group of a collective.
+
+    For a permutation, returns a source and target that lie on different slices if there is such a pair.
+    """
     text = _groups_text(line)
     if found := re.match(r"\{\{([\d,]+)\}", text):
         return [int(n) for n in found[1].split(",")]
@@ -183,7 +199,7 @@ def _groups(line: str, devices: int, per_slice: int) -> list[int]:
     if found := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", line):
         pairs = [[int(a), int(b)] for a, b in re.findall(r"(\d+),(\d+)", found[1])]
         return max(pairs, key=lambda pair: pair[0] // per_slice != pair[1] // per_slice)
-    return list(range(devices))  # none are named: all take part
+    return list(range(devices))  # A collective without groups involves all devices.
 
 
 def _iota(shape: str, order: str | None) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""What a run would need of hardware that need not be there: memory, FLOPs, traffic, time; see plan.py."""
+"""Estimates the memory, FLOPs, traffic and time of a run on hardware that need not be present.
+
+`llada_jax/plan.py` is the command line program for these estimates.
+"""
 
 import dataclasses
 import importlib.metadata
@@ -18,31 +21,34 @@ from llada_jax.model import lora
 from llada_jax.model.transformer import abstract_model, parameter_count, resolve_compute, split
 from llada_jax.planning import collectives, topology
 from llada_jax.training import config_check, metrics
-from llada_jax.training.step import check_choices, make_state, make_train_step
+from llada_jax.training.step import make_state, make_train_step
 
 COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
-GPU_SHARE = 0.9  # of a GPU's memory: what XLA_PYTHON_CLIENT_MEM_FRACTION can be set to beside CUDA's own needs
+# Share of a GPU's memory that the plan lets JAX use (XLA_PYTHON_CLIENT_MEM_FRACTION). CUDA itself needs the rest.
+GPU_SHARE = 0.9
 
 
 def plan(config: Config, target: str) -> tuple[dict, str]:
-    """The plan of a run on a topology, and the text of the compiled train step ("" if it does not fit).
+    """Compiles the train step of a run for a topology and returns what it needs.
 
     Args:
-      config: the run, with config.model.vocab_size set: no tokenizer is read.
-      target: as --topology.
+      config: The run's configuration. config.model.vocab_size must be set, because no tokenizer is read.
+      target: The topology, in the form that --topology takes.
 
     Returns:
-      A dict of JSON values whose names carry their units.
+      A dict of JSON values whose names include their units, and the text of the compiled train step. The text is ""
+      if the compiler says that the train step does not fit into memory.
 
     Raises:
-      UserError: a mistake in config or target, or a missing compiler.
+      UserError: If `config` or `target` contains a mistake, or the compiler for the topology is not installed.
     """
     config_check.validate(config)
-    check_choices(config)
     if not config.model.layers:
-        raise UserError("config.model.layers is 0: a plan does not look into config.init_from, set the architecture")
+        raise UserError(
+            "config.model.layers is 0: a plan does not read config.init_from; set the architecture in config.model"
+        )
     if not config.model.vocab_size:
-        raise UserError("config.model.vocab_size is 0: a plan reads no tokenizer, so it must be set")
+        raise UserError("config.model.vocab_size is 0: a plan does not read a tokenizer; set config.model.vocab_size")
     if config.model.mask_id is None:
         config.model.mask_id = config.model.vocab_size - 1
     hardware = topology.describe(target)
@@ -78,7 +84,7 @@ def plan(config: Config, target: str) -> tuple[dict, str]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needed = re.search(r"Used (\S+) of (\S+) hbm", str(error))
-        said = f"the compiler needs {needed[1]} of {needed[2]}" if needed else str(error).splitlines()[0]
+        said = f"the train step needs {needed[1]}, a chip has {needed[2]}" if needed else str(error).splitlines()[0]
         return record | {"fits": False, "why": said}, ""
     record["compile_seconds"] = round(time.perf_counter() - started, 1)
     memory, text = compiled.memory_analysis(), compiled.as_text()
@@ -90,12 +96,14 @@ def plan(config: Config, target: str) -> tuple[dict, str]:
         "fits": memory.peak_memory_in_bytes <= limit,
     }
     if not record["fits"]:
-        record["why"] = f"the peak is {memory.peak_memory_in_bytes / GIB:.1f} GiB of {limit / GIB:.1f}"
+        record["why"] = (
+            f"the peak is {memory.peak_memory_in_bytes / GIB:.1f} GiB, but only {limit / GIB:.1f} GiB are usable"
+        )
     return record | costs(config, hardware, text), text
 
 
 def lower(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
-    """The train step of `llada_jax.train`, unmodified, traced for devices that need not be there."""
+    """Traces and lowers the unmodified train step of `llada_jax.train` for devices that need not be present."""
     shape = (config.batch_size, config.sequence_length)
     with jax.set_mesh(device_mesh):
 
@@ -105,14 +113,17 @@ def lower(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
         graphdef, _ = split(abstract_model(config.model, config.compute))
         state = jax.eval_shape(lambda: make_state(config))
         batch = {"tokens": rows(shape, mesh.TOKENS_BT), "length": rows(shape[:1], mesh.ROWS_B)}
-        if is_chat(config):  # the longest rows there can be
+        if is_chat(config):  # Batches of conversations vary in length. The plan takes the longest.
             batch["prompt"] = rows(shape[:1], mesh.ROWS_B)
         options = compiler_options(device_mesh.devices.flat[0], config.compute.deterministic)
         return make_train_step(config, graphdef, options).lower(state, batch, frozen(config))
 
 
 def frozen(config: Config) -> dict:
-    """What the step is given beside the state: with adapters all other weights, abstract, in the compute dtype."""
+    """Returns the abstract frozen weights that the train step takes beside the state.
+
+    With low-rank adapters these are all weights except the adapters, in the compute dtype. Without, they are {}.
+    """
     if not config.model.lora.rank:
         return {}
     weights = lora.partition(split(abstract_model(config.model, config.compute))[1])[1]
@@ -121,7 +132,19 @@ def frozen(config: Config) -> dict:
 
 
 def costs(config: Config, hardware: topology.Topology, text: str) -> dict:
-    """FLOPs, collectives, the floors of the step time and the price of the recipe at the floor."""
+    """Returns the FLOPs, the collectives, the lower bounds of the step time, and what the whole run costs at best.
+
+    Each floor is the time that one resource (compute, links, network) alone needs at its peak rate. The step time at
+    the floor is the largest of them; the days and chip hours of the recipe follow from it.
+
+    Args:
+      config: The run's configuration.
+      hardware: The topology that the train step was compiled for.
+      text: The text of the compiled train step.
+
+    Returns:
+      A dict of JSON values whose names include their units.
+    """
     chip, chips = hardware.chip, len(hardware.devices)
     tokens = config.batch_size * config.sequence_length
     per_token = metrics.flops_per_token(config.model, config.sequence_length)
@@ -152,9 +175,9 @@ def costs(config: Config, hardware: topology.Topology, text: str) -> dict:
 
 
 def loss_turns(config: Config, chips: int) -> int:
-    """How often the loop of the loss runs on each device if half of its positions are masked.
+    """Returns how often the loop over chunks of the loss runs on each device if half of its positions are masked.
 
-    The devices of a tensor group share their rows, and in this loop they communicate.
+    The number matters because the devices of a tensor group hold the same rows and communicate in every iteration.
     """
     data, fsdp, _ = mesh.axis_sizes(config.mesh, chips)
     positions = config.batch_size * config.sequence_length // (data * fsdp * config.accumulation)
@@ -162,7 +185,7 @@ def loss_turns(config: Config, chips: int) -> int:
 
 
 def page(record: dict) -> str:
-    """The plan for a reader."""
+    """Formats a plan as text for a person."""
     compute, chips = record["compute"], record["chips"]
     place = "slice" if "libtpu" in record["versions"] else "node"
     adapters = f", of adapters {record['adapter_parameters']:,}" if record["adapter_parameters"] else ""
@@ -198,8 +221,12 @@ def page(record: dict) -> str:
             f"{record['recipe_days_at_floor']:.1f} days, {record['recipe_chip_hours_at_floor']:,.0f} chip hours",
         ]
     if record["fits"] and place == "node":
-        lines.append(f"memory is {GPU_SHARE:.0%} of the card: export XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}")
-    lines.append("fits" if record["fits"] else f"does not fit: {record['why']}; more accumulation, chips or remat help")
+        lines.append(
+            f"this plan uses {GPU_SHARE:.0%} of each GPU's memory: export XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_SHARE}"
+        )
+    lines.append(
+        "fits" if record["fits"] else f"does not fit: {record['why']}; use more accumulation, more chips or more remat"
+    )
     return "\n".join(lines)
 
 

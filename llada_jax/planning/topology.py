@@ -1,4 +1,4 @@
-"""Hardware that is described, not present: devices to compile for on any machine."""
+"""Describes TPU slices and GPU nodes that need not be present, so that any machine can compile for them."""
 
 import dataclasses
 import importlib.util
@@ -11,8 +11,8 @@ import jax
 from llada_jax.config import UserError
 from llada_jax.devices.hardware import Chip, chip_named
 
-# What the GPU compiler wants to know of a device, in the text form of its GpuTargetConfigProto: NVIDIA's figures
-# for Hopper SXM. {memory} and {bandwidth} differ between H100 and H200.
+# The description of a device that the GPU compiler needs, in the text form of its GpuTargetConfigProto. The values are
+# NVIDIA's figures for Hopper SXM. {memory} and {bandwidth} differ between H100 and H200.
 _HOPPER = """
 platform_name: "CUDA"
 device_description_str: "{name}"
@@ -28,58 +28,79 @@ gpu_device_info {{
   driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
 }}
 """
-LARGEST = {"v5e": 256, "v6e": 256, "v5p": 6144}  # chips of one slice
-_GPU_BANDWIDTH = {"h100": 3_350_000_000_000, "h200": 4_800_000_000_000}  # bytes/s of its memory
+LARGEST = {"v5e": 256, "v6e": 256, "v5p": 6144}  # the largest number of chips in one slice
+_GPU_BANDWIDTH = {"h100": 3_350_000_000_000, "h200": 4_800_000_000_000}  # memory bandwidth in bytes/s
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """What a --topology means."""
+    """The hardware that a --topology describes."""
 
     chip: Chip
     slices: int  # TPU slices joined by the data-center network, or GPU nodes
-    devices: list  # described devices of all of them
+    devices: list  # the described devices of all slices or nodes
 
 
 def parse(text: str) -> tuple[int, Chip, str]:
-    """Slices, chip and shape of "[SLICESx]CHIP:SHAPE", as in "2xv5p:4x4x8". UserError if it is not of that form."""
+    """Splits a topology in the form "[SLICESx]CHIP:SHAPE", as in "2xv5p:4x4x8", into its parts.
+
+    Returns:
+      The number of slices, the chip and the text of the shape.
+
+    Raises:
+      UserError: If the text does not have this form, or the chip is unknown.
+    """
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):(\d+(?:x\d+)*)", text)
     if not found:
-        raise UserError(f"--topology={text!r}: write [SLICESx]CHIP:SHAPE, as in v5p:4x4x8, 2xv5p:4x4x8 or h200:8")
+        raise UserError(f"--topology={text!r}: write [SLICESx]CHIP:SHAPE, e.g. v5p:4x4x8, 2xv5p:4x4x8 or h200:8")
     return int(found[1] or 1), chip_named(found[2]), found[3]
 
 
 def describe(text: str) -> Topology:
-    """The devices of a topology (see `parse`).
+    """Returns the chip, the slices and the described devices of a topology.
+
+    Args:
+      text: The topology, in the form that `parse` takes.
 
     Raises:
-      UserError: the compiler for it is not installed, or there is no such shape.
+      UserError: If the compiler for the topology is not installed, or no hardware of this shape exists.
     """
     slices, chip, shape = parse(text)
     lengths = [int(n) for n in shape.split("x")]
     if min(lengths) < 1 or slices > 1024 or math.prod(lengths) > LARGEST.get(chip.name, 1024):
-        raise UserError(f"--topology={text}: there is no such number of chips")
+        raise UserError(
+            f"--topology={text}: no such number of chips: a slice or node of {chip.name} has 1 to "
+            f"{LARGEST.get(chip.name, 1024)}, and at most 1024 slices or nodes can be joined"
+        )
     if chip.name.startswith("v"):
         if len(lengths) != (dimensions := 3 if chip.name == "v5p" else 2):
-            raise UserError(f"--topology={text}: a slice of {chip.name} has {dimensions} dimensions")
+            raise UserError(
+                f"--topology={text}: a slice of {chip.name} has {dimensions} dimensions, not {len(lengths)}"
+            )
         return Topology(chip, slices, _tpu(text, chip, shape, slices))
     if "x" in shape:
-        raise UserError(f"--topology={text}: GPUs are counted, as in {chip.name}:8, or 2x{chip.name}:8 for two nodes")
+        raise UserError(
+            f"--topology={text}: GPUs are given by their number per node, e.g. {chip.name}:8, or 2x{chip.name}:8 for "
+            "two nodes"
+        )
     return Topology(chip, slices, _gpu(text, chip, int(shape), slices))
 
 
 def prepare_environment() -> None:
-    """To be called before a backend or libtpu is loaded: a machine without TPU must not look for one."""
+    """Sets the environment variables that let a machine without TPUs and GPUs compile for them.
+
+    Call this before a JAX backend or libtpu is loaded, because libtpu would otherwise look for a TPU.
+    """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # or two plans at a time abort on a lock file
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # of no account here, but asked for
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # Without it, two plans at once abort on a lock file.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")  # libtpu requires a value, but a plan does not use it.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
 
 
 def installed(chip: str) -> bool:
-    """Whether the compiler for a chip of this name is installed."""
+    """Returns whether the compiler for the chip with this name is installed."""
     return any(importlib.util.find_spec(package) for package in _compilers(chip))
 
 
@@ -97,7 +118,7 @@ def _tpu(text: str, chip: Chip, shape: str, slices: int) -> list:
             platform="tpu", topology_name=f"{chip.name}:{shape}", **({"num_slices": slices} if slices > 1 else {})
         ).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        raise UserError(f"--topology={text}: no such slice: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--topology={text}: no such slice exists: {str(error).splitlines()[0]}") from None
 
 
 def _gpu(text: str, chip: Chip, count: int, nodes: int) -> list:

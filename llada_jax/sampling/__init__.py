@@ -1,4 +1,4 @@
-"""The reverse process: from masked tokens to tokens, and from prompts to text.
+"""The reverse process: fills in masked tokens, and completes text prompts.
 
-May import: model, devices, text, config. Start reading at `sampler.py`.
+This package may import model, devices, text, cli and config. Start reading at `sampler.py`.
 """

@@ -1,6 +1,6 @@
-"""What a reverse step decides: how many tokens to unmask, which tokens, and which of them stay.
+"""The decisions of a reverse step: how many tokens it unmasks, which tokens it predicts, and which of them stay.
 
-Letters in names, beside those of model.py: C positions predicted together.
+Letters in names, in addition to those of `model/transformer.py`: C positions predicted together.
 """
 
 import jax
@@ -11,22 +11,22 @@ from jax.sharding import PartitionSpec as P
 def schedule(
     masks_B: jax.Array, steps: jax.Array, block_length: int, step: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Where each row stands at a reverse step: the linear schedule, shared between the blocks.
+    """Returns where each row stands at a reverse step of the linear schedule, which the blocks share.
 
-    A row's MASK tokens make ceil(masks / block_length) blocks, the last may be short. A block has
-    steps // blocks steps, the first (steps mod blocks) blocks one more, at least one. A step
-    unmasks (tokens of the block) // (its steps) tokens, the first (tokens mod steps) one more;
-    steps that would unmask nothing are skipped.
+    The MASK tokens of a row are divided into ceil(masks / block_length) blocks; the last block may be shorter. Every
+    block takes steps // blocks steps, and each of the first (steps mod blocks) blocks takes one more, but no block
+    takes less than one step. A step unmasks (tokens of the block) // (steps of the block) tokens, and each of the
+    first (tokens mod steps) steps of the block unmasks one more. Steps that would unmask nothing are skipped.
 
     Args:
-      masks_B: int32, MASK tokens to fill in each row.
-      steps: int32 scalar, reverse steps in all.
-      block_length: tokens per block.
-      step: int32 scalar, reverse steps already done.
+      masks_B: int32, the number of MASK tokens to fill in each row.
+      steps: int32 scalar, the total number of reverse steps.
+      block_length: The number of tokens per block.
+      step: int32 scalar, the number of reverse steps already done.
 
     Returns:
-      int32 (B,): the active block; the step within it; how many tokens this step unmasks (0 for
-      a row that is finished); how many steps the row takes in all.
+      Four int32 arrays of shape (B,): the index of the active block; the index of the step within that block; the
+      number of tokens that the step unmasks (0 for a row that is finished); and the total number of steps of the row.
     """
     blocks_B = jnp.maximum(-(-masks_B // block_length), 1)
     share_B, extra_B = steps // blocks_B, steps % blocks_B
@@ -37,7 +37,7 @@ def schedule(
     def tokens_of(block_B):
         return jnp.clip(masks_B - block_B * block_length, 0, block_length)
 
-    # Steps that are not skipped, in a full block: one of the first `extra` blocks, and any other.
+    # Number of steps of a full block, without skipped steps: long_B in the first extra_B blocks, short_B in the others.
     long_B = jnp.minimum(share_B + 1, block_length)
     short_B = jnp.clip(share_B, 1, block_length)
 
@@ -57,12 +57,13 @@ def schedule(
 
 
 def gumbel(key_BC: jax.Array, vocab_size: int) -> jax.Array:
-    """Gumbel noise, fp32 (B, C, V), from one 32-bit draw each.
+    """Returns Gumbel noise, fp32 (B, C, V), with each value made from one 32-bit random number.
 
-    A token wins by the upper tail of its noise, so that is where resolution is needed: with the usual
-    24-bit uniforms nothing beyond 16.6 exists, and tokens of small probability (there are 10^5) are drawn too
-    rarely. -log(-log(1 - u)) puts the fine end of floating point there: u = 2^-33 gives 22.9, the grid is
-    2^-32, and only noise below -2.8, of probability 6e-8, is cut off.
+    A token is drawn because of the upper tail of its noise, so the noise needs a fine resolution there. With the usual
+    24-bit uniform numbers no noise exceeds 16.6, and tokens of small probability are drawn too rarely; a vocabulary
+    has about 10^5 of them. The formula -log(-log(1 - u)) uses the fine end of floating point for the upper tail:
+    u = 2^-33 gives 22.9, the values of u are 2^-32 apart, and only noise below -2.8, which has a probability of 6e-8,
+    is cut off.
     """
 
     def bits(key):
@@ -75,44 +76,46 @@ def gumbel(key_BC: jax.Array, vocab_size: int) -> jax.Array:
 def choose(
     logits_BCV: jax.Array, noise_BCV: jax.Array | None, allowed_V: jax.Array, unsure_V: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The tokens drawn (Gumbel-max; the most probable where noise is None) and how sure the model is of them.
+    """Draws one token per position by the Gumbel-max trick, and returns the tokens with their probabilities.
 
     Args:
-      logits_BCV: fp32; -inf for what is impossible.
-      noise_BCV: fp32, Gumbel noise times the temperature.
-      allowed_V: bool, tokens that may be chosen. The others keep their part of the softmax.
-      unsure_V: bool, tokens that may be chosen but have no part in the softmax, and so a probability of 0.
+      logits_BCV: fp32 logits, -inf for tokens that are impossible.
+      noise_BCV: fp32 Gumbel noise times the temperature. With None the most probable tokens are chosen.
+      allowed_V: bool, True for tokens that may be chosen. The other tokens still count in the softmax.
+      unsure_V: bool, True for tokens that may be chosen but do not count in the softmax: their probability is 0.
 
     Returns:
-      int32 (B, C) tokens; fp32 (B, C) their probability, at temperature 1 whatever the temperature of the draw.
+      The tokens, int32 (B, C), and their probabilities, fp32 (B, C). The probabilities are those at temperature 1,
+      whatever the temperature of the draw is.
     """
     noisy_BCV = jnp.where(allowed_V, logits_BCV if noise_BCV is None else logits_BCV + noise_BCV, -jnp.inf)
-    # The lowest id among equals, as argmax, which takes a CPU six times as long. The barrier: computed once, or what is
-    # equal here might differ in the last bit.
+    # Among equal logits the lowest id wins. jnp.argmax gives the same result, but takes six times as long on a CPU. The
+    # barrier makes XLA compute the noisy logits only once; computed twice, equal values might differ in the last bit.
     noisy_BCV = jax.lax.optimization_barrier(noisy_BCV)
     vocabulary, best_BC = jnp.arange(logits_BCV.shape[-1]), jnp.max(noisy_BCV, axis=-1)
     is_best_BCV = noisy_BCV == best_BC[..., None]
     token_BC = jnp.min(jnp.where(is_best_BCV, vocabulary, len(vocabulary) - 1), axis=-1)
     if unsure_V is not None:
         logits_BCV = jnp.where(unsure_V, -jnp.inf, logits_BCV)
-    # A masked sum instead of a lookup, which a vocabulary split over devices does not allow.
+    # The logit is found by a masked sum, because a vocabulary that is split over devices does not allow a lookup.
     is_token_BCV = vocabulary == token_BC[..., None]
     chosen_BC = jnp.sum(jnp.where(is_token_BCV, logits_BCV, 0.0), axis=-1)
-    # exp(logit - max) / sum rather than exp(logit - logsumexp): exact to the last bit near 1, where ranks are decided.
+    # Near 1, where ranks are decided, exp(logit - max) / sum is exact to the last bit; exp(logit - logsumexp) is not.
     max_BC = jnp.max(logits_BCV, axis=-1)
     sum_BC = jnp.sum(jnp.exp(logits_BCV - max_BC[..., None]), axis=-1)
     return token_BC.astype(jnp.int32), jnp.exp(chosen_BC - max_BC) / sum_BC
 
 
 def low_confidence(probability_BC: jax.Array, key_BC: jax.Array) -> jax.Array:
-    """Remasks the least confident: the score to keep a prediction is its probability."""
+    """Scores each prediction by its probability, so that the least confident predictions are remasked."""
     return probability_BC
 
 
 def random(probability_BC: jax.Array, key_BC: jax.Array) -> jax.Array:
-    """Remasks at random: the score to keep a prediction is noise."""
+    """Scores each prediction by random noise, so that predictions are remasked at random."""
     return jax.vmap(jax.vmap(jax.random.uniform))(key_BC)
 
 
-# How a step decides which predictions stay: the highest scores do, among equals the lowest position.
+# The strategies by which a step scores its predictions. The predictions with the highest scores stay; among equal
+# scores, the one at the lowest position stays.
 REMASKING = {"low_confidence": low_confidence, "random": random}

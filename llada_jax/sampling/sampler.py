@@ -1,15 +1,15 @@
-"""The reverse process (Section 2.4 and Appendix B.4 of arXiv 2502.09992): MASK tokens become text.
+"""The reverse process (Section 2.4 and Appendix B.4 of arXiv 2502.09992), which turns MASK tokens into text.
 
-A canvas [prompt | MASK ... MASK] is denoised by one compiled program, a `lax.while_loop` over
-reverse steps. Every step predicts the masked tokens of the active block and keeps some of them;
-the rest stay masked. The MASK positions of a row, the prompt's own first, then the appended
-ones, are cut in order into blocks; block after block is finished, each in its share of the steps.
+One compiled program, a `lax.while_loop` over reverse steps, denoises a canvas [prompt | MASK ... MASK]. Every step
+predicts the masked tokens of the active block and keeps some of the predictions; the other tokens stay masked. The MASK
+positions of a row (first those in the prompt, then the appended ones) are cut in order into blocks. The blocks are
+finished one after another, each in its share of the steps.
 
-Rows do not know of each other: each has its own blocks and steps, its noise depends on
-(key, row, block, step) only, and it is computed from its first real token on, so that left
-padding changes neither its positions nor its result.
+Rows are independent of each other. Each row has its own blocks and steps, and its noise depends only on the key, the
+row, the block, the step and the slot within the block. A row is computed from its first real token on, so left padding
+changes neither its positions nor its result.
 
-Letters in names, beside those of model.py: K slots of the active block, C slots of one chunk.
+Letters in names, in addition to those of `model/transformer.py`: K slots of the active block, C slots of one chunk.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from llada_jax.model.transformer import Transformer, compute_dtype
 from llada_jax.sampling.guidance import guided_trunk
 from llada_jax.sampling.remasking import REMASKING, choose, gumbel, schedule
 
-# Positions that go through the head together: logits of (B, HEAD_CHUNK, V) are the most that is held.
+# Number of positions per row that go through the head at once, so that memory holds logits of (B, HEAD_CHUNK, V) only.
 HEAD_CHUNK = 64
 TO_THE_END = np.iinfo(np.int32).max
 
@@ -36,21 +36,21 @@ TO_THE_END = np.iinfo(np.int32).max
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Rows:
-    """What stays the same while the rows are denoised. Positions count from a row's first real token."""
+    """The data that stays the same while rows are denoised. Positions count from a row's first real token."""
 
-    order_BT: jax.Array  # int32: positions of the MASK tokens to fill, ascending, then all others
-    masks_B: jax.Array  # int32: how many there are to fill
-    own_B: jax.Array  # int32: how many of them are the prompt's own
-    shift_B: jax.Array  # int32: padding tokens in front
-    real_BT: jax.Array | None  # bool: True = a real token; None = all are
-    given_BT: jax.Array | None  # bool: tokens of the prompt, which guidance takes away; None = no guidance
-    key_B: jax.Array  # keys: the row's noise
+    order_BT: jax.Array  # int32: positions of the MASK tokens to fill, ascending, then all other positions
+    masks_B: jax.Array  # int32: number of MASK tokens to fill
+    own_B: jax.Array  # int32: number of these that stand in the prompt itself
+    shift_B: jax.Array  # int32: number of padding tokens in front
+    real_BT: jax.Array | None  # bool: True for a real token; None if all tokens are real
+    given_BT: jax.Array | None  # bool: True for the prompt's tokens, which guidance hides; None without guidance
+    key_B: jax.Array  # PRNG keys: the source of each row's noise
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Dials:
-    """Settings that are traced: trying other values compiles nothing new."""
+    """The settings that are traced: other values of them do not compile the program again."""
 
     steps: jax.Array  # int32
     temperature: jax.Array  # fp32
@@ -58,15 +58,15 @@ class Dials:
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """jnp.take_along_axis(x, index, axis=1), row by row where the rows are."""
-    # Left to itself JAX cannot tell whose sharding an index of shape (1, 1) follows.
+    """Returns jnp.take_along_axis(x, index, axis=1), computed on the devices that hold the rows."""
+    # Without shard_map, JAX cannot tell which sharding an index of shape (1, 1) follows.
     split = mesh.TOKENS_BT if x.ndim == 2 else mesh.HIDDEN_BTD
     take = functools.partial(jnp.take_along_axis, axis=1)
     return jax.shard_map(take, in_specs=(split, split), out_specs=split)(x, index)
 
 
 def _is_end(ids: jax.Array, config: SamplerConfig) -> jax.Array:
-    """bool of the shape of ids: EOS or end of turn."""
+    """Returns bool of the shape of ids, True for EOS and for end of turn."""
     return functools.reduce(jnp.logical_or, (ids == end for end in _ends(config)))
 
 
@@ -82,7 +82,7 @@ def _predict(
     temperature: jax.Array,
     config: SamplerConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens int32 and scores fp32, (B, C), for some positions of the canvas."""
+    """Returns the predicted tokens, int32 (B, C), and their scores, fp32 (B, C), at some positions of the canvas."""
     h_BCD = _take(h_BTD, position_BC[:, :, None])
     logits_BCV = model.logits(h_BCD)
     vocabulary = jnp.arange(model.config.vocab_size)
@@ -96,7 +96,7 @@ def _predict(
         noise_BCV = temperature * gumbel(key_BC2[:, :, 0], model.config.vocab_size)
     token_BC, probability_BC = choose(logits_BCV, noise_BCV, allowed_V, unsure_V)
     score_BC = REMASKING[config.remasking](probability_BC, key_BC2[:, :, 1])
-    if config.confidence_eos_eot_inf:  # below all other scores, whatever the strategy
+    if config.confidence_eos_eot_inf:  # below every score of any strategy
         score_BC = jnp.where(_is_end(token_BC, config), -1.0, score_BC)
     return token_BC, score_BC
 
@@ -104,12 +104,12 @@ def _predict(
 def _plan(
     rows: Rows, tokens_BT: jax.Array, step: jax.Array, steps: jax.Array, config: SamplerConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """`schedule`, in which a row that needs no further block takes no step any more."""
+    """Returns `schedule`, changed so that a row that needs no further block takes no further step."""
     block_B, inner_B, count_B, total_B = schedule(rows.masks_B, steps, config.block_length, step)
     if not config.stop_at_end:
         return block_B, inner_B, count_B, total_B
     slot_T = jnp.arange(tokens_BT.shape[1])
-    # Among the appended tokens of finished blocks: the prompt's own MASK tokens come first.
+    # Look for an end only among the appended tokens of finished blocks. The MASK tokens of the prompt come first.
     look_BT = (slot_T >= rows.own_B[:, None]) & (slot_T < (block_B * config.block_length)[:, None])
     in_order_BT = _take(tokens_BT, rows.order_BT)
     ended_B = jnp.any(_is_end(in_order_BT, config) & look_BT, axis=1)
@@ -124,10 +124,10 @@ def _reverse_step(
     dials: Dials,
     config: SamplerConfig,
 ) -> jax.Array:
-    """The canvas after one more reverse step of every row."""
+    """Returns the canvas after one more reverse step of every row."""
     block_B, inner_B, count_B, _ = _plan(rows, tokens_BT, step, dials.steps, config)
     batch, length = tokens_BT.shape
-    # At least 2: of a slice of shape (1, 1) JAX cannot tell how it is split. No slot of the block: not masked.
+    # At least 2, because JAX cannot tell how a slice of shape (1, 1) is split. Slots beyond the block are not masked.
     width = max(2, min(config.block_length, length))
     chunk = min(width, HEAD_CHUNK)
     width += -width % chunk
@@ -137,7 +137,7 @@ def _reverse_step(
     position_BK = _take(rows.order_BT, jnp.minimum(slot_BK, length - 1))
     masked_BK = _take(tokens_BT, position_BK) == config.mask_id
     masked_BK &= (slot_BK < rows.masks_B[:, None]) & (index_BK < config.block_length)
-    # Those still masked come first, in order: chunks without any are not computed.
+    # Put the slots that are still masked first, in order, so that chunks without masked slots need not be computed.
     first_BK = jnp.argsort(~masked_BK, axis=1, stable=True)
     index_BK, position_BK, masked_BK = (_take(x, first_BK) for x in (index_BK, position_BK, masked_BK))
 
@@ -151,7 +151,7 @@ def _reverse_step(
         def part(x_BK):
             return jax.lax.dynamic_slice_in_dim(x_BK, i * chunk, chunk, axis=1)
 
-        # One key per slot of the block: the noise of a slot does not depend on how slots are grouped.
+        # Each slot of the block has its own key, so its noise does not depend on how slots are grouped into chunks.
         key_BC = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_B, part(index_BK))
         new = _predict(model, h_BTD, part(position_BK), key_BC, dials.temperature, config)
         return tuple(
@@ -166,10 +166,11 @@ def _reverse_step(
         chunks = -(-jnp.max(jnp.sum(masked_BK, axis=1, dtype=jnp.int32)) // chunk)
         token_BK, score_BK = jax.lax.fori_loop(0, chunks, predict_chunk, predicted)
 
-    # Stable: among equal scores the lowest position stays. What is not masked is last in any case.
+    # The sort is stable, so among equal scores the lowest position stays. Slots that are not masked always come last.
     best_BK = jnp.argsort(jnp.where(masked_BK, -score_BK, jnp.inf), axis=1, stable=True)
     token_BK, position_BK = (_take(x, best_BK) for x in (token_BK, position_BK))
-    position_BK = jnp.where(jnp.arange(width) < count_B[:, None], position_BK, length)  # beyond the canvas: dropped
+    # Only the best count_B predictions are kept. The others get the position `length`, outside the canvas: dropped.
+    position_BK = jnp.where(jnp.arange(width) < count_B[:, None], position_BK, length)
     write = jax.vmap(lambda row_T, at_K, new_K: row_T.at[at_K].set(new_K, mode="drop"))
     return jax.shard_map(write, in_specs=(mesh.TOKENS_BT,) * 3, out_specs=mesh.TOKENS_BT)(
         tokens_BT, position_BK, token_BK
@@ -177,7 +178,7 @@ def _reverse_step(
 
 
 def _roll(tokens_BT: jax.Array, shift_B: jax.Array) -> jax.Array:
-    """Each row rotated to the left by its shift."""
+    """Rotates each row to the left by its shift."""
     length = tokens_BT.shape[1]
     return _take(tokens_BT, (jnp.arange(length) + shift_B[:, None]) % length)
 
@@ -192,12 +193,13 @@ def denoise(
     dials: Dials,
     config: SamplerConfig,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs reverse steps from `step` up to `stop` or the end.
+    """Runs reverse steps from `step` up to `stop` or to the end.
 
-    Returns the canvas int32 (B, T), whole on every device; the steps done by now; how many there are in all, as far
-    as that is known by now (stop_at_end makes them fewer).
+    Returns:
+      The canvas, int32 (B, T), replicated on every device; the number of steps done by now; and the total number of
+      steps, as far as it is known by now (stop_at_end can lower it later).
     """
-    # Once, not in every step: master weights in fp32 would be cast again and again.
+    # Cast the weights here, once. Otherwise every step would cast the fp32 master weights again.
     model = jax.tree.map(lambda p: p.astype(compute_dtype(model.compute)), model)
     tokens_BT = _roll(jax.reshard(tokens_BT, mesh.TOKENS_BT), rows.shift_B)
 
@@ -218,16 +220,16 @@ def denoise(
 
 
 def _fill_with_end(rows: Rows, tokens_BT: jax.Array, step: jax.Array, dials: Dials, config: SamplerConfig) -> jax.Array:
-    """The canvas with EOS for the MASK tokens of blocks that rows do not need any more."""
+    """Returns the canvas with EOS in place of MASK in all blocks that the rows no longer need."""
     ended_B = _plan(rows, tokens_BT, step, dials.steps, config)[3] == 0
-    # Its masks_B are the first in a row's order: no other MASK, such as one in the padding, is touched.
+    # Fill only the first masks_B positions of a row's order: any other MASK, such as one in the padding, is kept.
     rank_BT = jnp.argsort(rows.order_BT, axis=1)
     fill_BT = ended_B[:, None] & (rank_BT < rows.masks_B[:, None]) & (tokens_BT == config.mask_id)
     return jnp.where(fill_BT, _ends(config)[0], tokens_BT)
 
 
 def check_settings(config: SamplerConfig) -> SamplerConfig:
-    """The settings themselves. UserError names what is impossible with any model."""
+    """Returns the settings unchanged. Raises UserError if a setting is impossible with any model."""
     for name, least in (("steps", 1), ("block_length", 1), ("gen_length", 0)):
         if not least <= getattr(config, name) < TO_THE_END:
             raise UserError(f"{name}={getattr(config, name)}: it must be at least {least} and below 2**31 - 1")
@@ -240,7 +242,7 @@ def check_settings(config: SamplerConfig) -> SamplerConfig:
 
 
 def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
-    """The settings, checked, with the model's own ids where they name none. UserError as `check_settings`."""
+    """Returns the settings with the model's ids where they name none. Raises UserError if a setting is impossible."""
     check_settings(config)
     ids = {name: getattr(config, name) for name in ("mask_id", "eos_id", "eot_id")}
     ids = {name: getattr(model.config, name) if i is None else i for name, i in ids.items()}
@@ -257,19 +259,19 @@ def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
 
 def _check_prompt(prompt_BT: np.ndarray, real_BT: np.ndarray | None, vocab_size: int) -> None:
     if prompt_BT.ndim != 2 or not len(prompt_BT) or (prompt_BT.size and prompt_BT.dtype.kind not in "iu"):
-        raise UserError(f"the prompt must be ids of shape (B, T), not {prompt_BT.dtype} of shape {prompt_BT.shape}")
+        raise UserError(f"the prompt must be int ids of shape (B, T), not {prompt_BT.dtype} of shape {prompt_BT.shape}")
     if prompt_BT.size and not (0 <= prompt_BT.min() and prompt_BT.max() < vocab_size):
         raise UserError(
             f"the prompt has ids from {prompt_BT.min()} to {prompt_BT.max()}: the model's vocabulary is {vocab_size}"
         )
     if real_BT is not None and real_BT.shape != prompt_BT.shape:
-        raise UserError(f"prompt_mask_BT has shape {real_BT.shape}, the prompt {prompt_BT.shape}")
+        raise UserError(f"prompt_mask_BT has shape {real_BT.shape}, but must have the prompt's shape {prompt_BT.shape}")
 
 
 def _start(
     model: Transformer, prompt_BT, config: SamplerConfig, key: jax.Array, prompt_mask_BT
 ) -> tuple[Rows, jax.Array]:
-    """The rows and the canvas before the first step, on the mesh in use, B rounded up to its batch shards."""
+    """Returns the rows and the canvas before the first step, on the mesh in use, with B rounded up to its shards."""
     prompt_BT = np.asarray(prompt_BT)
     real_BT = None if prompt_mask_BT is None else np.asarray(prompt_mask_BT).astype(bool)
     _check_prompt(prompt_BT, real_BT, model.config.vocab_size)
@@ -293,7 +295,7 @@ def _start(
         key = jax.random.wrap_key_data(key)
     if key.shape not in ((), (batch,)):
         raise UserError(f"key has shape {key.shape}: give one key, or one for each of the {batch} rows")
-    # By way of the host: the key's device need not be one of the mesh, nor all of the mesh be here.
+    # Copy the key through the host: its device may be outside the mesh, and other processes may own parts of the mesh.
     key_data = jax.device_put(jax.device_get(jax.random.key_data(key)), P())
     given_BT = ~fill_BT if config.cfg_scale else None
     *fields, row_B = mesh.place_rows(
@@ -305,7 +307,7 @@ def _start(
 
 @functools.partial(jax.jit, static_argnums=2)
 def _row_keys(key_data: jax.Array, row_B: jax.Array, kind: Hashable) -> jax.Array:
-    """The keys (B,) of the rows, split over the mesh as row_B is."""
+    """Returns the keys (B,) of the rows, split over the mesh in the same way as row_B."""
     key = jax.random.wrap_key_data(key_data, impl=kind)
     if key.ndim:
         return key.at[row_B].get(out_sharding=mesh.ROWS_B)
@@ -313,7 +315,7 @@ def _row_keys(key_data: jax.Array, row_B: jax.Array, kind: Hashable) -> jax.Arra
 
 
 def _arguments(config: SamplerConfig) -> tuple[Dials, SamplerConfig]:
-    """The settings that are traced as arrays, and the rest as static data."""
+    """Splits the settings into those that are traced, as arrays, and the others, as static data."""
     on_or_off = {name: float(getattr(config, name) > 0) for name in ("temperature", "cfg_scale")}
     static = dataclasses.replace(config, steps=1, gen_length=0, **on_or_off)
     temperature, cfg_scale = (jax.device_put(np.float32(x), P()) for x in (config.temperature, config.cfg_scale))
@@ -331,24 +333,25 @@ def generate(
     key: jax.Array,
     prompt_mask_BT: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """Fills the MASK tokens of the prompts and gen_length appended ones, all rows in one compiled program.
+    """Fills in the MASK tokens of the prompts and gen_length appended ones, all rows in one compiled program.
 
-    It compiles once per shape (B, T), block_length, remasking, greedy or not, guided or not; steps, temperature,
-    cfg_scale and key are traced. No mesh needs to be set; on a mesh the rows are split over its batch axes.
+    The program is compiled once per shape (B, T), block_length, remasking, greedy or not, and guided or not. The values
+    of steps, temperature, cfg_scale and key are traced. The caller need not set a mesh; on a mesh the rows are split
+    over its batch axes.
 
     Args:
-      model: the mask predictor.
-      prompt_BT: int ids, on the host or a device; MASK tokens in it are filled in.
-      config: the sampler's settings.
-      key: one key: row i uses fold_in(key, i). Or keys (B,), one for each row: then a row's result
-        is the same wherever it stands in whatever batch.
-      prompt_mask_BT: bool, True = a real token. Padding, usually on the left, is neither attended to nor filled.
+      model: The mask predictor.
+      prompt_BT: int ids, on the host or on a device. MASK tokens among them are filled in.
+      config: The settings of the sampler.
+      key: Either one key, so that row i uses fold_in(key, i), or keys (B,), one for each row. With a key of its own, a
+        row has the same result at any place in any batch.
+      prompt_mask_BT: bool, True for a real token. Padding, usually on the left, is neither attended to nor filled in.
 
     Returns:
-      int32 (B, T + gen_length): the whole canvas, padding included, rows as given.
+      The whole canvas, int32 (B, T + gen_length), including padding. The rows keep their order.
 
     Raises:
-      UserError: an impossible setting, ids beyond the vocabulary, shapes that do not fit.
+      UserError: If a setting is impossible, an id is outside the vocabulary, or shapes do not match.
     """
     config = resolve(config, model)
     with mesh.mesh_of(model.embedding[...]):
@@ -366,10 +369,13 @@ def denoise_steps(
     key: jax.Array,
     prompt_mask_BT: jax.typing.ArrayLike | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`generate` step by step, by the same compiled program, for those who want to watch.
+    """Does the same as `generate`, with the same compiled program, but yields the canvas after every step.
 
-    Yields the canvas int32 (B, T + gen_length) and bool of the same shape, True = revealed by this step:
-    once before the first step (nothing revealed), then after each. Arguments and errors are those of `generate`.
+    The arguments and the errors are those of `generate`.
+
+    Yields:
+      The canvas, int32 (B, T + gen_length), and bool of the same shape, True for a token that this step revealed: once
+      before the first step, with nothing revealed, and then after each step.
     """
     config = resolve(config, model)
     batch = len(prompt_BT)
@@ -380,7 +386,7 @@ def denoise_steps(
     yield shown_BT, np.zeros(shown_BT.shape, bool)
     done, total = 0, int(shown_BT.shape[1] > 0)
     while done < total:
-        # The mesh is entered for each step alone: whoever consumes this runs in between.
+        # Enter the mesh for each step separately, because the consumer's own code runs between two steps.
         with mesh.mesh_of(model.embedding[...]):
             tokens_BT, step, all_steps = denoise(
                 model, rows, tokens_BT, _scalar(done), _scalar(done + 1), dials, config=static

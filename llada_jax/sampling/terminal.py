@@ -1,4 +1,4 @@
-"""Denoising as one sees it: a text in a terminal, redrawn in place while its tokens appear."""
+"""Shows the denoising of a text in a terminal, redrawing it in place while its tokens appear."""
 
 import contextlib
 import os
@@ -11,13 +11,13 @@ import numpy as np
 
 from llada_jax.text.tokenizer import Tokenizer
 
-# SGR codes by the kind of text.
+# The ANSI SGR code (color and intensity) of each kind of text.
 STYLES = {"prompt": "2", "text": "", "new": "30;42", "mask": "2", "status": "2"}
-FRAME_SECONDS = 0.03  # a small model would be too fast to watch
-TAB = 4
+FRAME_SECONDS = 0.03  # shortest time between two frames, because a small model would be too fast to watch
+TAB = 4  # cells between tab stops
 
-Spans = list[tuple[str, str]]  # text, a key of STYLES
-Line = list[tuple[str, str]]  # one entry per character: it (with what combines with it), a key of STYLES
+Spans = list[tuple[str, str]]  # (text, a key of STYLES)
+Line = list[tuple[str, str]]  # one entry per character: (the character with its combining marks, a key of STYLES)
 
 
 def spans(
@@ -29,14 +29,16 @@ def spans(
     mask: str,
     continuation: bool = False,
 ) -> Spans:
-    """The text of a canvas in runs of one kind.
+    """Decodes a canvas and splits its text into runs of one kind each.
 
     Args:
       tokens_T: int32 ids, without padding.
-      given_T: bool, the user's own tokens.
-      new_T: bool, revealed by the last step.
-      mask_id: drawn as `mask`, one each.
-      continuation: the canvas goes on where other text ended, as in `Tokenizer.decode`.
+      given_T: bool, True for the user's own tokens.
+      new_T: bool, True for tokens revealed by the last step.
+      mask_id: The id of MASK.
+      tokenizer: The tokenizer that decodes the ids.
+      mask: The text to draw for each MASK token.
+      continuation: Whether the canvas continues other text, as in `Tokenizer.decode`.
     """
     result: Spans = []
     run: list[int] = []
@@ -59,9 +61,10 @@ def spans(
 
 
 def lay_out(text: Iterable[tuple[str, str]], columns: int) -> list[Line]:
-    """Lines of at most `columns` cells, words whole unless they are longer, a space between two lines left out.
+    """Breaks the text into lines of at most `columns` cells.
 
-    Nothing in the text can move the cursor or change its colour.
+    A word stays whole unless it is longer than a line, and a space that does not fit on its line is dropped. Control
+    characters are replaced or dropped, so nothing in the text can move the cursor or change a color.
     """
     lines: list[Line] = [[]]
     used = 0
@@ -86,7 +89,7 @@ def lay_out(text: Iterable[tuple[str, str]], columns: int) -> list[Line]:
             category = unicodedata.category(character)
             if character == "\n":
                 if style == "new":
-                    put("⏎", 1, style)  # a revealed line break is seen too
+                    put("⏎", 1, style)  # makes a revealed line break visible
                 lines.append([])
                 used = 0
             elif character == "\t":
@@ -97,7 +100,7 @@ def lay_out(text: Iterable[tuple[str, str]], columns: int) -> list[Line]:
                     before, before_style = lines[-1][-1]
                     lines[-1][-1] = before + character, before_style
             elif category == "Cf" or character == "\r":
-                continue  # joiners, writing directions: of no width
+                continue  # joiners and direction marks have no width
             elif category[0] == "C" or category in ("Zl", "Zp"):
                 put("\ufffd", 1, style)
             else:
@@ -106,17 +109,17 @@ def lay_out(text: Iterable[tuple[str, str]], columns: int) -> list[Line]:
 
 
 def harmless(text: str) -> str:
-    """The text to print in a terminal, in which it can neither move the cursor nor change a colour."""
+    """Returns the text in a form that can neither move the cursor nor change a color when it is printed."""
     return "\n".join("".join(character for character, _ in line) for line in lay_out([(text, "text")], 1 << 30))
 
 
 def width(line: Line) -> int:
-    """Cells that the line takes in a terminal."""
+    """Returns the number of cells that the line takes in a terminal."""
     return sum(_cells(character[0]) for character, _ in line)
 
 
 def _may_end_line(character: str, style: str) -> bool:
-    """True of what is no part of a word: between it and what stands before or after it a line may be broken."""
+    """Returns whether a line may be broken before and after the character, because it is not part of a word."""
     return character == " " or style == "mask" or _cells(character[0]) == 2
 
 
@@ -125,7 +128,7 @@ def _cells(character: str) -> int:
 
 
 def visible(lines: Sequence[Line], rows: int) -> Sequence[Line]:
-    """At most `rows` of the lines, such that the last news, or else the first mask, is among them."""
+    """Returns at most `rows` of the lines, including the last line with new text or else the first with a mask."""
     if len(lines) <= rows:
         return lines
     news = [i for i, line in enumerate(lines) if any(style == "new" for _, style in line)]
@@ -136,7 +139,7 @@ def visible(lines: Sequence[Line], rows: int) -> Sequence[Line]:
 
 
 def painted(line: Line) -> str:
-    """The line with its colours, which end where it ends."""
+    """Returns the line with its color codes, which are reset at the end of the line."""
     result, current = "", ""
     for character, style in line:
         if (code := STYLES[style]) != current:
@@ -147,14 +150,14 @@ def painted(line: Line) -> str:
 
 
 def can_draw(stream: TextIO) -> bool:
-    """Whether the stream is a terminal that can be redrawn."""
+    """Returns whether the stream is a terminal that can be redrawn."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb" and os.name != "nt"
 
 
 @contextlib.contextmanager
 def unechoed(stream: TextIO) -> Iterator[None]:
-    """Within it the terminal does not show what is typed, which would shift what is drawn; it is not lost."""
-    import termios  # not on every system; where it is not, nothing is drawn
+    """Keeps the terminal from showing what is typed, which would shift the drawing. The typed input is not lost."""
+    import termios  # not available on every system; where it is missing, nothing is drawn
 
     before = termios.tcgetattr(stream.fileno())
     silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
@@ -166,11 +169,11 @@ def unechoed(stream: TextIO) -> Iterator[None]:
 
 
 class Screen:
-    """A place in the terminal that is drawn over and over; a context manager that leaves the cursor visible."""
+    """An area of the terminal that is redrawn in place. Used as a context manager, it hides the cursor meanwhile."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
-        self._drawn: list[int] = []  # widths of the lines, cells
+        self._drawn: list[int] = []  # width of each drawn line, in cells
         self._last = 0.0
         try:
             "░".encode(stream.encoding or "ascii")
@@ -186,9 +189,9 @@ class Screen:
         self._write("\x1b[?25h")
 
     def draw(self, text: Spans, status: str) -> None:
-        """Draws the text, the part of it where something happens if it is too long, and a status line."""
+        """Draws the text and a status line. Of a text that is too long, draws the part where something happens."""
         columns, rows = self._size()
-        # The last column stays free: terminals differ in what they do after it.
+        # Leave the last column free, because terminals differ in what they do after a character there.
         columns, rows = max(columns, 10) - 1, max(rows, 4) - 1
         lines = list(visible(lay_out(text, columns), rows - 1)) + lay_out([(status, "status")], columns)[:1]
         time.sleep(max(0.0, self._last + FRAME_SECONDS - time.monotonic()))
@@ -197,18 +200,19 @@ class Screen:
         self._drawn = [width(line) for line in lines]
 
     def finish(self, text: Spans) -> None:
-        """Replaces what was drawn by the whole text, however long."""
+        """Replaces the drawing by the whole text, however long it is."""
         self._write(self._erased() + "".join(painted(line) + "\n" for line in lay_out(text, 1 << 30)))
         self._drawn = []
 
     def _erased(self) -> str:
+        """Returns the codes that erase what is drawn."""
         columns = self._size()[0]
-        # A terminal that has become narrower breaks the lines in it anew.
+        # A terminal that has become narrower has wrapped the drawn lines, so that one line may take several rows.
         lines = sum(max(1, -(-cells // columns)) for cells in self._drawn)
         return (f"\x1b[{lines}F" if lines else "") + "\x1b[J"
 
     def _size(self) -> tuple[int, int]:
-        """Columns and rows."""
+        """Returns the number of columns and of rows."""
         try:
             columns, rows = os.get_terminal_size(self._stream.fileno())
         except OSError:

@@ -1,4 +1,4 @@
-"""Prompts as text in, completions as text out, in batches, on top of `sampling.generate`."""
+"""Completes prompts given as text, in batches, and returns the completions as text; built on `sampling.sampler`."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -12,15 +12,16 @@ from llada_jax.sampling.sampler import generate
 from llada_jax.text.tokenizer import Tokenizer
 
 DEFAULTS = SamplerConfig()
-LENGTH_MULTIPLE = 64  # several batches are padded to multiples of this: few lengths, few compilations
+# Where there are several batches, prompts are padded to a multiple of this length, so that few programs are compiled.
+LENGTH_MULTIPLE = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the user asks for; what is None depends on the prompt."""
+    """The settings that a user chooses. Where a setting is None, its value depends on the prompt."""
 
-    steps: int | None = None  # None = one token per step
-    gen_length: int | None = None  # None = 64, or 0 if the prompt has MASK tokens of its own
+    steps: int | None = None  # None = as many steps as it takes to unmask one token per step
+    gen_length: int | None = None  # None = 64, or 0 if the prompt itself contains MASK tokens
     block_length: int = DEFAULTS.block_length
     temperature: float = 0.0
     remasking: str = "low_confidence"
@@ -29,8 +30,8 @@ class Options:
     confidence_eos_eot_inf: bool = False
 
     def sampler(self, masks: int, gen_length: int) -> SamplerConfig:
-        """The sampler's settings for prompts with up to `masks` MASK tokens of their own."""
-        # Not just as many steps as tokens: the last block may be short, and shares the steps evenly with the others.
+        """Returns the sampler's settings for prompts that contain up to `masks` MASK tokens."""
+        # One step per token would be too few: all blocks get equal shares of the steps, but the last may be short.
         blocks = -(-(masks + gen_length) // max(self.block_length, 1))
         steps = max(1, blocks * self.block_length) if self.steps is None else self.steps
         same = {field.name: getattr(self, field.name) for field in dataclasses.fields(Options)}
@@ -39,30 +40,30 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt in tokens."""
+    """A prompt as tokens."""
 
     ids_T: np.ndarray  # int32
-    masks: int  # MASK tokens in it
-    gen_length: int  # MASK tokens to append
+    masks: int  # number of MASK tokens in ids_T
+    gen_length: int  # number of MASK tokens to append
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Prompts that are completed together, left-padded."""
+    """Left-padded prompts that are completed together."""
 
-    rows: list[int]  # their places in the list of prompts; a place may be repeated to fill up the batch
+    rows: list[int]  # indices into the list of prompts; an index may be repeated to fill up the batch
     prompt_BT: np.ndarray  # int32
     real_BT: np.ndarray  # bool, False = padding
     config: SamplerConfig
 
 
 def encode_prompt(text: str, model: Transformer, tokenizer: Tokenizer, options: Options) -> Prompt:
-    """A prompt in tokens, "[MASK]" and other control tokens written as their literals being one each."""
+    """Encodes a prompt. The literals of control tokens in the text, such as "[MASK]", become one token each."""
     return make_prompt(tokenizer.encode(text, special=True), model, tokenizer, options)
 
 
 def make_prompt(ids: Sequence[int], model: Transformer, tokenizer: Tokenizer, options: Options) -> Prompt:
-    """A prompt from the tokenizer's ids. UserError if the model does not say which token is MASK."""
+    """Makes a prompt from the tokenizer's ids. Raises UserError if the model does not say which token is MASK."""
     mask_id = model.config.mask_id
     if mask_id is None:
         raise UserError("the model does not say which token is MASK")
@@ -75,9 +76,10 @@ def make_prompt(ids: Sequence[int], model: Transformer, tokenizer: Tokenizer, op
 
 
 def make_batches(model: Transformer, prompts: Sequence[Prompt], options: Options, batch_size: int) -> Iterator[Batch]:
-    """All prompts in batches of like length and equal gen_length; if they take several, all of batch_size rows.
+    """Yields all prompts in batches of similar prompt length and equal gen_length.
 
-    Where the model knows an EOS, blocks after it are not computed: the text is cut there.
+    If there are more than batch_size prompts, all batches have exactly batch_size rows. If the model has an EOS token,
+    blocks after EOS are not computed, because the text is cut at EOS.
     """
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].gen_length, len(prompts[i].ids_T)))
     several = len(prompts) > batch_size
@@ -100,15 +102,18 @@ def make_batches(model: Transformer, prompts: Sequence[Prompt], options: Options
 
 
 def row_keys(key: jax.Array, numbers: Sequence[int]) -> jax.Array:
-    """The keys (B,) of prompts with these numbers: a completion does not depend on how prompts are batched."""
+    """Returns one key per prompt number, (B,), so that a completion does not depend on how prompts are batched."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jax.device_put(np.asarray(numbers, np.uint32)))
 
 
 def finished_text(tokens_T: np.ndarray, prompt: Prompt, model: Transformer, tokenizer: Tokenizer) -> str:
-    """The continuation up to EOS or end of turn; with the prompt in front if that was filled in.
+    """Returns the continuation up to EOS or end of turn, preceded by the prompt if MASK tokens in it were filled in.
 
     Args:
-      tokens_T: the canvas, without the padding.
+      tokens_T: The finished canvas, without padding.
+      prompt: The prompt that the canvas begins with.
+      model: The model, which may name its EOS and end of turn.
+      tokenizer: The tokenizer that decodes the text.
     """
     start = len(prompt.ids_T)
     continuation = tokens_T[start : start + text_length(tokens_T[start:], model, tokenizer)].tolist()
@@ -118,7 +123,7 @@ def finished_text(tokens_T: np.ndarray, prompt: Prompt, model: Transformer, toke
 
 
 def text_length(tokens_T: np.ndarray, model: Transformer, tokenizer: Tokenizer) -> int:
-    """The number of tokens before the first EOS or end of turn, by the model's ids or the tokenizer's own."""
+    """Returns the number of tokens before the first EOS or end of turn, by the ids of the model or the tokenizer."""
     ends = {model.config.eos_id, model.config.eot_id, tokenizer.eos_id, tokenizer.eot_id}
     return next((at for at, i in enumerate(tokens_T.tolist()) if i in ends), len(tokens_T))
 
@@ -132,9 +137,9 @@ def complete(
     batch_size: int = 8,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[str]:
-    """Completes or fills in prompts, in which "[MASK]" and other control tokens may be written as their literals.
+    """Completes or fills in prompts given as text, in which control tokens are written as literals such as "[MASK]".
 
-    Arguments, result and errors are those of `complete_ids`.
+    The other arguments, the result and the errors are those of `complete_ids`.
     """
     prompts = [tokenizer.encode(text, special=True) for text in texts]
     return complete_ids(model, tokenizer, prompts, options, key, batch_size, report)
@@ -150,23 +155,24 @@ def complete_ids(
     report: Callable[[int], None] = lambda done: None,
     numbers: Sequence[int] | None = None,
 ) -> list[str]:
-    """Completes or fills in prompts given in tokens.
+    """Completes or fills in prompts given as token ids.
 
     Args:
-      model, tokenizer: from `llada_jax.load`.
-      prompts: the tokenizer's ids; a prompt with MASK in it is filled in.
-      options: how.
-      key: of the noise; prompt i uses fold_in(key, numbers[i]).
-      batch_size: prompts at once.
-      report: told after each batch how many prompts are done.
-      numbers: one for each prompt, from 0 to 2**32 - 1; None = their places. Numbers that come from the
-        prompts themselves make a completion independent of what else is completed.
+      model: The model, as returned by `llada_jax.load`.
+      tokenizer: The tokenizer, as returned by `llada_jax.load`.
+      prompts: The tokenizer's ids of each prompt. A prompt that contains MASK is filled in.
+      options: The settings of the completion.
+      key: The key of the noise. Prompt i uses fold_in(key, numbers[i]).
+      batch_size: The number of prompts that are completed at once.
+      report: A function that is called after each batch with the number of prompts done so far.
+      numbers: One number from 0 to 2**32 - 1 for each prompt. None means the indices of the prompts. If the numbers
+        are derived from the prompts themselves, a completion does not depend on which other prompts are completed.
 
     Returns:
-      For each prompt its continuation, cut at EOS, or the whole text if it was filled in.
+      For each prompt its continuation, cut at EOS or end of turn, or the whole text if the prompt was filled in.
 
     Raises:
-      UserError: impossible settings, a prompt with tokens that the model does not know.
+      UserError: If a setting is impossible or a prompt has tokens that the model does not know.
     """
     made = [make_prompt(ids, model, tokenizer, options) for ids in prompts]
     numbers = range(len(made)) if numbers is None else numbers

@@ -1,4 +1,4 @@
-"""Likelihoods: the bound of held-out rows, the likelihood of answers, and whether greedy decoding gives an answer.
+"""Scores texts: the likelihood bound of held-out rows, the likelihood of answers, and tests of greedy decoding.
 
-May import: sampling, data, diffusion, model, devices, config. Start reading at `bound.py`.
+This package may import sampling, data, diffusion, model, devices and config. Start reading at `bound.py`.
 """

@@ -1,7 +1,7 @@
-"""The Monte Carlo bound on the log-likelihood (Eq. 6 and 14 of arXiv 2502.09992).
+"""Computes the Monte Carlo bound on the log-likelihood (Eq. 6 and 14 of arXiv 2502.09992).
 
--log p(x_0) <= E[ L / l * sum_i 1[x_l^i = MASK] -log p(x_0^i | x_l) ], l uniform in 1..L and exactly l of
-the L tokens masked, without replacement. Its variance is far below that of the 1/t form.
+-log p(x_0) <= E[ L / l * sum_i 1[x_l^i = MASK] -log p(x_0^i | x_l) ], where l is uniform in 1..L and exactly l of
+the L tokens are masked, without replacement. The variance of this form is far below that of the 1/t form.
 """
 
 import functools
@@ -23,18 +23,21 @@ from llada_jax.model.transformer import Transformer, merge
 
 
 def exact_mask(key_B: jax.Array, length_B: jax.Array, masked_B: jax.Array, width: int) -> jax.Array:
-    """bool (B, width): exactly masked_B of the first length_B positions of each row, every subset alike.
+    """Draws a mask with exactly masked_B of the first length_B positions of each row, all subsets equally likely.
 
     Args:
-      key_B: one key per row.
-      length_B: int32, real tokens.
-      masked_B: int32, at most length_B.
-      width: T.
+      key_B: One key per row.
+      length_B: int32, the number of real tokens of each row.
+      masked_B: int32, the number of tokens to mask in each row, at most length_B.
+      width: The width T of the rows.
+
+    Returns:
+      bool (B, width), True at the masked positions.
     """
     position_T = jnp.arange(width)
 
     def one_row(key, length, masked):
-        # Ties between equal bits fall to the lower position: of no weight at 32 bits.
+        # If two positions draw equal bits, the lower one comes first. With 31 random bits this is too rare to matter.
         bits_T = jax.random.bits(key, (width,), jnp.uint32) >> 1
         order_T = jnp.argsort(jnp.where(position_T < length, bits_T, jnp.uint32(0xFFFFFFFF)))
         return jnp.zeros(width, bool).at[order_T].set(position_T < masked)
@@ -43,7 +46,10 @@ def exact_mask(key_B: jax.Array, length_B: jax.Array, masked_B: jax.Array, width
 
 
 def moved(mask_BT: jax.Array, first_B: jax.Array) -> jax.Array:
-    """The mask with position 0 of each row at first_B; positions that would leave the row at its end are not set."""
+    """Shifts the mask of each row to the right, so that position 0 moves to position first_B.
+
+    Positions that would move past the end of the row must not be set in `mask_BT`: they would wrap around.
+    """
     width = mask_BT.shape[1]
     return jnp.take_along_axis(mask_BT, (jnp.arange(width) - first_B[:, None]) % width, axis=1)
 
@@ -57,16 +63,19 @@ def masked_nats(
     chunk: int,
     mask_id: int,
 ) -> jax.Array:
-    """weight * sum of the masked tokens' -log p(x_0^i | x_l) of each row: fp32 nats (B,), whole on every device.
+    """Computes weight * the sum of -log p(x_0^i | x_l) over the masked tokens of each row.
 
     Args:
-      model: gives the head.
-      trunk: hidden states of a canvas in which tokens are masked.
-      tokens_BT: int32 x_0.
-      mask_BT: bool, the tokens that are masked.
-      weight_B: fp32, L / l.
-      chunk: positions per chunk of the head; those that are not masked cost nothing.
-      mask_id: id of MASK.
+      model: The model whose head is used.
+      trunk: A function that takes a canvas with masked tokens and returns its hidden states.
+      tokens_BT: int32, the tokens x_0.
+      mask_BT: bool, True where a token is masked.
+      weight_B: fp32, the weight L / l of each row.
+      chunk: The number of positions per chunk of the head. Positions that are not masked cost nothing.
+      mask_id: The id of MASK.
+
+    Returns:
+      fp32 nats (B,), replicated on every device.
     """
     weight_BT = jnp.where(mask_BT, weight_B[:, None], 0.0)
     h_BTD = trunk(jnp.where(mask_BT, mask_id, tokens_BT))
@@ -87,10 +96,23 @@ def bound(
     chunk: int,
     mask_id: int,
 ) -> jax.Array:
-    """One sample of the bound for what comes after each row's prompt: fp32 nats (B,), whole on every device.
+    """Draws one sample of the bound for the tokens that follow each row's prompt.
 
-    l is drawn with low discrepancy over row_B, so that a set of rows covers all mask ratios evenly;
-    for each single row it is uniform in 1..length - prompt.
+    The number l of masked tokens is drawn with low discrepancy over row_B, so that a set of rows covers all mask
+    ratios evenly. For each single row l is uniform in 1..length - prompt.
+
+    Args:
+      graphdef, params: The model as `model.transformer.split` returns it.
+      tokens_BT: int32, the tokens of the rows.
+      length_B: int32, the number of real tokens of each row, including its prompt.
+      prompt_B: int32, the number of tokens of each row's prompt, which are never masked.
+      row_B: int32, the number of each row, which determines its noise.
+      key: The key of the noise.
+      chunk: The number of positions per chunk of the head.
+      mask_id: The id of MASK.
+
+    Returns:
+      fp32 nats (B,), replicated on every device.
     """
     model = merge(graphdef, params)
     unit_B = unit_interval(low_discrepancy(key, row_B))
@@ -113,18 +135,20 @@ def validate(
     chunk: int,
     mask_id: int,
 ) -> dict[str, float]:
-    """The bound on held-out rows under fixed noise: the same number whenever the same weights are given.
+    """Computes the bound on held-out rows with fixed noise, so that the same weights always give the same number.
 
     Args:
-      graphdef, params: the model as `model.split` gives it, on the mesh in use.
-      rows: of text, or of answers with their prompts, which are given.
-      config: samples per row and the seed of the noise.
-      batch_size: rows per forward pass, divisible by the batch shards.
-      chunk: positions per chunk of the loss.
-      mask_id: id of MASK.
+      graphdef, params: The model as `model.transformer.split` returns it, on the mesh in use.
+      rows: The held-out rows. They contain text, or answers together with their prompts; prompts are not scored.
+      config: The validation settings: the number of samples per row and the seed of the noise.
+      batch_size: The number of rows per forward pass, over all devices. It must be divisible by the number of batch
+        shards.
+      chunk: The number of positions per chunk of the loss.
+      mask_id: The id of MASK.
 
     Returns:
-      nats_per_token (EOS counts as a token, the prompt does not), perplexity, bits_per_byte (EOS has no bytes).
+      The figures nats_per_token (EOS counts as a token, the tokens of the prompt do not count), perplexity, and
+      bits_per_byte (EOS has no bytes).
     """
     tokens_NT, length_N, prompt_N, bytes_N = rows
     count, total, mesh_ = len(tokens_NT), 0.0, jax.sharding.get_mesh()
@@ -132,7 +156,7 @@ def validate(
     for sample in range(config.samples):
         key = jax.random.fold_in(jax.random.key(config.seed), sample)
         for first in range(0, count, batch_size):
-            # The last batch is filled up with row 0, whose result is dropped: one compiled shape.
+            # Fill the last batch up with row 0, whose result is dropped, so that only one shape is compiled.
             row = first + mine
             index = np.where(row < count, row, 0)
             batch = {name: x[index] for name, x in zip(("tokens", "length", "prompt"), rows, strict=False)}

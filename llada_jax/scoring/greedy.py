@@ -1,6 +1,7 @@
-"""Whether a model, asked to answer greedily, gives exactly a certain answer.
+"""Tests whether greedy generation gives exactly a certain answer.
 
-Letters in names, beside those of model.py: C positions of a row that go through the head together.
+Letters in names, in addition to those of `model/transformer.py`: C positions of a row that go through the head
+together.
 """
 
 import functools
@@ -25,25 +26,32 @@ def greedy_matches(
     batch_size: int | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[bool]:
-    """Whether greedy generation gives exactly the answer: low_confidence, one token a step, all in one block.
+    """Tests for each request whether greedy generation after its prompt gives exactly its answer.
 
-    The same as comparing the answer with what `generate` makes of as many MASK tokens after the prompt, except
-    that MASK tokens in the prompt stay. A row ends with its first token that differs. No mesh needs to be
-    set; on a mesh the rows are split over its batch axes; in a run of several processes all make the same call.
-    Without a prompt all positions are equally sure at first, and rounding decides: there it may differ from `generate`.
+    Greedy generation means low_confidence remasking, one token per step, and a single block. The result is the same
+    as if `sampling.sampler.generate` filled as many MASK tokens after the prompt as the answer has tokens, and its
+    output were compared with the answer, with two exceptions. MASK tokens in the prompt are not filled in. Without a
+    prompt the model is equally confident at all positions in the first step, so that rounding decides, and the result
+    may differ from that of `generate`.
+
+    The computation of a row stops at its first token that differs. If no mesh is set, the mesh of the model's
+    parameters is used. The rows are split over the batch axes of the mesh. In a run of several processes every process
+    must make the same call.
 
     Args:
-      model: the mask predictor.
-      requests: (prompt, answer) ids, on the host or a device; both may be empty. An empty answer matches.
-      cfg_scale: w of Eq. 16; 0 = no guidance.
-      batch_size: rows at most that go through the model together; None = what keeps the devices busy.
-      report: told after each batch how many requests are decided.
+      model: The mask predictor.
+      requests: Pairs (prompt, answer) of token ids, on the host or on a device. Both may be empty. An empty answer
+        matches.
+      cfg_scale: The guidance scale w of Eq. 16. 0 means no guidance.
+      batch_size: The largest number of rows that go through the model together. None means as many as keep the devices
+        busy.
+      report: A function that is called after each batch with the number of requests that are decided so far.
 
     Returns:
-      One bool for each request, in their order.
+      One bool per request, in the order of the requests.
 
     Raises:
-      UserError: ids beyond the vocabulary, MASK in an answer, an impossible setting.
+      UserError: If a request has ids outside the vocabulary or MASK in its answer, or if a setting is out of range.
     """
     checked = check_requests(requests, model.config)
     check_settings(cfg_scale, batch_size)
@@ -61,7 +69,8 @@ def greedy_matches(
 
     with mesh.mesh_of(model.embedding[...]):
         scale, steps = jax.device_put(np.float32(cfg_scale), P()), 1
-        # Most answers that differ do so at once: those left are gathered anew after 1, 2, 4 ... steps.
+        # Most answers that differ do so in their first step. The undecided rows are therefore gathered into new batches
+        # after rounds of 1, 2, 4, ... steps.
         while len(pending_N):
             stop, waiting = jax.device_put(np.int32(steps), P()), []
             compute = functools.partial(_steps, model, scale, stop, guided=cfg_scale > 0)
@@ -82,22 +91,32 @@ def greedy_matches(
 def _steps(
     model: Transformer, scale: jax.Array, stop: jax.Array, batch: dict[str, jax.Array], *, guided: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """Up to `stop` reverse steps, fewer if all rows are decided before.
+    """Takes up to `stop` reverse steps, and fewer if all rows are decided earlier.
 
-    Returns bool (B,), True = no token differed so far, and bool (B, T), True = still masked: whole on every device.
+    Args:
+      model: The mask predictor.
+      scale: The guidance scale w of Eq. 16.
+      stop: int32, the largest number of steps.
+      batch: The rows as `layout` returns them, and `open`, bool (B, T), True where a token is still masked.
+      guided: Whether to apply classifier-free guidance.
+
+    Returns:
+      bool (B,), True if no token of the row has differed so far, and bool (B, T), True where a token is still masked.
+      Both are replicated on every device.
     """
     tokens_BT, config = batch["tokens"], model.config
     length = tokens_BT.shape[1]
     vocabulary = jnp.arange(config.vocab_size)
     allowed_V = (vocabulary != config.mask_id) & (vocabulary < (config.token_count or config.vocab_size))
-    # loss_chunk says how many positions may have logits at once; a power of two divides every length.
+    # loss_chunk limits how many positions have logits at once on each device. A chunk is a power of two of at most
+    # SHORTEST positions, so that it divides every padded length.
     fitting = max(2, model.compute.loss_chunk * mesh.batch_shards() // len(tokens_BT))
     chunk = min(SHORTEST, 2 ** (fitting.bit_length() - 1))
 
     def step(carry):
         done, match_B, open_BT = carry
         h_BTD = hidden(model, jnp.where(open_BT, config.mask_id, tokens_BT), batch, scale, guided)
-        # Masked positions first, in order: chunks without any are not computed.
+        # Put the masked positions first, in ascending order: chunks without any masked position are not computed.
         order_BT = jnp.argsort(~open_BT, axis=1, stable=True)
 
         def predict(i, predicted):
@@ -112,7 +131,7 @@ def _steps(
         chunks = -(-jnp.max(jnp.sum(open_BT, axis=1, dtype=jnp.int32)) // chunk)
         token_BT, probability_BT = jax.lax.fori_loop(0, chunks, predict, predicted)
 
-        # argmax: among equals the first, which is the lowest position.
+        # argmax takes the first of several equal values, which here is the one at the lowest position.
         masked_BT, wanted_BT = (jnp.take_along_axis(x, order_BT, axis=1) for x in (open_BT, tokens_BT))
         best_B = jnp.argmax(jnp.where(masked_BT, probability_BT, -jnp.inf), axis=1)
         is_best_BT = jnp.arange(length) == best_B[:, None]

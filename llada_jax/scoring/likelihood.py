@@ -1,11 +1,13 @@
-"""How likely a model finds answers (Eq. 6 and 14 of arXiv 2502.09992).
+"""Computes how likely a model finds answers (Eq. 6 and 14 of arXiv 2502.09992).
 
-log p(answer | prompt) >= E[ L / l * sum_i 1[x_l^i = MASK] log p(x_0^i | prompt, x_l) ], l uniform in 1..L and
-exactly l of the answer's L tokens masked. Each sample of each request is a row; rows of like length go
-through the model together, whatever request they belong to.
+log p(answer | prompt) >= E[ L / l * sum_i 1[x_l^i = MASK] log p(x_0^i | prompt, x_l) ], where l is uniform in 1..L
+and exactly l of the answer's L tokens are masked. Each sample of each request is a row. Rows of similar length go
+through the model together, no matter which requests they belong to.
 
-The noise of a request depends on the key and its own tokens only: not on other requests, their order, the
-batches or the mesh. Letters in names, beside those of model.py: R requests, N rows of all requests.
+The noise of a request depends only on the key and on the request's own tokens. It does not depend on other requests,
+on their order, on the batches or on the mesh.
+
+Letters in names, in addition to those of `model/transformer.py`: R requests, N rows of all requests.
 """
 
 import functools
@@ -35,14 +37,14 @@ __all__ = [
     "rolling_requests",
 ]
 
-MOST_ENUMERATED = 20  # tokens: answers of more are never enumerated, whatever the number of samples
+MOST_ENUMERATED = 20  # tokens; longer answers are never enumerated, whatever the number of samples
 
 
 class Score(NamedTuple):
-    """The bound on an answer's log-likelihood, summed over its tokens."""
+    """A lower bound on an answer's log-likelihood, summed over its tokens."""
 
     value: float  # nats
-    standard_error: float  # nats; 0 = exact, nan = unknown (a single sample)
+    standard_error: float  # nats; 0 means that the value is exact, nan that the error is unknown (a single sample)
 
 
 def log_likelihood(
@@ -54,7 +56,7 @@ def log_likelihood(
     key: jax.Array,
     cfg_scale: float = 0.0,
 ) -> Score:
-    """`log_likelihoods` of one answer: `value, standard_error = log_likelihood(...)`."""
+    """Scores one answer with `log_likelihoods`: `value, standard_error = log_likelihood(...)`."""
     return log_likelihoods(model, [(prompt_T, answer_T)], samples=samples, key=key, cfg_scale=cfg_scale)[0]
 
 
@@ -68,34 +70,41 @@ def log_likelihoods(
     batch_size: int | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[Score]:
-    """The bound on log p(answer | prompt) of each request, in nats, by Monte Carlo or exactly.
+    """Computes the lower bound on log p(answer | prompt) of each request in nats, by Monte Carlo or exactly.
 
-    The samples' numbers of masked tokens are spread evenly over 1..L (one sample in each of as many strata). The
-    standard error is that of this estimate, rather too large than too small; below some ten samples it is a
-    rough guess itself. Where the 2**L - 1 ways to mask an answer are no more than `samples`, each is computed
-    once and weighed: the bound is exact, its error 0. No mesh needs to be set; on a mesh the rows are split
-    over its batch axes; in a run of several processes all make the same call.
+    The range 1..L is cut into as many strata as there are samples, and the number of masked tokens of each sample is
+    drawn from its own stratum, so that the samples are spread evenly over the range. The standard error is that of this
+    stratified estimate. It tends to be too large rather than too small; with fewer than about ten samples it is itself
+    only a rough guess. There are 2**L - 1 ways to mask an answer. If these are no more than `samples`, each of them is
+    computed once and weighted with its probability; the bound is then exact and its standard error is 0.
+
+    If no mesh is set, the mesh of the model's parameters is used. The rows are split over the batch axes of the mesh.
+    In a run of several processes every process must make the same call.
 
     Args:
-      model: the mask predictor.
-      requests: (prompt, answer) ids, on the host or a device; both may be empty. An empty answer scores 0.
-      samples: of each request, at least 1.
-      key: of the noise.
-      cfg_scale: w of Eq. 16; 0 = no guidance.
-      batch_size: rows at most that go through the model together; None = what keeps the devices busy.
-      report: told after each batch how many requests are done.
+      model: The mask predictor.
+      requests: Pairs (prompt, answer) of token ids, on the host or on a device. Both may be empty. The score of an
+        empty answer is 0.
+      samples: The number of samples per request, at least 1.
+      key: The key of the noise.
+      cfg_scale: The guidance scale w of Eq. 16. 0 means no guidance.
+      batch_size: The largest number of rows that go through the model together. None means as many as keep the devices
+        busy.
+      report: A function that is called after each batch with the number of requests that are done so far.
 
     Returns:
-      Scores in the order of the requests.
+      The scores in the order of the requests.
 
     Raises:
-      UserError: ids beyond the vocabulary, MASK in an answer, an impossible setting.
+      UserError: If a request has ids outside the vocabulary or MASK in its answer, or if a setting is out of range.
     """
     checked = check_requests(requests, model.config)
     check_settings(cfg_scale, batch_size)
     length_R = np.array([len(request.answer_T) for request in checked], np.int64)
     if not isinstance(samples, int | np.integer) or not 1 <= samples < 2**31 // length_R.max(initial=1):
-        raise UserError(f"samples={samples}: it must be a whole number from 1 to below 2**31 / tokens of an answer")
+        raise UserError(
+            f"samples={samples}: it must be a whole number, at least 1 and below 2**31 / (tokens of the longest answer)"
+        )
     subsets_R = 2 ** np.minimum(length_R, MOST_ENUMERATED + 1) - 1
     exact_R = (length_R <= MOST_ENUMERATED) & (subsets_R <= samples)
     value_RN = _draw(
@@ -115,17 +124,19 @@ def log_likelihoods(
 
 
 def _expectation(value_N: np.ndarray, length: int) -> Score:
-    """From the values of all subsets: l is uniform, and so are the subsets of size l."""
+    """Computes the exact score from the values of all subsets: l is uniform, and so are the subsets of size l."""
     chance_N = [1 / (length * math.comb(length, subset.bit_count())) for subset in range(1, 2**length)]
     return Score(float(np.dot(value_N, chance_N)), 0.0)
 
 
 def _estimate(value_N: np.ndarray) -> Score:
-    """From samples ordered by their number of masked tokens.
+    """Estimates the score from samples that are ordered by their number of masked tokens.
 
-    One sample falls into each of N strata of like size. The variance within a stratum is told by the squared
-    difference from its neighbour, half of it for each of the two; the first and the last have one neighbour
-    only. That the means of neighbouring strata differ makes the error slightly too large.
+    There are N strata of equal size, and each holds one sample. The squared difference between the samples of two
+    neighbouring strata estimates the sum of the two variances within these strata. Most strata have two neighbours and
+    take part in two differences, so each difference counts half; the first and the last stratum have only one
+    neighbour, so their difference counts in full. The means of neighbouring strata differ as well, which makes the
+    standard error slightly too large.
     """
     count = len(value_N)
     if count == 1:
@@ -136,11 +147,18 @@ def _estimate(value_N: np.ndarray) -> Score:
 
 
 def _draw(model, requests, rows_R, samples_R, key, cfg_scale, batch_size, report) -> list[np.ndarray]:
-    """L / l * sum log p of every row, float64 (N,) for each request.
+    """Computes L / l * the sum of log p over the masked tokens of every row.
+
+    The arguments that are not described here are those of `log_likelihoods`.
 
     Args:
-      rows_R: rows of each request.
-      samples_R: the samples they are; 0 = not drawn, but all subsets of its tokens in the order of their bits.
+      requests: The requests as `check_requests` returns them.
+      rows_R: The number of rows of each request.
+      samples_R: The number of samples of each request. 0 means that its rows are not drawn: they enumerate all
+        non-empty subsets of the answer's tokens in the order of their bit patterns.
+
+    Returns:
+      For each request float64 (N,), the values of its rows.
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
@@ -157,7 +175,7 @@ def _draw(model, requests, rows_R, samples_R, key, cfg_scale, batch_size, report
         return batch | {"digest": digest_R2[request_B]}
 
     with mesh.mesh_of(model.embedding[...]):
-        # By way of the host: the key's device need not be one of the mesh, nor all of the mesh be here.
+        # Move the key through the host: its device may be outside the mesh, and the mesh may extend over other hosts.
         key_data = jax.device_put(jax.device_get(jax.random.key_data(key)), P())
         scale = jax.device_put(np.float32(cfg_scale), P())
         compute = functools.partial(
@@ -171,14 +189,14 @@ def _draw(model, requests, rows_R, samples_R, key, cfg_scale, batch_size, report
 
 
 def _masks(key: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """bool (B, T), which tokens of the answers are masked, and L / l, fp32 (B,)."""
+    """Returns bool (B, T), True where a token of an answer is masked, and the weights L / l, fp32 (B,)."""
     answer_B, sample_B, samples_B = batch["answer"], batch["sample"], batch["samples"]
     fold_in = jax.vmap(jax.random.fold_in, (None, 0))
     key_B = jax.vmap(jax.random.fold_in)(fold_in(key, batch["digest"][:, 0]), batch["digest"][:, 1])
     offset_key_B, mask_key_B = jnp.unstack(jax.vmap(jax.random.split)(key_B), axis=1)
 
-    # l = floor(L (sample + u) / samples) + 1 with u in [0, 1), in integers. Each sample has a u of its own: one for all
-    # would be an error that all have in common, of which their differences tell nothing.
+    # l = floor(L (sample + u) / samples) + 1 with u in [0, 1), computed with integers. Each sample draws its own u. A
+    # single u would give all samples an error in common, which the standard error, made of differences, could not show.
     offset_key_B = jax.vmap(jax.random.fold_in)(offset_key_B, sample_B)
     unit_B = unit_interval(jax.vmap(lambda k: jax.random.bits(k, (), jnp.uint32))(offset_key_B))
     offset_B = jnp.minimum((unit_B * answer_B).astype(jnp.int32), answer_B - 1)
@@ -190,7 +208,7 @@ def _masks(key: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.
     drawn_BT = exact_mask(jax.vmap(jax.random.fold_in)(mask_key_B, sample_B), answer_B, masked_B, width)
     bits_BT = (subset_B[:, None] >> jnp.minimum(jnp.arange(width), 31)) & 1 == 1
     mask_BT = jnp.where((samples_B == 0)[:, None], bits_BT, drawn_BT)
-    # Counted from the answer's first token so far.
+    # The mask starts at the first token of the answer: move it behind the prompt.
     return moved(mask_BT, batch["prompt"]), answer_B / masked_B
 
 
@@ -204,7 +222,7 @@ def _row_values(
     kind: Hashable,
     guided: bool,
 ) -> jax.Array:
-    """L / l * sum of the masked tokens' log p: fp32 nats (B,), whole on every device."""
+    """Returns L / l * the sum of log p over the masked tokens of each row, fp32 nats (B,), on every device."""
     mask_BT, weight_B = _masks(jax.random.wrap_key_data(key_data, impl=kind), batch)
     return -masked_nats(
         model,
@@ -218,23 +236,27 @@ def _row_values(
 
 
 def rolling_requests(document_T: jax.typing.ArrayLike, max_length: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A document as requests that fit into the model, every token in one answer, given what can be before it.
+    """Cuts a document into requests that fit into the model, so that every token is in exactly one answer.
 
-    The first answer is as long as the model allows and has no prompt; those that follow have max_length // 2
-    tokens (the last one what is left) and, as prompt, as many tokens before them as fit.
+    The first answer has up to max_length tokens and no prompt. Each of the following answers has max_length // 2
+    tokens (at least 1; the last answer has the tokens that are left). Its prompt consists of as many of the tokens
+    before it as fit.
 
     Args:
-      document_T: ids.
-      max_length: tokens of prompt and answer together, at least 1.
+      document_T: The token ids of the document.
+      max_length: The largest number of tokens of a prompt and its answer together, at least 1.
+
+    Returns:
+      The requests (prompt, answer) in the order of the document.
 
     Raises:
-      UserError: max_length is less than 1, the document is no sequence.
+      UserError: If max_length is less than 1, or if the document does not have the shape (T,).
     """
     if max_length < 1:
         raise UserError(f"max_length={max_length}: it must be at least 1")
     document_T = np.asarray(document_T)
     if document_T.ndim != 1:
-        raise UserError(f"a document must be ids of shape (T,), not of shape {document_T.shape}")
+        raise UserError(f"a document must be token ids of shape (T,), not an array of shape {document_T.shape}")
     requests, first, stop = [], 0, min(max_length, len(document_T))
     while first < stop:
         requests.append((document_T[max(0, stop - max_length) : first], document_T[first:stop]))
@@ -253,10 +275,18 @@ def rolling_log_likelihoods(
     batch_size: int | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[Score]:
-    """The bound on log p of whole documents, each the sum over its `rolling_requests`.
+    """Computes the lower bound on log p of whole documents, each as the sum over its `rolling_requests`.
 
-    A document of up to max_length tokens is seen whole: Eq. 6 with an empty prompt. Arguments and errors beside
-    max_length are those of `log_likelihoods`; `report` is told how many windows are done.
+    A document of up to max_length tokens is scored as a whole: Eq. 6 with an empty prompt. The arguments that are not
+    described here, and the errors, are those of `log_likelihoods`.
+
+    Args:
+      documents: The token ids of each document.
+      max_length: The largest number of tokens that go through the model at once, see `rolling_requests`.
+      report: A function that is called after each batch with the number of windows (requests) that are done so far.
+
+    Returns:
+      One score per document, in the order of the documents.
     """
     windows_R = [rolling_requests(document_T, max_length) for document_T in documents]
     scores = iter(

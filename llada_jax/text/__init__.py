@@ -1,4 +1,4 @@
-"""Tokenizers behind one interface, and chat templates.
+"""Tokenizers behind one common interface, and chat templates.
 
-May import: config. Start reading at `tokenizer.py`.
+This package may import config. Start reading at `tokenizer.py`.
 """

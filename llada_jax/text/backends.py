@@ -1,4 +1,4 @@
-"""What SentencePiece and Hugging Face tokenizers have in common, and how each provides it."""
+"""The interface that SentencePiece and Hugging Face tokenizers share, and its two implementations."""
 
 import json
 import re
@@ -7,10 +7,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-MASK_LITERAL = "[MASK]"  # how people write the mask token, whatever the tokenizer calls it
-NOT_A_TOKEN = "\ufffd"
+MASK_LITERAL = "[MASK]"  # how users write the mask token, whatever name the tokenizer has for it
+NOT_A_TOKEN = "\ufffd"  # the text of an id that stands for no token
 
-# Role -> the names it is known by, the first being the one given to an appended token.
+# Role -> the names that tokenizers use for it. A token that has to be appended gets the first of them.
 ROLES = {
     "bos": ("<|startoftext|>", "<s>", "<|begin_of_text|>", "<bos>", "[BOS]"),
     "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]"),
@@ -19,27 +19,33 @@ ROLES = {
     "end_header": ("<|end_header_id|>",),
     "eot": ("<|eot_id|>",),
 }
-_SPACE = "\u2581"  # SentencePiece writes a space as this character
+_SPACE = "\u2581"  # the character that stands for a space in SentencePiece's pieces
 
 
 class Backend(Protocol):
-    """What the two kinds of tokenizers have in common; ids without the appended ones."""
+    """The interface of both kinds of tokenizers. It knows nothing of the tokens that `Tokenizer` appends.
 
-    kind: str
-    size: int
+    `continuation` says that a text continues earlier text, so that no space is put in front of it or stripped from it.
+    """
+
+    kind: str  # "sentencepiece" or "huggingface"
+    size: int  # number of ids
     special: Mapping[str, int]  # literal -> id of every control token
-    named: Mapping[str, str]  # role -> literal, where the tokenizer itself says so
-    files: Mapping[str, bytes]  # a folder with these files is this tokenizer
+    named: Mapping[str, str]  # role -> literal, for the roles whose token the tokenizer itself names
+    files: Mapping[str, bytes]  # name -> content; a folder with these files loads as this tokenizer
 
-    def encode(self, text: str, continuation: bool) -> list[int]: ...
+    def encode(self, text: str, continuation: bool) -> list[int]:
+        """Returns the ids of `text`, in which literals of control tokens are ordinary text."""
 
-    def decode(self, ids: Sequence[int], continuation: bool) -> str: ...
+    def decode(self, ids: Sequence[int], continuation: bool) -> str:
+        """Returns the text of `ids`, none of which may be a control token."""
 
-    def token_bytes(self) -> np.ndarray: ...
+    def token_bytes(self) -> np.ndarray:
+        """Returns int32 [size]: the number of UTF-8 bytes that each id stands for, 0 for control tokens."""
 
 
 class SentencePiece:
-    """tokenizer.model, and the tokens that the files beside it add after its pieces."""
+    """A tokenizer.model file, with the tokens that the files beside it add after its pieces."""
 
     kind = "sentencepiece"
 
@@ -59,11 +65,11 @@ class SentencePiece:
 
         model = self._first
         pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
-        # User-defined pieces are found in plain text, so they are no control tokens, whatever their name.
+        # SentencePiece finds user-defined pieces in plain text, so they are not control tokens, whatever their name is.
         self.special = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)}
         ids = {"bos": model.bos_id(), "eos": model.eos_id()}
         self.named = {role: pieces[i] for role, i in ids.items() if i >= 0 and pieces[i] in self.special}
-        # What the files say of the pieces themselves, the model knows better.
+        # Keep only ids after the pieces: about its own pieces, the model is right and the files may be wrong.
         decoder = config.get("added_tokens_decoder") or {}
         added = {i: (literal, False) for literal, i in added_map.items()}
         added |= {int(i): (token["content"], token.get("special", False)) for i, token in decoder.items()}
@@ -103,7 +109,7 @@ class SentencePiece:
     def _encode_pieces(self, text: str, continuation: bool) -> list[int]:
         if not self._space_ids or _SPACE not in text:
             return self._processor(text, continuation).encode(text)
-        # In SentencePiece this character cannot be told from a space; as bytes it can.
+        # SentencePiece cannot tell this character from a space, so the character is encoded as its UTF-8 bytes.
         ids: list[int] = []
         for i, part in enumerate(text.split(_SPACE)):
             ids += self._space_ids if i else []
@@ -111,7 +117,8 @@ class SentencePiece:
         return ids
 
     def _processor(self, text: str, continuation: bool) -> Any:
-        # A model that trims spaces would lose the one between the texts; its own prefix puts it back.
+        # A model that trims spaces would lose the space at the start of a continuation. `_first` trims it as well, but
+        # then puts its own space in front.
         return self._later if continuation and not (self._trims and text.startswith(" ")) else self._first
 
     def decode(self, ids: Sequence[int], continuation: bool) -> str:
@@ -125,12 +132,12 @@ class SentencePiece:
 
 
 def _content(token: Any) -> Any:
-    """The literal of a token, which files give as a text or as an object that describes it."""
+    """Returns the literal of a token, which files give as a string or as an object with the field "content"."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _named_roles(config: Mapping, special_map: Mapping, ids: Mapping[str, int]) -> dict[str, str]:
-    """Role -> literal, where the files beside a tokenizer name a token that it has."""
+    """Returns role -> literal for each role that the files give to a token which the tokenizer has."""
     named: dict[str, str] = {}
     for role in ROLES:
         for source in (config, special_map):
@@ -141,7 +148,7 @@ def _named_roles(config: Mapping, special_map: Mapping, ids: Mapping[str, int]) 
 
 
 def _named_specials(config: Mapping, special_map: Mapping) -> set[str]:
-    """Literals that these files call special in any role."""
+    """Returns the literals that these files call special in any role."""
     found = set()
     for source in (config, special_map):
         found |= {_content(token) for name, token in source.items() if name.endswith("_token")}
@@ -150,7 +157,7 @@ def _named_specials(config: Mapping, special_map: Mapping) -> set[str]:
 
 
 class HuggingFace:
-    """tokenizer.json, and what the files beside it say of its tokens."""
+    """A tokenizer.json file, with what the files beside it say about its tokens."""
 
     kind = "huggingface"
 
@@ -175,7 +182,7 @@ class HuggingFace:
         self._first = tokenizers.Tokenizer.from_str(json.dumps(content))
         self._later = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(content)))
         for tokenizer in (self._first, self._later):
-            tokenizer.encode_special_tokens = True  # as text: control tokens are never read from it
+            tokenizer.encode_special_tokens = True  # as ordinary text: no text ever yields a control token
         self._vocab = self._first.get_vocab(with_added_tokens=True)
         self.size = 1 + max([*self._vocab.values(), *ids.values()])
         self._byte_level = '"ByteLevel"' in json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
@@ -193,7 +200,7 @@ class HuggingFace:
         for piece, i in self._vocab.items():
             if piece in self._added:
                 counts[i] = 0 if piece in self.special else len(piece.encode())
-            elif self._byte_level:  # one character stands for one byte
+            elif self._byte_level:  # each character of a piece stands for one byte
                 counts[i] = len(piece)
             elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
                 counts[i] = 1
@@ -203,7 +210,10 @@ class HuggingFace:
 
 
 def _without_prefix(part: Any) -> Any:
-    """The same tokenizer.json for text that continues earlier text: no space is put in front, none stripped."""
+    """Returns a part of tokenizer.json without the settings that add a space in front of a text or strip it.
+
+    None means that the whole part has to be removed. The result is used for text that continues earlier text.
+    """
     if isinstance(part, list):
         kept = [_without_prefix(p) for p in part]
         return [p for p in kept if p is not None]

@@ -1,7 +1,8 @@
-"""Chat templates: messages to text, by the Jinja template of a published folder or by LLaDA's own.
+"""Chat templates, which turn messages into text: the Jinja template of a published folder, or LLaDA's own.
 
-A template comes with a model, from whoever published it: it runs in Jinja's sandbox, with what Hugging Face gives
-a template and nothing else. What a user wrote is kept apart from what the template wrote (see `render_marked`).
+A template comes with a model, from whoever published that model, so it is not trusted: it runs in Jinja's sandbox and
+can use what Hugging Face gives to a template and nothing else. The text that the user wrote is kept apart from the
+text that the template wrote (see `render_marked`).
 """
 
 import datetime
@@ -13,18 +14,21 @@ from typing import Any
 
 from llada_jax.config import UserError
 
-# In the order in which they are looked into; the first that has a template wins.
+# The files are searched in this order; the first one that has a template is used.
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
 FILES = (*TEMPLATE_FILES, "special_tokens_map.json")
-# Of messages; others are the template's own only where it names them.
+# The usual roles of messages. Any other role counts as the template's own text only if the template names it.
 _ROLES = frozenset("system user assistant tool function developer observation ipython environment model".split())
-_MARKS = range(0xF0000, 0x10FFFE)  # characters for private use, of which nearly all texts have none
+_MARKS = range(0xF0000, 0x10FFFE)  # private-use characters, which hardly any text contains
 
 
 def find_source(files: Mapping[str, bytes]) -> str | None:
-    """The chat template in a tokenizer's files (of several named ones "default"), None if there is none.
+    """Returns the chat template in a tokenizer's files, or None if they have none.
 
-    Raises UserError, which names the file, if what stands in its place is no template.
+    If a file has several named templates, this is the one named "default".
+
+    Raises:
+      UserError: If a file cannot be read, or its chat template is not a string. The message names the file.
     """
     for name in TEMPLATE_FILES:
         if name not in files:
@@ -38,20 +42,25 @@ def find_source(files: Mapping[str, bytes]) -> str | None:
             named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
             found = named.get("default", named)
         if found is not None and not isinstance(found, str):
-            raise UserError(f"{name}: chat_template must be a text, or a list of named ones with a default")
+            raise UserError(f"{name}: chat_template must be a string, or a list of templates with one named default")
         if found is not None:
             return found
     return None
 
 
 def special_tokens(files: Mapping[str, bytes], named: Mapping[str, str]) -> dict[str, Any]:
-    """The variables of a template beside the messages: bos_token and its like, as the tokenizer's files say.
+    """Returns the variables that a template gets beside the messages: bos_token, eos_token and so on.
 
     Args:
-      files: the tokenizer's.
-      named: role -> literal, where the tokenizer itself knows; the files come first.
+      files: The tokenizer's files, name -> content.
+      named: Role -> literal, for the tokens that the tokenizer itself names. If the files name another literal for the
+        same role, the files win.
 
-    Raises UserError, which names the file, if it does not say that in the usual form.
+    Returns:
+      Name of the variable -> literal (a list of literals for additional_special_tokens).
+
+    Raises:
+      UserError: If a file cannot be read or has an unusual form. The message names the file.
     """
     found: dict[str, Any] = {f"{role}_token": literal for role, literal in named.items()}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -66,12 +75,15 @@ def special_tokens(files: Mapping[str, bytes], named: Mapping[str, str]) -> dict
             elif key == "additional_special_tokens" and isinstance(value, list):
                 found[key] = [token.get("content") if isinstance(token, dict) else token for token in value]
                 if not all(isinstance(token, str) for token in found[key]):
-                    raise UserError(f"{name}: {key} must be a list of texts, or of objects with a text content")
+                    raise UserError(f"{name}: {key} must be a list of strings, or of objects whose content is a string")
     return found
 
 
 def default_source(bos: str, start_header: str, end_header: str, eot: str) -> str:
-    """LLaDA's own template with these literals; unlike the published one it heeds add_generation_prompt."""
+    """Returns LLaDA's own template with these literals.
+
+    Unlike the published template, it writes the header of the answer only if add_generation_prompt is true.
+    """
     bos, start, end, eot = (json.dumps(text, ensure_ascii=False) for text in (bos, start_header, end_header, eot))
     return (
         f"{{{{ {bos} }}}}"
@@ -83,24 +95,30 @@ def default_source(bos: str, start_header: str, end_header: str, eot: str) -> st
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    """UserError unless these are messages, each with a text "role" and a text "content"."""
+    """Checks that these are messages, each with a "role" and a "content" that are strings.
+
+    Raises:
+      UserError: If they are not, or if a message contains a value that JSON cannot hold.
+    """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise UserError('a chat is a list of messages, {"role": "user", "content": "..."} each')
+        raise UserError('a chat is a list of messages, each of the form {"role": "user", "content": "..."}')
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise UserError(f'message {i} of the chat must be {{"role": ..., "content": ...}}')
+            raise UserError(f'message {i} of the chat must have the form {{"role": ..., "content": ...}}')
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                raise UserError(f'message {i} of the chat needs a text "{key}", it has {message.get(key)!r:.100}')
+                raise UserError(
+                    f'message {i} of the chat needs a "{key}" that is a string, not {message.get(key)!r:.100}'
+                )
         if (kind := _odd_kind(dict(message))) is not None:
-            raise UserError(f"message {i} of the chat holds a {kind}: only what JSON has can be in it")
+            raise UserError(f"message {i} of the chat contains a {kind}: use only values that JSON can hold")
 
 
 def _odd_kind(value: Any) -> str | None:
-    """The name of a type in a message that JSON does not have, None if there is none."""
+    """Returns the name of a type in a message that JSON does not have, or None if there is none."""
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
-            return "key that is no text"
+            return "key that is not a string"
         value = list(value.values())
     if isinstance(value, list | tuple):
         return next(filter(None, map(_odd_kind, value)), None)
@@ -110,15 +128,16 @@ def _odd_kind(value: Any) -> str | None:
 def render(
     source: str, variables: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
 ) -> str:
-    """The text of a chat.
+    """Returns the text of a chat.
 
     Args:
-      source: the template.
-      variables: from `special_tokens`.
-      messages: from the user.
-      add_generation_prompt: whether the header of the assistant's answer follows, where the template heeds it.
+      source: The Jinja source of the template.
+      variables: The template's other variables, from `special_tokens`.
+      messages: The messages of the chat.
+      add_generation_prompt: Whether the header of the assistant's answer follows. Some templates ignore it.
 
-    Raises UserError: the template has a mistake, leaves the sandbox, or refuses these messages.
+    Raises:
+      UserError: If the template has a mistake, does what the sandbox forbids, or refuses these messages.
     """
     try:
         return _compiled(source).render(
@@ -126,7 +145,7 @@ def render(
             messages=[dict(message) for message in messages],
             add_generation_prompt=add_generation_prompt,
         )
-    except Exception as error:  # of Jinja's kinds and of any that an expression of the template may raise
+    except Exception as error:  # an expression in the template may raise any exception, not only Jinja's
         raise UserError(f"the chat template fails: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -136,29 +155,36 @@ def render_marked(
     messages: Sequence[Mapping[str, Any]],
     literals: Sequence[str],
 ) -> tuple[str, dict[int, str]]:
-    """The text of a chat in which no literal of a control token stems from the messages, not even in part.
+    """Returns the text of a chat in which no control token comes from the messages, not even in part.
 
-    Before the template sees them, all characters of the messages that occur in a literal are replaced by ones that
-    occur nowhere; what the template makes of that must be the chat's own text but for these. A template that looks
-    for words of its own (as for "</think>") does something else then. It is given the messages with just the
-    beginnings of literals replaced, and must write the same control tokens as before. Roles and keys that the
-    template itself names are its own, and so are the common roles: they are left as they are.
+    Before the template sees the messages, every character of theirs that occurs in the literal of a control token is
+    replaced by a mark: a private-use character that occurs nowhere in the chat. With the marks turned back into the
+    characters they stand for, the template's output must equal the text of the unchanged messages.
+
+    A template that looks for words of its own in a message (for example "</think>") does not find them between marks,
+    and its output differs. The messages are then rendered again with fewer marks: first only for characters that begin
+    a literal, then only for the first characters of whole literals. The template must write the same control tokens as
+    with all marks.
+
+    The usual roles, and the roles and keys that the template itself names, count as the template's own text. They are
+    not marked.
 
     Args:
-      source: of the template.
-      render_text: messages to text.
-      messages: from the user.
-      literals: those of the control tokens.
+      source: The Jinja source of the template.
+      render_text: The function that turns messages into text.
+      messages: The messages from the user.
+      literals: The literals of all control tokens.
 
     Returns:
-      The text, and a table for str.translate that gives it back its true characters.
+      The text with marks, and a table with which str.translate turns the marks back into the original characters.
 
-    Raises UserError: a role that holds a control token, or a chat of which this cannot be shown.
+    Raises:
+      UserError: If a role contains a control token, or if the template may take a control token from a message.
     """
     pattern = re.compile("|".join(map(re.escape, sorted(literals, key=len, reverse=True))))
     for message in messages:
         if pattern.search(message["role"]):
-            raise UserError(f"the role {message['role']!r:.100} holds a control token")
+            raise UserError(f"the role {message['role']!r:.100} contains a control token: use another role")
     plain = render_text(messages)
     taken = set(plain).union(*_texts(messages))
     free = (chr(i) for i in _MARKS if chr(i) not in taken)
@@ -170,18 +196,18 @@ def render_marked(
         lambda text: text.translate(firsts),
         lambda text: pattern.sub(lambda found: marks[ord(found[0][0])] + found[0][1:], text),
     )
-    wanted = None  # the control tokens that the template writes
+    wanted = None  # the control tokens that the template writes when all characters are marked
     for change in changes if len(back) == len(marks) else ():
         marked = render_text([_marked(message, change, source) for message in messages])
         found = pattern.findall(marked)
         wanted = found if wanted is None else wanted
         if marked.translate(back) == plain and found == wanted:
             return marked, back
-    raise UserError("the chat template reads control tokens out of a message, or parts of them: take them out of it")
+    raise UserError("the chat template takes a control token, or part of one, from a message: remove it there")
 
 
 def _marked(message: Mapping[str, Any], change: Callable[[str], str], source: str) -> dict[str, Any]:
-    """The message with its texts changed, those in its values and keys; what is the template's stays."""
+    """Returns the message with the strings in its values and keys changed, except those that are the template's own."""
     result = {}
     for key, value in message.items():
         own_role = key == "role" and (value in _ROLES or _names(source, value))
@@ -190,12 +216,12 @@ def _marked(message: Mapping[str, Any], change: Callable[[str], str], source: st
 
 
 def _names(source: str, name: str) -> bool:
-    """Whether a template names this role or key, in quotes or after a dot."""
+    """Returns whether a template names this role or key, in quotes or after a dot."""
     return re.search(rf"""(['"]){re.escape(name)}\1|\.{re.escape(name)}(?!\w)""", source) is not None
 
 
 def _mapped(value: Any, change: Callable[[str], str], own_key: Callable[[str], bool]) -> Any:
-    """The value with all texts in it changed, but for the keys that are the template's own."""
+    """Returns the value with all strings in it changed, except the keys that are the template's own."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -207,7 +233,7 @@ def _mapped(value: Any, change: Callable[[str], str], own_key: Callable[[str], b
 
 
 def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """All texts in the messages, keys too."""
+    """Returns all strings in the messages, including keys."""
     found: list[str] = []
     _mapped([dict(message) for message in messages], lambda text: found.append(text) or text, lambda _: False)
     return found
@@ -215,15 +241,15 @@ def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
 
 @functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> Any:
-    """The template as Hugging Face would compile it."""
+    """Compiles a template with the settings and functions that Hugging Face uses."""
     import jinja2
     import jinja2.ext
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %}: marks an answer in training tools, is just its body here."""
+        """{% generation %} ... {% endgeneration %} marks an answer for training tools. Here only its body counts."""
 
-        tags = {"generation"}  # noqa: RUF012 (as Jinja has it)
+        tags = {"generation"}  # noqa: RUF012 (Jinja requires it as a class attribute)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno

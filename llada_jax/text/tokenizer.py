@@ -1,9 +1,8 @@
 """One small interface over SentencePiece and Hugging Face tokenizers.
 
-Six tokens have a role here: BOS, EOS, MASK and the three of the chat template. A role is filled by
-what the tokenizer already has; what it lacks is appended, in that order, after the existing ids,
-which never change. Text is encoded purely by default: a corpus that contains the characters
-"<|eot_id|>" yields the tokens of those characters, never the control token.
+Six tokens have a role here: BOS, EOS, MASK and the three tokens of the chat template. Those that a tokenizer lacks are
+appended, in this order, after its own ids, which never change. By default a text is encoded character by character as
+it stands: if a corpus contains the characters "<|eot_id|>", it yields their tokens, never the control token.
 """
 
 import hashlib
@@ -21,26 +20,26 @@ from llada_jax.config import UserError
 from llada_jax.text import chat_template
 from llada_jax.text.backends import MASK_LITERAL, NOT_A_TOKEN, ROLES, Backend, HuggingFace, SentencePiece
 
-VOCAB_MULTIPLE = 128  # the model's vocabulary is rounded up to this: it divides over tensor-parallel devices
-SAMPLE_BYTES = 32 << 20  # of text at most that a new tokenizer is trained on
-_LEAST_PIECES = 3 + 256  # unknown, BOS, EOS and the bytes
+VOCAB_MULTIPLE = 128  # vocab_size is a multiple of this, so that it can be split over tensor-parallel devices
+SAMPLE_BYTES = 32 << 20  # a new tokenizer is trained on at most this many bytes of text
+_LEAST_PIECES = 3 + 256  # the unknown token, BOS and EOS, and one piece for every byte
 
 
 class Tokenizer:
-    """Text to ids and back. Get one from `load_tokenizer`, `find_tokenizer` or `train_tokenizer`.
+    """Converts text to ids and back. `load_tokenizer`, `find_tokenizer` and `train_tokenizer` return one.
 
     Attributes:
       kind: "sentencepiece" or "huggingface".
-      size: number of ids, the appended ones included.
-      own_size: number of ids that the files have, without the appended ones.
-      vocab_size: `size` rounded up to a multiple of 128, the rows of a model's embedding.
-      bos_id, eos_id, mask_id, start_header_id, end_header_id, eot_id: the six roles.
-      roles: role ("bos", "eos", "mask", ...) -> (id, the tokenizer's own literal for it).
-      control_pattern: finds the literals of control tokens in a text; its one group is the literal.
-      chat_template: the Jinja source of the folder's own chat template; None = it has none, the default is used.
-      default_chat_template: the Jinja source of LLaDA's, with this tokenizer's literals.
-      sha256: hash of the content and of the six roles; equal on any machine. The chat template is not in it, nor
-        what a model says of the ids (see `of_model`).
+      size: The number of ids, including the appended ones.
+      own_size: The number of ids that the tokenizer's files define, without the appended ones.
+      vocab_size: `size` rounded up to a multiple of 128: the number of rows of a model's embedding.
+      bos_id, eos_id, mask_id, start_header_id, end_header_id, eot_id: The ids of the six roles.
+      roles: Role ("bos", "eos", "mask", ...) -> (id, the tokenizer's own literal for this token).
+      control_pattern: A regular expression that finds literals of control tokens; its only group is the literal.
+      chat_template: The Jinja source of the folder's own chat template, or None if the folder has none.
+      default_chat_template: The Jinja source of LLaDA's chat template with this tokenizer's literals, used instead.
+      sha256: A hash of the tokenizer's content and of the six roles, equal on any machine. It covers neither the chat
+        template nor the ids that a model states (see `of_model`).
     """
 
     def __init__(
@@ -77,11 +76,12 @@ class Tokenizer:
         self.default_chat_template = chat_template.default_source(bos, start_header, end_header, eot)
 
     def of_model(self, mask_id: int | None, bos_id: int | None, eos_id: int | None) -> "Tokenizer":
-        """This tokenizer with the ids that a model states for three of the roles (None = it does not).
+        """Returns this tokenizer with the ids that a model states for three of the roles (None: it states none).
 
-        Then "[MASK]" in a text is the model's MASK, whatever the files say, and decodes as that. Files and sha256 are
-        the same. What was appended under such an id for another role gets one after all others. An EOS that is the
-        tokenizer's end of turn, as in fine-tunes, leaves the tokenizer its own EOS: both end a text.
+        The result encodes "[MASK]" as the model's MASK token, whatever the files say, and decodes that token as
+        "[MASK]". Files and sha256 stay the same. If a token of another role was appended under one of these ids, it
+        moves to an id after all others. If `eos_id` is the end-of-turn token of the files, as in fine-tuned models, the
+        tokenizer keeps its own EOS: both tokens end a text.
         """
         ids = {"mask": mask_id, "bos": bos_id, "eos": eos_id}
         if eos_id == self.eot_id < self.own_size:
@@ -90,19 +90,19 @@ class Tokenizer:
         return Tokenizer(self._backend, self._chat_files, known)
 
     def encode(self, text: str, special: bool = False, continuation: bool = False) -> list[int]:
-        """The ids of `text`, without BOS or EOS.
+        """Returns the ids of `text`, without BOS or EOS.
 
         Args:
-          text: any valid Unicode.
-          special: whether the literals of control tokens ("[MASK]", "<|eot_id|>", "<s>", ...) become one
-            token each, as in a prompt. False takes them for the characters they are.
-          continuation: the text goes on where other text ended: a tokenizer that puts a space in front
-            of a text does not.
+          text: Any valid Unicode.
+          special: Whether each literal of a control token ("[MASK]", "<|eot_id|>", "<s>", ...) becomes that token, as
+            in a prompt. If False, literals are encoded as ordinary text.
+          continuation: Whether the text continues earlier text. If True, a tokenizer that usually puts a space in front
+            of a text does not put one here.
         """
         return self._encode_special(text, continuation) if special else self._backend.encode(text, continuation)
 
     def _encode_special(self, text: str, continuation: bool, true: Callable[[str], str] = str) -> list[int]:
-        """Literals of control tokens as one token each; the text between them as `true` gives it."""
+        """Returns ids in which literals of control tokens are single tokens; `true` restores the text between them."""
         ids: list[int] = []
         for part in self.control_pattern.split(text):
             if part in self._special:
@@ -114,18 +114,19 @@ class Tokenizer:
         return ids
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """The text of a chat, by the folder's chat template or LLaDA's own.
+        """Returns the text of a chat, written by the folder's chat template or by LLaDA's own.
 
-        LLaDA's: BOS, then for each message <|start_header_id|>ROLE<|end_header_id|>, two newlines, its trimmed content
-        and <|eot_id|>; then the header of the assistant's answer.
+        LLaDA's template writes BOS; then for each message <|start_header_id|>ROLE<|end_header_id|>, two newlines, the
+        trimmed content and <|eot_id|>; then the header of the assistant's answer.
 
         Args:
-          messages: {"role": "system" | "user" | "assistant", "content": text} each; what else is in them is the
-            template's to use.
-          add_generation_prompt: whether the header of an answer follows. A template that always writes that header
-            (the published one) has it taken off again; one that always writes another kind keeps it.
+          messages: The messages, each {"role": "system" | "user" | "assistant", "content": text}. A message may have
+            further fields for the template to use.
+          add_generation_prompt: Whether the header of an answer follows. If False, and the template always writes that
+            header (as the published template does), the header is removed. A header of another form is not removed.
 
-        Raises UserError: a message without role or content, a template that fails or refuses them.
+        Raises:
+          UserError: If a message lacks its role or content, or if the template fails or refuses the messages.
         """
         if add_generation_prompt:
             chat_template.check_messages(messages)
@@ -134,28 +135,31 @@ class Tokenizer:
         return text.translate(back)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of a chat, as `render_chat`; only what the template writes becomes control tokens.
+        """Returns the ids of a chat; only the text that the template writes can become control tokens.
 
-        A literal such as "<|eot_id|>" in a message is encoded as the characters that it is. All other ids are those
-        that the tokenizer gives the rendered text with control tokens recognised.
+        A literal such as "<|eot_id|>" in a message is encoded as ordinary text. All other ids are those of the text
+        from `render_chat`, encoded with special=True. Arguments and errors are those of `render_chat`. In addition,
+        UserError is raised if the template may take a control token from a message.
         """
         text, back = self.marked_chat(messages, add_generation_prompt)
         return self._encode_special(text, False, lambda part: part.translate(back))
 
     def encode_answer(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-        """The ids of a chat in two parts: what asks for its last message, and that message.
+        """Returns the ids of a chat in two parts: the prompt for its last message, and the last message, the answer.
 
-        The first is `encode_chat(messages[:-1])`, what a model is given to answer. The second is what the template
-        writes of the answer, with what ends it (LLaDA's: <|eot_id|>). UserError as `render_chat`, and for a template
-        that does not go on with the answer where it asks for one.
+        The prompt is `encode_chat(messages[:-1])`, to which a model replies. The answer is what the template writes for
+        the last message, including the token that ends it (<|eot_id|> in LLaDA's template).
+
+        Raises:
+          UserError: As in `encode_chat`, and if the template does not write the answer directly after the prompt.
         """
         before = self._chat_text(messages[:-1], True)
         text, back = self.marked_chat(messages, False)
         if not text.translate(back).startswith(before):
-            raise UserError("the chat template writes an answer otherwise than it asks for one: it cannot be learned")
-        # Marks stand for one character each: the prompt is as long in both.
+            raise UserError("the chat template writes an answer differently from the prompt for it: use another one")
+        # Each mark stands for one character, so the prompt has the same length with and without marks.
         answer = text[len(before) :]
-        if answer.rstrip().endswith(tuple(self._special)):  # a line end there belongs to the next message
+        if answer.rstrip().endswith(tuple(self._special)):  # a line end after it belongs to the next message
             answer = answer.rstrip()
         ids = self._encode_special(answer, True, lambda part: part.translate(back))
         return self.encode_chat(messages[:-1]), ids
@@ -163,10 +167,10 @@ class Tokenizer:
     def marked_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
     ) -> tuple[str, dict[int, str]]:
-        """A chat as text in which all that stands there as a control token was written by the template.
+        """Returns a chat as text in which every literal of a control token was written by the template.
 
-        Returns the text, and what `str.translate` takes to make the messages in it what they were. Arguments and
-        errors beside that are those of `render_chat`.
+        In this text, some characters of the messages are replaced by marks. The second value is the table with which
+        `str.translate` restores them. Arguments and errors are those of `encode_chat`.
         """
         chat_template.check_messages(messages)
         text, back = chat_template.render_marked(
@@ -175,7 +179,7 @@ class Tokenizer:
             messages,
             [*self._special],
         )
-        # Characters of the messages are replaced in it: this is the template's own header.
+        # A header in a message would contain marks, so this header was written by the template.
         if not add_generation_prompt and text.endswith(self._header):
             if text.translate(back) == self._chat_text(messages, True):
                 text = text.removesuffix(self._header)
@@ -187,10 +191,14 @@ class Tokenizer:
         return chat_template.render(self.chat_template, self._variables, messages, add_generation_prompt)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False, continuation: bool = False) -> str:
-        """The text of `ids`: control tokens as their literals (the mask as "[MASK]") or left out.
+        """Returns the text of `ids`. It never raises an error because of an id.
 
-        Never raises for an id: one that is no token (the rows that fill up a model's vocabulary, a
-        negative one) becomes U+FFFD, as do bytes that are not UTF-8. `continuation` as in `encode`.
+        Args:
+          ids: The ids. An id that is no token (one of the rows that fill up a model's vocabulary, or a negative number)
+            becomes U+FFFD, and so do bytes that are not UTF-8.
+          skip_special: Whether control tokens, and ids that are no tokens, are left out. If False, control tokens
+            become their literals, and MASK becomes "[MASK]".
+          continuation: Whether the ids continue earlier ids, as in `encode`.
         """
         text: list[str] = []
         run: list[int] = []
@@ -207,14 +215,14 @@ class Tokenizer:
         return "".join(text)
 
     def token_bytes(self) -> np.ndarray:
-        """int32 [size]: bytes of UTF-8 that each id stands for; 0 for control tokens."""
+        """Returns int32 [size]: the number of UTF-8 bytes that each id stands for, 0 for control tokens."""
         counts = np.zeros(self.size, np.int32)
         counts[: self._backend.size] = self._backend.token_bytes()
         counts[list(self._literals)] = 0
         return counts
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes the files that `load_tokenizer(directory)` reads back; makes the folder."""
+        """Writes the files that `load_tokenizer(directory)` reads, and creates the folder if needed."""
         path = epath.Path(directory)
         path.mkdir(parents=True, exist_ok=True)
         for name, content in {**self._chat_files, **self._backend.files}.items():
@@ -222,7 +230,7 @@ class Tokenizer:
 
 
 def _roles(backend: Backend) -> dict[str, tuple[int, str]]:
-    """Role -> (id, literal); what the tokenizer lacks is appended."""
+    """Returns role -> (id, literal) of all six roles; tokens that the tokenizer lacks get new ids after its own."""
     roles, size = {}, backend.size
     for role, names in ROLES.items():
         literal = backend.named.get(role) or next((n for n in names if n in backend.special), None)
@@ -237,7 +245,7 @@ def _roles(backend: Backend) -> dict[str, tuple[int, str]]:
 def _of_model(
     roles: Mapping[str, tuple[int, str]], backend: Backend, ids: Mapping[str, int]
 ) -> dict[str, tuple[int, str]]:
-    """The roles with a model's ids for some of them."""
+    """Returns the roles with a model's ids for some of them. Appended tokens that have such an id get a new one."""
     literals = {i: literal for literal, i in backend.special.items()}
     result = {**roles, **{role: (i, literals.get(i, roles[role][1])) for role, i in ids.items()}}
     for role, (i, literal) in roles.items():
@@ -247,7 +255,7 @@ def _of_model(
 
 
 def _specials(backend: Backend, roles: Mapping[str, tuple[int, str]]) -> dict[str, int]:
-    """Literal -> id of every control token; the mask has two."""
+    """Returns literal -> id of every control token. MASK has two literals: its own and "[MASK]"."""
     named = {literal: i for i, literal in roles.values()}
     return {**backend.special, **named, MASK_LITERAL: roles["mask"][0]}
 
@@ -258,7 +266,7 @@ _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_toke
 
 
 def find_tokenizer(directory: str | os.PathLike) -> Tokenizer | None:
-    """The tokenizer in a folder, None if there is none; raises UserError if it is damaged."""
+    """Returns the tokenizer in a folder, or None if there is none. Raises UserError if it is damaged."""
     path = epath.Path(directory)
     for kind, name in _MODEL_FILES.items():
         if (path / name).exists():
@@ -269,19 +277,19 @@ def find_tokenizer(directory: str | os.PathLike) -> Tokenizer | None:
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     """Loads a SentencePiece .model, a tokenizer.json, or a folder with either, such as a model's or a training workdir.
 
-    Beside a file named tokenizer.json or tokenizer.model, as in a folder, tokenizer_config.json and
-    special_tokens_map.json (and added_tokens.json of SentencePiece) are read, and the chat template
-    (chat_template.jinja, or in tokenizer_config.json or chat_template.json).
-    Raises UserError if there is no tokenizer at `path`.
+    If the file is named tokenizer.json or tokenizer.model, as in a folder, these files beside it are read as well:
+    tokenizer_config.json and special_tokens_map.json (for SentencePiece also added_tokens.json), and the chat template
+    (in chat_template.jinja, tokenizer_config.json or chat_template.json).
+    Raises UserError if there is no tokenizer at `path`, or if it is damaged.
     """
     file = epath.Path(path)
     if file.is_dir():
-        tokenizer = find_tokenizer(file) or find_tokenizer(file / "tokenizer")  # a workdir's, or a prepared set's
+        tokenizer = find_tokenizer(file) or find_tokenizer(file / "tokenizer")  # as in a workdir or a prepared set
         if tokenizer is None:
-            raise UserError(f"{path} has no tokenizer: neither tokenizer.json nor tokenizer.model is in it")
+            raise UserError(f"{path} has no tokenizer: it contains neither tokenizer.json nor tokenizer.model")
         return tokenizer
     if not file.exists():
-        raise UserError(f"there is no tokenizer at {path}: give a SentencePiece .model, a tokenizer.json or a folder")
+        raise UserError(f"there is no tokenizer at {path}: pass a SentencePiece .model, a tokenizer.json or a folder")
     kind = "huggingface" if file.name.endswith(".json") else "sentencepiece"
     return _load(kind, file, file.parent if file.name == _MODEL_FILES[kind] else None)
 
@@ -295,9 +303,9 @@ def _load(kind: str, file: epath.Path, folder: epath.Path | None) -> Tokenizer:
         return Tokenizer(_BACKENDS[kind](files), chat_files)
     except UserError as error:
         raise UserError(f"{file.parent}: {error}") from error
-    except Exception as error:  # each library has its own, and tokenizers raises bare Exception
+    except Exception as error:  # each library has its own exceptions, and tokenizers raises bare Exception
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} is not a {kind} tokenizer that can be read: {reason}") from error
+        raise UserError(f"{file} cannot be read as a {kind} tokenizer: {reason}") from error
 
 
 def _existing(folder: epath.Path, names: Iterable[str]) -> dict[str, bytes]:
@@ -305,29 +313,30 @@ def _existing(folder: epath.Path, names: Iterable[str]) -> dict[str, bytes]:
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, directory: str | os.PathLike) -> Tokenizer:
-    """Trains a SentencePiece BPE with byte fallback and writes it into `directory`.
+    """Trains a SentencePiece BPE tokenizer with byte fallback and writes it into `directory`.
 
-    Any valid Unicode text comes back exactly from its ids. The same documents give the same tokenizer.
-    It is trained on at most 32 MiB of the text (pieces chosen by their hash from all documents), so
-    memory does not grow with the text.
+    Decoding the ids of any valid Unicode text gives exactly that text. The same documents give the same tokenizer.
+    The tokenizer is trained on at most 32 MiB of the text (pieces chosen from all documents by their hash), so the
+    memory needed does not grow with the text.
 
     Args:
-      documents: texts, read once.
-      vocab_size: the `size` of the result, its control tokens included.
-      directory: a folder, made if needed, that `load_tokenizer` reads.
+      documents: The texts. They are read once.
+      vocab_size: The `size` of the resulting tokenizer, including its control tokens.
+      directory: The folder to write to, created if needed. `load_tokenizer` reads it.
 
-    Raises UserError if `vocab_size` does not suit the text.
+    Raises:
+      UserError: If `vocab_size` is too small or too large for the text, or if there is no text.
     """
     import sentencepiece
 
-    appended = len(ROLES) - 2  # SentencePiece has BOS and EOS of its own
+    appended = len(ROLES) - 2  # SentencePiece itself has BOS and EOS
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_training_sentences(documents),
             model_writer=model,
             model_type="bpe",
-            # Below this, which is too small in any case, it would not say what it needs.
+            # _LEAST_PIECES is always too small, but with even fewer SentencePiece does not say how many it needs.
             vocab_size=max(vocab_size - appended, _LEAST_PIECES),
             byte_fallback=True,
             normalization_rule_name="identity",
@@ -352,22 +361,22 @@ def _training_error(message: str, vocab_size: int, appended: int) -> str:
     too_small = re.search(r"smaller than required_chars. \d+ vs (\d+)", message)
     if too_large:
         most = int(too_large[1]) + appended
-        return f"train_tokenizer={vocab_size} is too large for this text: {most} at most, or give more text"
+        return f"train_tokenizer={vocab_size} is too large for this text: {most} is the most, or use more text"
     if too_small:
-        return f"train_tokenizer={vocab_size} is too small for this text: {int(too_small[1]) + appended} at least"
+        return f"train_tokenizer={vocab_size} is too small for this text: {int(too_small[1]) + appended} is the least"
     if "sentences_.empty()" in message:
-        return "train_tokenizer: the input has no text to train a tokenizer on"
+        return "train_tokenizer: the input contains no text to train a tokenizer on"
     return f"train_tokenizer={vocab_size}: {' '.join(message.split())}"
 
 
 def _training_sentences(documents: Iterable[str]) -> Iterator[str]:
-    # SentencePiece skips a whole sentence for one of these characters; their bytes stand for them.
+    # SentencePiece would skip a sentence with one of these characters. The tokenizer encodes them as bytes instead.
     for text in _sample(documents):
         yield from filter(None, re.split("[\0\t\u2581\u2585]", text))
 
 
 def _sample(documents: Iterable[str]) -> list[str]:
-    """Pieces of at most 4,096 characters whose hash is below a bound that falls as they become too many."""
+    """Returns the pieces of up to 4,096 characters with a hash below a bound, halved until they fit SAMPLE_BYTES."""
     bound, total = 1 << 64, 0
     kept: list[tuple[int, str]] = []
     for document in documents:

@@ -1,18 +1,18 @@
-"""The training loop: the steps, and what happens between them.
+"""The training loop: the steps of a run, and what happens between them.
 
-The host stays one step behind the device: step s is looked at after step s + 1 was dispatched, so neither
-waits for the other. What falls on a step (validation, samples, a checkpoint) first looks at that step, so a
-checkpoint never runs ahead of metrics.jsonl and never holds a state that was not looked at.
+The host stays one step behind the device: the metrics of step s are read after step s + 1 was dispatched, so that
+neither waits for the other. Before anything that falls on a step (validation, samples, a checkpoint), the metrics of
+that step are read. A checkpoint therefore is never ahead of metrics.jsonl, and never holds a state that was not looked
+at.
 """
 
-import re
 from pathlib import Path
 
 import jax
 
 from llada_jax import config as configs
 from llada_jax.cli import entry_point
-from llada_jax.config import Config
+from llada_jax.config import ComputeConfig, Config
 from llada_jax.data.read.pipeline import Data
 from llada_jax.data.rows import HeldOut
 from llada_jax.devices import distributed, mesh
@@ -21,77 +21,99 @@ from llada_jax.devices.hardware import compiler_options
 from llada_jax.devices.preemption import StopSignal
 from llada_jax.diffusion.forward import is_chat
 from llada_jax.model import lora
-from llada_jax.model.transformer import abstract_model, resolve_compute, split
+from llada_jax.model.transformer import abstract_model, split
 from llada_jax.scoring import bound
 from llada_jax.text.tokenizer import Tokenizer
-from llada_jax.training import checkpoint, metrics, report
+from llada_jax.training import metrics, samples, summary
+from llada_jax.training.checkpoint import Checkpoints
 from llada_jax.training.step import TrainState, make_train_step
 
 
 class NonFinite(Exception):
-    """Too many steps in a row whose loss or gradients were not finite."""
+    """The loss or the gradients were not finite in too many steps in a row."""
 
 
 class Loop:
-    """One run from its first step in this process to its last."""
+    """A run from its first step in this process to its last one."""
 
     def __init__(
         self,
         config: Config,
         folder: Path,
         device_mesh: jax.sharding.Mesh,
-        saved: checkpoint.Checkpoints,
+        compute: ComputeConfig,
+        saved: Checkpoints,
         tokenizer: Tokenizer,
         held_out: HeldOut | None,
         state: TrainState,
         frozen: dict,
         record: dict,
     ):
-        """Opens what is written to; metrics and samples beyond the state's step are dropped from it.
+        """Opens the files that are written to, and drops from them what lies beyond the step of `state`.
 
         Args:
-          config, folder, device_mesh, saved, tokenizer: of the run.
-          held_out: rows for validation, None = no validation.
-          state: where it starts; given to `run` next.
-          frozen: what the model has beside state.params and is not trained, see `lora.partition`; {} = nothing.
-          record: what a checkpoint keeps of a loop, see `_save`; {} at the start of a run.
+          config: The configuration of the run.
+          folder: Its workdir.
+          device_mesh: Its mesh, which must be in use.
+          compute: The resolved config.compute (`transformer.resolve_compute`).
+          saved: The checkpoints of the workdir.
+          tokenizer: The tokenizer of the data.
+          held_out: The rows for validation. None means that there is no validation.
+          state: The state at the first step. It is given to `run` next.
+          frozen: The parameters that the model has beside state.params and that are not trained (`lora.partition`), or
+            {} if there are none.
+          record: What a checkpoint keeps of a loop (`_save`), or {} at the start of a run.
         """
         self.config, self.folder, self.mesh = config, folder, device_mesh
         self.saved, self.tokenizer, self.held_out = saved, tokenizer, held_out
-        self.graphdef, _ = split(
-            abstract_model(config.model, resolve_compute(config.model, config.compute, device_mesh.devices.flat[0]))
-        )
+        self.graphdef, _ = split(abstract_model(config.model, compute))
         self.frozen = frozen
         self.first_step = self.done = int(state.step)
-        self.pending: tuple[int, dict] | None = None  # (step, metrics): dispatched, not looked at yet
+        self.pending: tuple[int, dict] | None = None  # (step, metrics) that are dispatched and not read yet
         self.window = metrics.Window(config.logging.buckets, record.get("window"))
         self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
         self.speed = metrics.Speed(config.model, config.sequence_length)
         self.steps_since_log = self.tokens_since_log = 0
-        self.widths: set[int] = set()  # of the batches, for which the train step is compiled
-        self.untimed: set[int] = set()  # steps that were mostly compilation
+        self.widths: set[int] = set()  # widths of batches for which the train step is compiled
+        self.untimed: set[int] = set()  # steps whose time was mostly compilation
         self.bits_per_byte = float("nan")
         self.tracing = False
         self.stop = StopSignal()
         self.writer = metrics.Writer(folder, config.logging, self.first_step, configs.to_dict(config))
         if distributed.index() == 0:
-            finished = self.first_step == config.steps  # its last samples are then written anew
-            drop_samples(folder / "samples.txt", self.first_step - finished)
+            finished = self.first_step == config.steps  # the last samples of a finished run are written again
+            samples.drop_samples(folder / "samples.txt", self.first_step - finished)
         profile = config.profile
         if profile.steps and profile.first_step < self.first_step:
             log(f"no profile: config.profile.first_step={profile.first_step} lies before step {self.first_step}")
 
     def run(self, state: TrainState, data: Data) -> int:
-        """Trains to config.steps.
+        """Trains up to config.steps, and finishes everything that is being written.
+
+        Args:
+          state: The state that was given to `__init__`. Its buffers are donated.
+          data: The rows to train on.
 
         Returns:
-          FINISHED, or PREEMPTED: saved after SIGTERM.
+          FINISHED, or PREEMPTED if the run was saved after SIGTERM.
 
         Raises:
-          NonFinite: after optimizer.max_nonfinite steps in a row that were not finite.
-          checkpoint.SaveFailed: a checkpoint could not be written.
-          UserError: a damaged row of the data.
+          NonFinite: After optimizer.max_nonfinite steps in a row whose loss or gradients were not finite.
+          SaveFailed: If a checkpoint could not be written.
+          UserError: If a row of the data is damaged.
         """
+        together = False  # whether all processes come to the end in the same way
+        try:
+            code = self._train(state, data)
+            together = True
+        except NonFinite:
+            together = True  # all processes have seen the same losses
+            raise
+        finally:
+            self._close(together)
+        return code
+
+    def _train(self, state: TrainState, data: Data) -> int:
         config = self.config
         train_step = make_train_step(
             config, self.graphdef, compiler_options(self.mesh.devices.flat[0], config.compute.deterministic)
@@ -104,7 +126,7 @@ class Loop:
         )
         try:
             if self.first_step == 0 and config.init_from and self.held_out is not None:
-                self.writer.write(0, self._validate(state))  # what the weights can do that it starts from
+                self.writer.write(0, self._validate(state))  # what the weights can do before they are trained here
             while self.done < config.steps:
                 if self.stop.received(self.done):
                     return self._leave(state)
@@ -119,16 +141,16 @@ class Loop:
         first = self.done == self.first_step
         rows = next(batches)[1]
         width = rows["tokens"].shape[1]
-        compiles = width not in self.widths  # rows of conversations come in a few
+        compiles = width not in self.widths  # batches of conversations have a few different widths
         self.widths.add(width)
         if compiles and not first:
             log(f"compiling the train step for rows of {width} tokens ...")
             go_on = self.speed.pause()
-        # Once it is compiled nothing crosses between host and device that is not asked for by name.
+        # Once the step is compiled, only explicit transfers between host and device are allowed.
         with jax.transfer_guard("allow" if compiles else "disallow"):
             batch = mesh.place_batch(rows, self.mesh, self.config.batch_size)
             if first:
-                log(report.first_batch(self.config, batch, self.tokenizer, self.done))
+                log(summary.first_batch(self.config, batch, self.tokenizer, self.done))
                 log("compiling the train step ...")
             state, values = train_step(state, batch, self.frozen)
             self._look()
@@ -149,13 +171,13 @@ class Loop:
         return step % self.config.logging.every == 0 or step == self.config.steps
 
     def _look(self, extra: dict | None = None) -> None:
-        """Looks at the pending step: sums, one line and one record per log step, the count of skipped steps."""
+        """Reads the metrics of the pending step: adds them up, writes a line if one is due, counts skipped steps."""
         if self.pending is None:
             return
         (step, values), self.pending = self.pending, None
         values = metrics.fetch(values)
         self.window.add(values)
-        first = step == self.first_step + 1  # timed only where it must be, for a line falls on it
+        first = step == self.first_step + 1  # it is timed only if a log line falls on it
         if step not in self.untimed and (not first or self._logs(step)):
             self.steps_since_log += 1
             self.tokens_since_log += int(values["tokens"])
@@ -180,20 +202,20 @@ class Loop:
             )
 
     def _between_steps(self, state: TrainState) -> None:
-        """Validation, samples and checkpoints that fall on this step."""
+        """Does what falls on this step: validation, samples, a checkpoint."""
         config, last = self.config, self.done == self.config.steps
         validates = self.held_out is not None and (last or _falls_on(self.done, config.validation.every))
-        samples = _falls_on(self.done, config.sampling.every) and not last
+        samples_due = _falls_on(self.done, config.sampling.every) and not last
         saves = self.saved.due(self.done)
-        if not (validates or samples or saves or last):
+        if not (validates or samples_due or saves or last):
             return
-        jax.block_until_ready(state.step)  # the step's own time still counts as its own
+        jax.block_until_ready(state.step)  # the time of the step itself still counts
         go_on = self.speed.pause()
         extra = self._validate(state) if validates else {}
         go_on()
         self._look(extra)
         go_on = self.speed.pause()
-        if samples:
+        if samples_due:
             self._sample(state)
         if saves:
             self._save(state)
@@ -219,9 +241,9 @@ class Loop:
         self._sample(state)
         self.saved.wait()
         if self.config.report and self.held_out is not None and distributed.index() == 0:
-            marks = report.yardsticks(self.held_out, self.tokenizer)
+            marks = summary.yardsticks(self.held_out, self.tokenizer)
             held_out_bytes = int(self.held_out.bytes_N.sum())
-            print(report.final_report(str(self.folder), self.bits_per_byte, marks, held_out_bytes))
+            print(summary.final_report(str(self.folder), self.bits_per_byte, marks, held_out_bytes))
         return entry_point.FINISHED
 
     def _validate(self, state: TrainState) -> dict:
@@ -247,20 +269,19 @@ class Loop:
             return
         chat = is_chat(self.config)
         params = lora.combine(state.params, self.frozen)
-        samples = report.sample_texts(
+        found = samples.sample_texts(
             self.graphdef, params, self.tokenizer, self.config.sampling, self.config.seed, chat
         )
-        text = report.show_samples(samples, chat)
+        text = samples.show_samples(found, chat)
         log(f"samples at step {self.done}:\n{text}")
         if distributed.index() == 0:
-            with (self.folder / "samples.txt").open("a", encoding="utf-8") as file:
-                file.write(f"--- step {self.done}\n{text}\n")
+            samples.append_samples(self.folder / "samples.txt", self.done, text)
             self.writer.text(self.done, "samples", text)
 
     def _profile(self, state: TrainState) -> None:
         profile = self.config.profile
         if distributed.index() != 0:
-            return  # all do the same: one trace tells it
+            return  # all processes do the same work, so that one trace is enough
         if profile.steps and self.done == profile.first_step:
             jax.profiler.start_trace(str(self.folder / "profile"))
             self.tracing = True
@@ -274,15 +295,15 @@ class Loop:
             jax.profiler.stop_trace()
             log(f"profile from step {self.config.profile.first_step} to {self.done} in {self.folder / 'profile'}")
 
-    def close(self, whole: bool = True) -> None:
-        """Finishes what is being written. SaveFailed if a checkpoint could not be.
+    def _close(self, together: bool) -> None:
+        """Finishes what is being written. Raises SaveFailed if a checkpoint could not be written.
 
         Args:
-          whole: False if only this process may have come here: it does not wait for what takes all of them.
+          together: False if perhaps only this process comes here. It then does not wait for what takes all processes.
         """
         try:
             self._end_profile()
-            if whole or distributed.count() == 1:
+            if together or distributed.count() == 1:
                 self.saved.close()
         finally:
             self.writer.close()
@@ -291,14 +312,3 @@ class Loop:
 
 def _falls_on(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def drop_samples(path: Path, step: int) -> None:
-    """Removes from a samples.txt what lies beyond `step`: the run is resumed there."""
-    if not path.exists():
-        return
-    blocks = re.split(r"^(?=--- step \d+$)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    kept = [block for block in blocks if (found := re.match(r"--- step (\d+)\n", block)) and int(found[1]) <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)

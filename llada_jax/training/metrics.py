@@ -1,4 +1,4 @@
-"""What is measured while training and where it is written; FLOP counting and MFU."""
+"""Measures a training run and writes its metrics: losses, speed, FLOPs and MFU."""
 
 import json
 import math
@@ -17,20 +17,22 @@ from llada_jax.model.transformer import MATRICES
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Dense bfloat16 peak of one device in FLOP/s, None if it is not known (a CPU, say)."""
+    """Returns the dense bfloat16 peak of one device in FLOP/s, or None if it is unknown, as for a CPU."""
     chip = chip_of(device_kind)
     return chip.peak_flops if chip else None
 
 
 def flops_per_token(model: ModelConfig, sequence_length: float, head_share: float = 0.5) -> float:
-    """FLOPs of a training step per token: 6 per matmul parameter and 12 L T D for attention, all of it real.
+    """Returns the FLOPs of a training step per token: 6 per matmul parameter, plus 12 L T D for attention.
 
-    With low-rank adapters 4 per matmul parameter, whose gradient is not formed, and 6 per parameter of theirs.
+    Attention is bidirectional, so all of its FLOPs count. With low-rank adapters the model's matmul parameters take
+    only 4 FLOPs each, because their gradients are not computed, and the adapters' parameters take 6 FLOPs each.
 
     Args:
-      model: the architecture, with vocab_size known.
-      sequence_length: T.
-      head_share: part of the positions the head is applied to: half are masked on average; 1.0 = all.
+      model: The architecture. Its vocab_size must be set.
+      sequence_length: The length T of the sequences.
+      head_share: The share of the positions that the output head is applied to. The default is 0.5 because half of
+        the positions are masked on average; 1.0 means all positions.
     """
     attention = 2 * model.width * (model.heads + model.kv_heads) * model.head_width
     layer = attention + 3 * model.width * model.feed_forward
@@ -41,7 +43,10 @@ def flops_per_token(model: ModelConfig, sequence_length: float, head_share: floa
 
 
 def _adapter_parameters(model: ModelConfig) -> dict[str, int]:
-    """Name in mesh.PARAMETERS -> number of parameters, of the adapters of one layer; {} if there are none."""
+    """Returns the number of parameters of each adapter matrix in one layer, by its name in mesh.PARAMETERS.
+
+    The result is empty if the model has no adapters.
+    """
     heads, kv_heads = model.heads * model.head_width, model.kv_heads * model.head_width
     sizes, found = {"d": model.width, "hk": heads, "gk": kv_heads, "f": model.feed_forward}, {}
     for name in model.lora.targets if model.lora.rank else ():
@@ -51,13 +56,21 @@ def _adapter_parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, compute: ComputeConfig) -> float:
-    """FLOPs per token that a training step executes beyond `flops_per_token`, by compute.remat and the kernel.
+    """Returns the FLOPs per token that a training step executes in addition to `flops_per_token`.
 
-    Counted: attention and the layers' matmuls, but not ff_out (nor its adapter's B): no gradient depends on its output.
-    Not counted: the adapters' products that "dots" computes again.
+    These are the FLOPs of the forward pass that the backward pass computes again. They depend on compute.remat and on
+    the attention kernel. Attention and the layers' matmuls are counted, except for ff_out and its adapter's matrix B,
+    because no gradient depends on their output. The products of adapters that remat "dots" computes again are not
+    counted.
+
+    Args:
+      model: The architecture.
+      sequence_length: The length T of the sequences.
+      compute: The compute settings, with the name of the kernel that runs in compute.attention.
     """
     attention = 4 * sequence_length * model.width
-    # Every kernel but the plain one holds no scores for the backward pass: it makes them again, one matmul of two.
+    # All kernels except the reference kernel do not keep the attention scores for the backward pass but compute them
+    # again. That is one of the two matmuls of attention.
     again = 0 if compute.attention == "reference" else attention / 2
     projections = 2 * model.width * (model.heads + model.kv_heads) * model.head_width
     adapters = sum(size for name, size in _adapter_parameters(model).items() if name != "ff_out_b")
@@ -67,16 +80,22 @@ def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, compute
 
 
 class Window:
-    """Sums over the steps since the last log line; part of a checkpoint, so that a resumed run logs the same."""
+    """Sums the metrics of the steps since the last log line.
+
+    Every checkpoint contains the sums, so that a resumed run logs the same values as a run without interruption.
+    """
 
     def __init__(self, buckets: int, record: dict | None = None):
         empty = {"steps": 0, "loss": 0.0, "skipped": 0, "tokens": 0}
         self.sums = record or {**empty, "bucket_nll": [0.0] * buckets, "bucket_tokens": [0.0] * buckets}
-        if len(self.sums["bucket_nll"]) != buckets:  # logging.buckets was changed on resume
+        if len(self.sums["bucket_nll"]) != buckets:  # logging.buckets has changed since the checkpoint was saved.
             self.sums.update(bucket_nll=[0.0] * buckets, bucket_tokens=[0.0] * buckets)
 
     def add(self, metrics: dict) -> None:
-        """Adds one step's fetched metrics; a skipped step counts only as skipped."""
+        """Adds the fetched metrics of one step.
+
+        A skipped step adds to "skipped" and "tokens", but not to the losses.
+        """
         self.sums["skipped"] += int(metrics["skipped"])
         self.sums["tokens"] += int(metrics["tokens"])
         if metrics["skipped"]:
@@ -87,9 +106,10 @@ class Window:
             self.sums[name] = [a + float(b) for a, b in zip(self.sums[name], metrics[name], strict=True)]
 
     def summary(self) -> dict:
-        """loss (mean nats per token), skipped, and loss_t of the mask-ratio buckets that were met.
+        """Returns "loss" (mean nats per token), "skipped", and the loss of each mask-ratio bucket that occurred.
 
-        loss_t[k] is the mean nll of a masked token in rows whose mask ratio lies in [k, k + 1) / buckets.
+        The key of bucket k is "loss_t/" followed by its interval [k, k + 1) / buckets. The value is the mean nll of a
+        masked token in the rows whose mask ratio lies in this interval.
         """
         sums, buckets = self.sums, len(self.sums["bucket_nll"])
         result = {"loss": sums["loss"] / sums["steps"] if sums["steps"] else math.nan, "skipped": sums["skipped"]}
@@ -100,7 +120,7 @@ class Window:
 
 
 class Speed:
-    """Tokens per second, MFU and time left, from the tokens of the steps between two log lines."""
+    """Computes tokens per second, MFU and the remaining time from the steps between two log lines."""
 
     def __init__(self, model: ModelConfig, sequence_length: int, clock: Callable[[], float] = time.perf_counter):
         self._model, self._length = model, sequence_length
@@ -109,11 +129,15 @@ class Speed:
         self._clock, self._since = clock, clock()
 
     def restart(self) -> None:
-        """Starts the clock anew."""
+        """Starts the measurement again from the current time."""
         self._since = self._clock()
 
     def pause(self) -> Callable[[], None]:
-        """Stops the clock (validation, sampling, saving); call the result to let it go on."""
+        """Stops the clock during validation, sampling and saving.
+
+        Returns:
+          A function that lets the clock continue.
+        """
         started = self._clock()
 
         def go_on() -> None:
@@ -122,10 +146,21 @@ class Speed:
         return go_on
 
     def summary(self, steps: int, tokens: int, steps_left: int, rows: int | None = None) -> dict:
-        """Rates since the last call: step_seconds, tokens_per_second, seconds_left, mfu where the peak is known.
+        """Returns the rates since the last call, or since the clock was restarted.
 
-        rows: how many the tokens lie in, where their lengths vary; None = all are of the sequence length. The head is
-        counted as if half of all tokens were masked, prompts too: at 8B that makes up to 4 % more of it.
+        The MFU counts the head as if half of all tokens were masked, including prompts. For the 8B model this
+        overstates the FLOPs by up to 4 %.
+
+        Args:
+          steps: Number of steps since the last call.
+          tokens: Number of tokens in these steps.
+          steps_left: Number of steps until the end of the run.
+          rows: Number of rows that the tokens lie in, if the lengths of the rows vary. None means that all rows have
+            the full sequence length.
+
+        Returns:
+          step_seconds, tokens_per_second, tokens_per_second_per_device, seconds_left, and, if the peak of the device is
+          known, mfu and mfu_full_head (which counts the head at every position).
         """
         now = self._clock()
         elapsed, self._since = max(now - self._since, 1e-9), now
@@ -137,7 +172,7 @@ class Speed:
             "seconds_left": steps_left * elapsed / max(steps, 1),
         }
         if self._peak:
-            # FLOPs of padding are not counted as useful.
+            # Padding does no useful work, so count only the FLOPs of real tokens.
             length = tokens / rows if rows else self._length
             for name, share in (("mfu", 0.5), ("mfu_full_head", 1.0)):
                 result[name] = rate * flops_per_token(self._model, length, share) / self._devices / self._peak
@@ -145,7 +180,7 @@ class Speed:
 
 
 class Writer:
-    """metrics.jsonl, TensorBoard and Weights & Biases of one workdir; only process 0 writes."""
+    """Writes the metrics of one workdir to metrics.jsonl, TensorBoard and Weights & Biases; only process 0 writes."""
 
     def __init__(self, workdir: Path, config: LoggingConfig, first_step: int, run_config: dict):
         self._on = distributed.index() == 0
@@ -153,7 +188,7 @@ class Writer:
         if not self._on:
             return
         path = workdir / "metrics.jsonl"
-        drop_after(path, first_step or -1)  # what was written before the first step is written again
+        drop_after(path, first_step or -1)  # A run that starts at step 0 writes its record of step 0 again.
         self._file = path.open("a")
         if config.tensorboard:
             self._board = _Board(workdir / "tensorboard", first_step)
@@ -161,7 +196,7 @@ class Writer:
             self._wandb = _start_wandb(config.wandb_project, workdir, run_config)
 
     def write(self, step: int, values: dict) -> None:
-        """One record: {"step": step, **values}; floats that are not finite become null."""
+        """Writes one record, {"step": step, **values}. Floats that are not finite become null."""
         if not self._on:
             return
         record = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in values.items()}
@@ -174,17 +209,21 @@ class Writer:
             self._wandb.log(scalars, step=step)
 
     def text(self, step: int, name: str, text: str) -> None:
-        """A sample, to TensorBoard's text page."""
+        """Writes a text, such as a sample of the model, to the text page of TensorBoard."""
         if self._board:
             self._board.text(step, name, f"```\n{text}\n```")
 
     def sync(self) -> None:
-        """Until the records are on the disk: a checkpoint must not run ahead of them, even if power fails."""
+        """Waits until the records are on the disk.
+
+        Call this before saving a checkpoint: even after a power failure, metrics.jsonl must reach as far as the
+        checkpoint does.
+        """
         if self._on:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes all files."""
+        """Closes all files and finishes the Weights & Biases run."""
         if self._on:
             self._file.close()
         if self._board:
@@ -194,10 +233,10 @@ class Writer:
 
 
 class _Board:
-    """TensorBoard's event file, written at once and in this thread.
+    """Writes a TensorBoard event file immediately, in the calling thread.
 
-    tensorboardX's own SummaryWriter hands events to a thread: a killed process loses up to two minutes of them,
-    and where the disk is full the thread dies and the training waits for it for ever.
+    The SummaryWriter of tensorboardX passes events to a thread of its own instead. A killed process would lose up to
+    two minutes of events, and on a full disk that thread would die and the training would wait for it forever.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -206,7 +245,7 @@ class _Board:
 
         folder.mkdir(exist_ok=True)
         self._file = EventsWriter(str(folder / "events"), f".{time.time_ns() % 10**9:09}")
-        # What earlier starts wrote beyond the step resumed at is no longer shown.
+        # Make TensorBoard hide events that earlier starts of the run wrote beyond the step it resumes at.
         self._write(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
@@ -234,8 +273,10 @@ def _start_wandb(project: str, workdir: Path, run_config: dict):
     try:
         import wandb
     except ImportError:
-        raise UserError("config.logging.wandb_project needs wandb: pip install 'llada_jax[wandb]'") from None
-    # A resumed run goes on in the same W&B run: its id lives in the workdir.
+        raise UserError(
+            "config.logging.wandb_project needs the package wandb: pip install 'llada_jax[wandb]'"
+        ) from None
+    # Keep the id of the W&B run in the workdir, so that a resumed run continues the same W&B run.
     id_file = workdir / "wandb_id"
     run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
     id_file.write_text(run_id)
@@ -243,7 +284,7 @@ def _start_wandb(project: str, workdir: Path, run_config: dict):
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Removes from a metrics.jsonl what lies beyond `step` (the run is resumed there) and any torn last line."""
+    """Removes the records after `step`, where the run resumes, and broken lines from a metrics.jsonl."""
     if not path.exists():
         return
     kept = []
@@ -259,7 +300,7 @@ def drop_after(path: Path, step: int) -> None:
 
 
 def log_line(step: int, steps: int, values: dict) -> str:
-    """The one line per log step that a person reads."""
+    """Returns the line that is printed for a person at each log step."""
     parts = [
         f"step {step:>{len(str(steps))}}/{steps}",
         f"loss {values['loss']:.4f}",
@@ -275,12 +316,12 @@ def log_line(step: int, steps: int, values: dict) -> str:
 
 
 def duration(seconds: float) -> str:
-    """1:02:03, or 2d 03:04:05."""
+    """Formats a duration as 1:02:03 or 2d 03:04:05."""
     days, rest = divmod(int(seconds), 86400)
     text = f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
     return f"{days}d {text:0>8}" if days else text
 
 
 def fetch(metrics: dict) -> dict:
-    """The step's metrics on the host; waits until the device has made them."""
+    """Copies the metrics of a step to the host, after waiting until the device has computed them."""
     return {name: np.asarray(value)[()] for name, value in jax.device_get(metrics).items()}

@@ -1,7 +1,7 @@
-"""AdamW or Muon as an optax chain without a learning rate, and the schedule, applied by the train step.
+"""Builds the optimizer (AdamW or Muon) as an optax chain without a learning rate, and the learning rate schedule.
 
-Kept apart because a skipped step must still advance the schedule, while Adam's moments and its bias
-correction must not see it: the schedule counts steps of the run, Adam counts updates.
+The train step combines the two. They are separate because a skipped step must still advance the schedule, while it
+must not change Adam's moments and bias correction: the schedule counts the steps of the run, Adam counts updates.
 """
 
 import math
@@ -18,7 +18,19 @@ from llada_jax.devices import mesh
 
 
 def schedule_points(config: OptimizerConfig, steps: int) -> list[tuple[float, float]]:
-    """config.schedule in steps. UserError unless positions ascend and factors are finite and >= 0."""
+    """Converts config.schedule to steps.
+
+    Args:
+      config: The configuration of the optimizer.
+      steps: Number of steps of the run. A fractional position p in config.schedule means step p * steps.
+
+    Returns:
+      The corners of the schedule as (step, factor of the peak learning rate).
+
+    Raises:
+      UserError: If the schedule is empty, a point is not a pair, the positions do not ascend, a fractional position
+        lies outside [0, 1], a position is negative, or a factor is negative or not finite.
+    """
     points = []
     for point in config.schedule:
         if not isinstance(point, tuple | list) or len(point) != 2:
@@ -26,29 +38,42 @@ def schedule_points(config: OptimizerConfig, steps: int) -> list[tuple[float, fl
         position, factor = point
         if isinstance(position, float) and not 0 <= position <= 1:
             raise UserError(
-                f"config.optimizer.schedule: position {position} must be an int (a step) or a fraction in [0, 1]"
+                f"config.optimizer.schedule: position {position} must be an int (a step) or a fraction in [0, 1]; "
+                "write a step without a decimal point"
             )
         position = position * steps if isinstance(position, float) else position
         if position < 0 or not 0 <= factor < float("inf"):
-            raise UserError(f"config.optimizer.schedule: {point!r} must not be negative")
+            raise UserError(f"config.optimizer.schedule: {point!r} must be finite and not negative")
         if points and position < points[-1][0]:
             raise UserError(
-                f"config.optimizer.schedule: position {point[0]} comes before the one in front of it "
-                f"(step {position:g} of {steps} after step {points[-1][0]:g})"
+                f"config.optimizer.schedule: position {point[0]} comes before the position in front of it "
+                f"(step {position:g} of {steps} is before step {points[-1][0]:g}); sort the positions"
             )
         points.append((float(position), float(factor)))
     if not points:
-        raise UserError("config.optimizer.schedule is empty: ((0, 1.0),) is a constant learning rate")
+        raise UserError(
+            "config.optimizer.schedule is empty: write at least one point; ((0, 1.0),) is a constant learning rate"
+        )
     return points
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
-    """step (int, 0 = the first) -> fp32 learning rate: the polyline of config.schedule times the peak.
+    """Returns the function that computes the learning rate of a step.
 
-    The update of step s uses the value at s + 1, so that a warm-up from (0, 0) does not waste its first step.
+    Args:
+      config: The configuration of the optimizer.
+      steps: Number of steps of the run.
+
+    Returns:
+      A function from a step (int, 0 is the first) to the fp32 learning rate: the piecewise linear function through the
+      points of config.schedule, times the peak learning rate. The update of step s uses its value at s + 1, so that a
+      warm-up from (0, 0) does not waste its first step.
+
+    Raises:
+      UserError: If `schedule_points` rejects the schedule.
     """
     points = schedule_points(config, steps)
-    # On the host: a mesh of described devices (llada_jax.plan) cannot compute.
+    # Keep the array on the host: the devices of a plan (llada_jax.plan) do not exist and cannot compute it.
     on_host = np.array(points, np.float32)
 
     def schedule(step: jax.Array) -> jax.Array:
@@ -64,10 +89,13 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, Adam or Muon, decoupled weight decay; updates still to be multiplied by -learning rate.
+    """Builds the chain of gradient clipping by global norm, Adam or Muon, and decoupled weight decay.
 
-    With config.name "muon" the matrices inside the layers go to Muon, all else (embedding, head, norms) to Adam.
-    Raises UserError: no such optimiser.
+    The caller still has to multiply the updates by -learning rate. With config.name "muon", Muon updates the matrices
+    inside the layers, and Adam updates all other parameters (embedding, head, norm weights).
+
+    Raises:
+      UserError: If config.name or config.state_dtype is unknown.
     """
     if config.name not in NAMES:
         raise UserError(f"config.optimizer.name={config.name!r}: choose one of {', '.join(NAMES)}")
@@ -84,9 +112,10 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def stored_as(rule: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """`rule` with its fp32 state kept in `dtype` between updates, which are computed in fp32.
+    """Wraps `rule` so that its fp32 state is stored in `dtype` between updates. Updates are still computed in fp32.
 
-    In bfloat16 a moment forgets changes below 1/256 of itself: config_check asks for betas <= 0.99.
+    A moment stored in bfloat16 loses changes that are smaller than 1/256 of itself. Therefore `config_check` requires
+    betas of at most 0.99.
     """
 
     def cast(state, source, target):
@@ -100,18 +129,20 @@ def stored_as(rule: optax.GradientTransformation, dtype: jnp.dtype) -> optax.Gra
 
 
 def decayed(params: dict) -> dict:
-    """True for matrices, False for norm weights, which set a scale rather than a direction."""
+    """Returns a tree that is True for matrices and False for norm weights, which set a scale, not a direction."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith("norm"), params)
 
 
 NAMES = ("adamw", "muon")
 STATE_DTYPES = ("float32", "bfloat16")
 MUON_MOMENTUM = 0.95
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, chosen for its slope at zero
-# Root mean square of an AdamW update, about; with it Muon takes AdamW's learning rates and weight decay.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration, chosen for a steep slope at zero
+# The approximate root mean square of an AdamW update. Scaled to it, Muon works with the learning rates and the weight
+# decay of AdamW.
 UPDATE_RMS = 0.2
-# Each layer and each head is a matrix of its own: leading axes are batch axes, the last two rows and columns.
-_HEADS_BEHIND_WIDTH = ("q_proj", "k_proj", "v_proj")  # LDHK, while attn_out is LHKD and the others have no heads
+# Each layer and each attention head is a matrix of its own. `orthogonalise` treats the leading axes as batch axes and
+# the last two as rows and columns, so these parameters need their axes D and H swapped.
+_HEADS_BEHIND_WIDTH = ("q_proj", "k_proj", "v_proj")  # LDHK, whereas attn_out is LHKD and the others have no heads
 
 
 def _muon_or_adam(params: dict) -> dict:
@@ -126,11 +157,12 @@ def _orthogonalise_all(updates: dict, _: dict | None = None) -> dict:
 
 
 def _orthogonalise_stack(name: str, x: jax.Array) -> jax.Array:
-    """`orthogonalise` for each layer, and each head of an attention matrix, of a stacked parameter's update.
+    """Applies `orthogonalise` to each layer of a stacked parameter's update, and to each head of attention matrices.
 
-    The iteration needs whole matrices. So the shards are exchanged for whole layers, shared out over all devices,
-    over fsdp and tensor, or over fsdp, whichever first divides L; where none does every device works on all of
-    them. The result goes back to where the parameter lives.
+    The iteration needs whole matrices. Therefore the devices exchange their shards so that each device holds whole
+    layers. The layers are divided among all devices, among the fsdp and tensor axes, or among the fsdp axis: the first
+    of these whose size divides the number of layers L. If none does, every device works on all layers. The result is
+    sharded like the parameter again.
     """
     spec = jax.typeof(x).sharding.spec
     shape = jax.sharding.get_abstract_mesh().shape
@@ -148,7 +180,11 @@ def _size(shape: dict[str, int], axes: tuple[str, ...]) -> int:
 
 
 def orthogonalise(x: jax.Array) -> jax.Array:
-    """Five Newton-Schulz steps on the last two axes: singular values to about one (0.7 to 1.2), then RMS UPDATE_RMS."""
+    """Makes the matrices in the last two axes nearly orthogonal with five Newton-Schulz steps.
+
+    The steps bring the singular values close to one (0.7 to 1.2). The result is then scaled so that its root mean
+    square is about UPDATE_RMS.
+    """
     rows, columns = x.shape[-2:]
     if rows > columns:
         return orthogonalise(x.swapaxes(-1, -2)).swapaxes(-1, -2)

@@ -1,4 +1,4 @@
-"""The jitted train step: sample t, mask, forward, masked cross-entropy, gradients, update."""
+"""The jitted train step: sample t, mask tokens, run the model, compute the masked cross-entropy, update parameters."""
 
 import dataclasses
 import functools
@@ -9,49 +9,33 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.config import Config, UserError
+from llada_jax.config import Config
 from llada_jax.devices import mesh
 from llada_jax.diffusion import forward
 from llada_jax.diffusion.cross_entropy import linear_cross_entropy
 from llada_jax.model import lora
-from llada_jax.model.attention import CHOICES
-from llada_jax.model.transformer import REMAT, Transformer, initialise, merge, split
-from llada_jax.training.optimizer import NAMES as OPTIMIZERS
-from llada_jax.training.optimizer import STATE_DTYPES, make_optimizer, make_schedule, schedule_points
+from llada_jax.model.transformer import Transformer, initialise, merge, split
+from llada_jax.training.optimizer import make_optimizer, make_schedule
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "opt_state"], meta_fields=[])
 @dataclasses.dataclass
 class TrainState:
-    """All that a run needs to go on."""
+    """Everything that a run needs in order to continue."""
 
-    step: jax.Array  # int32, steps done, skipped ones included
-    params: dict  # fp32; all of the model's, or its adapters alone (config.model.lora)
-    opt_state: tuple
-
-
-def check_choices(config: Config) -> None:
-    """UserError if a setting that names something names what there is not, or the schedule is none."""
-    for name, value, known in (
-        ("diffusion.objective", config.diffusion.objective, forward.OBJECTIVES),
-        ("diffusion.t_sampling", config.diffusion.t_sampling, forward.T_SAMPLING),
-        ("compute.remat", config.compute.remat, REMAT),
-        ("compute.attention", config.compute.attention, CHOICES),
-        ("compute.dtype", config.compute.dtype, ("", "float32", "bfloat16")),
-        ("optimizer.name", config.optimizer.name, OPTIMIZERS),
-        ("optimizer.state_dtype", config.optimizer.state_dtype, STATE_DTYPES),
-    ):
-        if value not in known:
-            raise UserError(f"config.{name}={value!r}: choose one of {', '.join(map(repr, known))}")
-    schedule_points(config.optimizer, config.steps)
+    step: jax.Array  # int32, number of completed steps, including skipped steps
+    params: dict  # fp32, the trained parameters: all of the model's, or only its adapters (config.model.lora)
+    opt_state: tuple  # the state of the optimizer, as optax gives it
 
 
 def make_state(config: Config, params: dict | None = None) -> TrainState:
-    """The state at step 0, sharded over the mesh in use. Trace it with jax.eval_shape for a restore target.
+    """Returns the state at step 0, sharded over the mesh in use.
+
+    Under `jax.eval_shape` this function returns the abstract state, which is the target for restoring a checkpoint.
 
     Args:
-      config: of the run.
-      params: what is trained, to start from; None = freshly initialised.
+      config: The run's configuration.
+      params: The initial values of the trained parameters. None means freshly initialised parameters.
     """
     if params is None:
         key = jax.random.key(config.seed)
@@ -64,26 +48,44 @@ def make_state(config: Config, params: dict | None = None) -> TrainState:
 
 
 def masked_loss(model: Transformer, noisy: forward.Corrupted, tokens_BT, length_B, chunk: int):
-    """Sum over rows of sum(weight * nll), and nll_BT in nats, 0 where not masked."""
+    """Returns the sum of weight * nll over all positions and rows, and the loss of each position.
+
+    Args:
+      model: The model.
+      noisy: The batch after the forward process.
+      tokens_BT: int32, the tokens x_0 that the model must predict.
+      length_B: int32, the number of real tokens of each row.
+      chunk: Number of positions whose logits are held at once, see `linear_cross_entropy`.
+
+    Returns:
+      The fp32 scalar sum, and nll_BT: the negative log-likelihood of each token in nats, 0 where it is not masked.
+    """
     h_BTD = model.trunk(noisy.tokens_BT, length_B)
     return linear_cross_entropy(h_BTD, model.head_weight(), tokens_BT, noisy.weight_BT, chunk)
 
 
 def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, bool | int] | None = None) -> Callable:
-    """train_step(state, batch, frozen=None) -> state, metrics; jitted, donating state; call it under `jax.set_mesh`.
+    """Returns the jitted function train_step(state, batch, frozen=None) -> (state, metrics).
 
-    options go to the compiler, see `hardware.compiler_options`. frozen holds what the model has beside state.params
-    and is not trained, see `lora.partition`: no gradient of it is formed.
+    Call train_step under `jax.set_mesh`. It donates its argument `state`. Its arguments and results are:
 
-    batch holds "tokens" int32 (B, T) and "length" int32 (B,), rows split over the batch axes, and what else the
-    objective takes.
-    metrics are scalars on the device, except the two vectors over mask-ratio buckets:
-      loss          nats per token, Eq. 3 or 5, mean over the rows of the global batch
-      grad_norm     global norm before clipping
-      learning_rate of this step
-      skipped       1 if loss or gradients were not finite and nothing was applied
-      tokens        real tokens in the batch
-      bucket_nll, bucket_tokens   sum of nll and number of masked tokens by mask ratio
+      state: The `TrainState`. It holds the trained parameters.
+      batch: A dict with "tokens", int32 (B, T), and "length", int32 (B,), whose rows are split over the batch axes of
+        the mesh, and any other arrays that the objective takes.
+      frozen: The parameters of the model that are not trained, see `lora.partition`. No gradient of them is computed.
+        None means that all parameters are in `state`.
+      metrics: A dict of scalars on the device, except for the two vectors over buckets of the mask ratio:
+        loss: Nats per token, Eq. 3 or 5, the mean over the rows of the global batch.
+        grad_norm: Global norm of the gradients before clipping.
+        learning_rate: Learning rate of this step.
+        skipped: 1 if the loss or the gradients were not finite and the update was not applied, else 0.
+        tokens: Number of real tokens in the batch.
+        bucket_nll, bucket_tokens: Sum of nll and number of masked tokens in each bucket of the mask ratio.
+
+    Args:
+      config: The run's configuration.
+      graphdef: The structure of the model, from `transformer.split`.
+      options: Options for the compiler, see `hardware.compiler_options`.
     """
     schedule = make_schedule(config.optimizer, config.steps)
     optimizer = make_optimizer(config.optimizer)
@@ -114,9 +116,10 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, b
         if config.accumulation == 1:
             (loss, sums), grads = gradient(state.params, frozen, key, *inputs)
         else:
-            # Micro-batches are summed in fp32; the loss is a sum over rows over the batch size, so this is
-            # the large batch's gradient. Zeros as the start keep one program, not a first case of its own. The sums
-            # are a second (sharded) copy of the gradients: a scan over layers gives its gradients as new arrays.
+            # The gradients of the micro-batches are summed in fp32. The loss is a sum over rows divided by the batch
+            # size, so this sum is the gradient of the whole batch. Starting from zeros lets the first micro-batch use
+            # the same program as the others. The sums take the memory of a second (sharded) copy of the gradients,
+            # because a scan over layers returns its gradients as new arrays.
             def add(total, micro):
                 return jax.tree.map(jnp.add, total, gradient(state.params, frozen, key, *micro)), None
 
@@ -130,7 +133,7 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, b
         learning_rate = schedule(state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-        # A non-finite step moves on without a trace: parameters and moments stay what they were.
+        # A step that is not finite counts as a step but changes nothing else: parameters and moments stay as they were.
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
         )
@@ -147,7 +150,10 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, b
 
 
 def micro_batches(x: jax.Array, count: int) -> jax.Array:
-    """(B, ...) -> (count, B / count, ...), each shard's rows dealt out in place: nothing travels."""
+    """Reshapes (B, ...) to (count, B / count, ...).
+
+    Each device distributes the rows of its own shard among the micro-batches, so no data moves between devices.
+    """
     shards, rest = mesh.batch_shards(), x.shape[1:]
     micro = x.shape[0] // count
     none = (None,) * len(rest)

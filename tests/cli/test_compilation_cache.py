@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, and when they are not."""
+"""The folder in which compiled programs are kept, and the cases in which they are not kept."""
 
 import os
 import subprocess

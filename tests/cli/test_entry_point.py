@@ -1,4 +1,4 @@
-"""A user's mistake on the command line: one line on stderr that names it, exit code 2, nothing left behind."""
+"""A user's mistake on the command line leads to one line on stderr that names it and to exit code 2."""
 
 import os
 import subprocess
@@ -65,7 +65,10 @@ def test_help_lists_the_flags(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """run(*arguments, main=...) -> (exit code, stdout, lines on stderr), with flags like train's, in tmp_path."""
+    """Returns run(*arguments, main=...), which calls `entry_point.run` in tmp_path with flags like those of train.
+
+    It returns the exit code, stdout, and the lines on stderr.
+    """
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", flag_values=values)
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
@@ -80,8 +83,8 @@ def run(tmp_path, monkeypatch, capsys):
         seen.append((entry_point.config_of(config), workdir.value))
 
     def call(*arguments, main=default_main):
-        monkeypatch.setattr(sys, "argv", ["train", *arguments])  # ml_collections looks there for overrides
-        sys.modules.pop("config_config", None)  # and keeps the module of the file before
+        monkeypatch.setattr(sys, "argv", ["train", *arguments])  # ml_collections looks for overrides in sys.argv
+        sys.modules.pop("config_config", None)  # ml_collections keeps the module of the previous config file
         with pytest.raises(SystemExit) as left:
             entry_point.run(main, ["train", *arguments])
         out, err = capsys.readouterr()
@@ -135,7 +138,7 @@ def test_wrong_flag(run, arguments, named):
 
 @pytest.mark.parametrize("name", BAD)
 def test_mistake_in_a_config_file(run, name):
-    """The message and its line, whatever the exception."""
+    """The error names the message and the line in the config file, whatever the exception is."""
     _, message, line = BAD[name]
     code, out, errors = run(f"--config={name}")
     assert code == 2 and out == "" and len(errors) == 1
@@ -171,7 +174,7 @@ def test_message_of_several_lines_becomes_one(run):
 
 @pytest.mark.parametrize("error", [KeyError("x"), ValueError("x"), OSError("x"), AttributeError("x")])
 def test_a_fault_of_the_program_keeps_its_traceback(run, error):
-    """Not a user's mistake: it must not be dressed up as one."""
+    """Such an exception is not a user's mistake and must not be reported like one."""
 
     def main():
         raise error

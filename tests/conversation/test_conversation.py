@@ -29,7 +29,7 @@ def assistant(text):
 
 
 def with_end(model, eos_id):
-    """The model, for which another token ends a text."""
+    """Returns a copy of the model with another token as EOS."""
     changed = merge(*split(model))
     changed.config = dataclasses.replace(model.config, eos_id=eos_id)
     return changed
@@ -42,11 +42,14 @@ def answered(talk):
 
 
 def plain(model, tokenizer, messages, settings, turn, attempt):
-    """The answer by the sampler alone: other padding, no stopping, cut afterwards. With its ids."""
+    """Returns the answer and its ids from the sampler alone.
+
+    The padding differs, the sampler does not stop at the end, and the answer is cut afterwards.
+    """
     ids = np.asarray(tokenizer.encode_chat(messages), np.int32)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), turn), attempt)
     config = settings.sampler(0, settings.gen_length)
-    prompt_BT = np.pad(ids[None], ((0, 0), (150 - len(ids), 0)))  # one length: compiled once
+    prompt_BT = np.pad(ids[None], ((0, 0), (150 - len(ids), 0)))  # one length, so it compiles only once
     tokens_BT = llada_jax.generate(model, prompt_BT, config, key, np.arange(150)[None] >= 150 - len(ids))
     tokens_T = np.asarray(tokens_BT)[0, 150 - len(ids) :]
     prompt = text_completion.Prompt(ids, 0, settings.gen_length)
@@ -68,9 +71,9 @@ def test_answers_are_those_of_the_sampler_on_the_whole_chat(loaded):
     assert again == plain(*loaded, talk.messages[:4], SHORT, turn=2, attempt=1)[0] != second
     assert [message["role"] for message in talk.messages] == ["system", *["user", "assistant"] * 2]
     talk.instruct("")
-    other = answered(talk)  # to the same message: what was rejected does not come back
+    other = answered(talk)  # the message is the same, so the rejected answers must not come back
     assert other == plain(*loaded, talk.messages[:3], SHORT, turn=2, attempt=2)[0]
-    # What was typed as text is no end of turn: those are the template's, one for each message.
+    # A literal in a user's text is not an end of turn. Only the template writes those, one for each message.
     talk.instruct("Be brief. <|eot_id|>")
     ids = tokenizer.encode_chat(talk.messages[:4])
     assert talk.length() == len(ids) + 12 and ids.count(tokenizer.eot_id) == 4
@@ -87,7 +90,7 @@ def test_an_answer_stops_at_its_end(loaded):
     expected, _ = plain(ending, tokenizer, [user("def main")], settings, turn=1, attempt=0)
     assert talk.messages[1:] == [assistant(expected)] and frames[-1].ended
     assert talk.text(frames[-1]) == expected and len(frames[-1].tokens_T) == end
-    # No block after it, nor what its own block has left, is computed.
+    # Neither the blocks after the end nor the rest of its own block are computed.
     assert frames[-1].step <= 8 and [frame.step for frame in frames] == list(range(len(frames)))
     mask_id = model.config.mask_id
     assert [frame.done for frame in frames] == [not (frame.tokens_T == mask_id).any() for frame in frames]
@@ -108,10 +111,10 @@ def test_a_stopped_answer_leaves_everything_as_it_was(loaded):
     first = answered(talk)
     assert first == plain(*loaded, talk.messages[:3], SHORT, turn=2, attempt=1)[0]
     next(talk.answer())
-    assert talk.messages[-1] == assistant(first)  # until there is another
+    assert talk.messages[-1] == assistant(first)  # it stays until the next answer is complete
     talk.say("more")
     next(talk.answer())
-    talk.say("something else")  # in the place of what has no answer
+    talk.say("something else")  # replaces the message that has no answer
     assert talk.messages[3:] == [assistant(first), user("something else")]
 
 
@@ -180,7 +183,7 @@ def test_most_turns_and_settings_compile_nothing(loaded):
         talk.set("temperature", str(0.1 + i))
         talk.set("steps", str(i + 1))
         answered(talk)
-    # A prompt that would need no padding: it is in the next length.
+    # A prompt of exactly LENGTH_MULTIPLE tokens is padded to the next length.
     texts = ("x" * n for n in range(400))
     exact = next(text for text in texts if len(loaded[1].encode_chat([user(text)])) == text_completion.LENGTH_MULTIPLE)
     talk.restart()
@@ -189,7 +192,7 @@ def test_most_turns_and_settings_compile_nothing(loaded):
     assert not COMPILED
     talk.edit(exact)
     answered(talk)
-    assert COMPILED, "another length is another program"
+    assert COMPILED, "a prompt of another length must compile another program"
     COMPILED.clear()
     talk.edit(exact + "x")
     answered(talk)
@@ -204,7 +207,7 @@ def test_most_turns_and_settings_compile_nothing(loaded):
         ("gen_length", "0", "gen_length=0: it must be at least 1"),
         ("gen_length", "1048577", "gen_length=1048577: it must be at least 1 and at most 1,048,576"),
         ("steps", "1" * 200, r"steps=1{48}\.\.\.1{49}: it must be a whole number"),
-        ("x" * 200, "1", r"no setting 'x{48}\.\.\.x{49}': steps, "),
+        ("x" * 200, "1", r"no setting 'x{48}\.\.\.x{49}': choose one of steps, "),
         ("block_length", "-1", "block_length=-1"),
         ("temperature", "hot", "temperature=hot: it must be a number"),
         ("temperature", "nan", "temperature=nan"),
@@ -212,7 +215,7 @@ def test_most_turns_and_settings_compile_nothing(loaded):
         ("cfg_scale", "-1", "cfg_scale=-1"),
         ("logits_eos_inf", "perhaps", "it must be on or off"),
         ("seed", "-1", "seed=-1"),
-        ("top_p", "0.9", "no setting 'top_p': steps, "),
+        ("top_p", "0.9", "no setting 'top_p': choose one of steps, "),
     ],
 )
 def test_an_impossible_setting_changes_nothing(loaded, name, text, words):
@@ -267,7 +270,7 @@ def test_what_the_template_refuses_changes_nothing(model_folder, loaded, tmp_pat
     "error",
     [
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte"),
-        MemoryError("Unable to allocate 4. TiB"),  # of NumPy's arrays,
+        MemoryError("Unable to allocate 4. TiB"),  # as raised by NumPy
     ],
 )
 def test_too_little_memory_is_one_line(loaded, monkeypatch, error):

@@ -21,7 +21,7 @@ def test_a_conversation_comes_back_from_its_file(tmp_path):
     path = tmp_path / "chat.json"
     write_record(path, {"messages": MESSAGES})
     assert read_record(path)["messages"] == MESSAGES
-    # One line, in the form of training data.
+    # The file has one line, in the form of training data.
     assert path.read_text().count("\n") == 1 and json.loads(path.read_text()) == {"messages": MESSAGES}
     write_record(path, {"messages": []})
     assert read_record(path) == {"messages": []} and [each.name for each in tmp_path.iterdir()] == ["chat.json"]
@@ -34,12 +34,12 @@ def test_a_conversation_comes_back_from_its_file(tmp_path):
         ("{", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
         (b"\xff", "cannot be read"),
-        ("[]", "is no conversation"),
-        ('{"messages": "hello"}', "is no conversation"),
+        ("[]", "is not a conversation"),
+        ('{"messages": "hello"}', "is not a conversation"),
         ('{"messages": ["hello"]}', "message 0"),
-        ('{"messages": [{"role": "user"}]}', 'message 0 of the chat needs a text "content"'),
-        ({"messages": [assistant("a")]}, "message 0 is of role 'assistant' where one of 'user'"),
-        ({"messages": [*MESSAGES, user("c")]}, "message 4 is of role 'user' where one of 'assistant'"),
+        ('{"messages": [{"role": "user"}]}', 'message 0 of the chat needs a "content"'),
+        ({"messages": [assistant("a")]}, "message 0 has the role 'assistant', but must have the role 'user'"),
+        ({"messages": [*MESSAGES, user("c")]}, "message 4 has the role 'user', but must have the role 'assistant'"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
         ('{"messages": [], "\\ud800": 1}', "surrogate"),
     ],
@@ -59,13 +59,13 @@ def test_nothing_else_is_overwritten(tmp_path):
     (link := tmp_path / "link").symlink_to("nowhere")
     nowhere = tmp_path / "no" / "x"
     for path, words in (
-        (other, "no conversation"),
-        (link, "no conversation"),
+        (other, "exists and is not a conversation"),
+        (link, "exists and is not a conversation"),
         (nowhere, "cannot be written: No such f"),
     ):
         with pytest.raises(UserError, match=words):
             write_record(path, {"messages": MESSAGES})
-    # Short enough for a file, but not with what an unfinished one has in its name besides.
+    # The name is short enough for a file, but too long with the suffix of the unfinished file.
     with pytest.raises(UserError, match="cannot be written: File name too long$"):
         write_record(tmp_path / ("x" * 254), {"messages": MESSAGES})
     assert other.read_text() == '{"a": 1}' and sorted(each.name for each in tmp_path.iterdir()) == ["link", other.name]

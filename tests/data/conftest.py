@@ -1,4 +1,4 @@
-"""Small text of the tests' own, and a tokenizer trained on it."""
+"""Makes small texts for the tests, and a tokenizer that is trained on them."""
 
 import gzip
 import io
@@ -16,7 +16,7 @@ WORDS = ["the", "a", "small", "quiet", "green", "fox", "engine", "child", "river
 
 
 def story(seed: int, words: int = 40) -> str:
-    """A document that no other seed has."""
+    """Returns a document that no other seed gives."""
     rng = random.Random(seed)
     lines = [" ".join(rng.choice(WORDS) for _ in range(rng.randrange(3, 12))) for _ in range(words // 8 + 1)]
     return f"Story {seed}\n" + ".\n".join(lines) + "\u00e9\u2581\t.\n"
@@ -31,7 +31,7 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> str:
 
 
 def read_split(folder: Path, manifest: Manifest, split: str) -> list:
-    """All rows of a split, in order."""
+    """Returns all rows of a split, in order."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     rows = []
@@ -44,7 +44,7 @@ def read_split(folder: Path, manifest: Manifest, split: str) -> list:
 
 
 def split_documents(folder: Path, manifest: Manifest, split: str) -> list[str]:
-    """The texts that the rows of a split hold, by way of its tokenizer."""
+    """Returns the texts that the rows of a split hold, decoded with the tokenizer of the set."""
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
     ids: list[int] = []
     for row in read_split(folder, manifest, split):
@@ -55,7 +55,7 @@ def split_documents(folder: Path, manifest: Manifest, split: str) -> list[str]:
             documents.append([])
         else:
             documents[-1].append(i)
-    assert documents.pop() == []  # the last one is ended too
+    assert documents.pop() == []  # EOS ends the last document too
     return [tokenizer.decode(document) for document in documents]
 
 
@@ -68,7 +68,7 @@ def tokenizer_folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def prefixing_model(tmp_path_factory) -> str:
-    """A SentencePiece model that puts a space in front of every text, as most published ones do."""
+    """A SentencePiece model that puts a space in front of every text, as most published models do."""
     import sentencepiece
 
     model = io.BytesIO()

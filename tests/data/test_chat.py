@@ -1,4 +1,4 @@
-"""Prepared conversations and the batches they give: whole, padded as the paper pads, the same on every host."""
+"""Tests prepared conversations and their batches: complete, padded as in the paper, and the same on every host."""
 
 import hashlib
 import json
@@ -63,7 +63,10 @@ def pairs_of(path: str, split: str = "train") -> list:
 
 
 def test_rows_are_what_the_template_writes(prepared, tokenizer_folder):
-    """Prompt as the model is asked, all earlier turns in it; the answer, what ends it, one EOS; every answer once."""
+    """A row is the prompt that the model is asked with, with all earlier turns, then the answer, its end and one EOS.
+
+    Every answer is the answer of exactly one row.
+    """
     tokenizer = load_tokenizer(tokenizer_folder)
     expected = {}
     for i in range(40):
@@ -138,7 +141,7 @@ def test_too_long_ones_are_dropped_or_cut_and_counted(tmp_path, tokenizer_folder
     assert (chat_.dropped, chat_.cut, chat_.empty) == (1, over + 1, 2)
     found = pairs_of(cut)
     assert len(found) == 1 + 6 + 1 and max(pair.length for pair in found) <= T
-    for pair in found[1 + 6 - over : 7]:  # oldest turns are gone, the system message and the last turn are not
+    for pair in found[1 + 6 - over : 7]:  # the oldest turns are removed; the system message and the last turn are kept
         text = tokenizer.decode(pair.tokens[: pair.prompt])
         assert system in text and "1.0?" not in text and text.count("user") < 6
         assert pair.tokens[-1] == tokenizer.eos_id
@@ -148,7 +151,7 @@ def test_too_long_ones_are_dropped_or_cut_and_counted(tmp_path, tokenizer_folder
 
 
 def test_long_conversations_are_cut_in_no_time_to_speak_of(tmp_path, tokenizer_folder, monkeypatch):
-    """Each answer's oldest turn is looked for from the one of the answer before: two renderings per answer."""
+    """The search for the oldest turn starts where it ended for the answer before: at most two renderings per answer."""
     asked = []
     encode = pairs._pair
     monkeypatch.setattr(pairs, "_pair", lambda *arguments: asked.append(1) or encode(*arguments))
@@ -157,7 +160,7 @@ def test_long_conversations_are_cut_in_no_time_to_speak_of(tmp_path, tokenizer_f
     tokenizer = load_tokenizer(tokenizer_folder)
     for k, pair in enumerate(pairs_of(path)):
         turns = tokenizer.decode(pair.tokens[: pair.prompt]).count("user")
-        if turns <= k:  # one turn more would not fit
+        if turns <= k:  # check that one more turn would not fit
             messages = talk(60, 1)["messages"][: 3 + 2 * k]
             more = [messages[0], *messages[-2 * (turns + 1) :]]
             assert len(sum(tokenizer.encode_answer(more), [])) + 1 > T
@@ -197,7 +200,7 @@ def test_answers_are_padded_with_eos_to_the_longest_of_the_global_batch(prepared
         rows = []
         for row, p in zip(tokens, prompt, strict=True):
             ends = np.flatnonzero(row == eos)
-            rows.append(found[tuple(row[: ends[0] + 1].tolist())])  # each is a whole record
+            rows.append(found[tuple(row[: ends[0] + 1].tolist())])  # each row is a complete record
             assert rows[-1].prompt == p and (row[ends[0] :] == eos).all()
         longest = max(pair.length for pair in rows)
         assert (length == longest).all() and tokens.shape[1] == width_of(longest, T)
@@ -207,7 +210,7 @@ def test_answers_are_padded_with_eos_to_the_longest_of_the_global_batch(prepared
 
 
 def test_a_host_reads_its_own_rows_and_knows_the_batch(prepared, monkeypatch):
-    """Any part of a step's rows has the width and length of the whole; what others have is not read."""
+    """Any part of a step's rows has the width and the length of the whole batch; only the rows of the part are read."""
     data = open_chat([prepared])
     read = []
     rows_type = type(data._sets[0])
@@ -237,7 +240,7 @@ def test_every_conversation_once_per_epoch_and_its_answers_in_turn(prepared):
     for conversation in range(conversations):
         turns = epochs[owner == conversation]
         count = starts[conversation + 1] - starts[conversation]
-        # Six epochs are each of one, two or three answers equally often.
+        # Six epochs take each answer of a conversation equally often, whether it has one, two or three answers.
         assert sorted(turns.tolist()) == sorted(
             list(range(starts[conversation], starts[conversation + 1])) * (6 // count)
         )
@@ -245,7 +248,7 @@ def test_every_conversation_once_per_epoch_and_its_answers_in_turn(prepared):
         data._record(n)[1] - starts[np.searchsorted(starts, data._record(n)[1], side="right") - 1]
         for n in range(conversations)
     ]
-    assert len(set(first)) > 1  # not all begin with their first answer
+    assert len(set(first)) > 1  # not every conversation begins with its first answer
 
 
 def test_rows_do_not_depend_on_how_they_are_asked_for(prepared):
@@ -277,7 +280,7 @@ def test_held_out_answers(prepared, tokenizer_folder):
     manifest = load_manifest(prepared)
     assert len(rows.tokens_NT) == manifest.validation.documents
     starts, lengths = load_index(prepared, manifest, "validation")
-    # Of each conversation the last answer, in an order that is not the file's.
+    # The rows are the last answer of each conversation, in an order that differs from that of the file.
     pairs = [pairs_of(prepared, "validation")[i] for i in starts[1:] - 1]
     by_tokens = {tuple(pair.tokens.tolist()): pair for pair in pairs}
     found = [by_tokens.pop(tuple(row[:n].tolist())) for row, n in zip(rows.tokens_NT, rows.length_N, strict=True)]
@@ -319,7 +322,7 @@ def test_sets_that_are_not_whole(prepared, tmp_path):
     path, index = copy("other")
     with index.open("wb") as file:
         np.save(file, np.zeros((3, 2), "<u4"))
-    with pytest.raises(UserError, match="train.index.npy is damaged, or of another set"):
+    with pytest.raises(UserError, match="train.index.npy is damaged, or belongs to another set"):
         open_chat([path])
     path, index = copy("long")
     wrong = np.load(index)
@@ -329,7 +332,7 @@ def test_sets_that_are_not_whole(prepared, tmp_path):
     manifest = tmp_path / "long" / "manifest.json"
     sha256 = load_manifest(path).chat.train_index.sha256
     manifest.write_text(manifest.read_text().replace(sha256, hashlib.sha256(index.read_bytes()).hexdigest()))
-    with pytest.raises(UserError, match="row [0-9]+ is not as long as its index says"):
+    with pytest.raises(UserError, match="row [0-9]+ is not as long as the index says"):
         open_chat([path]).batch(0, range(BATCH))
 
 
@@ -339,7 +342,7 @@ def test_settings_that_cannot_be(prepared, tmp_path, tokenizer_folder):
         ({"too_long": "squeeze"}, "too_long='squeeze': choose one of drop, cut"),
         ({"sequence_length": 1}, "sequence_length=1"),
         ({"sequence_length": 4}, "no answer is left to train on: .* are too long for sequence_length=4"),
-        ({"group_key": "story"}, "chat.jsonl, line 1: no text or number"),
+        ({"group_key": "story"}, "chat.jsonl, line 1: group_key needs a text or a number"),
         ({"tokenizer": str(tmp_path / "none")}, "there is no tokenizer"),
     ):
         with pytest.raises(UserError, match=words):
@@ -358,5 +361,5 @@ def test_a_template_that_refuses_names_the_line(tmp_path, tokenizer_folder, work
     with pytest.raises(UserError, match="chat.jsonl, line 2: the chat template fails: no system here"):
         make_set(tmp_path / "set", str(tmp_path / "t"), lines, workers=workers, validation_fraction=0.0)
     (tmp_path / "t" / "chat_template.jinja").write_text("{{ messages|length }}")
-    with pytest.raises(UserError, match="line 1: the chat template writes an answer otherwise than it asks for one"):
+    with pytest.raises(UserError, match="line 1: the chat template writes an answer differently"):
         make_set(tmp_path / "other", str(tmp_path / "t"), lines, workers=workers, validation_fraction=0.0)

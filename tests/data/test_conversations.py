@@ -1,4 +1,4 @@
-"""Lines of conversations: every common shape, and one line for whatever is none."""
+"""Tests that every common shape of a line is read, and that any other line gives a one-line error."""
 
 import gzip
 import json
@@ -46,18 +46,18 @@ def test_messages_stay_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("[1]\n", "is an object, this is [1]"),
+        ("[1]\n", "must be a JSON object, but this is [1]"),
         ("{\n", "not JSON"),
         ({"text": "What?"}, "none of the shapes messages, prompt + response"),
         ({}, "its keys are none"),
         ({"prompt": "a", "response": "b", "messages": ASKED}, "several of the shapes"),
-        ({"prompt": "a", "response": None}, '"response" must be a text, it is null'),
+        ({"prompt": "a", "response": None}, '"response" must be a text, but it is null'),
         ({"instruction": "a", "input": ["x"], "output": "b"}, '"input" must be a text'),
         ({"messages": []}, "a chat is a list of messages"),
         ({"messages": "hello"}, "a chat is a list of messages"),
-        ({"messages": [{"role": "user"}]}, 'message 0 of the chat needs a text "content"'),
-        ({"messages": ASKED[:1]}, "nothing in it is an answer"),
-        ({"messages": ASKED[1:]}, "nothing in it is an answer"),
+        ({"messages": [{"role": "user"}]}, 'message 0 of the chat needs a "content"'),
+        ({"messages": ASKED[:1]}, "the conversation has no answer"),
+        ({"messages": ASKED[1:]}, "the conversation has no answer"),
         ('{"prompt": "a\\ud800", "response": "b"}\n', "is not a valid character"),
     ],
 )
@@ -75,11 +75,11 @@ def test_groups(tmp_path):
     assert [each.group for each in Conversations([path], "story")] == ["0", "1", "0", "1"]
     assert len({each.group for each in Conversations([path])}) == 4
     same = write(tmp_path / "same.jsonl", [{"prompt": "a", "response": str(i)} for i in range(3)])
-    assert len({each.group for each in Conversations([same])}) == 1  # they begin alike
+    assert len({each.group for each in Conversations([same])}) == 1  # their messages before the answer are the same
     odd = write(tmp_path / "odd.jsonl", ['{"prompt": "a", "response": "b", "story": "\\ud800"}\n'])
     with pytest.raises(UserError, match="odd.jsonl, line 1: .* is not a valid character"):
         list(Conversations([odd], "story"))
-    with pytest.raises(UserError, match="line 1: no text or number under the key .chapter."):
+    with pytest.raises(UserError, match="line 1: group_key needs a text or a number under the key .chapter."):
         list(Conversations([path], "chapter"))
 
 

@@ -66,5 +66,5 @@ def test_field_too_many_or_few(tmp_path):
 
 def test_other_version(tmp_path):
     (tmp_path / "manifest.json").write_text('{"format": 2, "whatever": 1}')
-    with pytest.raises(UserError, match="format 2, this version reads 1"):
+    with pytest.raises(UserError, match="format 2, but this version of llada_jax reads format 1"):
         load_manifest(tmp_path)

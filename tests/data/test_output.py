@@ -4,8 +4,9 @@ import signal
 
 import pytest
 
+from llada_jax.cli.outputs import temporary_folder
 from llada_jax.config import UserError
-from llada_jax.data.prepare.output import publish, refuse_existing, temporary_folder
+from llada_jax.data.prepare.output import publish, refuse_existing
 
 from .test_manifest import MANIFEST
 
@@ -64,7 +65,7 @@ def test_leftovers_go_and_running_neighbours_stay(tmp_path):
 def test_what_exists_is_never_overwritten(tmp_path):
     target = tmp_path / "set"
     target.mkdir()
-    refuse_existing(target)  # an empty folder is no loss
+    refuse_existing(target)  # an empty folder may be replaced
     with temporary_folder(target) as folder:
         publish(folder, target, MANIFEST)
     with pytest.raises(UserError, match="already a prepared set"):

@@ -42,7 +42,7 @@ def open_data(paths, weights=(), **options) -> TrainingData:
 
 
 def take(data: TrainingData, count: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Rows `start` to `start + count` of the run."""
+    """Returns the tokens and lengths of rows `start` to `start + count` of the run."""
     steps = range(start // BATCH, -(-(start + count) // BATCH))
     batches = [data.batch(step, range(BATCH)) for step in steps]
     skip = start - steps.start * BATCH
@@ -73,7 +73,7 @@ def test_a_row_depends_on_seed_step_and_place_only(sets):
     weights, options = (0.5, 0.2, 0.3), {"random_length_every": 5}
     whole = [open_data(sets, weights, **options).batch(step, range(BATCH)) for step in range(40)]
     other = open_data(sets, weights, **options)
-    for step in np.random.default_rng(0).permutation(40):  # in any order, as another host layout would read them
+    for step in np.random.default_rng(0).permutation(40):  # any order, as if the hosts were laid out differently
         for rows in ([6, 1], [0], np.arange(2, 6), [7]):
             part = other.batch(step, rows)
             for key, values in part.items():
@@ -94,7 +94,7 @@ def test_batch_size_cuts_the_same_order(sets):
 def test_each_epoch_has_each_row_once_in_another_order(sets, which):
     paths = [sets[i] for i in which]
     expected = as_counter(np.concatenate([all_rows(path) for path in paths]))
-    assert len(expected) == sum(expected.values())  # all rows differ, so counting them means something
+    assert len(expected) == sum(expected.values())  # all rows differ, so each count identifies one row
     data, size = open_data(paths), sum(expected.values())
     epochs = [take(data, size, start=epoch * size)[0] for epoch in range(3)]
     for tokens in epochs:
@@ -104,7 +104,7 @@ def test_each_epoch_has_each_row_once_in_another_order(sets, which):
 
 
 def test_seeds_do_not_share_epochs(sets):
-    """Grain counts epochs by adding to the seed: seed 4 must not begin with the second epoch of seed 3."""
+    """Grain adds 1 to the seed for each epoch; still, seed 4 must not begin with the second epoch of seed 3."""
     size = len(all_rows(sets[0]))
     second, _ = take(open_data(sets[:1], seed=3), size, start=size)
     first, _ = take(open_data(sets[:1], seed=4), size)
@@ -123,7 +123,7 @@ def test_mixture_proportions_are_exact(sets, weights):
     counts = np.bincount([owner[row.tobytes()] for row in tokens], minlength=3)
     assert np.abs(counts - 2000 * np.array(weights) / sum(weights)).max() <= 2
     window = np.bincount([owner[row.tobytes()] for row in tokens[777:877]], minlength=3)
-    assert np.abs(window - 100 * np.array(weights) / sum(weights)).max() <= 3  # evenly spread
+    assert np.abs(window - 100 * np.array(weights) / sum(weights)).max() <= 3  # the sets are spread evenly
 
 
 def test_selection_in_closed_form():
@@ -131,7 +131,7 @@ def test_selection_in_closed_form():
         seen = [0] * len(proportions)
         for n in range(3 * sum(proportions)):
             which, place = pipeline._select(n, proportions)
-            assert place == seen[which]  # no gap, nothing twice
+            assert place == seen[which]  # every place comes exactly once
             seen[which] += 1
             if (n + 1) % sum(proportions) == 0:
                 assert seen == [(n + 1) // sum(proportions) * p for p in proportions]
@@ -144,7 +144,8 @@ def test_one_random_length_per_block(sets):
     data = open_data(sets[:1], random_length_every=every)
     plain, full = take(open_data(sets[:1]), every * blocks)
     tokens, lengths = take(data, every * blocks)
-    # A length drawn as T leaves no trace; the last row of the set may be short anyhow.
+    # A random length of T changes nothing, and the last row of the set may be short in any case. The expected lengths
+    # are therefore computed from the drawn ones.
     drawn = [data._random_length(block) for block in range(blocks)]
     expected = full.copy()
     for block, (offset, length) in enumerate(drawn):
@@ -164,7 +165,7 @@ def test_one_random_length_per_block(sets):
 
 
 def test_random_lengths_do_not_depend_on_numpy_distributions(sets):
-    """The draw is part of what a run resumes: it must stay what it is."""
+    """A resumed run draws the lengths again, so the drawn values must never change."""
     data = open_data(sets[:1], seed=0, random_length_every=100)
     assert [data._random_length(block) for block in (0, 1, 10**12)] == [(10, 17), (74, 3), (56, 11)]
 
@@ -192,7 +193,7 @@ def test_iterate_reads_ahead_within_bounds(sets, monkeypatch):
         if len(read) >= 4:
             break
         threading.Event().wait(0.02)
-    assert read == [0, 1, 2, 3]  # the one handed out and three more
+    assert read == [0, 1, 2, 3]  # the batch that was handed out and three more
     batches.close()
 
 
@@ -251,7 +252,7 @@ def test_settings_that_cannot_be(sets, tokenizer_folder, tmp_path):
         (sets, (1.0, -1.0, 1.0), {}, "at least 0"),
         (sets, (0.0, 0.0, 0.0), {}, "not all 0"),
         (sets, (1.0, float("nan"), 1.0), {}, "at least 0"),
-        (sets, (), {"sequence_length": 64}, "sequence length of 32, and sequence_length is 64"),
+        (sets, (), {"sequence_length": 64}, "sequence length of 32, but sequence_length is 64"),
         (sets, (), {"vocab_size": 384}, "model.vocab_size=512"),
     ):
         with pytest.raises(UserError, match=words) as error:
@@ -288,7 +289,7 @@ def test_shards_that_are_not_whole(sets, tmp_path):
         open_data([path])
 
     path, shard, content = copy("flipped")
-    middle = 2000  # among the records; the end of a small shard is padding
+    middle = 2000  # this place is among the records; the end of a small shard is padding
     shard.write_bytes(
         content[:middle] + bytes(255 - b for b in content[middle : middle + 200]) + content[middle + 200 :]
     )
@@ -299,7 +300,7 @@ def test_shards_that_are_not_whole(sets, tmp_path):
 
 
 def test_id_that_the_model_does_not_have(sets, tmp_path):
-    """A shard whose rows do not keep what the manifest promises."""
+    """A shard may hold ids that the tokenizer described in the manifest does not have."""
     import dataclasses
     import json
 

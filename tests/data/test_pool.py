@@ -90,6 +90,7 @@ def test_closing_in_the_middle_ends_the_processes(tokenizer_folder):
 
 def test_a_worker_needs_no_jax():
     script = (
-        "import sys, llada_jax.prepare, llada_jax.data.prepare.pool; sys.exit('jax' in sys.modules or 'grain' in sys.modules)"
+        "import sys, llada_jax.prepare, llada_jax.data.prepare.pool; "
+        "sys.exit('jax' in sys.modules or 'grain' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

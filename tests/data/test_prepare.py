@@ -32,7 +32,7 @@ def held_out(text: str, fraction: float) -> bool:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> list[str]:
-    """Documents in a compressed file, and a .txt file that is long enough to be cut into pieces."""
+    """Returns a compressed file of documents, and a .txt file that is long enough to be cut into pieces."""
     folder = tmp_path_factory.mktemp("corpus")
     write_jsonl(folder / "a.jsonl.gz", STORIES)
     (folder / "long.txt").write_text("".join(story(i, words=300) for i in range(1000, 1150)), newline="")
@@ -56,7 +56,7 @@ def prepared(corpus, tokenizer_folder, tmp_path_factory) -> Path:
 
 
 def small(inputs, output, **options):
-    """prepare() with settings that suit a small text."""
+    """Calls prepare() with settings that suit a small text."""
     return prepare(inputs, output, **{"sequence_length": 32, "workers": 1, "progress": False, **options})
 
 
@@ -104,7 +104,7 @@ def test_documents_come_back_exactly(prepared, corpus):
     assert train[:n_train] == [text for text in STORIES if not held_out(text, 0.2)]
     assert validation[: len(STORIES) - n_train] == [text for text in STORIES if held_out(text, 0.2)]
     assert (len(train), len(validation)) == (manifest.train.documents, manifest.validation.documents)
-    # The runs of pieces of the long file, put together in their order, are the file.
+    # The runs of pieces of the long file, joined in their order, give the file again.
     long = Path(corpus[1]).read_bytes().decode()
     runs = sorted(train[n_train:] + validation[len(STORIES) - n_train :], key=long.index)
     assert len(runs) > 2
@@ -248,7 +248,7 @@ def test_no_text_at_all(tokenizer_folder, tmp_path):
 
 
 def interrupted(tmp_path, tokenizer_folder, number: int) -> tuple[int, list[int]]:
-    """Sends a signal into a running preparation; returns its exit code and the ids of its workers."""
+    """Sends a signal to a running preparation, and returns its exit code and the process ids of its workers."""
     source = write_jsonl(tmp_path / "a.jsonl", STORIES * 150)
     command = (
         "from llada_jax.data.prepare.prepare_text import prepare\n"
@@ -259,7 +259,7 @@ def interrupted(tmp_path, tokenizer_folder, number: int) -> tuple[int, list[int]
         [sys.executable, "-c", command],
         cwd=ROOT,
         stderr=subprocess.PIPE,
-        # A job in the background of a shell starts with SIGINT ignored, and so would its children.
+        # A background job of a shell starts with SIGINT ignored, and its children would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
@@ -277,7 +277,7 @@ def interrupted(tmp_path, tokenizer_folder, number: int) -> tuple[int, list[int]
 def wait_for_the_end(pids: list[int]) -> None:
     deadline = time.monotonic() + 120
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline, "workers live on"
+        assert time.monotonic() < deadline, "the workers are still running"
         time.sleep(0.05)
 
 
@@ -291,7 +291,7 @@ def test_killed_preparation_leaves_nothing_that_looks_finished(tmp_path, tokeniz
     wait_for_the_end(workers)
     assert not (tmp_path / "set").exists()
     assert len(list(tmp_path.glob(".set.preparing-*"))) == 1
-    # The next run clears it away and finishes.
+    # The next run removes the leftover folder and finishes.
     small([write_jsonl(tmp_path / "a.jsonl", STORIES)], tmp_path / "set", tokenizer=tokenizer_folder)
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "set"]
 

@@ -1,4 +1,4 @@
-"""Sets in a bucket, by way of a file system in memory that answers to gs://."""
+"""Tests sets in a bucket, with a file system in memory that stands in for gs://."""
 
 import json
 import shutil
@@ -12,17 +12,17 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from llada_jax import train
 from llada_jax.config import UserError
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.data.read.chat import ChatData
 from llada_jax.data.read.remote import local_copy
 from llada_jax.text.tokenizer import load_tokenizer
+from llada_jax.training.run import train
 
 
 class Bucket(MemoryFileSystem):
-    """gs:// in memory. `opened` are the files that were read."""
+    """A gs:// file system in memory. `opened` lists the names of the files that were opened."""
 
     protocol = ("gs", "gcs")
     store, pseudo_dirs, opened = {}, [""], []
@@ -47,7 +47,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def bucket(prepared, monkeypatch):
-    """gs://bucket/set is the prepared set."""
+    """Returns a file system in which gs://bucket/set is the prepared set."""
     for name in Bucket.protocol:
         monkeypatch.setitem(_registry, name, Bucket)
     forget = backend._FileSystemSpecBackend._get_filesystem.cache_clear
@@ -105,11 +105,11 @@ def test_a_run_reads_from_a_bucket(bucket, prepared, tmp_path):
     config = tiny.get_config()
     config.steps, config.validation.rows, config.sampling.prompts = 2, 0, ()
     config.data.path, config.data.cache = "gs://bucket/set", str(tmp_path / "cache")
-    assert train.train(config, tmp_path / "bucket") == 0
+    assert train(config, tmp_path / "bucket") == 0
     config = tiny.get_config()
     config.steps, config.validation.rows, config.sampling.prompts = 2, 0, ()
     config.data.path = str(prepared)
-    assert train.train(config, tmp_path / "folder") == 0
+    assert train(config, tmp_path / "folder") == 0
     assert tiny.records(tmp_path / "bucket") == tiny.records(tmp_path / "folder")
     tokenizer = load_tokenizer(tmp_path / "bucket" / "tokenizer")
     assert tokenizer.sha256 == load_tokenizer(prepared / "tokenizer").sha256
@@ -122,7 +122,7 @@ def test_what_is_wrong_with_a_remote_set(bucket, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="gs://bucket/none is not a prepared set"):
         local_copy("gs://bucket/none", str(tmp_path))
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be copied to .*file.*: config.data.cache names another|data.cache"):
+    with pytest.raises(UserError, match="cannot be copied to .*file.*; set config.data.cache to use another folder"):
         local_copy("gs://bucket/set", str(tmp_path / "file"), lambda line: None)
     name = "/bucket/set/train-00000.arrayrecord"
     content = bucket.cat(name)
@@ -132,7 +132,7 @@ def test_what_is_wrong_with_a_remote_set(bucket, tmp_path, monkeypatch):
     bucket.rm(name)
     with pytest.raises(UserError, match="train-00000.arrayrecord is missing"):
         copy()
-    assert not list((tmp_path / "cache").rglob("manifest.json")), "half a copy looks like a set"
+    assert not list((tmp_path / "cache").rglob("manifest.json")), "a half-finished copy looks like a complete set"
     bucket.pipe(name, content)
     copy()
 

@@ -26,7 +26,7 @@ def test_record_layout(dtype, top):
 
 def test_record_of_another_shape():
     record = encode_row(np.zeros(4, "<u2"), 4, 0)
-    with pytest.raises(ValueError, match="no row of 5 tokens"):
+    with pytest.raises(ValueError, match="not a row of 5 tokens"):
         decode_row(record, "uint16", 5)
     with pytest.raises(ValueError, match="length 0"):
         decode_row(encode_row(np.zeros(4, "<u2"), 0, 0), "uint16", 4)

@@ -34,12 +34,12 @@ def jsonl(texts, key="text") -> bytes:
 )
 def test_jsonl(tmp_path, name, pack):
     (tmp_path / name).write_bytes(pack(jsonl(TEXTS) + b"\n" + jsonl(["", "last"])))
-    assert read(tmp_path / name) == [*TEXTS, "last"]  # an empty line and an empty document are nothing
+    assert read(tmp_path / name) == [*TEXTS, "last"]  # an empty line and an empty document are skipped
 
 
 @pytest.mark.parametrize("name, pack", [("a.txt", bytes), ("a.txt.gz", gzip.compress), ("a.txt.xz", lzma.compress)])
 def test_txt_is_one_document(tmp_path, name, pack):
-    (tmp_path / name).write_bytes(pack(b"\xef\xbb\xbf" + "".join(TEXTS).encode()))  # a byte order mark is no text
+    (tmp_path / name).write_bytes(pack(b"\xef\xbb\xbf" + "".join(TEXTS).encode()))  # begins with a byte order mark
     pieces = list(Corpus([str(tmp_path / name)]))
     assert [(p.text, p.last) for p in pieces] == [("".join(TEXTS), True)]
 
@@ -68,7 +68,7 @@ def test_long_txt_comes_in_pieces(tmp_path, monkeypatch, unit):
     if "\n" in unit:
         assert all(p.text.endswith("\n") for p in pieces)
     if " " in unit and "\n" not in unit:
-        assert all(p.text.startswith(" ") for p in pieces[1:])  # words stay whole
+        assert all(p.text.startswith(" ") for p in pieces[1:])  # words are not cut
 
 
 def test_txt_just_short_enough_is_one_piece(tmp_path):
@@ -84,7 +84,7 @@ def test_order_sources_and_position(tmp_path):
     (tmp_path / "z.jsonl").write_bytes(jsonl(["z"]))
     corpus = Corpus([str(tmp_path / "z.jsonl"), str(tmp_path / "*.txt")])
     expected = [("z", 0), ("text a", 1), ("text b", 1), ("text c", 1)]
-    for _ in range(2):  # it can be read again
+    for _ in range(2):  # a corpus can be read again
         assert [(p.text, p.source) for p in corpus] == expected
         assert corpus.position == corpus.total_bytes == 18 + 14
     assert [corpus.file_count(i) for i in (0, 1)] == [1, 3]

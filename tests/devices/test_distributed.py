@@ -1,4 +1,4 @@
-"""Several processes on one machine, two of four devices each: the same run as one process, and none left hanging."""
+"""Tests two processes of four devices each on one machine: they run like one process, and none is left hanging."""
 
 import fcntl
 import importlib.util
@@ -21,30 +21,31 @@ import tiny
 from jax._src.clusters import cloud_tpu_cluster
 from paths import SUPPORT
 
-from llada_jax import train
 from llada_jax.config import UserError
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.devices import distributed
 from llada_jax.devices import mesh as meshes
-from llada_jax.training import checkpoint, workdir
+from llada_jax.formats import workdir
+from llada_jax.training import checkpoint
+from llada_jax.training.run import train
 
-GONE = 60  # seconds: once one process has ended none may be left after that; the launcher would kill it
-ALL = 300  # seconds: a start that ends at no time is killed
+GONE = 60  # seconds from the end of one process until the launcher kills those that are left: none may be left by then
+ALL = 300  # seconds until a start of the processes that does not end is killed
 FAST = ("distributed.heartbeat_timeout=10", "logging.every=2", "checkpoint.keep=9")
 ABORTED = (134, -signal.SIGABRT)
 
 
 class End(NamedTuple):
-    """How the processes of a start have ended."""
+    """How the processes of one start have ended."""
 
-    codes: list[int]  # by process
-    said: str  # by all of them, every line with its process in front
+    codes: list[int]  # the exit code of each process
+    said: str  # the output of all processes; every line begins with the index of its process
 
 
 @pytest.fixture(scope="module")
 def local():
-    """launch/local.py as a module."""
+    """Returns launch/local.py as a module."""
     spec = importlib.util.spec_from_file_location("local", tiny.ROOT / "launch" / "local.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -53,7 +54,7 @@ def local():
 
 @pytest.fixture(scope="module")
 def launch(local):
-    """launch(command, devices=4): two processes of it, to their end."""
+    """Returns launch(command, devices=4), which runs two processes of the command until they end."""
 
     def start(command: list[str], devices: int = 4) -> End:
         flags = ["--processes=2", f"--devices={devices}", f"--patience={GONE}", "--"]
@@ -82,7 +83,10 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def several(launch, prepared):
-    """several(folder, point, who, step): two processes train, one of them meets its fate."""
+    """Returns several(folder, point, who, step), which trains with two processes.
+
+    Process `who` does at step `step` what `point` names; see support/several.py.
+    """
 
     def start(folder: Path, point: str = "nothing", who: int = 0, step: int = 0, *overrides: str) -> End:
         script = [sys.executable, str(SUPPORT / "several.py"), point, str(who), str(step), "--"]
@@ -93,7 +97,7 @@ def several(launch, prepared):
 
 @pytest.fixture(scope="module")
 def alone(prepared):
-    """alone(folder, devices): this process trains by itself."""
+    """Returns alone(folder, devices), which trains in this process alone."""
 
     def start(folder: Path, devices: int) -> int:
         config = tiny.get_config()
@@ -105,14 +109,14 @@ def alone(prepared):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(meshes, "make_mesh", first_devices)
-            return train.train(config, folder)
+            return train(config, folder)
 
     return start
 
 
 @pytest.fixture(scope="module")
 def whole(several, tmp_path_factory):
-    """(folder, what was said) of a run of two processes that nothing disturbed. Not to be changed."""
+    """Returns the folder and the output of an undisturbed run of two processes. Tests must not change the folder."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     end = several(folder)
     assert end.codes == [0, 0], end.said
@@ -120,7 +124,7 @@ def whole(several, tmp_path_factory):
 
 
 def state_of(folder: Path) -> dict[str, bytes]:
-    """Every array of the newest checkpoint by name, its bytes."""
+    """Returns the bytes of every array in the newest checkpoint, by the name of the array."""
     config, _ = workdir.read_config(folder)
     state = checkpoint.load_state(folder, None, config, meshes.one_device_mesh())
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
@@ -128,20 +132,26 @@ def state_of(folder: Path) -> dict[str, bytes]:
 
 
 def window_of(folder: Path, step: int) -> dict:
-    """The sums over the last step before a checkpoint at an odd step, for a line is written at the even ones."""
+    """Returns the sums of the window at a checkpoint of an odd step.
+
+    The window holds only that step, because a line of metrics is written at every even step.
+    """
     window = json.loads((folder / "checkpoints" / str(step) / "run" / "metadata").read_text())["window"]
     assert window["steps"] == 1
     return window
 
 
 def assert_equal_within_tolerance(folder: Path, other: Path, first: int = 0) -> None:
-    """The house's "equal" across meshes, for all after step `first`: rows and noise bitwise, losses by tolerance."""
+    """Checks that two runs are equal after step `first`: rows and noise exactly, losses within a tolerance.
+
+    This is what "equal" means everywhere in this project for runs on different meshes.
+    """
     ours, theirs = ([r for r in tiny.records(f) if r["step"] > first] for f in (folder, other))
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     for record, wanted in zip(ours, theirs, strict=True):
         assert record == pytest.approx(wanted, rel=1e-3), record["step"]
     for step in (s for s in (5, 15) if s > first):
-        # Masked tokens by mask ratio, tokens: whoever has other rows or other noise has others.
+        # The number of tokens, and of masked tokens by mask ratio, would differ with other rows or other noise.
         for exact in ("tokens", "bucket_tokens"):
             assert window_of(folder, step)[exact] == window_of(other, step)[exact]
 
@@ -150,7 +160,7 @@ def test_the_losses_of_one_process_with_as_many_devices(whole, alone, tmp_path):
     assert alone(tmp_path, 8) == 0
     assert_equal_within_tolerance(whole[0], tmp_path)
     ours, theirs = tiny.records(whole[0])[0], tiny.records(tmp_path)[0]
-    assert ours["step"] == 2  # of two steps from the same weights: the rate of the first one is 0
+    assert ours["step"] == 2  # the loss of two steps from the same weights: the first learning rate is 0
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
 
@@ -162,7 +172,10 @@ def test_each_process_reads_only_its_rows(whole):
 
 
 def test_conversations_have_the_same_length_everywhere(launch, prepared, tmp_path):
-    """Answers are padded to the longest of all processes' rows, which none of them has read: losses of one process."""
+    """Conversations are padded to the longest row of all processes, although no process reads the rows of all.
+
+    Therefore two processes have the losses of one process.
+    """
     lines = ({"prompt": "fox " * (i % 9), "response": "child " * (i % 13 + 1)} for i in range(60))
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     chats = str(tmp_path / "set")
@@ -184,7 +197,7 @@ def test_only_one_process_writes_and_speaks(whole):
     written = [set(re.findall(r"^writes (.*)$", Path(f"{whole[0]}.{i}").read_text(), re.MULTILINE)) for i in (0, 1)]
     assert {"lock", "metrics.jsonl", "starts.jsonl", "samples.txt", "config.tmp"} <= written[0]
     assert [name for name in written[1] if not name.startswith("checkpoints/")] == []
-    # The collectives of simulated devices print, in pieces.
+    # The collectives of simulated devices print lines too, in pieces.
     spoken = re.sub(r"\[1\] (.*Gloo.*|.*connected peer ranks.*|[\d :]*)\n", "", whole[1])
     assert [line for line in spoken.splitlines() if line.startswith("[1]")] == []
     assert len((whole[0] / "starts.jsonl").read_text().splitlines()) == 1
@@ -195,11 +208,11 @@ def test_any_death_is_the_death_of_all_and_the_run_goes_on(several, whole, tmp_p
 
     end = several(folder, "saving", 1, 10)
     assert end.codes[1] == -signal.SIGKILL and end.codes[0] in ABORTED, end
-    assert checkpoint.steps_in(folder) == [5], end.said
+    assert workdir.steps_in(folder) == [5], end.said
 
     end = several(folder, "terminate", 1, 8)
     assert end.codes == [143, 143], end.said
-    stopped = checkpoint.steps_in(folder)[-1]
+    stopped = workdir.steps_in(folder)[-1]
     assert f"resuming {folder} at step 5" in end.said and stopped < 15
     assert end.said.count(f"stopped by SIGTERM: saved step {stopped}; the same command goes on from there") == 1
 
@@ -207,9 +220,9 @@ def test_any_death_is_the_death_of_all_and_the_run_goes_on(several, whole, tmp_p
     assert end.codes == [1, 1], end.said
     assert f"resuming {folder} at step {stopped}" in end.said
     assert end.said.count("Traceback") == 1 and "RuntimeError: a step that fails" in end.said
-    assert checkpoint.steps_in(folder)[-1] == 15
+    assert workdir.steps_in(folder)[-1] == 15
 
-    # What process 1 has written of the newest one is damaged.
+    # Damage the part of the newest checkpoint that process 1 has written.
     files = (folder / "checkpoints" / "15" / "state" / "ocdbt.process_1" / "d").iterdir()
     os.truncate(max(files, key=lambda file: file.stat().st_size), 100)
     end = several(folder)
@@ -235,7 +248,7 @@ def test_one_process_continues_what_two_began(whole, alone, tmp_path, devices):
     "point, override, message",
     [
         ("nothing", "nonsense=1", "nonsense"),
-        ("nothing", "mesh.fsdp=3", "takes 3 devices, there are 8"),
+        ("nothing", "mesh.fsdp=3", "takes 3 devices, but there are 8"),
         ("other", "steps=20", "process 1 (of 2): config.seed is 5, in process 0 it is 0: start all with the same"),
         ("busy", "steps=20", "is in use by another process"),
     ],
@@ -248,10 +261,10 @@ def test_a_mistake_is_told_once_and_ends_all(several, tmp_path, point, override,
     assert end.codes == [2, 2], end.said
     told = [line for line in end.said.splitlines() if "error: " in line]
     assert len(told) == 1 and message in told[0] and "Traceback" not in end.said
-    assert checkpoint.steps_in(tmp_path) == [] and not (tmp_path / "config.json").exists()
+    assert workdir.steps_in(tmp_path) == [] and not (tmp_path / "config.json").exists()
 
 
-# Without training: `distributed.run` with something small in it.
+# Tests of `distributed.run` without training: `main` is a small program.
 
 SMALL = """
 import os, signal, sys, time
@@ -292,22 +305,22 @@ def test_what_one_process_does_to_the_other(launch, local, body, codes, said):
     end = launch([sys.executable, "-c", SMALL.format(body=body)], devices=1)
     assert end.codes == codes, end.said
     assert said in "".join(sorted(end.said.splitlines(keepends=True)))
-    # Of our own lines: what JAX logs of a lost process may have the word in it.
+    # Count only the project's own lines, because what JAX logs about a lost process may contain the word "error".
     assert len(re.findall(r"^\[\d\] error: ", end.said, re.MULTILINE)) == (codes == [2, 2])
     assert end.said.count("Traceback") == ("KeyError" in said)
 
 
 def test_flags_that_do_not_fit_together():
     for flags, message in (
-        (("host:1", None, None), "belong together: give all"),
-        (("host", 2, 0), "--coordinator_address=host: HOST:PORT is needed"),
-        (("host:1", 2, 2), "--process_id=2: with --num_processes=2 it is 0 to 1"),
+        (("host:1", None, None), "belong together: give all three"),
+        (("host", 2, 0), "--coordinator_address=host is not HOST:PORT"),
+        (("host:1", 2, 2), "--process_id=2: with --num_processes=2 it must be from 0 to 1"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             distributed._check_flags(*flags)
 
 
-# Found by itself
+# Tests of finding the other processes automatically.
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_PROCID": "0",
          "SLURM_LOCALID": "0"}  # fmt: skip
@@ -337,13 +350,13 @@ def test_slurm_processes_find_each_other(local):
         ({}, None),
         (SLURM, "slurm"),
         ({**SLURM, "SLURM_NTASKS": "1"}, None),
-        ({name: value for name, value in SLURM.items() if "NODELIST" not in name}, None),  # a batch script, no srun
+        ({name: value for name, value in SLURM.items() if "NODELIST" not in name}, None),  # a batch script without srun
         ({**GKE, "TPU_WORKER_HOSTNAMES": "a,b"}, "gketpu"),
         ({**GKE, "TPU_WORKER_HOSTNAMES": "a,b", "JAX_PLATFORMS": "cpu"}, None),
         ({**GKE, "TPU_WORKER_HOSTNAMES": "localhost"}, None),
         ({**GKE, "TPU_WORKER_HOSTNAMES": "localhost", "MEGASCALE_NUM_SLICES": "2"}, "gketpu"),
-        ({"TPU_WORKER_ID": "0", "GCE_METADATA_IP": "127.0.0.1:1"}, None),  # a TPU machine that nobody tells anything
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # any pod
+        ({"TPU_WORKER_ID": "0", "GCE_METADATA_IP": "127.0.0.1:1"}, None),  # a TPU machine without a metadata server
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),  # a pod that belongs to no indexed job
     ],
 )
 def test_what_a_cluster_announces(monkeypatch, announced, name):

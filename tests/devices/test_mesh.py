@@ -1,4 +1,4 @@
-"""Mesh sizes, what must divide by them, and where rows of a batch go."""
+"""Tests of the sizes of the mesh, of what must be divisible by them, and of the placement of the rows of a batch."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def test_model_must_divide_by_the_mesh(changes, sizes, named):
     mesh.check_model(ModelConfig(**shape), sizes)
     with pytest.raises(UserError, match=named):
         mesh.check_model(ModelConfig(**(shape | changes)), sizes)
-    mesh.check_model(ModelConfig(**(shape | changes)), (8, 1, 1))  # replicas divide nothing
+    mesh.check_model(ModelConfig(**(shape | changes)), (8, 1, 1))  # replicas of the parameters split no dimension
 
 
 def test_batch_must_divide_by_the_mesh():
@@ -89,16 +89,16 @@ def test_place_rows(make_mesh, sizes):
         assert jax.typeof(placed).sharding.spec == P(mesh.BATCH, None)
         assert jax.typeof(placed_length).sharding.spec == P(mesh.BATCH)
         np.testing.assert_array_equal(np.asarray(placed)[:5], tokens)
-        np.testing.assert_array_equal(np.asarray(placed_length)[5:], 4)  # the last row again
+        np.testing.assert_array_equal(np.asarray(placed_length)[5:], 4)  # the last row is repeated
         traced = jax.jit(lambda x: mesh.place_rows(x)[0])(jnp.arange(5.0))
         np.testing.assert_array_equal(np.asarray(traced)[:5], np.arange(5.0))
 
 
 def test_place_batch_and_local_rows_belong_together(make_mesh):
-    """A process feeds the rows that local_rows names, in that order; the global batch has them in their places."""
+    """If every process supplies the rows that local_rows lists, in this order, all rows of the batch are in place."""
     device_mesh = make_mesh(2, 2, 2)
     rows = mesh.local_rows(device_mesh, 16)
-    assert rows == list(range(16))  # one process feeds all of them, each once
+    assert rows == list(range(16))  # one process supplies every row exactly once
     whole = {"tokens": np.arange(64, dtype=np.int32).reshape(16, 4), "length": np.arange(16, dtype=np.int32)}
     placed = mesh.place_batch({name: x[rows] for name, x in whole.items()}, device_mesh, 16)
     for name, x in whole.items():
@@ -106,12 +106,12 @@ def test_place_batch_and_local_rows_belong_together(make_mesh):
     shards = {s.device.id: np.asarray(s.data) for s in placed["length"].addressable_shards}
     order = [device.id for device in device_mesh.devices.flat]
     np.testing.assert_array_equal(shards[order[0]], [0, 1, 2, 3])
-    np.testing.assert_array_equal(shards[order[1]], [0, 1, 2, 3])  # the other half of 'tensor'
+    np.testing.assert_array_equal(shards[order[1]], [0, 1, 2, 3])  # the neighbour on the 'tensor' axis
     np.testing.assert_array_equal(shards[order[-1]], [12, 13, 14, 15])
 
 
 def test_local_rows_of_one_of_several_processes(make_mesh):
-    """With only some devices of the mesh at hand, exactly their rows."""
+    """A process with only some devices of the mesh gets exactly the rows of these devices."""
 
     class Elsewhere:
         def addressable_devices_indices_map(self, shape):
@@ -132,13 +132,13 @@ def test_mesh_of_enters_the_mesh_of_an_array(make_mesh):
     with mesh.mesh_of(array):
         assert jax.sharding.get_mesh() == device_mesh
     with jax.set_mesh(make_mesh()), mesh.mesh_of(array):
-        assert jax.sharding.get_mesh().size == 1  # one that is set stays
+        assert jax.sharding.get_mesh().size == 1  # a mesh that is already set stays in use
     with mesh.mesh_of(jnp.zeros(4)):
         assert jax.sharding.get_abstract_mesh().empty
 
 
 class Chip:
-    """What mesh_utils looks at in a TPU."""
+    """A stand-in for a TPU device, with the attributes that mesh_utils reads."""
 
     platform, device_kind = "tpu", "TPU v5 lite"
 

@@ -1,4 +1,4 @@
-"""The masked loss against the plain form: values, gradients, meshes, chunk edges."""
+"""Tests the masked loss against a plain computation: values, gradients, meshes, and chunks that do not fit evenly."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def case(rng, density):
 
 
 def plain(h, head, targets, weight):
-    """All logits at once, differentiated by JAX, in float64."""
+    """Computes the loss from all logits at once. The test calls it in float64 and lets JAX differentiate it."""
     log_p = jax.nn.log_softmax(jnp.einsum("btd,dv->btv", h, head), axis=-1)
     nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     return (nll * weight).sum(), nll
@@ -52,13 +52,13 @@ def test_equals_plain_form(rng, make_mesh, sizes, density):
         wide = [jnp.asarray(x, jnp.float64 if x.dtype == np.float32 else x.dtype) for x in arrays]
         (total, nll), grads = jax.value_and_grad(lambda h, w: plain(h, w, *wide[2:]), (0, 1), has_aux=True)(*wide[:2])
         expected = [np.asarray(x) for x in (total, nll * (arrays[3] > 0), *grads)]
-    for chunk in (5, 1000):  # one that does not divide, one larger than all positions
+    for chunk in (5, 1000):  # 5 does not divide the number of positions; 1000 is greater than it
         for got, wanted in zip(ours(make_mesh(*sizes), arrays, chunk), expected, strict=True):
             np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
 
 
 def test_rows_unevenly_masked_over_devices(rng, make_mesh):
-    """One device has every masked position, the others none: all must still make the same number of turns."""
+    """If one device has all masked positions and the others have none, all must still make as many turns."""
     h, head, targets, weight = case(rng, 1.0)
     weight[1:] = 0
     one = ours(make_mesh(), (h, head, targets, weight), 3)
@@ -68,7 +68,7 @@ def test_rows_unevenly_masked_over_devices(rng, make_mesh):
 
 
 def test_gradient_scales_with_cotangent(rng, make_mesh):
-    """The gradients are formed in the forward pass; what comes after the loss must still multiply them."""
+    """The gradients are computed in the forward pass, and must still be multiplied by the cotangent of the loss."""
     h, head, targets, weight = case(rng, 0.5)
     with jax.set_mesh(make_mesh()):
         h, targets, weight = (jax.device_put(x, P(mesh.BATCH, *(None,) * (x.ndim - 1))) for x in (h, targets, weight))

@@ -1,4 +1,4 @@
-"""The forward process and the objective: unbiased against enumeration, noise of its own for every row."""
+"""Tests that the objectives are unbiased, compared with an enumeration, and that every row has noise of its own."""
 
 import functools
 
@@ -18,13 +18,19 @@ KINDS = ["independent", "low_discrepancy"]
 
 
 def integral(function, eps):
-    """The mean over t ~ U(0, 1) of function(p), p = (1 - eps) t + eps; exact for polynomials of p up to degree 39."""
+    """Returns the mean of function(p) over t ~ U(0, 1), where p = (1 - eps) t + eps.
+
+    The mean is exact for polynomials in p of degree up to 39.
+    """
     node, weight = np.polynomial.legendre.leggauss(20)
     return sum(w / 2 * function(eps + (1 - eps) * (x + 1) / 2) for x, w in zip(node, weight, strict=True))
 
 
 def exact_loss(nll, eps):
-    """Eq. 3 per token, over every masking S: the mean over t of sum_S p^|S| (1 - p)^(L - |S|) / p sum_{i in S} nll."""
+    """Computes Eq. 3 per token by enumerating every masking S.
+
+    This is the mean over t of sum_S p^|S| (1 - p)^(L - |S|) / p sum_{i in S} nll, divided by L.
+    """
     count, length = nll.shape
     masked = (np.arange(count)[:, None] >> np.arange(length)) & 1
     size, total = masked.sum(axis=1), (masked * nll).sum(axis=1)
@@ -34,7 +40,10 @@ def exact_loss(nll, eps):
 
 @pytest.fixture(scope="module")
 def many_steps():
-    """many_steps(config, x_0, lengths, steps) -> the Corrupted batches of that many steps, rows 0, 1, ... in each."""
+    """Returns many_steps(config, x_0, lengths, steps), which returns the Corrupted batches of `steps` steps.
+
+    Each batch has the rows 0, 1, ..., one per element of `lengths`.
+    """
 
     @functools.partial(jax.jit, static_argnames=("config", "mask_id"))
     def run(tokens_BT, length_B, step_S, config, mask_id):
@@ -50,7 +59,7 @@ def many_steps():
 
     def call(config, x_0, lengths, steps, mask_id=15):
         tokens = np.tile(x_0, (len(lengths), 1))
-        # Settings hashable, for jit.
+        # Static arguments of jit must be hashable.
         settings = tuple({"eps": config.eps, "t_sampling": config.t_sampling}.items())
         noisy = run(tokens, np.array(lengths, np.int32), np.arange(steps), settings, mask_id)
         return forward.Corrupted(*map(np.asarray, noisy))
@@ -59,7 +68,7 @@ def many_steps():
 
 
 def test_enumeration_agrees_with_eq_6(toy):
-    """As eps -> 0 the integral is Eq. 6: the mean over l of the mean over all subsets of size l of sum nll / l."""
+    """For eps -> 0 the integral is Eq. 6: the mean over l of the mean of sum nll / l over all subsets of size l."""
     for length, nll in toy.nll.items():
         masked = ((np.arange(2**length)[:, None] >> np.arange(length)) & 1).astype(bool)
         sizes = masked.sum(axis=1)
@@ -70,14 +79,15 @@ def test_enumeration_agrees_with_eq_6(toy):
 @pytest.mark.parametrize("eps", [1e-3, 0.2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_is_unbiased(toy, many_steps, kind, eps):
-    """The mean of sum(weight * nll), each nll looked up for the masking at hand, meets the enumeration."""
+    """The mean of sum(weight * nll) equals the enumeration; each nll is looked up for the masking of its row."""
     lengths = [6, 3] * 16
     noisy = many_steps(DiffusionConfig(eps=eps, t_sampling=kind), toy.x_0, lengths, 8000)
     for length, nll in toy.nll.items():
         rows = slice(0, None, 2) if length == 6 else slice(1, None, 2)
         mask, weight = noisy.mask_BT[:, rows, :length], noisy.weight_BT[:, rows, :length].astype(np.float64)
         number = (mask << np.arange(length)).sum(axis=-1)
-        loss = (weight * nll[number]).sum(axis=-1).mean(axis=1)  # per step: rows of a step need not be independent
+        # One mean per step, because the rows of the same step need not be independent.
+        loss = (weight * nll[number]).sum(axis=-1).mean(axis=1)
         error = loss.std() / np.sqrt(len(loss))
         exact = exact_loss(nll, eps)
         assert error < 0.006 * exact
@@ -86,7 +96,7 @@ def test_loss_is_unbiased(toy, many_steps, kind, eps):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_of_the_whole_road_is_unbiased(toy, make_mesh, kind):
-    """The same through noise, model, padding and masked cross-entropy as the train step runs them, on 8 devices."""
+    """The loss is also unbiased if noise, model and masked cross-entropy run as in the train step, on 8 devices."""
     config, rows, steps = DiffusionConfig(t_sampling=kind), 1024, 24
     with jax.set_mesh(make_mesh(data=2, fsdp=2, tensor=2)):
         params = jax.tree.map(lambda x: jax.device_put(np.asarray(x), jax.typeof(x).sharding.spec), split(toy.model)[1])
@@ -105,7 +115,7 @@ def test_loss_of_the_whole_road_is_unbiased(toy, make_mesh, kind):
             return masked_loss(merge(graphdef, params), noisy, tokens_BT, length_B, 64)[0] / rows
 
         length = np.where(np.arange(rows) % 4 == 3, 3, 6).astype(np.int32)
-        tokens = np.where(np.arange(6) < length[:, None], toy.x_0, 7).astype(np.int32)  # 7: must not be looked at
+        tokens = np.where(np.arange(6) < length[:, None], toy.x_0, 7).astype(np.int32)  # 7: must be ignored
         tokens, length = mesh.place_rows(tokens, length)
         losses = np.array([float(loss(params, step, tokens, length)) for step in range(steps)])
     exact = 0.75 * exact_loss(toy.nll[6], config.eps) + 0.25 * exact_loss(toy.nll[3], config.eps)
@@ -115,7 +125,7 @@ def test_loss_of_the_whole_road_is_unbiased(toy, make_mesh, kind):
 
 
 def test_low_discrepancy_lowers_the_variance(many_steps):
-    """Rows of some length, whose nll depends on the mask ratio: what the batch's choice of t adds almost vanishes."""
+    """With low discrepancy, the choice of t adds almost no variance to the mean loss, even if nll depends on t."""
     spread = {}
     for kind in KINDS:
         noisy = many_steps(DiffusionConfig(t_sampling=kind), np.zeros(128, np.int32), [128] * 32, 500)
@@ -128,22 +138,25 @@ def test_low_discrepancy_lowers_the_variance(many_steps):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_masking_has_its_probability(many_steps, kind):
-    """All 2**4 maskings of a row, against the integral of p^n (1 - p)^(L - n): a chi-squared test on 15 degrees."""
+    """Each of the 2**4 maskings of a row has as its probability the integral of p^n (1 - p)^(L - n).
+
+    This is a chi-squared test with 15 degrees of freedom.
+    """
     eps, length, steps = 0.05, 4, 12000
     noisy = many_steps(DiffusionConfig(eps=eps, t_sampling=kind), np.arange(4), [4, 4, 4, 4], steps)
     sizes = np.array([bin(s).count("1") for s in range(16)])
     expected = np.array([integral(lambda p, n=n: p**n * (1 - p) ** (length - n), eps) for n in sizes])
     assert expected.sum() == pytest.approx(1)
-    for row in range(4):  # each row alone: within a step rows of low discrepancy are not independent
+    for row in range(4):  # one row at a time, because low-discrepancy rows of the same step are not independent
         number = (noisy.mask_BT[:, row] << np.arange(length)).sum(axis=-1)
         counts = np.bincount(number, minlength=16)
-        assert ((counts - steps * expected) ** 2 / (steps * expected)).sum() < 37.7  # 0.1 %
+        assert ((counts - steps * expected) ** 2 / (steps * expected)).sum() < 37.7  # significance level 0.1 %
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("row", [0, 1, 1279, 1_000_003])
 def test_t_is_uniform_for_every_row(kind, row):
-    """Kolmogorov-Smirnov over steps, at 0.1 %."""
+    """A Kolmogorov-Smirnov test over the steps, at a significance level of 0.1 %."""
     rows = jnp.array([row], jnp.int32)
     draw = jax.jit(jax.vmap(lambda step: forward.sample_t(forward.step_key(2, step), rows, kind)[0]))
     t = np.sort(np.asarray(draw(jnp.arange(4096)), np.float64))
@@ -159,7 +172,7 @@ def star_discrepancy(t):
 
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_any_run_of_rows_is_nearly_stratified(step):
-    """O(log n / n) for every run, however long and wherever it starts; independent draws have O(1 / sqrt(n))."""
+    """Any n consecutive rows have a discrepancy of O(log n / n), while independent draws have O(1 / sqrt(n))."""
     key = forward.step_key(0, step)
     t = {k: np.asarray(forward.sample_t(key, jnp.arange(6000, dtype=jnp.int32), k)) for k in KINDS}
     for start in (0, 1, 5, 64, 1279, 3000):
@@ -186,7 +199,7 @@ def test_unit_interval_is_open():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mask_rate_and_weight_of_each_row(rng, kind):
-    """Long rows: the share of masked tokens is p_mask, the weight 1 / (p_mask * length), MASK exactly where masked."""
+    """In long rows the share of masked tokens is p_mask; they alone become MASK, with weight 1 / (p_mask * length)."""
     eps, width = 1e-3, 4096
     config = DiffusionConfig(eps=eps, t_sampling=kind)
     tokens = rng.integers(0, 50, (24, width)).astype(np.int32)
@@ -205,17 +218,17 @@ def test_mask_rate_and_weight_of_each_row(rng, kind):
     np.testing.assert_allclose(noisy.weight_BT, expected, rtol=1e-6)
     deviation = (noisy.mask_BT.sum(axis=1) / length - p) / np.sqrt(p * (1 - p) / length)
     assert np.abs(deviation).max() < 4
-    assert 0.5 < (deviation**2).mean() < 2  # neither clumped nor stratified within a row
+    assert 0.5 < (deviation**2).mean() < 2  # the masked tokens of a row are neither clustered nor stratified
     assert noisy.tokens_BT.dtype == np.int32 and noisy.weight_BT.dtype == noisy.p_mask_B.dtype == np.float32
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sft_is_unbiased_and_leaves_the_prompt(toy, kind):
-    """Eq. 5 against the enumeration of every masking of the response: per token of it, EOS padding included."""
+    """Eq. 5 equals the enumeration of every masking of the response, per token of the response with its EOS padding."""
     config, steps, full = DiffusionConfig(eps=0.02, t_sampling=kind), 8000, len(toy.x_0)
     prompts = np.tile(np.array([0, 2, 4], np.int32), 8)
     batch = {
-        "tokens": np.tile(np.r_[toy.x_0, 7, 7].astype(np.int32), (24, 1)),  # two beyond the length: true padding
+        "tokens": np.tile(np.r_[toy.x_0, 7, 7].astype(np.int32), (24, 1)),  # two tokens of padding beyond the length
         "length": np.full(24, full, np.int32),
         "prompt": prompts,
     }
@@ -242,7 +255,7 @@ def test_sft_is_unbiased_and_leaves_the_prompt(toy, kind):
 
 
 def test_objectives_beside_the_prompt(rng):
-    """Without a prompt SFT is pre-training; iLLaDA's form masks the prompt as the response; all of it bitwise."""
+    """SFT without a prompt and iLLaDA's objective equal pre-training bitwise; with a prompt, SFT never masks it."""
     tokens = rng.integers(0, 50, (8, 40)).astype(np.int32)
     batch = {"tokens": tokens, "length": np.full(8, 33, np.int32), "prompt": np.zeros(8, np.int32)}
     arguments = jnp.arange(8, dtype=jnp.int32), DiffusionConfig(), 50
@@ -262,7 +275,7 @@ def test_objectives_beside_the_prompt(rng):
 
 
 def test_smallest_mask_ratio_is_eps():
-    """Eq. 3 with p_mask >= eps: weights are bounded by 1 / (eps * length)."""
+    """In Eq. 3, p_mask >= eps, so that weights are at most 1 / (eps * length)."""
     config = DiffusionConfig(eps=0.25)
     rows = jnp.arange(2000, dtype=jnp.int32)
     batch = {"tokens": np.zeros((2000, 2), np.int32), "length": np.full(2000, 2, np.int32)}
@@ -271,7 +284,7 @@ def test_smallest_mask_ratio_is_eps():
 
 
 def test_noise_of_places_rows_and_steps_is_independent():
-    """Masking noise, cleaned of t: no correlation between neighbours, rows, steps, or with t itself."""
+    """Masking noise without the effect of t is uncorrelated between tokens, rows, steps and seeds, and with t."""
     width, rows = 2048, jnp.arange(16, dtype=jnp.int32)
     batch = {"tokens": np.zeros((16, width), np.int32), "length": np.full(16, width)}
     config = DiffusionConfig()
@@ -294,7 +307,7 @@ def fields(noisy):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_does_not_depend_on_the_mesh_nor_the_batch(rng, make_mesh, kind):
-    """Bitwise: on any mesh, in any micro-batch, in any order, a row of a step has the same noise."""
+    """A row of a step has bitwise the same noise on any mesh, in any micro-batch and in any order of the rows."""
     config = DiffusionConfig(t_sampling=kind)
     tokens = rng.integers(0, 50, (16, 32)).astype(np.int32)
     length = np.full(16, 32, np.int32)

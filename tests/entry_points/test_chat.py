@@ -1,4 +1,4 @@
-"""The program as a person and as a shell script use it: in a pseudo-terminal and in pipes."""
+"""Runs the chat program as a person uses it, in a pseudo-terminal, and as a shell script does, in pipes."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ STOPPED = "stopped: /again"
 
 @pytest.fixture(scope="module")
 def folder(model_folder, tmp_path_factory):
-    """The model of all tests, trained, it says, with 80 tokens."""
+    """Returns a copy of the tests' model whose config.json says that it was trained with 80 tokens."""
     folder = tmp_path_factory.mktemp("model") / "toy"
     shutil.copytree(model_folder, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -40,7 +40,7 @@ def folder(model_folder, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def signals_of_a_terminal():
-    """What runs the tests in the background may have these ignored: programs that they start would inherit that."""
+    """Resets these signals: a background process that runs the tests may ignore them, and its children would too."""
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
         signal.SIGHUP: signal.signal(signal.SIGHUP, signal.SIG_DFL),
@@ -96,21 +96,21 @@ def test_in_a_pipe_every_line_is_a_message_or_a_command(folder, loaded, tmp_path
     notes = stderr.decode()
     assert "\x1b" not in notes and STOPPED not in notes
     errors = [line for line in notes.splitlines() if line.startswith("error: ")]
-    words = ["steps=many", "no command /what", "write the new message after it", "no cannot be read"]
+    words = ["steps=many", "no command /what", "write the new message after the command", "no cannot be read"]
     assert [word in error for word, error in zip(words, errors, strict=True)] == [True] * 4, errors
     assert "temperature = 0.5\n" in notes and f"7 messages are in {path}\n" in notes and "user: def main\n" in notes
     assert notes.count("the model was trained with 80") == 1
 
 
 class Lines:
-    """The program without its flags: what it writes for lines of stdin that are no terminal's."""
+    """Runs `Chat` in this process, without flags, on lines of a stdin that is not a terminal."""
 
     def __init__(self, monkeypatch, capsys, loaded, settings=SETTINGS):
         self.monkeypatch, self.capsys = monkeypatch, capsys
         self.talk = Conversation(*loaded, settings)
 
     def __call__(self, *lines, **options):
-        """The exit code, stdout and the lines of stderr."""
+        """Returns the exit code, stdout and the lines of stderr."""
         text = "".join(line + "\n" for line in lines).encode()
         self.monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
         self.monkeypatch.setattr(sys, "stdout", stdout := io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
@@ -162,11 +162,11 @@ def test_only_files_of_this_conversation_are_replaced(take, tmp_path, monkeypatc
     for name in "abc":
         Path(name).write_text(json.dumps({"id": name, "messages": old, "tags": [1]}))
     code, _, notes = take("/load a", "/undo", "/save", "/save ./a", "/save b", "/save d", "/save d", "/load a", "/new")
-    assert code == 2 and notes[4] == "error: b is there already: name another file, or replace it with /save! FILE"
+    assert code == 2 and notes[4] == "error: b exists already: name another file, or replace it with /save! FILE"
     assert not [note for note in notes if note.startswith("error")][1:]
     assert json.loads(Path("a").read_text()) == {"id": "a", "messages": [], "tags": [1]}
     assert Path("d").read_text() == Path("a").read_text() and json.loads(Path("b").read_text())["messages"] == old
-    # A new conversation is none of theirs.
+    # After /new the conversation belongs to no file.
     code, _, notes = take(
         "/load a", "/new", "/save", "/save! b", "/save! nothing/x", f"/save! {'x' * 300}", "/save ~no/"
     )
@@ -174,7 +174,7 @@ def test_only_files_of_this_conversation_are_replaced(take, tmp_path, monkeypatc
     found = [note for note in notes if note.startswith("error")]
     assert [word in error for word, error in zip(errors, found, strict=True)] == [True] * 4, found
     assert code == 2 and json.loads(Path("b").read_text()) == {"messages": []}
-    # The file of --load is known from the start.
+    # The file of --load may be replaced from the start.
     assert take("/save", "/save c", path=Path("c"), record={"id": "c"})[0] == 0
     assert json.loads(Path("c").read_text()) == {"id": "c", "messages": []}
     assert sorted(os.listdir()) == ["a", "b", "c", "d"]
@@ -205,7 +205,7 @@ def test_who_is_ended_while_drawing_leaves_the_terminal_first(number):
                 stack.callback(left.append, "left")
                 os.kill(os.getpid(), number)
                 assert noted == [number] and not left and not second
-                os.kill(os.getpid(), number)  # for who cannot wait: as it would be without
+                os.kill(os.getpid(), number)  # a second signal acts at once, for a sender who cannot wait
                 assert noted == second == [number] and not left
                 raise OSError("the terminal has gone")
         assert raised.value.code == 128 + number and left
@@ -230,11 +230,11 @@ def test_signals_that_are_ignored_stay_so():
 
 
 class Terminal:
-    """The program in a terminal of its own."""
+    """The chat program in a pseudo-terminal of its own."""
 
     def __init__(self, *arguments):
         self.end, inside = pty.openpty()
-        # Ctrl-C is for the program in the foreground: it needs a session whose terminal this is.
+        # Ctrl-C goes to the foreground program, so the program needs a session with this terminal as its terminal.
         program = "import os, sys, fcntl, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
         program += "os.execv(sys.executable, [sys.executable, '-m', 'llada_jax.chat', *sys.argv[1:]])"
         environment = os.environ | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
@@ -246,7 +246,7 @@ class Terminal:
         self.written = b""
 
     def until(self, text: str, seconds: float = 120.0) -> str:
-        """What is written up to and with this text; what comes after it is left for the next."""
+        """Returns the output up to and including this text, and leaves the output after it for the next call."""
         end = time.monotonic() + seconds
         while text.encode() not in self.written:
             assert time.monotonic() < end, f"waited in vain for {text!r} after {self.written.decode(errors='replace')}"
@@ -260,7 +260,7 @@ class Terminal:
 
 
 def plain(text):
-    """Without codes and line ends of the terminal."""
+    """Returns the text without terminal codes and with plain line ends."""
     return re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", text).replace("\r\n", "\n")
 
 
@@ -286,7 +286,7 @@ def test_a_terminal_is_left_as_it_was_by_sigterm(folder, open_terminal):
     screen.until("step 1, ")
     assert not termios.tcgetattr(screen.end)[3] & termios.ECHO
     screen.child.send_signal(signal.SIGTERM)
-    screen.until("\x1b[?25h")  # the cursor is seen again
+    screen.until("\x1b[?25h")  # the cursor is visible again
     assert screen.child.wait(120) == 143
     assert termios.tcgetattr(screen.end)[3] & termios.ECHO
 
@@ -295,7 +295,7 @@ def test_a_talk_in_a_terminal(folder, loaded, open_terminal, tmp_path):
     path = tmp_path / "chat.json"
     screen = open_terminal(f"--model={folder}", *FLAGS)
     screen.until("> ")
-    screen.type("def \\\rmain\r")  # goes on in a second line
+    screen.type("def \\\rmain\r")  # the backslash continues the message on a second line
     seen = screen.until(" s, 12 steps")
     talk = Conversation(*loaded, SETTINGS)
     talk.say("def \nmain")
@@ -315,24 +315,24 @@ def test_a_talk_in_a_terminal(folder, loaded, open_terminal, tmp_path):
     assert "early" not in drawn and "░" in drawn[drawn.rindex("step ") :]
     screen.type("/set gen_length 12\r/set block_length 4\r/edit\r")
     screen.until("> x")
-    screen.type("y\r")  # after what stands there
+    screen.type("y\r")  # is appended to the text in the line editor
     seen = screen.until("12 steps")
     talk.say("xy")
     assert terminal.harmless(answered(talk)) in plain(seen)
     screen.type(f"/save {path}\r")
     screen.until("4 messages are in")
     assert json.loads(path.read_text()) == {"messages": talk.messages}
-    screen.until("> ")  # before it the key would be the end of a line for the terminal, and lost
+    screen.until("> ")  # earlier, the terminal itself would take Ctrl-D as the end of a line, and it would be lost
     screen.type("\x04")
     assert screen.child.wait(120) == 0
 
 
 def test_ctrl_c_in_a_pipe_stops_the_answer_then_the_program(folder, loaded):
-    # So long an answer that it is not done before the signal.
+    # The answer is so long that it is not complete before the signal arrives.
     with piped(f"--model={folder}", "--gen_length=3000", "--block_length=3000") as child:
         child.stdin.write(b"x\n/set gen_length 12\n/set block_length 4\ny\n")
         child.stdin.flush()
-        child.stderr.readline()  # that this is long: from there on the answer is on its way
+        child.stderr.readline()  # the warning about the length: after it the answer begins
         time.sleep(0.5)
         child.send_signal(signal.SIGINT)
         notes = [child.stderr.readline().decode() for _ in range(3)]
@@ -341,7 +341,7 @@ def test_ctrl_c_in_a_pipe_stops_the_answer_then_the_program(folder, loaded):
         talk.say("y")
         expected = answered(talk).encode()
         assert child.stdout.read(len(expected)) == expected
-        time.sleep(0.5)  # now it waits for a line
+        time.sleep(0.5)  # now the program waits for a line
         child.send_signal(signal.SIGINT)
         assert child.wait(120) == 130 and child.stderr.read() == b"interrupted\n"
 
@@ -359,10 +359,8 @@ def test_nobody_reads_the_answers(folder):
     ("text", "lines"),
     [
         ([("one two three", "text")], ["one two ", "three"]),
-        (
-            [("one tw", "text"), ("o,", "new"), (" three", "text")],
-            ["one two,", "three"],
-        ),  # a space goes, no word is torn
+        # The space is dropped, and no word is split.
+        ([("one tw", "text"), ("o,", "new"), (" three", "text")], ["one two,", "three"]),
         ([("one two  three", "text")], ["one two ", "three"]),
         ([("one " + "x" * 20, "text")], ["one ", "x" * 8, "x" * 8, "x" * 4]),
         ([("one two", "text"), ("░" * 10, "mask"), ("word", "text")], ["one two░", "░" * 8, "░word"]),
@@ -392,14 +390,15 @@ def test_lines_broken_anew_by_a_narrower_terminal_are_erased_too(monkeypatch):
         size = 9, 10
         stream.seek(0), stream.truncate()
         screen.draw([("x", "text")], "status")
-        # 18, 0, 19, 11 and 6 cells in lines of 9.
+        # The drawn lines have 18, 0, 19, 11 and 6 cells, and the terminal now has 9 columns.
         assert stream.getvalue().startswith(f"\x1b[{2 + 1 + 3 + 2 + 1}F\x1b[J")
 
 
 @pytest.mark.parametrize(
     ("arguments", "closed", "words"),
     [
-        (["--model=nowhere", "--load=~/nothing.json"], "", "home/nothing.json cannot be read"),  # before the model
+        # This mistake is found before the model is loaded.
+        (["--model=nowhere", "--load=~/nothing.json"], "", "home/nothing.json cannot be read"),
         (["--model=nowhere"], "<&-", "stdin is closed"),
         (["--model=nowhere"], ">&-", "stdout is closed"),
         ([f"--model={PARITY / 'mha'}"], "", "has no tokenizer"),

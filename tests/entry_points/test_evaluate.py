@@ -1,4 +1,4 @@
-"""Whole evaluations: their file, their table, what ends them, and going on after that."""
+"""Tests whole evaluations: their file of results, their table, their errors, and continuing after an interruption."""
 
 import dataclasses
 import importlib.util
@@ -20,20 +20,20 @@ import tiny
 from paths import SUPPORT
 
 from llada_jax.config import UserError
-from llada_jax.convert import convert
 from llada_jax.evaluation import harness, run
 from llada_jax.evaluation.run import Evaluation
+from llada_jax.formats.conversion import convert
 
 TASKS = "choice,cloze,sums,reversal"
 SETTINGS = ["--mc_samples=2", "--gen_length=4", "--block_length=4", "--temperature=0.5", "--limit=2"]
-SETTINGS += ["--batch_size=1"]  # then all prompts have one padded length: little is compiled
+SETTINGS += ["--batch_size=1"]  # then all prompts have the same padded length, so little is compiled
 FIGURES = {"choice", "cloze", "sums", "reversal_forward", "reversal_backward"}
 FIGURES |= {"reversal_forward_infill", "reversal_backward_infill"}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a model, tasks and couplets."""
+    """Makes a folder with a model, tasks and couplets."""
     folder = tmp_path_factory.mktemp("place")
     bench.write_model(folder / "model")
     bench.write_tasks(folder / "tasks")
@@ -48,7 +48,7 @@ def couplets(place):
 
 
 def job(place, output, tasks=TASKS, **settings):
-    """What the flags of SETTINGS say."""
+    """Returns the evaluation that the flags of SETTINGS describe."""
     asked = {"mc_samples": 2, "gen_length": 4, "block_length": 4, "temperature": 0.5, "limit": 2.0, "batch_size": 1}
     data, include = str(place / "couplets.json"), (str(place / "tasks"),)
     folder, names = str(place / "model"), tuple(tasks.split(","))
@@ -62,14 +62,14 @@ def flags(place, output, tasks=TASKS):
 
 
 def read(path):
-    """The results without what differs from start to start."""
+    """Reads the results without the entries that differ between runs."""
     results = json.loads(path.read_text())
     del results["date"], results["seconds"], results["evaluation"]
     return results
 
 
 def assert_close(figures, wanted):
-    """Equal but for the last digits: other batches, other order of sums."""
+    """Asserts that figures are equal up to the last digits, which depend on the batches and the order of sums."""
     assert figures.keys() == wanted.keys()
     for name, value in wanted.items():
         if isinstance(value, float):
@@ -79,7 +79,7 @@ def assert_close(figures, wanted):
 
 @pytest.fixture(scope="module")
 def whole(place):
-    """The file of an evaluation that nothing disturbed."""
+    """Returns the file of results of an evaluation that was not interrupted."""
     output = place / "whole.json"
     assert run.run(job(place, output, log_samples=True, cache=str(place / "kept" / "cache"))) == 0
     return output
@@ -134,14 +134,14 @@ def test_killed_and_continued(monkeypatch, place, whole, tmp_path):
 
     asked.clear()
     run.run(job(place, tmp_path / "other.json", "cloze", cache=str(cache), mc_samples=3))
-    assert asked == [("loglikelihood", 2)], "other settings do not meet these results"
+    assert asked == [("loglikelihood", 2)], "results are not reused with other settings"
 
 
 def test_two_processes(place, whole, tmp_path):
     spec = importlib.util.spec_from_file_location("local", tiny.ROOT / "launch" / "local.py")
     local = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(local)
-    # Process 0 has some results already; the other must hear of them, or they would not make the same calls.
+    # Process 0 has some results already. Process 1 must get them, or the processes would not make the same calls.
     (made,) = place.glob("kept/cache-*_rank0.db")
     shutil.copy(made, tmp_path)
     with sqlite3.connect(tmp_path / made.name) as database:
@@ -167,14 +167,14 @@ def test_two_processes(place, whole, tmp_path):
     with sqlite3.connect(tmp_path / made.name) as database:
         assert database.execute("select count(*) from unnamed").fetchone() == (
             8,
-        )  # of ten: the odd of the other tasks are gone
+        )  # 6 of choice, and the 2 that are left of the other tasks' 4
     spoken = [line for line in said.splitlines() if line.startswith("[1]") and re.search(r"choice|it/s|\d%", line)]
     assert spoken == []
 
 
 @pytest.mark.parametrize("form", ["orbax", "published"])
 def test_another_model_at_the_same_place(place, tmp_path, form):
-    """Same path, same step (a converted folder has only 0), same settings: its results are its own."""
+    """Tests that a model at the same path, step (0 in a converted folder) and settings does not reuse results."""
     source, folder, results = tmp_path / "source", tmp_path / "m", []
     shutil.copytree(place / "model", source)
     for factor in (1, 2):
@@ -241,7 +241,7 @@ def test_tasks_on_local_files(monkeypatch, tmp_path):
 
 def test_what_other_processes_leave_alone(monkeypatch, capsys, place, tmp_path):
     asked = {}
-    monkeypatch.setenv("TQDM_DISABLE", "0")  # set in an evaluation, and put back after this
+    monkeypatch.setenv("TQDM_DISABLE", "0")  # the evaluation changes it, and monkeypatch restores it afterwards
     monkeypatch.setattr(run.distributed, "index", lambda: 1)
     monkeypatch.setattr(lm_eval, "simple_evaluate", asked.update)
     assert run.run(job(place, tmp_path / "out.json", "choice", cache=str(tmp_path / "cache"))) == 0
@@ -256,14 +256,14 @@ def test_a_limit_is_a_number_or_a_share():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"tasks": "chioce"}, "--tasks=chioce: there is no such task in .*tasks or lm_eval; is it choice"),
+        ({"tasks": "chioce"}, "--tasks=chioce: there is no such task in .*tasks or lm_eval; did you mean choice"),
         ({"tasks": "reversal", "data": None}, "--tasks=reversal needs --data=FILE.json"),
         ({"tasks": "reversal", "data": "none.json"}, "--data=none.json: No such file"),
-        ({"tasks": "gone"}, r"--tasks=gone: .*gone.jsonl.* \(relative data_files are looked for from /"),
+        ({"tasks": "gone"}, r"--tasks=gone: .*gone.jsonl.* \(relative paths in data_files are resolved against /"),
         ({"tasks": "columns"}, "--tasks=columns: .*nothing"),
         ({"tasks": "remote"}, "--tasks=remote: its data is not on this machine and cannot be downloaded"),
         ({"tasks": "module"}, "--tasks=module: No module named 'nowhere'.*pip install \"lm-eval.module.\""),
-        ({"tasks": "metric"}, "--tasks=metric: the metric acc has no aggregation of that name"),
+        ({"tasks": "metric"}, "--tasks=metric: the metric acc names an aggregation that lm_eval does not have"),
         ({"tasks": "code"}, "allow it with --confirm_run_unsafe_code"),
         ({"tasks": ""}, "nothing to evaluate"),
         ({"output": "none/out.json"}, "--output=none/out.json: there is no folder"),
@@ -272,9 +272,9 @@ def test_a_limit_is_a_number_or_a_share():
         ({"limit": 1.5}, "--limit=1.5"),
         ({"steps": 0}, "steps=0"),
         ({"mc_samples": 0}, "--mc_samples=0"),
-        ({"include_path": ("none",)}, "--include_path=none is no folder"),
+        ({"include_path": ("none",)}, "--include_path=none is not a folder"),
         ({"include_path": ("broken",)}, "wrong.yaml is not YAML"),
-        ({"model": "none"}, "--model=none is no folder"),
+        ({"model": "none"}, "--model=none is not a folder"),
     ],
 )
 def test_a_mistake_is_told_before_the_model_is_loaded(monkeypatch, place, tmp_path, settings, words):
@@ -299,7 +299,7 @@ def test_a_mistake_is_told_before_the_model_is_loaded(monkeypatch, place, tmp_pa
     settings = {"tasks": "choice", "output": "out.json", "include_path": (str(folder),)} | settings
     arguments = {"model": str(place / "model"), "data": None} | settings
     arguments["tasks"] = tuple(filter(None, arguments["tasks"].split(",")))
-    if "chioce" in arguments["tasks"]:  # the thousands of tasks of lm_eval are not read for this
+    if "chioce" in arguments["tasks"]:  # do not read the thousands of tasks of lm_eval
         from lm_eval.tasks import TaskManager
 
         build = TaskManager.__init__

@@ -36,7 +36,7 @@ def test_the_command(tmp_path):
 
 
 def test_conversations(tmp_path):
-    """A tokenizer comes out of text; conversations go in with it, and come to the summary with all counts."""
+    """The tokenizer of a text set prepares conversations; the summary states how many answers were kept and removed."""
     text = (f"--input={write_texts(tmp_path / 'a.jsonl')}", "--text_key=body", "--train_tokenizer=300")
     run(*text, "--sequence_length=32", f"--output={tmp_path / 'text'}")
     lines = [{"prompt": f"q {i}", "response": "words " * i} for i in range(30)]

@@ -43,7 +43,7 @@ def test_stopping_at_the_end_changes_no_text(loaded):
     assert batch.config.stop_at_end and batch.config.confidence_eos_eot_inf
     whole = dataclasses.replace(batch.config, stop_at_end=False, confidence_eos_eot_inf=False)
     tokens_BT = np.asarray(llada_jax.generate(model, batch.prompt_BT, whole, key, batch.real_BT))
-    liked = int(tokens_BT[0, -20])  # takes the role of EOS: it stands in the second of six blocks
+    liked = int(tokens_BT[0, -20])  # stands in the second of six blocks and becomes EOS below
     ending = merge(*split(model))
     ending.config = dataclasses.replace(model.config, eos_id=liked)
     for rules in ({}, {"cfg_scale": 0.5}):
@@ -65,7 +65,7 @@ def test_what_is_left_open_depends_on_the_prompt(loaded):
     assert fill.masks == 1 and fill.gen_length == 0 and 511 in fill.ids_T and tokenizer.mask_id == 511
     assert text_completion.encode_prompt("a", model, tokenizer, Options()).gen_length == 64
     assert text_completion.encode_prompt("a [MASK]", model, tokenizer, Options(gen_length=3)).gen_length == 3
-    assert Options(block_length=32).sampler(3, 64).steps == 96  # never more than one token in a step
+    assert Options(block_length=32).sampler(3, 64).steps == 96  # so no step unmasks more than one token
     assert Options(steps=7).sampler(3, 64).steps == 7
 
 
@@ -89,7 +89,7 @@ def test_many_prompts_into_a_file(model_folder, loaded, tmp_path):
     flags += ["--cfg_scale=0.5", "--logits_eos_inf", "--confidence_eos_eot_inf"]
     many = run(*flags, "--gen_length=6", "--block_length=4", "--batch_size=3", "--show")
     assert many.returncode == 0 and many.stdout == "", many.stderr
-    assert "\x1b" not in many.stderr, "no terminal: nothing is drawn"
+    assert "\x1b" not in many.stderr, "nothing may be drawn, because stderr is not a terminal"
     records = [json.loads(line) for line in target.read_text().splitlines()]
     rules = {"cfg_scale": 0.5, "logits_eos_inf": True, "confidence_eos_eot_inf": True}
     options = Options(gen_length=6, block_length=4, temperature=0.8, **rules)
@@ -112,7 +112,7 @@ def test_show_draws_in_a_terminal_and_leaves_stdout_clean(model_folder, loaded):
     try:
         while part := os.read(main_end, 4096):
             drawn += part
-    except OSError:  # the other end is closed
+    except OSError:  # the program has closed its end
         pass
     output = child.stdout.read()
     assert child.wait() == 0, drawn.decode()

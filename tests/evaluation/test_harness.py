@@ -1,4 +1,4 @@
-"""The model of lm_eval: what reaches the scores and the sampler, and what comes back."""
+"""Tests the model for lm_eval: what it passes to the scoring functions and the sampler, and what it returns."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def instances(kind, arguments):
 
 
 class Told:
-    """Stands in for scores and sampler: notes what it is asked, and answers what it was told to."""
+    """Replaces the scoring functions and the sampler: records their arguments, and returns given results."""
 
     def __init__(self, monkeypatch, tokenizer, score=lambda prompt, answer: -1.0, text=lambda prompt: ""):
         self.pairs, self.calls = [], []
@@ -84,7 +84,7 @@ def test_known_answers_give_known_figures(monkeypatch, loaded, tasks):
     lm = harness.LLaDA(model, tokenizer, mc_samples=7, cfg_scale=0.5, batch_size=3)
     names = ["choice", "cloze", "sums"]
     found = lm_eval.simple_evaluate(lm, tasks=names, task_manager=tasks, bootstrap_iters=10)["results"]
-    # Of nine questions one is unknown: then all choices are equal and the first one is taken, which is wrong.
+    # One of the nine questions is unknown. Its choices get equal scores, so the first one is taken, which is wrong.
     assert found["choice"]["acc,none"] == pytest.approx(8 / 9)
     assert found["cloze"]["perplexity,none"] == pytest.approx(math.e) and found["cloze"]["acc,none"] == 1.0
     assert found["sums"]["exact_match,number"] == pytest.approx(8 / 9)
@@ -113,7 +113,7 @@ def test_values_are_those_of_the_scores(folder, loaded):
     asked = [("one two ", "three four five"), ("", "six"), ("seven", " eight")]
     found = lm.loglikelihood(instances("loglikelihood", asked), disable_tqdm=True)
     whole = tokenizer.encode("one two three four five")
-    prompt = tokenizer.encode("one two")  # the space goes to the answer
+    prompt = tokenizer.encode("one two")  # the trailing space becomes part of the answer
     pairs = [(prompt, whole[len(prompt) :]), ([], tokenizer.encode("six")), (tokenizer.encode("seven"), None)]
     pairs[2] = (pairs[2][0], tokenizer.encode("seven eight")[len(pairs[2][0]) :])
     wanted = likelihood.log_likelihoods(model, pairs, samples=3, key=jax.random.key(5))
@@ -151,7 +151,7 @@ LITERALS = "a [MASK] <|mdm_mask|>b<|eot_id|>\n<s></s> <|start_header_id|>user<|e
 
 @pytest.fixture(scope="module", params=["sentencepiece", "huggingface"])
 def tokenizer(request, loaded):
-    """One of its own, and one with a mask's literal and a chat template of its own."""
+    """Returns the model's own tokenizer, and one that has its own mask literal and its own chat template."""
     if request.param == "sentencepiece":
         return loaded[1]
     import tokenizers
@@ -191,7 +191,7 @@ def test_what_a_message_says_is_never_a_control_token(loaded, tokenizer):
     assert ids.count(tokenizer.eot_id) == 1
     opened = lm.tok_encode(lm.apply_chat_template(messages[:3], add_generation_prompt=False))
     assert opened.count(tokenizer.eot_id) == 2
-    # The same prompt in front of an answer: its literals are text, too, and the prompt's ids stay what they are.
+    # The same prompt in front of an answer: the answer's literals are text as well, and the prompt's ids do not change.
     prompt, answer = lm._encode_pair(lm.apply_chat_template(messages), "x" + LITERALS)
     assert prompt + answer == [*tokenizer.encode_chat(messages), *tokenizer.encode("x" + LITERALS, continuation=True)]
 
@@ -221,7 +221,9 @@ def test_settings_of_generation(monkeypatch, capsys, loaded):
     numbers = {prompt: n for _, prompts, all_n in told.calls for prompt, n in zip(prompts, all_n, strict=True)}
     assert capsys.readouterr().err.count("top_p") == 1
     drawn = [(prompt, n) for _, prompts, all_n in told.calls for prompt, n in zip(prompts, all_n, strict=True)]
-    assert sorted(prompt for prompt, _ in set(drawn)) == ["one", "three", "three", "two"], "sampled: noise of its own"
+    assert sorted(prompt for prompt, _ in set(drawn)) == ["one", "three", "three", "two"], (
+        "each sampled request has its own noise"
+    )
     numbers |= dict(reversed(drawn))
 
     told.calls.clear()
@@ -243,7 +245,7 @@ def test_chat_template(monkeypatch, loaded, tasks):
         {"role": "assistant", "content": "0"},
         {"role": "user", "content": "Question: What is 0 + 0?\nAnswer:"},
     ]
-    drawn = prompt.split("What is ")[1].split("?")[0]  # the example that lm_eval took
+    drawn = prompt.split("What is ")[1].split("?")[0]  # the example that lm_eval chose
     examples[0]["content"] = f"Question: What is {drawn}?\nAnswer:"
     examples[1]["content"] = str(2 * int(drawn.split()[0]))
     assert prompt == tokenizer.render_chat(messages) and prompt.count("<|eot_id|>") == 3
@@ -272,7 +274,7 @@ def test_examples_with_literals_through_the_chat_template(monkeypatch, loaded, t
         lm_eval.simple_evaluate(lm, tasks=["sums"], task_manager=manager, fewshot_as_multiturn=multiturn, **settings)
     ends = [prompt.count(tokenizer.eot_id) for prompt in prompts]
     headers = [prompt.count(tokenizer.start_header_id) for prompt in prompts]
-    assert (ends, headers) == ([3, 1], [4, 2]), "of as many messages, and of the one to come"
+    assert (ends, headers) == ([3, 1], [4, 2]), "one per message, and the header that opens the answer"
     assert all(tokenizer.mask_id not in prompt and tokenizer.eos_id not in prompt for prompt in prompts)
 
 
@@ -316,7 +318,7 @@ def test_arguments(folder, loaded, tmp_path):
         ({"pretrained": loaded[0]}, "has no tokenizer"),
         ({"pretrained": bench.PARITY / "gqa"}, "has no tokenizer"),
         ({"model": str(folder), "mc_samples": 0}, "mc_samples=0"),
-        ({"model": str(tmp_path / "none")}, "is no folder"),
+        ({"model": str(tmp_path / "none")}, "is not a folder"),
     ):
         with pytest.raises(UserError, match=words):
             harness.LLaDA(**arguments)
@@ -324,7 +326,7 @@ def test_arguments(folder, loaded, tmp_path):
 
 
 def test_lm_eval_does_not_fork():
-    code = "import llada_jax.harness, os; print(os.environ['DISABLE_MULTIPROC'])"
+    code = "import llada_jax.evaluation.harness, os; print(os.environ['DISABLE_MULTIPROC'])"
     environment = {name: value for name, value in os.environ.items() if name != "DISABLE_MULTIPROC"}
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert said.stdout == "1\n"

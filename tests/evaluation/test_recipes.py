@@ -28,7 +28,7 @@ def test_settings_are_those_of_an_evaluation():
     fields = {field.name for field in dataclasses.fields(Evaluation)}
     for recipe in RECIPES.values():
         assert recipe.settings().keys() <= fields and None not in recipe.settings().values()
-        assert "steps" not in recipe.settings(), "a step per token, whatever gen_length is"
+        assert "steps" not in recipe.settings(), "the default is one step per token, for any gen_length"
         assert recipe.source and recipe.published
 
 
@@ -42,7 +42,7 @@ def test_what_is_given_overrides_a_recipe():
         return config.gen_length, config.block_length, config.steps
 
     assert sampler("gsm8k-base") == (1024, 1024, 1024)
-    assert sampler("gsm8k-base", gen_length=256) == (256, 256, 256), "still one block and a step per token"
+    assert sampler("gsm8k-base", gen_length=256) == (256, 256, 256), "still one block, and one step per token"
     assert sampler("gsm8k-base", block_length=32) == (1024, 32, 1024)
     assert sampler("gsm8k-instruct-block8", gen_length=512) == (512, 8, 512)
     assert sampler("gsm8k-instruct", steps=128) == (512, 512, 128)
@@ -60,7 +60,7 @@ def test_lm_eval_has_the_tasks():
 
 
 def test_lm_eval_takes_their_examples():
-    """A number of examples is not taken by a task whose own file says 0, and cannot pass those that it lists."""
+    """Tests that the tasks accept the number of examples: their files neither set 0 nor list fixed examples."""
     folder = Path(pytest.importorskip("lm_eval").__file__).parent / "tasks"
     for recipe in RECIPES.values():
         if recipe.num_fewshot:
@@ -74,7 +74,8 @@ def test_the_list_needs_neither_jax_nor_a_model():
     table = recipes.table()
     assert all(name in table for name in RECIPES) and max(map(len, table.splitlines())) < 240
     code = (
-        "import sys\nfrom llada_jax import command_line, evaluate\ntry:\n    command_line.run(evaluate.main)\n"
+        "import sys\nfrom llada_jax import evaluate\nfrom llada_jax.cli import entry_point\ntry:\n"
+        "    entry_point.run(evaluate.main)\n"
         "finally:\n    assert 'jax' not in sys.modules and 'lm_eval' not in sys.modules"
     )
     listed = subprocess.run([sys.executable, "-c", code, "--list"], capture_output=True, text=True, check=False)

@@ -20,7 +20,7 @@ def loaded(tmp_path_factory):
 
 
 class Poet:
-    """Stands in for the sampler. Knows what comes next of all couplets, what came before of the first one only."""
+    """Replaces the sampler. It knows the second line of all couplets, but the first line only of the first couplet."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.asked = tokenizer, []

@@ -1,4 +1,7 @@
-"""The launchers: well-formed files, and retries that follow the exit codes, with stand-ins for the clusters."""
+"""Tests the files in launch/: they are well-formed, and restarts follow the exit codes.
+
+Stand-ins replace the programs of the clusters.
+"""
 
 import ast
 import json
@@ -35,7 +38,7 @@ def test_dockerfile():
     assert steps[0] == ["FROM", "python:3.12-slim"]
     assert {name for name, _ in steps} <= set("FROM RUN ARG WORKDIR COPY USER ENV ENTRYPOINT CMD".split())
     last = {name: value for name, value in steps}
-    # Exec form: a shell in between would keep SIGTERM from the training.
+    # Exec form, because a shell in between would not forward SIGTERM to the training.
     assert ast.literal_eval(last["ENTRYPOINT"]) == ["tini", "--"]
     assert ast.literal_eval(last["CMD"])[:3] == ["python", "-m", "llada_jax.train"]
     assert last["USER"] not in ("root", "0")
@@ -44,7 +47,7 @@ def test_dockerfile():
             assert all((ROOT / source).exists() for source in value.split()[:-1]), value
 
 
-# The fields of the JobSet API, jobset.x-k8s.io/v1alpha2 (of release 0.10), and of batch/v1 that the file may use.
+# The fields that launch/gke.yaml may use, from the JobSet API jobset.x-k8s.io/v1alpha2 (release 0.10) and batch/v1.
 _FIELDS = {
     "": {"apiVersion", "kind", "metadata", "spec"},
     "spec": {
@@ -94,12 +97,12 @@ def test_jobset_fields(jobset):
     job = _job(jobset)
     assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
     pod = job["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"  # what a podFailurePolicy requires
+    assert pod["restartPolicy"] == "Never"  # A podFailurePolicy requires this.
     (container,) = pod["containers"]
-    assert "command" not in container  # it would replace the image's entry point, which passes SIGTERM on
+    assert "command" not in container  # `command` would replace the image's entry point, which forwards SIGTERM.
     assert container["args"][:3] == ["python", "-m", "llada_jax.train"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    # As many pods as the slice has hosts.
+    # The Job has as many pods as the slice has hosts.
     chips = 1
     for side in pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"):
         chips *= int(side)
@@ -123,7 +126,7 @@ def test_jobset_fields(jobset):
     ],
 )
 def test_jobset_restarts_by_exit_code(jobset, pod, action):
-    """The two levels of rules, followed as the Job's and the JobSet's controller do."""
+    """Follows the two levels of restart rules as the controllers of the Job and of the JobSet do."""
     reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
     for index, rule in enumerate(_job(jobset)["podFailurePolicy"]["rules"]):
         assert rule["action"] == "FailJob"
@@ -146,11 +149,14 @@ def test_jobset_restarts_by_exit_code(jobset, pod, action):
         if reason in rule["onJobFailureReasons"] and any(re.search(pattern, message) for pattern in patterns):
             assert rule["action"] == action
             return
-    assert action == "RestartJobSet"  # the default, bounded by maxRestarts
+    assert action == "RestartJobSet"  # the default action, limited by maxRestarts
 
 
 def test_kubectl_reads_the_pods(jobset, tmp_path):
-    """The types of the Job within, decoded by kubectl; --dry-run=client would ask a server, --local does not."""
+    """Lets kubectl decode the Job and the volume claim, which checks the types of their fields.
+
+    The flag --local works without a server, whereas --dry-run=client would contact one.
+    """
     if not shutil.which("kubectl"):
         pytest.skip("kubectl is not installed")
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": _job(jobset)}
@@ -169,7 +175,7 @@ def test_workdir_claim_is_the_one_mounted(jobset):
     assert claims == [claim["metadata"]["name"]]
 
 
-# Slurm. The stand-in for srun says and returns what the real one does for tasks that end with the codes in $TASKS.
+# Slurm. The stand-in for srun prints and returns what the real srun does for tasks that end with the codes in $TASKS.
 _SRUN = r"""
 printf '%s\n' "$*" >>"$RECORD/srun"
 highest=0 task=0
@@ -192,7 +198,7 @@ exit "$highest"
 
 @pytest.fixture
 def slurm(tmp_path):
-    """slurm(tasks, **environment): a started slurm.sh whose processes end with these codes."""
+    """The function slurm(tasks, **environment), which starts slurm.sh with processes that end with these codes."""
     program(tmp_path / "bin", "srun", _SRUN)
     program(tmp_path / "bin", "scontrol", 'echo "$*" >>"$RECORD/scontrol"\n')
 
@@ -215,7 +221,7 @@ def slurm(tmp_path):
         ("0 0", 0, False),
         ("1 1", 1, False),
         ("2 2", 2, False),
-        ("2 134", 2, False),  # one process's mistake; its peer lost it and aborted
+        ("2 134", 2, False),  # One process found a mistake of the user; its peer then aborted.
         ("134 1 137", 1, False),
         ("143 143", 143, True),
         ("134 134", 134, True),
@@ -241,13 +247,13 @@ def test_slurm_gives_up_after_crashes_in_a_row(slurm, tmp_path):
         return len(lines(tmp_path / "scontrol")) > before
 
     assert [requeued("134") for _ in range(3)] == [True, True, False]
-    assert requeued("143") and requeued("137") and requeued("134")  # a save begins a new row
+    assert requeued("143") and requeued("137") and requeued("134")  # A save resets the count.
     assert not requeued("134")
-    assert requeued("134", STEADY_SECONDS="0")  # so does a start that lasted
+    assert requeued("134", STEADY_SECONDS="0")  # A start that lasted long enough also resets it.
 
 
 def test_slurm_saves_before_the_time_limit(slurm, tmp_path):
-    """Slurm sends SIGTERM to the step alone (no B: in --signal); the script lives on and requeues."""
+    """Slurm sends SIGTERM only to the job step (--signal has no "B:"), so the script continues and requeues the job."""
     settings = re.findall(r"^#SBATCH (.*)$", (LAUNCH / "slurm.sh").read_text(), re.MULTILINE)
     assert {"--signal=TERM@300", "--requeue", "--open-mode=append"} <= set(settings)
     script = slurm("wait")
@@ -258,7 +264,7 @@ def test_slurm_saves_before_the_time_limit(slurm, tmp_path):
 
 
 def test_slurm_is_not_requeued_when_cancelled(slurm, tmp_path):
-    """scancel JOB sends SIGTERM to the batch script too."""
+    """scancel JOB also sends SIGTERM to the batch script, which must not requeue the job."""
     script = slurm("wait")
     until(lambda: lines(tmp_path / "step"))
     script.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""launch/local.py, with processes that are quick to start."""
+"""Tests launch/local.py with small processes that start quickly."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ import pytest
 from paths import ROOT
 
 SCRIPT = ROOT / "launch" / "local.py"
-# Notes its start, tells the launcher's marks, then does what BODY says.
+# A process that records its start, reads the flags that the launcher appends, and then runs `body`.
 CHILD = """
 import os, signal, sys, time
 flags = dict(flag[2:].split("=") for flag in sys.argv[1:])
@@ -32,7 +32,10 @@ def local():
 
 @pytest.fixture
 def launch(tmp_path):
-    """launch(body, flags): starts processes that do `body`: `me` is their number, `starts` counts earlier starts."""
+    """The function launch(body, *flags), which starts the launcher with three processes that run `body`.
+
+    In `body`, `me` is the number of the process, and `starts` is the number of its earlier starts.
+    """
 
     def start(body: str, *flags: str) -> subprocess.Popen:
         command = [sys.executable, "-c", CHILD.format(body=body)]
@@ -48,7 +51,7 @@ def launch(tmp_path):
     "body, code, starts",
     [
         ("", 0, 1),
-        ("sys.exit(2 if me == 1 else 134)", 2, 1),  # a mistake is one at the next try too
+        ("sys.exit(2 if me == 1 else 134)", 2, 1),  # A mistake of the user would occur again at the next start.
         ("sys.exit(2 if me == 1 else 0)", 2, 1),
         ("sys.exit(1)", 1, 1),
         ("sys.exit(143)", 143, 3),

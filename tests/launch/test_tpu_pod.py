@@ -1,4 +1,4 @@
-"""launch/tpu_pod.sh against a stand-in for gcloud that runs what the workers are told."""
+"""Tests launch/tpu_pod.sh with a stand-in for gcloud that runs the commands sent to the workers."""
 
 import os
 import shutil
@@ -14,8 +14,9 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 
 
-# Cloud TPU. The stand-in for gcloud keeps the resource's states, a line each, and runs the commands that come by ssh
-# in one home directory per worker, where `codes` says how the training ends each time.
+# Cloud TPU. The stand-in for gcloud keeps the states of the queued resource in a file, one per line. It runs the
+# commands that are sent by ssh in one home directory per worker. The file `codes` in it lists how the training ends
+# each time.
 _GCLOUD = r"""
 printf '%s\n' "${*/--command=*/}" >>"$RECORD/gcloud"
 case $4 in
@@ -66,10 +67,13 @@ class Pod:
 
 @pytest.fixture
 def pod(tmp_path):
-    """pod(codes, ...): a pod with a worker for each, whose trainings end with these codes, one after another."""
+    """The function pod(*codes), which makes a pod with one worker per argument.
+
+    The trainings of a worker end, one after another, with the exit codes in its argument.
+    """
     missing = [name for name in ("flock", "setsid", "nohup") if not shutil.which(name)]
     if missing:
-        pytest.skip(f"not on this machine: {', '.join(missing)}")
+        pytest.skip(f"programs not installed on this machine: {', '.join(missing)}")
     train = program(tmp_path / "bin", "train", _TRAIN)
     program(tmp_path / "bin", "gcloud", _GCLOUD)
     program(tmp_path / "bin", "sudo", '"$@"\n')
@@ -92,7 +96,7 @@ def pod(tmp_path):
         (["143 0", "143 0"], 0, 2),
         (["134 0", "137 0"], 0, 2),
         (["137 134 137 0", "134 137 134 0"], 134, 3),
-        (["137 143 137 143 137 0"], 0, 6),  # a save begins a new row
+        (["137 143 137 143 137 0"], 0, 6),  # A save resets the count of crashes in a row.
     ],
 )
 def test_tpu_pod_restarts_by_exit_code(pod, codes, code, starts):
@@ -110,7 +114,7 @@ def test_tpu_pod_is_requested_anew_after_preemption(pod):
     it = pod("wait 0")
     run = it.run("run")
     until(lambda: it.starts() == [1])
-    os.kill(int(lines(it.workers[0] / "pid")[0]), signal.SIGTERM)  # as the machine's shutdown does
+    os.kill(int(lines(it.workers[0] / "pid")[0]), signal.SIGTERM)  # A machine's shutdown sends it too.
     (it.folder / "states").write_text("SUSPENDING\nSUSPENDED\n")
     assert run.wait(120) == 0
     assert it.verbs("create", "delete") == ["create", "delete", "create"]
@@ -128,7 +132,7 @@ def test_tpu_pod_stops_and_joins(pod):
     it = pod("wait 0", "wait 0")
     watched = [it.run("run")]
     until(lambda: it.starts() == [1, 1])
-    # A second `run`, told apart by its zone, joins: it does not start a second training.
+    # A second `run`, which the test recognises by its zone, joins the training and does not start a second one.
     watched.append(it.run("run", ZONE="z2"))
     until(lambda: sum("ssh pod --zone=z2" in line for line in lines(it.folder / "gcloud")) > 3)
     assert it.run("stop").wait(120) == 0

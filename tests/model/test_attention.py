@@ -1,7 +1,7 @@
-"""All kernels against the plain one, and the plain one against the definition, written out in numpy.
+"""Tests all kernels against the reference kernel, and the reference kernel against the definition, written in numpy.
 
-splash runs interpreted. cuDNN's call cannot run without a GPU: a plain one that takes the same arguments stands in for
-it, so that what is done around it is tested here, and the call itself by the same tests on a GPU.
+The splash kernel is interpreted. The call of cuDNN cannot run without a GPU. There, a plain function with the same
+arguments takes its place, so that the code around the call is tested; on a GPU the same tests run the call itself.
 """
 
 import functools
@@ -33,7 +33,7 @@ def case(rng, groups=G, keys=T):
 
 
 def definition(q, k, v, mask):
-    """softmax(q k^T / sqrt(K)) v in float64, head by head."""
+    """Computes softmax(q k^T / sqrt(K)) v in float64, one head at a time."""
     out = np.zeros(q.shape)
     group = q.shape[2] // k.shape[2]
     for b in range(q.shape[0]):
@@ -78,14 +78,14 @@ def real_of(kind, rng, batch, keys):
         return None
     if kind == "lengths":
         return np.concatenate([[keys, 1], rng.integers(1, keys + 1, batch - 2)]).astype(np.int32)
-    mask = rng.uniform(size=(batch, keys)) < 0.6  # with holes, as a prompt padded on the left and a canvas have
+    mask = rng.uniform(size=(batch, keys)) < 0.6  # with gaps, like the rows of a left-padded prompt with its canvas
     mask[:, 3] = True
     return mask
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Without a GPU, cuDNN's call is made of XLA's plain one; nothing but lengths gets through."""
+    """Replaces the call of cuDNN by XLA's plain attention if there is no GPU; it accepts only lengths as a mask."""
     if jax.default_backend() == "gpu":
         return
     plain = jax.nn.dot_product_attention
@@ -102,9 +102,9 @@ def stand_in(monkeypatch):
 @pytest.mark.parametrize(
     ("kernel", "length", "heads", "groups", "width"),
     [
-        ("splash_interpreted", 200, 4, 2, 64),  # filled up to 256
+        ("splash_interpreted", 200, 4, 2, 64),  # padded to 256
         ("splash_interpreted", 128, 2, 2, 128),
-        ("splash_interpreted", 640, 2, 1, 64),  # blocks of 128 divide it, 512 does not
+        ("splash_interpreted", 640, 2, 1, 64),  # 128 divides 640, but 512 does not
         ("cudnn", 50, 4, 2, 64),
         ("cudnn", 33, 2, 2, 128),
         ("cpu", 50, 4, 2, 64),
@@ -127,10 +127,11 @@ def test_kernels_equal_the_reference(rng, stand_in, kernel, length, heads, group
             (_, out), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*placed)
         return [np.asarray(x, np.float32) for x in (out, *gradients)]
 
-    # Rounding of sums in two orders, all terms of size 1: an output sums over the keys, a gradient of keys or values
-    # over the queries of all heads in a group, each term of it over the head width. Each of n additions rounds a
-    # partial sum of about sqrt(n), and n such errors, independent, add up to n eps. A score is of size 4 at most here,
-    # and its absolute error is the relative one of its weight.
+    # The tolerance allows for the rounding of sums in two different orders, in which all terms are of size 1. An output
+    # is a sum over the keys. A gradient of keys or values is a sum over the queries of all heads of a group, and each
+    # of its terms is a sum over the head width. Each of n additions rounds a partial sum of about sqrt(n), and n such
+    # errors, which are independent, add up to n eps. A score is at most of size 4 here, and its absolute error is the
+    # relative error of its weight.
     if dtype == jnp.float32:
         eps = np.finfo(np.float32).eps
         atol, rtol = eps * (length * heads // groups + length + width), 4 * width * eps
@@ -141,7 +142,7 @@ def test_kernels_equal_the_reference(rng, stand_in, kernel, length, heads, group
 
 
 def test_cudnn_is_given_the_real_keys_first(rng, stand_in):
-    """Keys that are not real have no influence, wherever they lie: what cuDNN takes are lengths only."""
+    """Keys that are not real have no influence, wherever they are in a row, although cuDNN takes only lengths."""
     q, k, v, mask = case(rng)
     run = jax.jit(lambda k, v: cudnn_attention(q, k, v, mask))
     far = [np.where(mask[:, :, None, None], x, 100).astype(np.float32) for x in (k, v)]
@@ -160,7 +161,7 @@ class Device:
     [
         (Device("tpu"), "bfloat16", "splash"),
         (Device("gpu", "9.0"), "bfloat16", "cudnn"),
-        (Device("gpu"), "bfloat16", "cudnn"),  # only described
+        (Device("gpu"), "bfloat16", "cudnn"),  # a device that is only described
         (Device("gpu", "9.0"), "float32", "xla"),
         (Device("gpu", "7.5"), "bfloat16", "xla"),
         (Device("gpu", "gfx942"), "bfloat16", "xla"),
@@ -174,13 +175,13 @@ def test_kernel_is_chosen_by_device(device, dtype, kernel):
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "width", "problem"),
     [
-        ("splash", Device("cpu"), "float32", 64, "runs on tpu, this is cpu"),
-        ("splash", Device("gpu"), "bfloat16", 64, "runs on tpu, this is gpu"),
-        ("cpu", Device("tpu"), "bfloat16", 64, "runs on cpu, this is tpu"),
-        ("cudnn", Device("cpu"), "bfloat16", 64, "runs on gpu, this is cpu"),
+        ("splash", Device("cpu"), "float32", 64, "runs on tpu, but the device is cpu"),
+        ("splash", Device("gpu"), "bfloat16", 64, "runs on tpu, but the device is gpu"),
+        ("cpu", Device("tpu"), "bfloat16", 64, "runs on cpu, but the device is tpu"),
+        ("cudnn", Device("cpu"), "bfloat16", 64, "runs on gpu, but the device is cpu"),
         ("cudnn", Device("gpu"), "float32", 64, "--config.compute.dtype=bfloat16"),
         ("cudnn", Device("gpu", "7.5"), "bfloat16", 64, "capability 8.0"),
-        ("cudnn", Device("gpu", "gfx942"), "bfloat16", 64, "capability 8.0, this device has gfx942"),
+        ("cudnn", Device("gpu", "gfx942"), "bfloat16", 64, "capability 8.0 or higher, but this device has gfx942"),
         ("cudnn", Device("gpu", "9.0"), "bfloat16", 512, "a width of 512"),
         ("cudnn", Device("gpu", "9.0"), "bfloat16", 12, "a width of 12"),
         ("flash", Device("gpu"), "bfloat16", 64, "choose one of auto, xla"),
@@ -198,7 +199,7 @@ def test_a_kernel_that_can_run_is_taken(name):
 
 
 def test_scores_of_all_queries_are_never_held():
-    """What the chunks are for: neither the forward nor the backward pass has T * T numbers, in whatever shape."""
+    """With chunks, neither the forward nor the backward pass has an array of T * T numbers, whatever its shape."""
     length, chunk = 96, 8
     q = jnp.zeros((1, length, 1, 4))
 
@@ -233,7 +234,7 @@ def test_row_without_any_real_key_is_finite(rng, kernel):
 @pytest.mark.parametrize(("sizes", "masked"), [((2, 2, 2), True), ((1, 2, 4), False)])
 def test_same_on_any_mesh(rng, make_mesh, stand_in, kernel, sizes, masked):
     if kernel == "cudnn" and jax.default_backend() == "gpu":
-        pytest.skip("cuDNN computes in bfloat16, this compares fp32")
+        pytest.skip("cuDNN computes in bfloat16, but this test compares fp32")
     q, k, v, mask = case(rng)
     cotangent = rng.normal(size=(B, T, H, K)).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""The CPU's own attention and projections against the plain forms."""
+"""Tests the attention and the projections for CPUs against the plain forms."""
 
 import jax
 import jax.numpy as jnp
@@ -45,14 +45,14 @@ def test_attention_equals_reference(rng, name, groups):
     rows = slice(None) if name != "a row without any" else slice(1, None)
     for one, other in zip(got, wanted, strict=True):
         assert np.isfinite(one).all()
-        # Nothing is asked of the gradient of a row without any real token but that it is a number.
+        # The gradient of a row without any real token may have any values, as long as they are finite.
         np.testing.assert_allclose(one[rows], other[rows], rtol=2e-5, atol=2e-6)
     np.testing.assert_allclose(got[0], wanted[0], rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize(("scores", "groups"), [(1, 2), (T * 16, 4), (T * T, 2), (3 * T * T, 4), (10**6, 2)])
 def test_cuts_do_not_change_attention(rng, monkeypatch, scores, groups):
-    """Chunks of queries that do not divide, one head, several heads, all of them at once."""
+    """Tiles with chunks of queries that do not fit evenly, with one head, with several heads, and with all heads."""
     *qkv, dout = inputs(rng, groups)
     real = jnp.asarray(REAL["mask"])
     wanted = values_and_gradients(reference_attention, *qkv, dout, real)

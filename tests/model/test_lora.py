@@ -1,4 +1,4 @@
-"""Low-rank adapters: the model with them is the one with W + alpha / r A B, and they are all that is trained."""
+"""Tests that a model with low-rank adapters equals the model with W + alpha / r A B, and that only they are trained."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def spec_of(x) -> P:
 
 
 def params_of(config, seed=1):
-    """Host arrays; B is not zero, as after some training."""
+    """Returns parameters as arrays on the host. The matrices B are not zero, as after some training."""
     with jax.set_mesh(mesh.one_device_mesh()):
         params = jax.device_get(split(initialise(config, COMPUTE, jax.random.key(seed)))[1])
     rng = np.random.default_rng(seed)
@@ -39,14 +39,14 @@ def params_of(config, seed=1):
 
 
 def added(params, config, name):
-    """alpha / r A B of each layer, in float64."""
+    """Returns alpha / r A B of each layer, in float64."""
     a, b = (params["blocks"][f"{name}_{part}"].astype(np.float64) for part in "ab")
     product = [np.tensordot(a[i], b[i], axes=1) for i in range(config.layers)]
     return config.lora.alpha / config.lora.rank * np.stack(product)
 
 
 def enumerated(params, config):
-    """W + alpha / r A B, without adapters."""
+    """Returns the parameters of a model without adapters whose matrices are W + alpha / r A B."""
     blocks = {name: x for name, x in params["blocks"].items() if name[-2:] not in ("_a", "_b")}
     for name in config.lora.targets:
         blocks[name] = (blocks[name] + added(params, config, name)).astype(np.float32)
@@ -54,7 +54,7 @@ def enumerated(params, config):
 
 
 def loss_and_gradient(config, compute, params, device_mesh):
-    """Of a loss in which every logit counts; arrays on the host."""
+    """Returns a loss that depends on every logit, and its gradient, as arrays on the host."""
     tokens = np.random.default_rng(5).integers(0, 64, (B, T)).astype(np.int32)
     with jax.set_mesh(device_mesh):
         graphdef, abstract = split(abstract_model(config, compute))
@@ -70,7 +70,10 @@ def loss_and_gradient(config, compute, params, device_mesh):
 
 @pytest.fixture(scope="module")
 def expected():
-    """config -> parameters; loss and gradient of the enumerated model, by the plain way through it."""
+    """Returns a function from a config to parameters, and the loss and gradient of the enumerated model.
+
+    The enumerated model, see `enumerated`, is computed with reference attention and without remat.
+    """
     made = {}
 
     def make(config):
@@ -112,12 +115,12 @@ def test_loss_and_gradient_are_those_of_the_enumerated_model(make_mesh, expected
                 got = gradient["blocks"][f"{name}_{part}"][layer]
                 np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-5 * np.abs(wanted).max() + 1e-9)
                 assert np.abs(wanted).max() > 1e-5
-    # Of the other parameters, too: nothing of the way back is lost beside the adapters.
+    # The gradient of the embedding is right too, so that nothing is lost on the way back through the adapted layers.
     np.testing.assert_allclose(gradient["embedding"], whole["embedding"], rtol=2e-3, atol=2e-5)
 
 
 def test_the_start_is_exactly_the_base(make_mesh, rng):
-    """Nor does another seed for the adapters change it; where a matrix has none, there are no parameters."""
+    """New adapters of any seed leave the output of the base unchanged; only the chosen matrices have adapters."""
     tokens = rng.integers(0, 64, (B, T)).astype(np.int32)
     with jax.set_mesh(make_mesh()):
         base = initialise(lora.plain(CONFIG), COMPUTE, jax.random.key(1))
@@ -148,7 +151,7 @@ def test_initial_sigmas(make_mesh):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_merge(make_mesh, sizes, dtype):
-    """W + alpha / r A B in fp32, in the dtype of W and where W was; matrices without adapters are left alone."""
+    """W + alpha / r A B is computed in fp32 and has the dtype and the sharding of W; other matrices do not change."""
     params = params_of(SOME)
     wanted = enumerated(params | {"embedding": params["embedding"]}, SOME)
     with jax.set_mesh(make_mesh(*sizes)):
@@ -182,7 +185,7 @@ def test_partition_and_combine_are_inverse(make_mesh):
     assert lora.combine(plain, None) is plain and lora.combine(plain, {}) is plain
 
 
-# The train step
+# Tests of the train step.
 
 
 def run_of(**changes) -> Config:
@@ -194,14 +197,14 @@ def run_of(**changes) -> Config:
 
 
 def batch_of(step: int) -> dict[str, np.ndarray]:
-    """Rows that count up from anywhere; every fourth is short."""
+    """Returns rows whose ids count up from a random id; every fourth row is short."""
     rng = np.random.default_rng(step)
     length = np.where(np.arange(B) % 4 == 1, rng.integers(1, T, B), T).astype(np.int32)
     return {"tokens": ((rng.integers(0, 60, B)[:, None] + np.arange(T)) % 60).astype(np.int32), "length": length}
 
 
 def trained(config, device_mesh, steps, dtype=jnp.float32):
-    """Metrics of each step, the last state, the frozen weights before and after."""
+    """Trains and returns the metrics of each step, the last state, and the frozen weights before and after."""
     with jax.set_mesh(device_mesh):
         state = make_state(config)
         base = split(initialise(lora.plain(config.model), config.compute, jax.random.key(7)))[1]
@@ -245,7 +248,7 @@ def test_losses_on_another_mesh_and_in_micro_batches(make_mesh, on_one_device):
 
 
 def test_frozen_weights_in_the_compute_dtype_change_nothing(make_mesh):
-    """They are rounded where they are used in any case."""
+    """The frozen weights are rounded to the compute dtype in any case, when they are used."""
     config = run_of()
     config.compute.dtype = "bfloat16"
     whole, rounded = (trained(config, make_mesh(), 2, dtype)[0] for dtype in (jnp.float32, jnp.bfloat16))
@@ -253,7 +256,7 @@ def test_frozen_weights_in_the_compute_dtype_change_nothing(make_mesh):
 
 
 def test_no_gradient_of_a_frozen_matrix_is_computed(make_mesh):
-    """The compiler counts as many FLOPs fewer as the weight gradients of layers and head take; so do the metrics."""
+    """The compiler and the metrics count fewer FLOPs, by those that the gradients of frozen matrices would take."""
     model = ModelConfig(layers=2, width=64, heads=4, kv_heads=2, feed_forward=128, vocab_size=256, mask_id=255)
     counted, told = [], []
     for adapters in (LoraConfig(), LoraConfig(rank=2)):
@@ -266,12 +269,12 @@ def test_no_gradient_of_a_frozen_matrix_is_computed(make_mesh):
     saved = told[0] - told[1]
     gradients = 2 * 128 * (2 * (64 * 64 * 3 + 3 * 64 * 128) + 64 * 256)
     assert saved == pytest.approx(gradients - 6 * 128 * lora.adapter_count(config.model))
-    # AdamW's operations for each parameter that is no longer trained, and little else.
+    # The rest is AdamW's operations for each parameter that is no longer trained, and little else.
     assert saved < counted[0] - counted[1] < saved + 60 * parameter_count(model)
 
 
 def test_plan_of_a_step_with_adapters(make_mesh):
-    """Its arguments: frozen weights in the compute dtype, fp32 adapters and two moments of each."""
+    """The arguments are frozen weights in the compute dtype, and fp32 adapters with two moments of each."""
     config = run_of(compute=ComputeConfig(dtype="bfloat16", attention="xla"))
     with jax.set_mesh(make_mesh()):
         memory = estimate.lower(config, make_mesh()).compile().memory_analysis()
@@ -279,7 +282,7 @@ def test_plan_of_a_step_with_adapters(make_mesh):
     assert least < memory.argument_size_in_bytes < least + 1024 + 4 * B * (T + 2)
 
 
-# The config
+# Tests of the configuration.
 
 
 def test_the_config_of_a_model_is_its_own(make_mesh):
@@ -315,8 +318,11 @@ def test_mistakes_beside_the_adapters():
     muon = run_of()
     muon.optimizer.name = "muon"
     for config, message in (
-        (muon, "config.optimizer.name=muon is not for model.lora: set adamw"),
-        (run_of(init_from=""), "config.model.lora.rank=3 adapts weights that are there: set config.init_from"),
+        (muon, "config.optimizer.name=muon cannot train the adapters of model.lora: set it to adamw"),
+        (
+            run_of(init_from=""),
+            "config.model.lora.rank=3 adapts the weights of an existing model: set config.init_from",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             validate(config)

@@ -1,4 +1,4 @@
-"""The mask predictor against a plain float64 one, its initialisation, and its equality on any mesh."""
+"""Tests the mask predictor against a plain float64 model, its initialisation, and its equality on any mesh."""
 
 import dataclasses
 import functools
@@ -21,14 +21,14 @@ B, T = 4, 10
 
 @pytest.fixture(scope="module")
 def built():
-    """built(config, compute) -> the model on one device, made once."""
+    """Returns built(config, compute), which returns the model on one device and makes each model only once."""
 
     @functools.cache
     def make(config=CONFIG, compute=COMPUTE) -> Transformer:
         with jax.set_mesh(mesh.one_device_mesh()):
             model = initialise(config, compute, jax.random.key(1))
             graphdef, params = split(model)
-            # Norm weights of one would hide where they are applied.
+            # If the weights of norms were one, a test could not see where they are applied.
             noise = lambda x: x * (1 + 0.5 * jax.random.normal(jax.random.key(x.size), x.shape))  # noqa: E731
             change = lambda path, x: noise(x) if path[-1].key.endswith("norm") else x  # noqa: E731
             return merge(graphdef, jax.tree_util.tree_map_with_path(change, params))
@@ -42,7 +42,10 @@ def tokens(rng):
 
 
 def plain(params, tokens, config, mask=None, order=1):
-    """The published architecture in float64 numpy, one row and one head at a time; order=-1 would turn RoPE round."""
+    """Computes the published architecture with numpy in float64, one row and one head at a time.
+
+    With order=-1, RoPE rotates in the opposite direction.
+    """
     as64 = lambda x: np.asarray(x, np.float64)  # noqa: E731
     norm = lambda x, w: x / np.sqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * w  # noqa: E731
     blocks, width = {name: as64(x) for name, x in params["blocks"].items()}, config.width // config.heads
@@ -87,13 +90,13 @@ def test_equals_plain_form(built, tokens, config, padded):
     assert logits.shape == (B, T, 64) and logits.dtype == jnp.float32
     expected = plain(split(model)[1], tokens, config, mask)
     np.testing.assert_allclose(np.asarray(logits)[real], expected[real], rtol=2e-4, atol=2e-5)
-    # The comparison is fine enough to see RoPE turn the other way.
+    # The comparison is sensitive enough to notice if RoPE rotated in the opposite direction.
     other = plain(split(model)[1], tokens, config, mask, order=-1)
     assert np.abs(other - expected)[real].max() > 1e-2
 
 
 def test_parameter_counts_of_the_paper():
-    """Exactly the published numbers, without allocating a parameter."""
+    """The parameter counts are exactly the published numbers, and no parameter is allocated for them."""
     eight = ModelConfig(vocab_size=126464)
     one = ModelConfig(layers=22, width=2048, heads=32, kv_heads=4, feed_forward=5634, vocab_size=126464)
     baseline = ModelConfig(layers=28, width=4096, heads=32, kv_heads=8, feed_forward=13440, vocab_size=126464)
@@ -121,11 +124,11 @@ def test_abstract_model_states_shapes_and_shardings(make_mesh):
 
 
 def test_initial_sigmas(make_mesh):
-    """Normal truncated at 3 sigma, its sigma by matrix and layer; no two matrices share their numbers."""
+    """Each matrix is normal, truncated at 3 sigma, with its own sigma; no two matrices have the same numbers."""
     config = ModelConfig(layers=4, width=128, heads=4, kv_heads=4, feed_forward=512, vocab_size=512)
     with jax.set_mesh(make_mesh()):
         params = jax.device_get(split(initialise(config, COMPUTE, jax.random.key(0)))[1])
-    truncated = 0.98658  # standard deviation of a standard normal cut at 3
+    truncated = 0.98658  # standard deviation of a standard normal distribution truncated at 3
     seen = []
 
     def check(x, sigma):
@@ -166,7 +169,7 @@ def test_same_parameters_and_logits_on_any_mesh(make_mesh, tokens, config, sizes
 
 
 def test_every_token_sees_every_other(built, tokens):
-    """No causal mask: a change anywhere reaches every position, before and behind."""
+    """There is no causal mask: a change of any token changes the logits of all positions, before and after it."""
     model = built()
     before = np.asarray(model(tokens))
     for place in (0, 5, T - 1):
@@ -184,7 +187,7 @@ def test_rows_do_not_see_each_other(built, tokens):
 
 
 def test_padding_is_not_attended_to(built, tokens):
-    """Whatever stands in the padding, the logits of real tokens are those of the row without it."""
+    """The logits of real tokens are those of the row without padding, whatever the ids in the padding are."""
     model = built()
     length = 6
     real = np.broadcast_to(np.arange(T) < length, (B, T))
@@ -197,7 +200,7 @@ def test_padding_is_not_attended_to(built, tokens):
 
 
 def test_only_distances_count_but_order_does(built, tokens):
-    """RoPE: the same text further right has the same logits; the same tokens in another order do not."""
+    """RoPE gives the same logits to text that is moved to the right, but not to its tokens in another order."""
     model, length = built(), 6
     alone = np.asarray(model(tokens[:, :length]))
     right = np.concatenate([np.zeros((B, T - length), np.int32), tokens[:, :length]], axis=1)
@@ -217,7 +220,7 @@ def test_rope_table_and_rotation():
     x = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8).repeat(5, axis=1)
     turned = np.asarray(models.apply_rope(x, cos, sin))[0, :, 0]
     np.testing.assert_array_equal(turned[0], np.arange(1.0, 9.0))
-    for i in range(4):  # the pair (i, i + K / 2) turns anticlockwise
+    for i in range(4):  # the pair (i, i + K / 2) is rotated anticlockwise
         z = complex(i + 1, i + 5) * np.exp(1j * 3 * 500_000.0 ** (-2 * i / 8))
         np.testing.assert_allclose([turned[3, i], turned[3, i + 4]], [z.real, z.imag], rtol=1e-5)
 
@@ -234,7 +237,7 @@ def test_rms_norm_casts_back_before_the_weight(rng):
 
 
 def test_remat_and_unroll_change_no_gradient(built, tokens):
-    """Recomputing within a layer and unrolling layers are matters of speed and memory."""
+    """Recomputing within layers and unrolling layers change only speed and memory."""
     real = np.arange(T) < np.array([T, 2, 7, T])[:, None]
     params = split(built())[1]
 
@@ -258,7 +261,7 @@ def test_remat_and_unroll_change_no_gradient(built, tokens):
 
 
 def test_full_remat_keeps_less_than_none(built):
-    """What the forward pass keeps for the backward pass."""
+    """With full remat, the forward pass keeps less for the backward pass than without remat."""
 
     def kept(remat):
         compute = ComputeConfig(dtype="float32", remat=remat)
@@ -275,7 +278,7 @@ def test_bfloat16_is_close_to_fp32(built, tokens):
     model = built()
     low = built(CONFIG, dataclasses.replace(COMPUTE, dtype="bfloat16"))
     exact, rough = np.asarray(model(tokens)), low(tokens)
-    assert rough.dtype == jnp.float32  # logits are, whatever the compute dtype
+    assert rough.dtype == jnp.float32  # logits are fp32 whatever the compute dtype is
     difference = np.abs(np.asarray(rough) - exact)
     assert 0 < difference.mean() < 0.02 * exact.std()
     assert difference.max() < 0.15 * exact.std()
@@ -300,7 +303,7 @@ def test_tied_head_is_the_embedding(built):
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 2, 4)])
 def test_embedding_lookup_and_its_gradient(make_mesh, rng, sizes):
     table, ids = rng.normal(size=(16, 8)).astype(np.float32), rng.integers(0, 16, (4, 5)).astype(np.int32)
-    ids[:, :3] = 15  # as MASK: many positions share one row
+    ids[:, :3] = 15  # like MASK: many positions have the same row of the table
     cotangent = rng.normal(size=(4, 5, 8)).astype(np.float32)
     with jax.set_mesh(make_mesh(*sizes)):
         put, weight = jax.device_put(table, mesh.PARAMETERS["embedding"]), jax.device_put(cotangent, mesh.HIDDEN_BTD)

@@ -1,4 +1,7 @@
-"""Collectives read from programs whose traffic is known: compiled here, and lines as other compilers write them."""
+"""Tests that collectives are found in programs whose traffic is known.
+
+Some programs are compiled here on simulated devices; others are lines as the TPU and GPU compilers write them.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +44,7 @@ def test_loops_count_as_often_as_they_run(make_mesh):
 
     text = compiled(make_mesh, layers, (5, 1024), P(None, "fsdp"))
     found = [one for one in collectives(text, DEVICES, 1, 1) if one.size == 4096]
-    assert sum(one.count for one in found) in (15, 5)  # 5 if the compiler moved the gather out of the outer loop
+    assert sum(one.count for one in found) in (15, 5)  # It is 5 if the compiler moved the gather out of the outer loop.
 
 
 def test_a_loop_that_depends_on_data_takes_the_given_count(make_mesh):
@@ -58,7 +61,7 @@ def test_a_loop_that_depends_on_data_takes_the_given_count(make_mesh):
 
 
 def test_groups_across_slices(make_mesh):
-    """Devices 0..3 on one slice, 4..7 on the other: data crosses, fsdp does not."""
+    """Devices 0 to 3 are on one slice, 4 to 7 on the other: the axis data crosses slices, the axis fsdp does not."""
     gather = lambda x: jax.reshard(x, P(None, None))  # noqa: E731
     (inside,) = collectives(compiled(make_mesh, gather, (64, 32), P("fsdp", None), (2, 4, 1)), 8, 2, 1)
     assert (inside.group, inside.slices, inside.network_bytes()) == (4, 1, 0)
@@ -67,7 +70,7 @@ def test_groups_across_slices(make_mesh):
     assert across.network_bytes() == 64 * 32 * 4 / 2
     (both,) = collectives(compiled(make_mesh, gather, (64, 32), P(("data", "fsdp"), None), (2, 4, 1)), 8, 2, 1)
     assert (both.group, both.slices) == (8, 2)
-    assert both.network_bytes() == 64 * 32 * 4 / 2 / 4  # the four of a slice share it out
+    assert both.network_bytes() == 64 * 32 * 4 / 2 / 4  # The four devices of a slice share the traffic.
 
 
 HEADER = "HloModule m\n\nENTRY %main (p: f32[8,16]) -> f32[64,16] {\n"
@@ -130,7 +133,7 @@ def test_forms_of_other_compilers(line, expected):
 
 
 def test_an_asynchronous_gather_in_fusions_counts_once():
-    """A TPU's gather stands in the fusion that starts it, in the matmul beside it and where it is awaited."""
+    """A TPU's gather appears in three fusions: the one that starts it, the matmul beside it, and the one that waits."""
     gather = "  %g{} = f32[64,16] all-gather(%p), channel_id=9, replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}\n"
     fused = "".join(f"%f{i} (p: f32[8,16]) -> f32[64,16] {{\n{gather.format(i)}}}\n\n" for i in range(3))
     kernel = '  %k = f32[8] custom-call(%p), backend_config={"x": {\n}}, metadata={}\n'
@@ -148,7 +151,7 @@ def test_a_reduce_scatter_in_the_form_of_a_fused_all_reduce():
 
 
 def test_branches_and_calls_are_followed():
-    """Also where the result has a layout with parentheses in it."""
+    """Calls are also followed if the result's layout contains parentheses."""
     reduce = "  %r = f32[8]{0:T(128)} all-reduce(%p), replica_groups={}, to_apply=%add\n"
     inner = "".join(f"%{name} (p: f32[8]) -> f32[8] {{\n{reduce}}}\n\n" for name in ("one", "two"))
     lines = (

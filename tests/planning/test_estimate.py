@@ -1,5 +1,8 @@
-"""Plans for TPUs and GPUs that are not here. Small ones run where their compilers are installed; those of the paper's
-8B model (`pytest -m plans`) take minutes each."""
+"""Tests plans for TPUs and GPUs that are not present.
+
+Plans of small models run if the compiler for the hardware is installed. Plans of the paper's 8B model
+(`pytest -m plans`) take minutes each.
+"""
 
 import json
 import os
@@ -37,7 +40,10 @@ def small(**changes) -> Config:
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
-    """As in `python -m llada_jax.plan`: the tests' high matmul precision is not for bfloat16 kernels."""
+    """Sets up JAX as `python -m llada_jax.plan` does, without the tests' high matmul precision.
+
+    That precision is not meant for bfloat16 kernels.
+    """
     topology.prepare_environment()
     jax.config.update("jax_enable_compilation_cache", False)
     with jax.default_matmul_precision("default"):
@@ -51,13 +57,13 @@ def test_plan_of_a_small_model_on_tpu():
     assert record["fits"] and record["chips"] == 4 and record["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1}
     assert record["compute"]["attention"] == "splash" and record["compute"]["dtype"] == "bfloat16"
     assert record["parameters"] == 3 * (4 * 256 * 256 + 3 * 256 * 512 + 2 * 256) + 2 * 1024 * 256 + 256
-    # Three fp32 numbers per parameter, a quarter of them on each chip, and little else.
+    # The arguments are three fp32 numbers per parameter, a quarter of them on each chip, and little else.
     arguments = 12 * record["parameters"] / 4
     assert arguments < record["argument_bytes"] < 1.1 * arguments
     assert record["argument_bytes"] < record["peak_bytes"] < record["memory_bytes"]
     assert record["flops_per_step"] == metrics.flops_per_token(small().model, 256) * 16 * 256
-    # The least that fsdp moves in bf16: all layers' weights twice (forward, backward) in each of two micro-batches,
-    # the head once in each; every chip receives the three quarters that it does not hold.
+    # The least that fsdp moves in bf16: in each of two micro-batches, the weights of all layers twice (forward and
+    # backward) and the head once. Every chip receives the three quarters that it does not hold.
     layers = 3 * (4 * 256 * 256 + 3 * 256 * 512)
     gathered = record["collectives"]["all-gather"]["link_bytes"]
     least = 2 * 2 * 0.75 * (2 * layers + 1024 * 256)
@@ -75,7 +81,7 @@ def test_two_slices_reduce_over_the_network_once_per_step():
     record, _ = estimate.plan(config, "2xv5e:2x2")
     assert record["slices"] == 2 and record["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
     crossed = sum(sums["network_bytes"] for sums in record["collectives"].values())
-    # Each chip's quarter of the gradients, bf16 in the layers and fp32 for embedding and head, out and back.
+    # Each chip sends and receives its quarter of the gradients: bf16 in the layers, fp32 for embedding and head.
     layers = 3 * (4 * 256 * 256 + 3 * 256 * 512)
     expected = (2 * layers + 4 * 2 * 1024 * 256) / 4
     assert 0.9 * expected < crossed < 1.5 * expected
@@ -100,7 +106,7 @@ def test_plan_of_a_small_model_on_gpu():
     assert record["fits"] and record["compute"]["attention"] == "cudnn"
     assert "fmha" in text
     assert record["collectives"]["all-gather"]["link_bytes"] > 0
-    assert record["floor_seconds"]["network"] > 0  # fsdp over both nodes
+    assert record["floor_seconds"]["network"] > 0  # The axis fsdp spans both nodes.
 
 
 @needs_tpu_compiler
@@ -121,7 +127,7 @@ def test_turns_of_the_loss_are_those_of_a_device():
     assert estimate.loss_turns(config, 4) == 4  # 512 of 1024 positions
     config.accumulation = 2
     assert estimate.loss_turns(config, 4) == 2
-    config.mesh.tensor = 2  # two devices share the rows of one
+    config.mesh.tensor = 2  # Two devices now hold the same rows, so each device's loop covers twice as many.
     assert estimate.loss_turns(config, 4) == 4
     config.compute.loss_chunk = 10_000
     assert estimate.loss_turns(config, 4) == 1
@@ -150,7 +156,7 @@ def test_vocabulary_must_be_known():
         ("v5p", r"write \[SLICESx\]CHIP:SHAPE"),
         ("0xv5p:2x2x1", r"write \[SLICESx\]CHIP:SHAPE"),
         ("v9:2x2", "no chip 'v9': choose from v5e"),
-        ("h200:2x2", "GPUs are counted"),
+        ("h200:2x2", "GPUs are given by their number per node"),
         ("h200:0", "no such number of chips"),
         ("99999xv5p:4x4x8", "no such number of chips"),
         ("v5e:16x16x2", "no such number of chips"),
@@ -198,7 +204,7 @@ def test_the_8b_configs_fit(name):
 
 @pytest.mark.parametrize("name", [name for name in HARDWARE if name])
 def test_the_recorded_8b_plans_are_of_these_configs(name):
-    """benchmarks/plans/NAME.json, made by benchmarks/plans.sh, must be made anew when the config changes."""
+    """If this fails because the config has changed, record benchmarks/plans/NAME.json anew (benchmarks/plans.sh)."""
     record = json.loads((ROOT / "benchmarks" / "plans" / f"{name}.json").read_text())
     assert record["fits"] and record["topology"] == name.replace("-", ":", 1)
     wanted = HARDWARE[name]

@@ -1,4 +1,4 @@
-"""Guidance is Eq. 16, on hidden states as on logits."""
+"""Guidance of hidden states gives the logits of Eq. 16."""
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,12 @@ def test_logits_of_guided_hidden_states_are_equation_16(toy, make_mesh, rng, siz
     without = np.asarray(toy.model(np.where(given, toy.config.mask_id, tokens).astype(np.int32), attended), np.float64)
     wanted = without + 2.5 * (with_prompt - without)
     np.testing.assert_allclose(got[attended], wanted[attended], atol=2e-5)
-    assert np.abs(wanted - with_prompt)[1:].max() > 0.1  # guidance does something
-    np.testing.assert_allclose(got[0], with_prompt[0], atol=1e-5)  # nothing given: nothing to guide by
+    assert np.abs(wanted - with_prompt)[1:].max() > 0.1  # guidance changes the logits
+    np.testing.assert_allclose(got[0], with_prompt[0], atol=1e-5)  # without a prompt, guidance changes nothing
 
 
 def test_combination_is_rounded_once(rng):
-    """In fp32, though the hidden states are bfloat16."""
+    """The combination is computed in fp32, although the hidden states are bfloat16, and rounded at the end."""
     h_cond, h_un = (jnp.asarray(rng.normal(size=(1, 4, 50)), jnp.bfloat16) for _ in range(2))
     wanted = np.asarray(h_un, np.float64) + 2.5 * (np.asarray(h_cond, np.float64) - np.asarray(h_un, np.float64))
     np.testing.assert_array_equal(guide(h_cond, h_un, 1.5), jnp.asarray(wanted, jnp.float32).astype(jnp.bfloat16))

@@ -9,7 +9,10 @@ from llada_jax.sampling.remasking import choose, gumbel, schedule
 
 @pytest.mark.parametrize("block_length", [1, 3, 6, 64])
 def test_schedule_is_the_plain_one(block_length):
-    """Every number of masks and of steps: uneven, short last block, fewer steps than blocks, surplus steps."""
+    """The schedule agrees with the plain one for many numbers of masks and steps.
+
+    The cases include uneven shares, a short last block, fewer steps than blocks, and more steps than tokens.
+    """
     masks_B = jnp.arange(40)
     compiled = jax.jit(lambda steps, step: schedule(masks_B, steps, block_length, step))
     for steps in (1, 2, 3, 5, 7, 11, 16, 39, 64, 200):
@@ -55,7 +58,7 @@ def test_unsure_tokens_may_be_chosen_but_have_no_part_in_the_softmax():
 
 
 def test_draws_have_the_frequencies_of_the_softmax(on_one_device):
-    """Each of 10 tokens of probability 0.53 to 1e-4, at temperature 0.8."""
+    """The temperature is 0.8, and 10 tokens have probabilities from 0.53 down to 1e-4."""
     draws, temperature = 200_000, 0.8
     logits = jnp.array([0.0, -0.5, -1, -2, -3, -4, -5, -6, -6.5, -7])
     keys = jax.random.split(jax.random.key(0), (1, draws))
@@ -67,9 +70,10 @@ def test_draws_have_the_frequencies_of_the_softmax(on_one_device):
 
 
 def test_rare_noise_is_there(on_one_device):
-    """Beyond 16 lies 1.1e-7 of the Gumbel distribution, beyond what 23-bit uniforms can give.
+    """Noise above 16 occurs as often as the Gumbel distribution says.
 
-    With a vocabulary of 10^5 such noise decides every hundredth draw.
+    A share of 1.1e-7 of the distribution lies above 16, which 23-bit uniform numbers cannot reach. With a vocabulary of
+    10^5 tokens such noise decides one draw in a hundred.
     """
     bounds = (10.0, 16.0, 18.0)
     draw = jax.jit(lambda key: jnp.stack([jnp.sum(gumbel(key, 2**20) > x, dtype=jnp.int32) for x in bounds]))

@@ -20,7 +20,7 @@ SIZES = ModelConfig(
     layers=2, width=32, heads=4, kv_heads=2, feed_forward=96, vocab_size=64, mask_id=MASK, token_count=62
 )
 PROMPT_LENGTH, GEN_LENGTH = 9, 16
-ENDS = {"eos_id": 22, "eot_id": 11}  # tokens that this model likes
+ENDS = {"eos_id": 22, "eot_id": 11}  # tokens that this model predicts often
 
 
 def make_model(mesh):
@@ -35,11 +35,11 @@ def model(make_mesh):
 
 @pytest.fixture(scope="module")
 def prompts():
-    """Three prompts, left-padded, two of them with MASK tokens of their own; the padding has some too."""
+    """Returns three left-padded prompts. Two of them contain MASK tokens, and so does the padding."""
     prompt_BT = np.random.default_rng(0).integers(0, MASK, (3, PROMPT_LENGTH))
     real_BT = np.ones(prompt_BT.shape, bool)
     real_BT[1, :4] = False
-    prompt_BT[1, 2] = MASK  # padding: nothing to fill
+    prompt_BT[1, 2] = MASK  # in the padding, so it is not filled in
     prompt_BT[0, 3] = MASK
     prompt_BT[2, 2:5] = MASK
     return prompt_BT, real_BT
@@ -71,7 +71,7 @@ def settings(**changes) -> SamplerConfig:
         {"confidence_eos_eot_inf": True, "temperature": 1.3, **ENDS},
         {"confidence_eos_eot_inf": True, "temperature": 0.7, "remasking": "random", **ENDS},
         {"stop_at_end": True, "block_length": 4, **ENDS},
-        {"stop_at_end": True, "block_length": 5, "steps": 19, **ENDS},  # EOS first in a block that goes on
+        {"stop_at_end": True, "block_length": 5, "steps": 19, **ENDS},  # EOS appears before its block is finished
     ],
     ids="uneven surplus fewer-than-blocks random sampled infilling guided guided-random no-eos late-eos "
     "late-eos-sampled late-eos-random stop stop-after-the-block".split(),
@@ -94,13 +94,13 @@ def test_a_row_is_the_same_alone_as_in_a_batch(model, prompts, temperature):
     alone_T = np.asarray(generate(model, prompt_BT[1:2, 4:], config, keys[1:2]))[0]
     np.testing.assert_array_equal(together_BT[1, 4:], alone_T)
     np.testing.assert_array_equal(together_BT[1, :4], prompt_BT[1, :4])
-    order = np.array([1, 2, 0])  # another place in the batch
+    order = np.array([1, 2, 0])  # the row has another place in the batch
     moved_BT = np.asarray(generate(model, prompt_BT[order], config, keys[order], real_BT[order]))
     np.testing.assert_array_equal(moved_BT, together_BT[order])
     if temperature:
         twice = np.array([0, 0, 1])
         same_BT = np.asarray(generate(model, prompt_BT[twice], config, jax.random.key(5), real_BT[twice]))
-        assert (same_BT[0] != same_BT[1]).any(), "rows of one key must not share their noise"
+        assert (same_BT[0] != same_BT[1]).any(), "rows that share one key must not share their noise"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_rules_for_eos_change_what_comes_out(model, prompts, changes):
 
 
 def test_blocks_after_the_end_are_not_computed(model, prompts):
-    """Both rows end; the program stops with the later one, and the rest is EOS."""
+    """Both rows reach an end. The program stops when the later one does, and fills the rest with EOS."""
     rows, key = np.array([1, 2]), jax.random.key(3)
     prompt_BT, real_BT = (x[rows] for x in prompts)
     config = settings(block_length=4, steps=19, **ENDS)
@@ -139,7 +139,7 @@ def test_blocks_after_the_end_are_not_computed(model, prompts):
 @pytest.mark.parametrize("case", range(5))
 @pytest.mark.parametrize("name", ["mha", "gqa"])
 def test_tokens_are_those_of_the_published_code(name, case):
-    """Also guided, and with EOS and EoT least confident; left-padded, steps that do not divide evenly."""
+    """The cases also cover guidance, EOS and EoT as the least confident tokens, left padding, and uneven steps."""
     model, _ = llada_jax.load(PARITY / name)
     cases = np.load(PARITY / name / "cases.npz")
     config = llada_jax.SamplerConfig(**json.loads(str(cases["settings"]))[case], eot_id=501)
@@ -147,7 +147,7 @@ def test_tokens_are_those_of_the_published_code(name, case):
     out_BT = generate(model, cases["prompt"], config, key, cases["prompt_mask"])
     np.testing.assert_array_equal(out_BT, cases[f"gen{case}"])
     if config.cfg_scale:
-        alone_BT = generate(model, cases["prompt"][1:, 9:], config, key)  # no padding, no mask
+        alone_BT = generate(model, cases["prompt"][1:, 9:], config, key)  # neither padding nor a prompt mask
         np.testing.assert_array_equal(alone_BT[0], cases[f"gen{case}"][1, 9:])
 
 
@@ -166,7 +166,7 @@ def test_step_by_step_is_one_call(model, prompts):
 
 
 def test_a_single_token(model):
-    """The smallest shapes there are: one row, one MASK."""
+    """The smallest possible shapes, one row with one MASK token, work too."""
     config, key = settings(gen_length=1, block_length=1, steps=1), jax.random.split(jax.random.key(0), 2)
     for prompt_BT in (np.zeros((2, 0), int), np.array([[7], [7]])):
         two_BT = np.asarray(generate(model, prompt_BT, config, key))
@@ -184,7 +184,7 @@ def test_nothing_to_fill(model):
 def test_new_values_compile_nothing(model, prompts):
     COMPILED.clear()
     jax.jit(lambda x: x + 1)(np.zeros(77))
-    assert COMPILED, "the counter counts"
+    assert COMPILED, "the listener must count compilations"
     generate(model, prompts[0], settings(temperature=0.7), jax.random.key(0), prompts[1])
     COMPILED.clear()
     other, key = settings(temperature=0.2, steps=5), jax.random.key(1)
@@ -195,14 +195,14 @@ def test_new_values_compile_nothing(model, prompts):
 
 
 def test_eight_devices_are_one(model, make_mesh, prompts):
-    """Rows, parameters and vocabulary split: also the noise is the same."""
+    """Tokens and noise are the same when rows, parameters and vocabulary are split over eight devices."""
     config, key = settings(temperature=0.7, remasking="random"), jax.random.key(3)
     mesh = make_mesh(2, 2, 2)
     sharded = make_model(mesh)
     expected_BT = np.asarray(generate(model, prompts[0], config, key, prompts[1]))
     np.testing.assert_array_equal(generate(sharded, prompts[0], config, key, prompts[1]), expected_BT)
     COMPILED.clear()
-    with jax.set_mesh(mesh), jax.transfer_guard("disallow"):  # from within a trainer
+    with jax.set_mesh(mesh), jax.transfer_guard("disallow"):  # as when a trainer calls it
         live_BT = generate(merge(*split(sharded)), prompts[0], config, key, prompts[1])
     assert not COMPILED
     np.testing.assert_array_equal(live_BT, expected_BT)
@@ -218,7 +218,7 @@ def test_the_head_in_chunks_is_the_head_at_once(model, prompts, monkeypatch):
 
 
 def shapes_in(jaxpr) -> set[tuple[int, ...]]:
-    """Shapes of all arrays in a jaxpr and the jaxprs within."""
+    """Returns the shapes of all arrays in a jaxpr and in the jaxprs inside it."""
     shapes = set()
     for equation in jaxpr.eqns:
         shapes |= {getattr(v.aval, "shape", ()) for v in equation.outvars}
@@ -251,7 +251,10 @@ def test_equal_scores_go_to_the_lowest_position(model):
 
 
 def test_never_a_token_that_is_none(model, prompts):
-    """MASK and the ids that fill up the vocabulary, at a temperature at which all tokens are alike."""
+    """MASK and the ids that only fill up the vocabulary are never chosen.
+
+    The temperature is so high that all tokens are about equally probable.
+    """
     few = merge(*split(model))
     few.config = dataclasses.replace(few.config, token_count=8, mask_id=5)
     prompt_BT = prompts[0] * 0

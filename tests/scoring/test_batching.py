@@ -1,4 +1,4 @@
-"""Rows of requests: what is refused, few lengths, every row once, the longest first."""
+"""Tests that requests are checked, padded to few lengths, and each computed once, longest rows first."""
 
 import jax
 import numpy as np
@@ -21,14 +21,14 @@ def test_ids_of_every_kind_are_taken():
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (([1], [16]), "request 1: the answer has ids from 16 to 16, the model's vocabulary is 16"),
+        (([1], [16]), "request 1: the answer has ids from 16 to 16, but the model's vocabulary size is 16"),
         (([-1, 3], [2]), "request 1: the prompt has ids from -1 to 3"),
         (([1], [2**40]), "request 1: the answer has ids"),
         (([[1]], [2]), "of shape (1, 1)"),
         (([1.0], [2]), "not float64"),
-        (("text", [2]), "request 1: the prompt must be ids"),
+        (("text", [2]), "request 1: the prompt must be integer token ids"),
         (([[1], [1, 2]], [2]), "request 1: the prompt must be"),
-        (([15], [15]), "request 1: MASK (id 15) in the answer"),
+        (([15], [15]), "request 1: the answer contains MASK (id 15)"),
         (([1],), "request 1: it must be a pair"),
         (5, "request 1: it must be a pair"),
     ],
@@ -81,7 +81,7 @@ def test_every_row_is_computed_once_the_longest_first(make_mesh, rng, monkeypatc
             seen.append(rows_N)
     assert sorted(np.concatenate(seen).tolist()) == list(range(90))
     assert lengths == sorted(lengths, reverse=True)
-    assert running[1:3] == [0, 1]  # a batch is fetched when the next one is under way
+    assert running[1:3] == [0, 1]  # the results of a batch are fetched after the next batch was started
     shards = sizes[0] * sizes[1]
     for length, rows in shapes:
         most = max(1, batch_size // shards) * shards if batch_size else 512 // length * shards

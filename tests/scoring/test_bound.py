@@ -1,4 +1,4 @@
-"""The bound of Eq. 6: exact masks, unbiased against enumeration, the same number every time and everywhere."""
+"""Tests the bound of Eq. 6: exact masks, no bias against enumeration, equal results in every run and on every mesh."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ def draw_masks(length, masked, count, width=6):
 
 @pytest.mark.parametrize(("length", "masked"), [(6, 3), (6, 1), (6, 6), (4, 2), (1, 1)])
 def test_exact_mask_is_uniform_over_subsets(length, masked):
-    """Exactly that many, never in the padding, every subset equally often (chi-squared at 0.1 %)."""
+    """Tests that masks have the right size, avoid the padding, and are equally frequent (chi-squared test at 0.1 %)."""
     count = 12000
     mask = draw_masks(length, masked, count)
     assert (mask.sum(axis=1) == masked).all() and not mask[:, length:].any()
@@ -46,7 +46,7 @@ def test_exact_mask_of_rows_of_all_lengths(rng):
 
 
 def eq_6(nll):
-    """E over l ~ U{1..L} and all subsets of size l of L / l * sum of nll, written out."""
+    """Computes the expectation of L / l * sum of nll over l ~ U{1..L} and all subsets of size l by enumeration."""
     length = nll.shape[1]
     total = 0.0
     for size in range(1, length + 1):
@@ -56,7 +56,7 @@ def eq_6(nll):
 
 
 def run_bound(toy, device_mesh, rows, key, first_row=0):
-    """rows rows, every fourth of them short."""
+    """Computes the bound for `rows` rows, every fourth of which is short, and returns it with their lengths."""
     with jax.set_mesh(device_mesh):
         graphdef, params = split(toy.model)
         params = jax.tree.map(lambda x: jax.device_put(np.asarray(x), jax.typeof(x).sharding.spec), params)
@@ -69,7 +69,7 @@ def run_bound(toy, device_mesh, rows, key, first_row=0):
 
 
 def test_bound_is_unbiased(toy, make_mesh):
-    """Through model, padding and masked cross-entropy, against the enumeration of every l and every subset."""
+    """Compares the bound with the enumeration of every l and every subset, for rows with and without padding."""
     values = {6: [], 3: []}
     for sample in range(10):
         nats, length = run_bound(toy, make_mesh(2, 2, 2), 2048, jax.random.fold_in(jax.random.key(5), sample))
@@ -83,7 +83,7 @@ def test_bound_is_unbiased(toy, make_mesh):
 
 
 def test_bound_of_an_answer_is_unbiased(toy, make_mesh):
-    """Given its prompt, which is never masked (Eq. 14), against the enumeration of every subset of the answer."""
+    """Compares the bound of Eq. 14, where the prompt is never masked, with the enumeration of the answer's subsets."""
     prompts, rows = (2, 3, 5), 3072
     prompt = np.array(prompts, np.int32)[np.arange(rows) % 3]
     tokens = np.tile(np.r_[toy.x_0, 7].astype(np.int32), (rows, 1))
@@ -102,12 +102,12 @@ def test_bound_of_an_answer_is_unbiased(toy, make_mesh):
         exact = eq_6(toy.nll[6][np.arange(2 ** (6 - n)) << n][:, n:])
         error = seen.std() / math.sqrt(len(seen))
         assert error < 0.01 * exact
-        assert abs(seen.mean() - exact) < 3.5 * error + 1e-4 * exact  # one token left: no error to speak of
+        assert abs(seen.mean() - exact) < 3.5 * error + 1e-4 * exact  # an answer of one token has no sampling error
 
 
 def test_every_number_of_masked_tokens_is_drawn_alike(toy, monkeypatch, make_mesh):
-    """l covers 1..L evenly over the rows of one batch: low discrepancy, far closer than chance."""
-    # With nll = 1 / weight ** 2 a row's sum tells l: l * (L / l) / (L / l) ** 2 = l ** 2 / L.
+    """Tests that l covers 1..L evenly over the rows of a batch, far more evenly than independent draws would."""
+    # With nll = 1 / weight ** 2 the sum of a row reveals l: l * (L / l) / (L / l) ** 2 = l ** 2 / L.
     telling = lambda h, head, targets, weight, chunk: (0.0, jnp.where(weight > 0, weight**-2.0, 0.0))  # noqa: E731
     monkeypatch.setattr(bound, "linear_cross_entropy", telling)
     nats, length = run_bound(toy, make_mesh(), 1200, jax.random.key(0), first_row=7)
@@ -136,7 +136,7 @@ def validate(toy, device_mesh, rows, batch_size, **settings):
 def test_validation_is_the_same_number_again_and_anywhere(toy, make_mesh):
     rows = held_out(toy, 21)  # the last batch of 8 is not full
     first = validate(toy, make_mesh(), rows, 8)
-    assert validate(toy, make_mesh(), rows, 8) == first  # bitwise
+    assert validate(toy, make_mesh(), rows, 8) == first  # bitwise equal
     for device_mesh, batch_size in ((make_mesh(), 32), (make_mesh(2, 2, 2), 8)):
         other = validate(toy, device_mesh, rows, batch_size)
         assert other["nats_per_token"] == pytest.approx(first["nats_per_token"], rel=1e-5)
@@ -144,7 +144,7 @@ def test_validation_is_the_same_number_again_and_anywhere(toy, make_mesh):
 
 
 def test_validation_is_the_mean_of_its_bounds(toy, make_mesh):
-    """Sums over all rows, once each, over all tokens; the samples of a row have noise of their own."""
+    """Tests that every row counts once, that the mean is over all tokens, and that samples of a row differ in noise."""
     tokens, length, prompt, size = rows = held_out(toy, 13)
     got = validate(toy, make_mesh(), rows, 8, samples=3, seed=9)
     with jax.set_mesh(make_mesh()):

@@ -1,4 +1,4 @@
-"""Greedy matches are what `generate` gives, and what a plain re-implementation with guidance on logits gives."""
+"""Compares greedy matches with `generate`, and with a plain re-implementation that applies guidance to the logits."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from llada_jax.scoring import greedy
 from llada_jax.scoring.likelihood import greedy_matches
 
 MASK = 60
-# Half of the vocabulary is never chosen; few positions go through the head at once.
+# Half of the vocabulary must never be chosen. loss_chunk is small, so that few positions go through the head at once.
 SIZES = ModelConfig(
     layers=2, width=32, heads=4, kv_heads=2, feed_forward=96, vocab_size=64, mask_id=MASK, token_count=32
 )
@@ -36,7 +36,7 @@ def some_prompts(count=4):
 
 @pytest.fixture(scope="module")
 def generated(model):
-    """(prompt, what generate continues it with), of all prompts and both lengths."""
+    """Returns pairs (prompt, its continuation by `generate`) for all prompts and both answer lengths."""
     prompts = some_prompts()
     real = np.arange(12) >= np.array([12 - len(prompt) for prompt in prompts])[:, None]
     padded = np.zeros(real.shape, np.int32)
@@ -50,7 +50,7 @@ def generated(model):
 
 
 def changed(requests):
-    """Each answer with one token changed, at several places."""
+    """Yields copies of each request with one token of the answer changed, for several positions of this token."""
     for prompt, answer in requests:
         for place in range(0, len(answer), 3):
             other = answer.copy()
@@ -59,7 +59,7 @@ def changed(requests):
 
 
 def plain_greedy(model, prompt, length, scale):
-    """One token a step, the surest first, in numpy; logits of the canvas, padded to 32."""
+    """Generates in numpy, one token per step, the most confident one first, on a canvas padded to 32 tokens."""
     n = len(prompt)
     canvas = np.zeros(32, np.int32)
     canvas[: n + length] = [*prompt, *[MASK] * length]
@@ -78,7 +78,7 @@ def plain_greedy(model, prompt, length, scale):
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_what_generate_gives_matches_and_nothing_else(make_mesh, generated, sizes):
-    """In one call, in order, of two answer lengths, with empty ones in between; and in small batches."""
+    """Tests answers of two lengths and empty answers in one call, which keeps their order, and in small batches."""
     requests = [*generated, ([1, 2], []), *changed(generated), ([], [])]
     wanted = [True] * (len(generated) + 1) + [False] * (len(requests) - len(generated) - 2) + [True]
     reported = []
@@ -104,7 +104,7 @@ def test_masks_in_the_prompt_stay(model):
 
 
 def test_rows_that_are_decided_are_not_computed_again(model, generated, monkeypatch):
-    """Answers whose first token is wrong take one step; the rest goes on in smaller batches."""
+    """Tests that answers whose first token is wrong take one step, and that the others go on in smaller batches."""
     compute = greedy._steps
     rows = []
 
@@ -116,7 +116,7 @@ def test_rows_that_are_decided_are_not_computed_again(model, generated, monkeypa
     prompt, answer = generated[-1]
     requests = [(prompt, [61] * 12)] * 16 + [(prompt, answer)]
     assert greedy_matches(model, requests, batch_size=64) == [False] * 16 + [True]
-    assert rows == [64, 1, 1, 1]  # steps 1, 2, 4 and the last 5
+    assert rows == [64, 1, 1, 1]  # rounds of 1, 2 and 4 steps, then the remaining 5 steps
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Likelihood of answers: exact against enumeration, unbiased with an honest error, the same anywhere and again."""
+"""Tests the likelihood of answers: exact values, unbiased estimates, honest errors, equal results on every mesh."""
 
 import functools
 import itertools
@@ -36,7 +36,7 @@ jax.monitoring.register_event_duration_secs_listener(
 
 
 def enumerated(model, prompt, answer, scale=0.0) -> float:
-    """Eq. 6 written out: every l, every subset, logits of unpadded canvases, Eq. 16 on logits."""
+    """Computes Eq. 6 by enumerating every l and every subset on unpadded canvases, with Eq. 16 applied to logits."""
     length, n, mask_id = len(answer), len(prompt), model.config.mask_id
     subsets = [list(s) for size in range(1, length + 1) for s in itertools.combinations(range(length), size)]
     canvas = np.tile(np.array([*prompt, *answer], np.int32), (len(subsets), 1))
@@ -57,7 +57,7 @@ def enumerated(model, prompt, answer, scale=0.0) -> float:
 
 
 def some_requests():
-    """Of two padded lengths, with and without a prompt, an answer or both."""
+    """Returns requests of two padded lengths, some of them without a prompt, an answer or both."""
     rng = np.random.default_rng(2)
     sizes = zip(rng.integers(17, 21, 10), rng.integers(0, 12, 10), strict=True)
     requests = [(rng.integers(0, 15, p).tolist(), rng.integers(0, 15, a)) for p, a in sizes]
@@ -66,14 +66,14 @@ def some_requests():
 
 @pytest.fixture(scope="module")
 def whole(toy):
-    """What one call says of some requests, in the order given."""
+    """Returns the scores of `some_requests` from a single call, in the order of the requests."""
     return np.array(log_likelihoods(toy.model, some_requests(), samples=20, key=KEY))
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.7])
 @pytest.mark.parametrize(("prompt", "answer"), [([3, 1, 4], [1, 5, 9, 2, 6]), ([], [3, 1, 4, 1, 5]), ([7] * 40, [8])])
 def test_few_masks_are_enumerated(toy, prompt, answer, scale):
-    """Right-padded among longer rows or not, the value is the enumeration's, its error zero."""
+    """Tests that a short answer gets the enumerated value and the error zero, with and without padding."""
     exact = enumerated(toy.model, prompt, answer, scale)
     masks = 2 ** len(answer) - 1
     got = log_likelihoods(toy.model, [(prompt, answer)], samples=masks, key=KEY, cfg_scale=scale)
@@ -94,7 +94,7 @@ def test_estimate_is_unbiased_and_its_error_honest(toy, samples):
     value, error = np.array(scores).T
     off = value - exact
     assert abs(off.mean()) < 3.5 * off.std() / math.sqrt(len(off))
-    # Of the variance, as the error of few samples is uncertain itself; never far too small, nor far too large.
+    # Compare mean squares, because the error of few samples is itself uncertain. It must not be far off either way.
     assert 0.85 < math.sqrt((error**2).mean() / (off**2).mean()) < 1.3
     if samples == 16:
         assert 0.75 < math.sqrt(((off / error) ** 2).mean()) < 1.25
@@ -102,7 +102,7 @@ def test_estimate_is_unbiased_and_its_error_honest(toy, samples):
 
 @pytest.mark.parametrize("count", [2, 3, 8, 32, 128])
 def test_error_where_few_masked_tokens_vary_most(count):
-    """The standard deviation of a sample falls like sqrt((1 - r) / r) with the mask ratio r, its mean moves too."""
+    """Tests samples whose standard deviation is sqrt((1 - r) / r) at mask ratio r, and whose mean changes with r."""
     rng = np.random.default_rng(1)
     ratio = (np.arange(count) + 0.5) / count
     value = np.sqrt((1 - ratio) / ratio) * rng.normal(size=(20_000, count)) - 2 * ratio
@@ -111,7 +111,7 @@ def test_error_where_few_masked_tokens_vary_most(count):
 
 
 def masks_of(requests, samples, device_mesh, length=64):
-    """The masks and weights of all samples of requests, as numpy arrays."""
+    """Returns the masks and weights of all samples of the requests as numpy arrays."""
     repeated = [Request(*map(np.int32, request)) for request in requests for _ in range(samples)]
     batch = layout(repeated, length)
     batch |= {
@@ -134,7 +134,7 @@ def test_masks_lie_in_the_answer_and_their_numbers_are_spread_evenly(make_mesh):
         assert not mask_ST[:, ~here].any()
         masked = mask_ST.sum(axis=1)
         np.testing.assert_allclose(weight_S, len(answer) / masked)
-        # 40 is a multiple of each length: every l exactly as often as any other, in ascending order.
+        # 40 is a multiple of each length, so every l occurs equally often, in ascending order.
         np.testing.assert_array_equal(masked, np.repeat(np.arange(1, len(answer) + 1), 40 // len(answer)))
 
 
@@ -146,11 +146,11 @@ def test_masks_depend_on_key_and_tokens_alone(make_mesh):
     padded_further, _ = masks_of(requests[:1], 8, make_mesh(), length=128)
     np.testing.assert_array_equal(padded_further[0, :, :64], mask[0])
     offsets = {tuple(masks_of([([i], [3] * 40)], 8, make_mesh())[0].sum(axis=2)[0]) for i in range(10)}
-    assert len(offsets) > 3  # each request has an offset of its own
+    assert len(offsets) > 3  # each request draws its own offset
 
 
 def test_requests_alone_and_in_other_batches_score_the_same(toy, whole):
-    """So an interrupted evaluation that goes on with what is left gives the same numbers."""
+    """Tests that the other requests of a call do not matter, so that an interrupted evaluation can be continued."""
     requests = some_requests()
     done = []
     rest = log_likelihoods(toy.model, requests[:4:-1], samples=20, key=KEY, batch_size=32, report=done.append)
@@ -167,7 +167,7 @@ def test_any_mesh_gives_the_same_scores(toy, make_mesh, whole, sizes):
         model = initialise(toy.config, toy.compute, jax.random.key(3))
         inside = log_likelihoods(model, some_requests(), samples=20, key=KEY)
     np.testing.assert_allclose(inside, whole, rtol=1e-5, atol=1e-5)
-    # Outside of the mesh, with guidance: the model knows where it lives.
+    # Outside the context of the mesh, with guidance: the mesh of the model's parameters is used.
     guided = log_likelihood(model, [1, 2, 3], [4, 5, 6], key=jax.random.PRNGKey(0), cfg_scale=1.0)
     assert guided.value == pytest.approx(enumerated(toy.model, [1, 2, 3], [4, 5, 6], 1.0), rel=1e-5)
 
@@ -190,7 +190,7 @@ print("RESULT", json.dumps(scores), flush=True)
 
 
 def test_two_processes_give_the_same_scores(whole):
-    """Rows are spread over the devices of both; each has all results."""
+    """Tests that rows are spread over the devices of two processes, and that each process gets all results."""
     settings = {
         "layers": 2,
         "width": 16,
@@ -243,7 +243,7 @@ def test_nothing_is_compiled_twice(toy):
     score([([1] * 20, [2] * 9)], samples=16, key=KEY, cfg_scale=0.5)
     COMPILED.clear()
     score([([3] * 11, [4] * 19), ([], [5] * 30)], samples=16, key=jax.random.key(9), cfg_scale=1.5)
-    score([([3] * 14, [4] * 4)], samples=16, key=KEY, cfg_scale=0.1)  # enumerated: 15 rows, filled up to 16
+    score([([3] * 14, [4] * 4)], samples=16, key=KEY, cfg_scale=0.1)  # enumerated: 15 rows are filled up to 16
     assert not COMPILED
 
 
@@ -265,7 +265,7 @@ def test_impossible_settings_are_refused(toy, settings, message):
 
 @pytest.mark.parametrize("kind", ["mha", "gqa"])
 def test_published_code_estimates_the_same(kind):
-    """Four estimates of 4,096 samples each; our error of one sample says how exact they can be."""
+    """Compares with four published estimates of 4,096 samples each; our error of one sample gives the tolerance."""
     model, _ = load(PARITY / kind)
     with np.load(PARITY / kind / "cases.npz") as cases:
         prompt, answer, theirs = cases["ll_prompt"], cases["ll_answer"], cases["ll"]
@@ -287,7 +287,7 @@ def test_rolling_windows_score_every_token_once(length, max_length):
     for i, (prompt, answer) in enumerate(requests):
         np.testing.assert_array_equal(prompt, np.arange(answer[0] - len(prompt), answer[0]))
         assert len(answer) == (min(length, max_length) if i == 0 else len(answer)) and len(answer) > 0
-        if i:  # as much before it as fits
+        if i:  # the prompt has as many of the preceding tokens as fit
             assert len(answer) <= max(1, max_length // 2)
             assert len(prompt) + len(answer) == max_length
 

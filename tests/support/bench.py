@@ -1,4 +1,4 @@
-"""What the tests of evaluations share: a tiny model with a tokenizer, and small tasks with their data on disk."""
+"""Shared by the tests of evaluations: a tiny model with a tokenizer, and small tasks with their data on disk."""
 
 import atexit
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from paths import PARITY
 
-# Before datasets is imported: nothing is looked for in the network, nothing is left behind in the home folder.
+# These are set before datasets is imported, so that it uses no network and leaves no files in the home folder.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="llada_jax_hf_")
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
@@ -22,7 +22,7 @@ WORDS = "one two three four five six seven eight nine ten".split()
 
 
 def write_model(folder: Path) -> Path:
-    """A published folder: random weights of three layers, and a tokenizer of 400 tokens."""
+    """Writes a published folder with random weights of three layers and a tokenizer of 400 tokens."""
     shutil.copytree(PARITY / "gqa", folder)
     train_tokenizer([Path(__file__).read_text(), " ".join(WORDS)], 400, folder)
     return folder
@@ -85,7 +85,7 @@ TASKS = {
 
 
 def write_tasks(folder: Path) -> Path:
-    """A folder for --include_path: a YAML file (JSON is YAML) and a data file for each task."""
+    """Writes a folder for --include_path, with a YAML file (JSON is YAML) and a data file for each task."""
     folder.mkdir(exist_ok=True)
     for name, task in TASKS.items():
         data = folder / f"{name}.jsonl"

@@ -4,7 +4,7 @@ import json
 
 import tokenizers
 
-# As LLaDA-8B has it in its tokenizer_config.json: it always writes the assistant's header.
+# The chat template in LLaDA-8B's tokenizer_config.json. It always writes the header of the assistant's answer.
 PUBLISHED = (
     "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
     "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
@@ -26,7 +26,7 @@ TEXTS = [
 
 
 def make_folder(folder, template=None, files=None):
-    """A byte-level tokenizer with LLaDA's special tokens; template goes into tokenizer_config.json."""
+    """Writes a byte-level tokenizer with LLaDA's special tokens, and `template` in its tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,8 +1,13 @@
 """A training process that kills itself at a chosen point: python tests/support/dying.py POINT [STEP] -- FLAGS OF TRAIN
 
-Points: "publish" (the prepared set is complete but has no name yet), "config" (before config.json is written),
-"started" (before the first step), "dispatched" (step STEP runs on the device), "written" (the metrics of STEP are
-in metrics.jsonl), "saving" (files of checkpoint STEP are being written), "aside" (a damaged checkpoint is renamed).
+The process dies when it has reached POINT:
+  publish     the prepared set is complete but still has a temporary name
+  config      config.json is about to be written
+  started     the first step is about to run
+  dispatched  step STEP runs on the device
+  written     the metrics of STEP are in metrics.jsonl
+  saving      files of checkpoint STEP are being written
+  aside       a damaged checkpoint is about to be renamed
 """
 
 import os
@@ -18,7 +23,7 @@ def die() -> None:
 
 
 def before(owner, name: str, when=lambda *_: True) -> None:
-    """Dies in place of calling owner.name, the first time `when` holds for its arguments."""
+    """Makes the process die instead of calling owner.name, the first time that `when` is true for its arguments."""
     original = getattr(owner, name)
 
     def call(*args, **kwargs):
@@ -30,7 +35,7 @@ def before(owner, name: str, when=lambda *_: True) -> None:
 
 
 def die_when_written(checkpoints: Path, step: int) -> None:
-    """Dies as soon as there is a file with content in the unfinished checkpoint."""
+    """Makes the process die as soon as the unfinished checkpoint has a file that is not empty."""
 
     def watch() -> None:
         while True:
@@ -43,14 +48,15 @@ def die_when_written(checkpoints: Path, step: int) -> None:
 
 
 def main() -> None:
-    """Arms the chosen point, then trains."""
+    """Prepares the process to die at the chosen point, then trains."""
     point, *step = sys.argv[1 : sys.argv.index("--")]
     sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
     step = int(step[0]) if step else None
     from llada_jax import train
     from llada_jax.cli import entry_point
     from llada_jax.data.prepare import prepare_text
-    from llada_jax.training import checkpoint, loop, metrics, workdir
+    from llada_jax.formats import workdir
+    from llada_jax.training import loop, metrics
 
     if point == "publish":
         before(prepare_text, "publish")
@@ -71,11 +77,11 @@ def main() -> None:
         metrics.Writer.write = write_and_die
     elif point == "saving":
         folder = next(Path(a.split("=", 1)[1]) for a in sys.argv if a.startswith("--workdir="))
-        die_when_written(folder / checkpoint.FOLDER, step)
+        die_when_written(folder / workdir.CHECKPOINTS, step)
     elif point == "aside":
         before(Path, "rename", lambda _, target: "damaged" in str(target))
     else:
-        raise SystemExit(f"no point {point}")
+        raise SystemExit(f"unknown point {point}")
     entry_point.run(train.main)
 
 

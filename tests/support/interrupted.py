@@ -1,6 +1,6 @@
 """An evaluation that kills itself: python tests/support/interrupted.py COUNT FLAGS OF EVALUATE
 
-It dies (kill -9) once the results of COUNT requests are in the cache.
+It dies (kill -9) as soon as the results of COUNT requests are in the cache.
 """
 
 import os
@@ -10,7 +10,7 @@ import time
 
 
 def main() -> None:
-    """Arms the kill, then evaluates."""
+    """Prepares the process to die, then evaluates."""
     left = int(sys.argv.pop(1))
     from lm_eval.api.model import CacheHook
 

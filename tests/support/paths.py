@@ -1,8 +1,8 @@
-"""Where things are in the source tree."""
+"""Paths in the source tree."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
-PARITY = ROOT / "tests" / "parity"  # two published models with random weights, and what the reference computes
+PARITY = ROOT / "tests" / "parity"  # two published models with random weights, and the reference's outputs
 LLADA_8B = ROOT / "tests" / "llada_8b"  # config.json and tokenizer_config.json of the published 8B model

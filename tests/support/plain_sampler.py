@@ -1,4 +1,4 @@
-"""The sampler in plain numpy: one row, one position at a time, logits of the whole canvas."""
+"""The sampler in plain numpy: it works on one row and one position at a time, with logits of the whole canvas."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from llada_jax.config import SamplerConfig
 
 
 def schedule(masks: int, steps: int, block_length: int) -> list[tuple[int, int, int]]:
-    """(block, step within it, tokens unmasked) of every reverse step that unmasks something."""
+    """Returns (block, step within the block, tokens unmasked) for every reverse step that unmasks something."""
     sizes = [min(block_length, masks - start) for start in range(0, masks, block_length)]
     result = []
     for block, size in enumerate(sizes):
@@ -26,7 +26,7 @@ def gumbel(key, size: int) -> np.ndarray:
 
 
 def logits_of(model, canvas_T, real_T, given_T, cfg_scale: float) -> np.ndarray:
-    """float64 (T, V), guided as in Eq. 16."""
+    """Returns logits, float64 (T, V), guided as in Eq. 16 of arXiv 2502.09992."""
 
     def one(canvas_T):
         return np.asarray(model(canvas_T[None], real_T[None])[0]).astype(np.float64)
@@ -38,7 +38,7 @@ def logits_of(model, canvas_T, real_T, given_T, cfg_scale: float) -> np.ndarray:
 
 
 def row(model, prompt_T, real_T, config: SamplerConfig, key) -> np.ndarray:
-    """The finished canvas of one row."""
+    """Returns the finished canvas of one row."""
     mask_id, size = model.config.mask_id, model.config.vocab_size
     ends = [i for i in (config.eos_id, config.eot_id) if i is not None]
     canvas = np.concatenate([prompt_T, np.full(config.gen_length, mask_id)]).astype(np.int32)
@@ -80,6 +80,13 @@ def row(model, prompt_T, real_T, config: SamplerConfig, key) -> np.ndarray:
 
 
 def generate(model, prompts, config: SamplerConfig, key) -> np.ndarray:
-    """All rows, row i with fold_in(key, i). prompts: (ids (B, T), bool (B, T) True = real)."""
+    """Returns the finished canvas of all rows; row i uses the key fold_in(key, i).
+
+    Args:
+      model: The mask predictor.
+      prompts: The ids (B, T), and bool (B, T), True for real tokens.
+      config: The settings of the sampler.
+      key: The key of all rows.
+    """
     rows = enumerate(zip(*prompts, strict=True))
     return np.stack([row(model, *prompt, config, jax.random.fold_in(key, i)) for i, prompt in rows])

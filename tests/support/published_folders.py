@@ -1,4 +1,4 @@
-"""Published folders that a test reads, changes and renames."""
+"""Helpers that read published folders, change them, and rename their tensors."""
 
 import json
 
@@ -27,7 +27,7 @@ def change_tensors(folder, change):
 
 
 def split_shards(folder, shards=3):
-    """The same model as several files with an index."""
+    """Splits the model of a folder into several files with an index."""
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     weight_map = {}
@@ -42,12 +42,12 @@ def split_shards(folder, shards=3):
 
 
 def tensors_of(folder):
-    """All tensors of a folder, as the safetensors library reads them."""
+    """Returns all tensors of a folder, as the safetensors library reads them."""
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def rename_to_llama(config, tensors):
-    """The same model with Llama's names, of fields and tensors."""
+    """Returns the fields and tensors of the same model under Llama's names."""
     pairs = [(published.LLADA[name], published.LLAMA[name]) for name in published.LLADA]
     names = {old.format(i): new.format(i) for old, new in pairs for i in range(config["n_layers"])}
     fields = {new: config[old] for old, new in (pair for pair in published.FIELDS.values() if len(pair) == 2)}

@@ -1,4 +1,4 @@
-"""What tests of whole runs share: looking into a run's folder, and stopping one at a chosen step."""
+"""Shared by the tests of whole runs: helpers that look into a run's folder or stop a run at a chosen step."""
 
 import contextlib
 import json
@@ -13,11 +13,12 @@ import pytest
 import tiny
 
 from llada_jax.devices import mesh as meshes
-from llada_jax.training import checkpoint, loop, workdir
+from llada_jax.formats import workdir
+from llada_jax.training import checkpoint, loop
 
 
 def state_of(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:
-    """Every array of a checkpoint (None = the newest) by name, on the host."""
+    """Returns every array of a checkpoint (None = the newest one) by name, on the host."""
     config, _ = workdir.read_config(folder)
     state = checkpoint.load_state(folder, step, config, meshes.one_device_mesh())
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
@@ -29,7 +30,7 @@ def record_of(folder: Path, step: int) -> dict:
 
 
 def assert_same_run(folder: Path, other: Path) -> None:
-    """Losses and everything else in metrics.jsonl, final parameters, moments and samples: bit by bit."""
+    """Checks that two runs have bitwise the same metrics.jsonl, final parameters, moments and samples."""
     assert tiny.records(folder) == tiny.records(other)
     ours, theirs = state_of(folder), state_of(other)
     assert ours.keys() == theirs.keys()
@@ -40,7 +41,10 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 def board_steps(folder: Path) -> dict[str, list[int]]:
-    """Tag -> steps of the scalars that TensorBoard shows: a start event drops all that lies at or beyond its step."""
+    """Returns tag -> steps of the scalars that TensorBoard shows.
+
+    TensorBoard drops the earlier scalars at or beyond the step of a start event.
+    """
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     shown: dict[str, list[int]] = {}
@@ -49,7 +53,7 @@ def board_steps(folder: Path) -> dict[str, list[int]]:
         while place + 12 <= len(content):
             (length,) = struct.unpack("<Q", content[place : place + 8])
             if place + length + 16 > len(content):
-                break  # torn by a kill
+                break  # the record was cut off by a kill
             event = Event.FromString(content[place + 12 : place + 12 + length])
             place += length + 16
             if event.session_log.status == SessionLog.START:
@@ -62,7 +66,7 @@ def board_steps(folder: Path) -> dict[str, list[int]]:
 
 @contextlib.contextmanager
 def when_done(step: int, action):
-    """Within it `action` is called as soon as the loop has dispatched this step."""
+    """While the context is active, `action` is called as soon as the loop has dispatched this step."""
     original = loop.Loop._step
 
     def call(self, *args):

@@ -1,13 +1,16 @@
-"""A training process that does something at a chosen point.
+"""One of several training processes, which does something at a chosen point.
 
     python tests/support/several.py POINT WHO STEP -- FLAGS OF TRAIN
 
-Only process WHO of several does it, as soon as step STEP is dispatched: "raise" (an exception), "terminate"
-(SIGTERM to itself). "saving": kill -9 while it writes its part of checkpoint STEP.
-"other": it has another seed than the others. "nothing": nothing.
+Only the process with the index WHO does it. POINT is one of
+  raise      raises an exception as soon as step STEP is dispatched
+  terminate  sends SIGTERM to itself as soon as step STEP is dispatched
+  saving     dies (kill -9) while it writes its part of checkpoint STEP
+  other      trains with another seed than the other processes
+  nothing    does nothing special
 
-Every process notes in WORKDIR.PROCESS which rows it reads, "rows STEP [...]", and which files of the workdir it opens
-to write, "writes NAME".
+Every process notes in the file WORKDIR.PROCESS which rows it reads ("rows STEP [...]"), and which files of the workdir
+it opens for writing ("writes NAME").
 """
 
 import os
@@ -20,7 +23,7 @@ import dying
 
 
 def main() -> None:
-    """Arms the chosen point, then trains."""
+    """Prepares what happens at the chosen point, then trains."""
     point, who, step = sys.argv[1 : sys.argv.index("--")]
     sys.argv[1:] = sys.argv[sys.argv.index("--") + 1 :]
     folder = next(a.split("=", 1)[1] for a in sys.argv if a.startswith("--workdir="))
@@ -31,12 +34,13 @@ def main() -> None:
     from llada_jax import train
     from llada_jax.cli import entry_point
     from llada_jax.data.read import pipeline
-    from llada_jax.training import checkpoint, loop
+    from llada_jax.formats import workdir
+    from llada_jax.training import loop
 
     dispatch, batch = loop.Loop._step, pipeline.TrainingData.batch
 
     def tell(line: str) -> None:
-        os.write(notes, f"{line}\n".encode())  # in one piece, whatever other threads do
+        os.write(notes, f"{line}\n".encode())  # in one call, so that lines of several threads do not mix
 
     def told_batch(self, at, rows):
         tell(f"rows {at} {list(rows)}")
@@ -50,7 +54,7 @@ def main() -> None:
             elif point == "terminate":
                 os.kill(os.getpid(), signal.SIGTERM)
         if point == "terminate" and self.done >= int(step):
-            time.sleep(1)  # small steps would be over before the processes have agreed on one
+            time.sleep(1)  # otherwise the run would end before the processes have agreed on a step to stop at
         return state
 
     def told_open(event, args):
@@ -61,7 +65,7 @@ def main() -> None:
     loop.Loop._step = step_and_act
     sys.addaudithook(told_open)
     if point == "saving":
-        dying.die_when_written(Path(folder) / checkpoint.FOLDER, int(step))
+        dying.die_when_written(Path(folder) / workdir.CHECKPOINTS, int(step))
     if point == "other":
         sys.argv.append("--config.seed=5")
     entry_point.run(train.main)

@@ -1,4 +1,4 @@
-"""Stand-ins for the programs of a cluster: small scripts placed first in PATH, which note what they are told."""
+"""Stand-ins for the programs of a cluster: small scripts, placed first in PATH, that record how they are called."""
 
 import time
 from pathlib import Path

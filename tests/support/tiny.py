@@ -1,4 +1,4 @@
-"""The smallest run there is, as a config file (--config=tests/support/tiny.py), and what the tests of runs share."""
+"""A very small run, as a config file (--config=tests/support/tiny.py), and what the tests of runs share."""
 
 import json
 import os
@@ -11,7 +11,8 @@ from paths import ROOT, SUPPORT
 
 from llada_jax.config import Config
 
-TIMED = ("step_seconds", "tokens_per_second", "tokens_per_second_per_device", "seconds_left")  # what no two runs share
+# These metrics differ between any two runs.
+TIMED = ("step_seconds", "tokens_per_second", "tokens_per_second_per_device", "seconds_left")
 
 
 def get_config() -> Config:
@@ -30,7 +31,7 @@ def get_config() -> Config:
 
 
 def write_corpus(path: Path, lines: int = 1500) -> str:
-    """A text file of lines that no other seed has, big enough for a tokenizer and some held-out pieces."""
+    """Writes a text of different lines, large enough to train a tokenizer and to hold out some documents."""
     words = "the a small quiet green tired fox engine child river walked sang ate and but never always home".split()
     pick = random.Random(0)
     documents = (" ".join(pick.choices(words, k=12)) + f" {i}." for i in range(lines))
@@ -39,15 +40,16 @@ def write_corpus(path: Path, lines: int = 1500) -> str:
 
 
 def command(workdir: Path, *overrides: str) -> list[str]:
-    """The command line of a training run; overrides are NAME=VALUE without --config."""
+    """Returns the flags of a training run; overrides are NAME=VALUE, without --config."""
     flags = [f"--config={SUPPORT / 'tiny.py'}", f"--workdir={workdir}"]
     return [*flags, *(f"--config.{override}" for override in overrides)]
 
 
 def start(arguments: list[str], devices: int = 1, **options) -> subprocess.Popen:
-    """A process of its own: `python ARGUMENTS`, by default with one device; its stderr is readable text."""
+    """Starts `python ARGUMENTS` as a process of its own, with one device by default; its stderr is a pipe of text."""
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # no two of these share a memory
+    # These processes share compiled programs only through the cache on disk, so it keeps even quick compilations.
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -56,6 +58,6 @@ def start(arguments: list[str], devices: int = 1, **options) -> subprocess.Popen
 
 
 def records(workdir: Path) -> list[dict]:
-    """metrics.jsonl without what depends on the clock."""
+    """Returns the records of metrics.jsonl without the values that depend on the clock."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [{name: value for name, value in json.loads(line).items() if name not in TIMED} for line in lines]

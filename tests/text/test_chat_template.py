@@ -1,3 +1,5 @@
+"""Chat templates: rendering, control tokens in messages, and templates that fail."""
+
 import pytest
 import tokenizers
 from chat_folders import PUBLISHED, TEXTS, make_folder
@@ -25,7 +27,7 @@ def with_template(tokenizer_folder, template):
 
 
 def reference_ids(folder, text):
-    """What the tokenizers library alone makes of a rendered chat: literals are control tokens wherever they stand."""
+    """Returns the ids from the tokenizers library alone, which turns every literal into a control token."""
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
 
 
@@ -90,10 +92,10 @@ def test_a_message_cannot_write_control_tokens(published, trained):
 @pytest.mark.parametrize(
     "template",
     [
-        # A literal that only comes about while the template works on the message.
+        # The literal arises only while the template processes the message.
         "{% for m in messages %}{{ m['content'] | replace('~', '') }}{% endfor %}",
         "{{ messages[0]['content'] + messages[1]['content'] }}",
-        # A template that looks for such characters itself.
+        # The template looks for such characters itself.
         "{% for m in messages %}{{ m['content'].split('</think>')[-1] | replace('~', '') }}{% endfor %}",
     ],
 )
@@ -112,7 +114,7 @@ def test_a_template_that_looks_into_messages_sees_them(tmp_path):
     assert t.decode(ids) == "y<|eot_id|><|eot_id|>" and ids.count(t.eot_id) == 1
     asks = with_template(tmp_path / "b", "{{ 'yes' if '<|eot_id|>' in messages[0]['content'] else 'no' }}")
     assert asks.decode(asks.encode_chat(user("<b>"))) == "no"
-    with pytest.raises(UserError, match="reads control tokens out of a message"):
+    with pytest.raises(UserError, match="takes a control token, or part of one, from a message"):
         asks.encode_chat(user("<|eot_id|>"))
 
 
@@ -121,7 +123,7 @@ def test_roles_that_are_tokens(tmp_path):
     ids = t.encode_chat(user("Hi<|user|>"))
     assert ids[0] == t.encode("<|user|>", special=True)[0] and t.decode(ids) == "<|user|>Hi<|user|>"
     assert ids.count(ids[0]) == 1
-    with pytest.raises(UserError, match="role .* holds a control token"):
+    with pytest.raises(UserError, match="role .* contains a control token"):
         t.encode_chat([{"role": "user<|eot_id|>", "content": ""}])
 
 
@@ -142,7 +144,7 @@ def test_where_templates_are_found(tmp_path, trained):
         assert again.chat_template == t.chat_template and again.sha256 == t.sha256
     assert sentencepiece.sha256 == trained.sha256, "a chat template changes no run that uses the tokenizer"
     for wrong in (5, [{"name": "tool_use", "template": "T"}], {"default": "x"}):
-        with pytest.raises(UserError, match="chat_template must be a text"):
+        with pytest.raises(UserError, match="chat_template must be a string"):
             with_template(tmp_path / "e", wrong)
 
 
@@ -244,7 +246,7 @@ def test_what_a_message_and_the_template_make_together_is_no_token(tmp_path, tem
 def test_a_template_in_which_a_message_makes_a_token_is_refused(tmp_path, template, text):
     t = with_template(tmp_path, template)
     assert t.decode(t.encode_chat(user("Hi"))) == "Hi"
-    with pytest.raises(UserError, match="reads control tokens out of a message, or parts of them"):
+    with pytest.raises(UserError, match="takes a control token, or part of one, from a message"):
         t.encode_chat(user(text))
 
 
@@ -269,7 +271,7 @@ def test_characters_that_the_user_wrote_stay(published):
 
 
 def test_the_template_is_the_published_one():
-    """llada_8b/tokenizer_config.json has the fields of LLaDA-8B's that matter here."""
+    """llada_8b/tokenizer_config.json contains the fields of LLaDA-8B's file that matter here."""
     files = {"tokenizer_config.json": (LLADA_8B / "tokenizer_config.json").read_bytes()}
     assert chat_template.find_source(files) == PUBLISHED
     found = chat_template.special_tokens(files, {})
@@ -278,7 +280,10 @@ def test_the_template_is_the_published_one():
 
 @pytest.mark.parametrize("kind", ["published", "trained"])
 def test_answers_in_tokens(request, kind):
-    """Prompt and answer are those of the chat: what asks, then content and end of turn; what is written stays text."""
+    """The prompt is that of the chat, the answer is its content and the end of turn.
+
+    Literals of control tokens in the messages stay text.
+    """
     tokenizer = request.getfixturevalue(kind)
     system, user = {"role": "system", "content": ATTACK}, {"role": "user", "content": " Why? "}
     for text in [*TEXTS, ATTACK]:
@@ -287,7 +292,7 @@ def test_answers_in_tokens(request, kind):
         assert prompt == tokenizer.encode_chat([system, user])
         assert ids[-1] == tokenizer.eot_id and tokenizer.decode(ids[:-1], continuation=True) == text.strip()
         assert not {tokenizer.eos_id, tokenizer.eot_id, tokenizer.mask_id, tokenizer.bos_id} & set(ids[:-1])
-        # The next turn's prompt goes on from both, in text.
+        # As text, the chat with a further turn begins with this prompt and answer.
         later = tokenizer.render_chat([system, user, answer, user], add_generation_prompt=False)
         assert later.startswith(tokenizer.render_chat([system, user]) + text.strip())
 
@@ -298,5 +303,5 @@ def test_answers_of_templates_that_write_them_otherwise(tmp_path):
         "{% if add_generation_prompt %}<|user|>assistant:<think>{% endif %}"
     )
     tokenizer = load_tokenizer(make_folder(tmp_path, thinking))
-    with pytest.raises(UserError, match="writes an answer otherwise than it asks for one"):
+    with pytest.raises(UserError, match="writes an answer differently from the prompt for it"):
         tokenizer.encode_answer([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])

@@ -1,3 +1,5 @@
+"""Tokenizers: exact round trips, control tokens, published folders, and training."""
+
 import io
 import json
 import random
@@ -51,7 +53,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prefixing(tmp_path_factory):
-    """A SentencePiece model as others train it: it puts a space in front of every text."""
+    """Returns a tokenizer of SentencePiece's usual kind, which puts a space in front of every text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(line.strip() for line in LINES),
@@ -69,7 +71,7 @@ def prefixing(tmp_path_factory):
 
 
 def byte_level(folder, special=(), config=None):
-    """A Hugging Face folder with a byte-level BPE and these special tokens."""
+    """Writes a Hugging Face folder with a byte-level BPE tokenizer and these special tokens."""
     folder.mkdir(parents=True, exist_ok=True)
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -126,15 +128,15 @@ def test_training_meets_the_size_and_repeats_itself(trained, tmp_path):
     again = train_tokenizer(iter(LINES), 400, tmp_path)
     assert again.sha256 == trained.sha256
     assert load_tokenizer(tmp_path).encode(LINES[3]) == trained.encode(LINES[3])
-    assert len(trained.encode(LINES[3])) < len(LINES[3]) / 2  # it did learn pieces
+    assert len(trained.encode(LINES[3])) < len(LINES[3]) / 2  # training did learn pieces
 
 
 @pytest.mark.parametrize("size", [10, 260, 10**6])
 def test_training_size_that_does_not_suit_the_text(size, tmp_path, capfd):
-    with pytest.raises(UserError, match=rf"train_tokenizer={size} is too (small|large).* \d+ at (least|most)") as error:
+    with pytest.raises(UserError, match=rf"train_tokenizer={size} is too (small|large) .*: \d+ is the") as error:
         train_tokenizer(LINES, size, tmp_path / "new")
     limit = int(str(error.value).split(": ")[1].split()[0])
-    assert train_tokenizer(LINES, limit, tmp_path / "new").size == limit  # the remedy works
+    assert train_tokenizer(LINES, limit, tmp_path / "new").size == limit  # the size that the message suggests works
     assert capfd.readouterr().err == ""
 
 
@@ -192,10 +194,10 @@ def test_decode_takes_any_ids(any_tokenizer):
     for i in range(t.size):
         assert isinstance(t.decode([i]), str)
     ids = t.encode("\U0001f600")
-    assert len(ids) > 1  # bytes
+    assert len(ids) > 1  # the character is encoded as bytes
     assert t.decode(ids) == "\U0001f600"
     assert "\ufffd" in t.decode(ids[:-1])
-    # A control token between the bytes of a character does not let the rest crash.
+    # Decoding does not fail if a control token stands between the bytes of a character.
     assert "[MASK]" in t.decode([*ids[:2], t.mask_id, *ids[2:]])
 
 
@@ -222,7 +224,7 @@ def test_published_folder(tmp_path):
     t = load_tokenizer(byte_level(tmp_path, special, config))
     assert [t.bos_id, t.eos_id, t.mask_id] == [400, 401, 402]
     assert [t.start_header_id, t.end_header_id, t.eot_id] == [404, 405, 406]
-    assert t.size == 407  # nothing is appended
+    assert t.size == 407  # no token is appended
     assert t.encode("[CLS]<|eot_id|>", special=True) == [403, 406]
     assert 403 not in t.encode("[CLS]")
     assert load_tokenizer(tmp_path / "tokenizer.json").sha256 == t.sha256
@@ -234,7 +236,7 @@ def test_names_of_the_config_win(tmp_path):
     assert (t.bos_id, t.eos_id, t.mask_id) == (400, 401, 403)
     bare = load_tokenizer(byte_level(tmp_path / "b", ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]))
     assert (bare.bos_id, bare.eos_id) == (403, 402)
-    assert bare.sha256 != t.sha256  # same file, other roles
+    assert bare.sha256 != t.sha256  # the same tokenizer.json with other roles
 
 
 def test_tokens_that_only_the_config_knows(tmp_path):
@@ -245,7 +247,7 @@ def test_tokens_that_only_the_config_knows(tmp_path):
 
 
 def test_tokens_that_files_add_to_sentencepiece(trained, tmp_path):
-    """396 pieces; tokens that the files name after them are where they say, and ours come after those."""
+    """The model has 396 pieces. Tokens that the files add keep the ids given there; appended tokens come after them."""
     trained.save(tmp_path)
     decoder = {"0": {"content": "<unk>", "special": True}, "396": {"content": "<pad>", "special": True}}
     decoder |= {"397": {"content": "<mask>", "special": True}, "399": {"content": "<tool>"}}
@@ -257,7 +259,7 @@ def test_tokens_that_files_add_to_sentencepiece(trained, tmp_path):
     assert (t.start_header_id, t.end_header_id, t.eot_id, t.size) == (402, 403, 404, 405)
     assert t.encode("The [MASK]<pad><end>", special=True)[-3:] == [397, 396, 401]
     assert t.decode([397, 396, 400, 401]) == "[MASK]<pad>\ufffd<end>"
-    plain = "The <pad> <mask><tool> small<tool>"  # one that is not special is found in any text
+    plain = "The <pad> <mask><tool> small<tool>"  # <tool> is not special, so it is found in any text
     assert t.encode(plain).count(399) == 2 and not {396, 397, 401} & set(t.encode(plain))
     assert t.decode(t.encode(plain)) == plain
     assert t.token_bytes()[[396, 399, 400]].tolist() == [0, 6, 0]
@@ -267,7 +269,7 @@ def test_tokens_that_files_add_to_sentencepiece(trained, tmp_path):
 
 
 def test_what_files_say_of_the_pieces_changes_no_tokenizer(trained, tmp_path):
-    """As in most published folders; a run that was trained with one must still know it."""
+    """Most published folders describe the pieces too. A run must recognise the tokenizer that it was trained with."""
     trained.save(tmp_path)
     pieces = ("<unk>", PUBLISHED["bos"], PUBLISHED["eos"])
     decoder = {str(i): {"content": name, "special": True} for i, name in enumerate(pieces)}
@@ -278,7 +280,7 @@ def test_what_files_say_of_the_pieces_changes_no_tokenizer(trained, tmp_path):
 
 
 def test_sha256_stays_what_it_was():
-    """Runs are compared by it when they go on."""
+    """A resumed run is compared with its earlier start by this hash."""
 
     class Backend:
         kind, size, special, named = "huggingface", 7, {"</s>": 2, "<x>": 5}, {"eos": "</s>"}
@@ -301,7 +303,7 @@ def test_the_models_own_ids(any_tokenizer):
     assert same.roles == t.roles and same.size == t.size
     nothing = t.of_model(None, None, None)
     assert nothing.roles == t.roles
-    moved = t.of_model(t.eot_id, None, None)  # an appended role gives way
+    moved = t.of_model(t.eot_id, None, None)  # the appended token of another role moves to a new id
     assert moved.mask_id == t.eot_id and moved.eot_id == t.size and len({i for i, _ in moved.roles.values()}) == 6
 
 
@@ -325,6 +327,6 @@ def test_no_tokenizer(tmp_path):
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
 def test_damaged_tokenizer(name, tmp_path):
     (tmp_path / name).write_bytes(b"\x00{not a tokenizer")
-    with pytest.raises(UserError, match="can be read") as error:
+    with pytest.raises(UserError, match="cannot be read as a") as error:
         find_tokenizer(tmp_path)
     assert "\n" not in str(error.value)

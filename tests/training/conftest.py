@@ -8,11 +8,11 @@ import jax
 import pytest
 import tiny
 
-from llada_jax import train
 from llada_jax.cli import entry_point
 from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.devices import mesh as meshes
-from llada_jax.training import checkpoint
+from llada_jax.formats import workdir
+from llada_jax.training.run import train
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +47,7 @@ def run(prepared):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(meshes, "make_mesh", first_devices)
-            return train.train(config, folder)
+            return train(config, folder)
 
     return run_it
 
@@ -67,7 +67,7 @@ def copy(reference, tmp_path):
     def copied(step: int) -> Path:
         folder = tmp_path / f"copy_{step}"
         shutil.copytree(reference, folder)
-        for later in checkpoint.steps_in(folder):
+        for later in workdir.steps_in(folder):
             if later > step:
                 shutil.rmtree(folder / "checkpoints" / str(later))
         return folder

@@ -13,11 +13,12 @@ from runs import assert_same_run, state_of, terminate, when_done
 import llada_jax
 from llada_jax.cli import entry_point
 from llada_jax.config import UserError
-from llada_jax.convert import convert
 from llada_jax.devices import mesh as meshes
+from llada_jax.formats import weights, workdir
+from llada_jax.formats.conversion import convert
 from llada_jax.model import lora
 from llada_jax.model.transformer import abstract_model, merge, split
-from llada_jax.training import checkpoint, workdir
+from llada_jax.training import checkpoint
 
 SETTINGS = {"model__lora__rank": 4, "steps": 10, "validation__every": 5, "checkpoint__keep": 5}
 # New adapters that change nothing.
@@ -53,7 +54,7 @@ def logits_of(folder, step=None) -> np.ndarray:
 
 def base_of(folder: Path) -> dict[str, np.ndarray]:
     config, _ = workdir.read_config(folder)
-    tree = checkpoint.load_base(folder, config, meshes.one_device_mesh(), np.float32)
+    tree = weights.load_frozen(folder, config, meshes.one_device_mesh(), np.float32)
     return {jax.tree_util.keystr(path): np.array(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -79,7 +80,7 @@ def test_what_is_loaded_is_the_merged_model(adapted):
     device_mesh = meshes.one_device_mesh()
     with jax.set_mesh(device_mesh):
         adapters = checkpoint.load_state(adapted, None, config, device_mesh).params
-        frozen = checkpoint.load_base(adapted, config, device_mesh, np.float32)
+        frozen = weights.load_frozen(adapted, config, device_mesh, np.float32)
         model = merge(split(abstract_model(config.model, config.compute))[0], lora.combine(adapters, frozen))
         unmerged = np.asarray(model(tokens))
         base = merge(split(abstract_model(lora.plain(config.model), config.compute))[0], frozen)
@@ -115,19 +116,18 @@ def test_resumed_on_another_mesh(run, adapted, copy_of_adapted, source):
 
 def test_killed_while_the_weights_are_written_nothing_is_lost(run, adapted, source, tmp_path, monkeypatch):
     """Nor does what is left there matter, half of a base or a whole one of other weights: it is written anew."""
-    save = checkpoint.Checkpoints.save_weights
+    save = weights.save_weights
 
-    def dies(self, step, params, record):
-        save(self, step, jax.tree.map(lambda x: x + 1, params), record)
-        self.wait()
+    def dies(folder, step, params, record):
+        save(folder, step, jax.tree.map(lambda x: x + 1, params), record)
         raise KeyboardInterrupt
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Checkpoints, "save_weights", dies)
+        patch.setattr(weights, "save_weights", dies)
         with pytest.raises(KeyboardInterrupt):
             run(folder, init_from=str(source), **SETTINGS)
-    assert checkpoint.steps_in(folder) == [] and (folder / "frozen").exists()
+    assert workdir.steps_in(folder) == [] and (folder / "frozen").exists()
     assert run(folder, init_from=str(source), **SETTINGS) == 0
     assert_same_run(folder, adapted)
     assert same(base_of(folder), base_of(adapted))

@@ -13,7 +13,8 @@ import pytest
 import tiny
 
 from llada_jax.config import CheckpointConfig, UserError
-from llada_jax.training import checkpoint, workdir
+from llada_jax.formats import arrays, weights, workdir
+from llada_jax.training import checkpoint
 from llada_jax.training.step import TrainState, make_state
 
 
@@ -49,7 +50,7 @@ def open_checkpoints(one_device):
         for one in opened:
             try:
                 one.close()
-            except checkpoint.SaveFailed:
+            except arrays.SaveFailed:
                 pass
 
 
@@ -140,7 +141,7 @@ def test_retention(state, tmp_path, open_checkpoints):
     for step in range(1, 12):
         saved.save(at(state, step), {})
     saved.wait()
-    assert saved.steps() == checkpoint.steps_in(tmp_path) == [4, 8, 10, 11]
+    assert saved.steps() == workdir.steps_in(tmp_path) == [4, 8, 10, 11]
 
 
 def test_a_step_is_saved_once(state, folder, open_checkpoints):
@@ -211,15 +212,15 @@ def test_no_memory_is_no_damage(config, folder, one_device, open_checkpoints, mo
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     saved = open_checkpoints(folder)
-    monkeypatch.setattr(checkpoint, "_verify", fail)
+    monkeypatch.setattr(arrays, "_verify", fail)
     with pytest.raises(jax.errors.JaxRuntimeError):
         saved.restore(config, one_device, pytest.fail)
-    assert checkpoint.steps_in(folder) == [1, 2]
+    assert workdir.steps_in(folder) == [1, 2]
 
 
 def test_unfinished_checkpoints_are_ignored_and_removed(config, state, folder, one_device, open_checkpoints):
     (folder / "checkpoints" / "2").rename(folder / "checkpoints" / "2.orbax-checkpoint-tmp")
-    assert checkpoint.steps_in(folder) == [1]
+    assert workdir.steps_in(folder) == [1]
     saved = open_checkpoints(folder)
     found, _ = saved.restore(config, one_device, pytest.fail)
     assert int(found.step) == 1
@@ -236,9 +237,9 @@ def test_what_is_not_finite_is_never_saved(state, folder, open_checkpoints, valu
     values[1, 2, 3, 4] = value
     poisoned.params["blocks"]["k_proj"] = jax.device_put(values, weight.sharding)
     saved = open_checkpoints(folder)
-    with pytest.raises(checkpoint.SaveFailed, match=r"step 3 is not saved: params/blocks/k_proj is not finite"):
+    with pytest.raises(arrays.SaveFailed, match=r"step 3 is not saved: params/blocks/k_proj is not finite"):
         saved.save(poisoned, {})
-    assert checkpoint.steps_in(folder) == [1, 2]
+    assert workdir.steps_in(folder) == [1, 2]
 
 
 def test_a_disk_that_takes_no_more(config, state, folder, one_device, open_checkpoints, capfd):
@@ -246,7 +247,7 @@ def test_a_disk_that_takes_no_more(config, state, folder, one_device, open_check
     before, limits = listing(folder), resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(checkpoint.SaveFailed, match="could not be written to .*checkpoints"):
+        with pytest.raises(arrays.SaveFailed, match="could not be written to .*checkpoints"):
             saved.save(at(state, 3), {})
             saved.wait()
     finally:
@@ -258,7 +259,7 @@ def test_a_disk_that_takes_no_more(config, state, folder, one_device, open_check
     assert same(again.restore(config, one_device, pytest.fail)[0], at(state, 2))
     again.save(at(state, 3), {})
     again.wait()
-    assert checkpoint.steps_in(folder) == [3]
+    assert workdir.steps_in(folder) == [3]
 
 
 def test_the_failure_of_a_save_is_noticed_before_the_next_one(state, folder, open_checkpoints):
@@ -266,7 +267,7 @@ def test_the_failure_of_a_save_is_noticed_before_the_next_one(state, folder, ope
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(checkpoint.SaveFailed):
+        with pytest.raises(arrays.SaveFailed):
             saved.save(at(state, 3), {})
             for _ in range(3000):
                 saved.check()
@@ -279,10 +280,10 @@ def test_parts_of_a_workdir(config, state, folder, make_mesh, one_device):
     workdir.write_config(folder, config, {})
     mesh = make_mesh(1, 4, 2)
     assert same(checkpoint.load_state(folder, 1, config, mesh), at(state, 1))
-    assert same(checkpoint.load_params(folder, None, config, mesh), at(state, 2).params)
-    halves = checkpoint.load_params(folder, 2, config, one_device, jnp.bfloat16)
+    assert same(weights.load_params(folder, None, config, mesh), at(state, 2).params)
+    halves = weights.load_params(folder, 2, config, one_device, jnp.bfloat16)
     assert same(halves, jax.tree.map(lambda x: x.astype(jnp.bfloat16), at(state, 2).params))
-    model = checkpoint.load_model(folder, 1, one_device)
+    model = weights.load_model(folder, 1, one_device)
     assert same(model.embedding[...], at(state, 1).params["embedding"])
 
 
@@ -295,10 +296,10 @@ def test_parts_of_a_damaged_checkpoint_are_refused(config, folder, one_device):
 
 def test_steps_that_are_not_there(config, folder, tmp_path, one_device):
     with pytest.raises(UserError, match=r"no checkpoint of step 3; it has 1, 2$"):
-        checkpoint.load_params(folder, 3, config, one_device)
+        weights.load_params(folder, 3, config, one_device)
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        checkpoint.choose_step(tmp_path, None)
-    assert checkpoint.choose_step(folder, None) == 2 and checkpoint.choose_step(folder, 1) == 1
+        workdir.choose_step(tmp_path, None)
+    assert workdir.choose_step(folder, None) == 2 and workdir.choose_step(folder, 1) == 1
 
 
 def test_the_fingerprint_does_not_depend_on_the_mesh_and_sees_every_bit(config, state, make_mesh, one_device):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from llada_jax.config import Config, ModelConfig, UserError
-from llada_jax.training.config_check import resolve_ids, validate
+from llada_jax.text.agreement import resolve_ids
+from llada_jax.training.config_check import validate
 
 
 def good() -> Config:
@@ -53,8 +54,8 @@ def test_wrong_type(name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("optimizer.peak_learning_rate", 1),  # an int is a float
-        ("optimizer.schedule", [[0, 0.0], [0.5, 1]]),  # as JSON has it
+        ("optimizer.peak_learning_rate", 1),  # an int is accepted for a float
+        ("optimizer.schedule", [[0, 0.0], [0.5, 1]]),  # lists, as JSON gives them
         ("data.weights", [1, 2.5]), ("model.mask_id", 3), ("model.mask_id", None), ("init_step", None),
         ("seed", 2**32 - 1), ("validation.rows", 0), ("sampling.gen_length", 0), ("optimizer.clip_norm", 0.0),
         ("diffusion.random_length_every", 0), ("compute.unroll", 0), ("checkpoint.permanent_every", 5000),

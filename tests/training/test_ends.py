@@ -19,7 +19,8 @@ from llada_jax.config import UserError
 from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.devices import mesh as meshes
 from llada_jax.diffusion import forward
-from llada_jax.training import checkpoint, loop, metrics, workdir
+from llada_jax.formats import workdir
+from llada_jax.training import loop, metrics
 
 
 def test_text_prepared_in_the_workdir(run, corpus, tmp_path):
@@ -33,11 +34,11 @@ def test_text_prepared_in_the_workdir(run, corpus, tmp_path):
         ({"data__validation_fraction": 0.1}, "config.data.validation_fraction is 0.1, but .* prepared with 0.02"),
         ({"sequence_length": 64}, "config.sequence_length is 64, but .* was prepared with 32"),
     ]
-    before = checkpoint.steps_in(folder)
+    before = workdir.steps_in(folder)
     for settings, message in cases:
         with pytest.raises(UserError, match=message):
             run(folder, **{**base, **settings, "steps": 3})
-    assert checkpoint.steps_in(folder) == before
+    assert workdir.steps_in(folder) == before
     # The tokenizer it was trained with is the same one by another name.
     with pytest.raises(UserError, match="there is no tokenizer at"):
         run(folder, **base, data__tokenizer=str(tmp_path / "nowhere"))
@@ -104,7 +105,7 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_later(run, reference, tmp_path,
     folder, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_disk():
-        while checkpoint.steps_in(folder) != [5, 10]:  # that one is still being written
+        while workdir.steps_in(folder) != [5, 10]:  # that one is still being written
             time.sleep(0.01)
         # Small enough for no checkpoint, large enough for metrics.jsonl.
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
@@ -116,7 +117,7 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_later(run, reference, tmp_path,
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     errors = capfd.readouterr().err
     assert "stopped: a checkpoint could not be written to" in errors and "Traceback" not in errors
-    assert checkpoint.steps_in(folder) == [5, 10]
+    assert workdir.steps_in(folder) == [5, 10]
     assert run(folder, checkpoint__keep=5) == 0
     assert_same_run(folder, reference)
 
@@ -161,7 +162,7 @@ def test_steps_that_are_not_finite_end_the_run(run, tmp_path, capfd):
         (3, 0), (6, 0), (9, 2), (12, 3)
     ]  # fmt: skip
     assert tiny.records(tmp_path)[-1]["loss"] is None  # not a step of the window was finite
-    assert checkpoint.steps_in(tmp_path) == [2, 4, 6, 8, 10, 12]
+    assert workdir.steps_in(tmp_path) == [2, 4, 6, 8, 10, 12]
     seven = {name: value for name, value in state_of(tmp_path, 8).items() if name != ".step"}
     for step in (10, 12):
         for name, value in state_of(tmp_path, step).items():
@@ -184,7 +185,7 @@ def test_a_few_steps_that_are_not_finite_are_skipped(run, tmp_path):
 def test_an_absurd_learning_rate_leaves_nothing_but_finite_numbers(run, tmp_path):
     settings = {"optimizer__peak_learning_rate": 1e30, "optimizer__schedule": ((0, 1.0),), "checkpoint__every": 1}
     assert run(tmp_path, optimizer__max_nonfinite=3, checkpoint__keep=20, **settings) == entry_point.FAILURE
-    for step in checkpoint.steps_in(tmp_path):
+    for step in workdir.steps_in(tmp_path):
         assert all(np.isfinite(value).all() for value in state_of(tmp_path, step).values())
 
 

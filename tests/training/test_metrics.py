@@ -1,4 +1,4 @@
-"""Sums between log lines, FLOPs, speed, and what is written where."""
+"""Tests the sums between log lines, the FLOPs, the speed, and the files that metrics are written to."""
 
 import json
 import math
@@ -34,14 +34,14 @@ def test_window_means(rng):
     got = window.summary()
     assert got["loss"] == pytest.approx(np.mean([s["loss"] for s in steps]), rel=1e-12) and got["skipped"] == 0
     for k, name in enumerate(("loss_t/0.00-0.33", "loss_t/0.33-0.67", "loss_t/0.67-1.00")):
-        # The mean of a masked token, not of the steps' means.
+        # The mean over all masked tokens, not the mean of the steps' means.
         nll, tokens = (sum(float(s[f"bucket_{x}"][k]) for s in steps) for x in ("nll", "tokens"))
         assert got[name] == pytest.approx(nll / tokens, rel=1e-12)
     assert window.sums["tokens"] == sum(int(s["tokens"]) for s in steps)
 
 
 def test_window_round_trip_through_json_is_bitwise(rng):
-    """A checkpoint in the middle of a window: the resumed run logs the very same numbers."""
+    """After a checkpoint in the middle of a window, the resumed run logs exactly the same numbers."""
     steps = [step_metrics(rng) for _ in range(6)]
     steps[2] = step_metrics(rng, skipped=1)
     whole, first = Window(3), Window(3)
@@ -83,7 +83,10 @@ def test_window_survives_another_number_of_buckets(rng):
 
 
 def test_flops_of_the_paper():
-    """51.4 GFLOP per token for 8B at 4096 with the head everywhere; half of the head is saved on average."""
+    """The 8B model takes 51.4 GFLOP per token at length 4096 if the head is applied to all positions.
+
+    Applying it to the masked positions only saves half of the head's FLOPs on average.
+    """
     assert metrics.flops_per_token(EIGHT, 4096, head_share=1.0) == pytest.approx(51.4e9, rel=2e-3)
     assert metrics.flops_per_token(EIGHT, 4096, head_share=1.0) * 4096 == pytest.approx(210.6e12, rel=1e-3)
     half = 0.5 * 6 * 4096 * 126464
@@ -91,7 +94,10 @@ def test_flops_of_the_paper():
 
 
 def test_flops_by_hand():
-    """Twice the multiplications forward, twice that backward; grouped keys and values are smaller."""
+    """The forward pass takes two FLOPs per multiplication, and the backward pass twice as many.
+
+    The matrices of grouped keys and values are smaller than those of the queries.
+    """
     model = ModelConfig(layers=3, width=8, heads=4, kv_heads=2, feed_forward=10, vocab_size=32)
     matmul = 3 * (2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 10)
     assert metrics.flops_per_token(model, 16, 1.0) == 6 * (matmul + 8 * 32) + 3 * 3 * 2 * 2 * 16 * 8
@@ -129,7 +135,7 @@ def test_speed_and_mfu(monkeypatch):
     assert got["mfu"] == pytest.approx(1e4 * metrics.flops_per_token(EIGHT, 4096) / 4 / 459e12)
     assert got["mfu_full_head"] == pytest.approx(1e4 * 51.4e9 / 4 / 459e12, rel=2e-3)
     clock.now += 1
-    assert speed.summary(1, 500, 0)["tokens_per_second"] == pytest.approx(500)  # since the last call only
+    assert speed.summary(1, 500, 0)["tokens_per_second"] == pytest.approx(500)  # counts only since the last call
 
 
 def test_speed_leaves_pauses_out():
@@ -150,7 +156,7 @@ def test_no_mfu_without_a_known_peak():
     speed = Speed(EIGHT, 4096, clock)
     clock.now += 1
     assert not any(name.startswith("mfu") for name in speed.summary(1, 1, 1))
-    assert math.isfinite(speed.summary(0, 0, 5)["seconds_left"])  # no time has passed, no step was made
+    assert math.isfinite(speed.summary(0, 0, 5)["seconds_left"])  # also without any step or elapsed time
 
 
 def records(path):
@@ -165,17 +171,17 @@ def test_writer_and_resume_leave_no_step_twice(tmp_path):
     writer.write(40, {"loss": math.nan, "grad_norm": math.inf})
     writer.close()
     path = tmp_path / "metrics.jsonl"
-    assert records(path)[1] == {"step": 20, "loss": 20 / 7, "note": "x"}  # every bit of it
-    assert records(path)[3] == {"step": 40, "loss": None, "grad_norm": None}  # NaN is no JSON
+    assert records(path)[1] == {"step": 20, "loss": 20 / 7, "note": "x"}  # The loss is exact to the bit.
+    assert records(path)[3] == {"step": 40, "loss": None, "grad_norm": None}  # JSON has no NaN.
     assert "NaN" not in path.read_text()
-    writer = Writer(tmp_path, quiet, 20, {})  # from the checkpoint of step 20
+    writer = Writer(tmp_path, quiet, 20, {})  # The run resumes from the checkpoint of step 20.
     writer.write(30, {"loss": 0.5})
     writer.close()
     assert [r["step"] for r in records(path)] == [10, 20, 30] and records(path)[2]["loss"] == 0.5
 
 
 def test_records_are_on_disk_at_once(tmp_path):
-    """After a kill -9 everything up to the last log step is there."""
+    """Records are written immediately, so that a kill -9 loses nothing up to the last log step."""
     writer = Writer(tmp_path, LoggingConfig(tensorboard=False), 0, {})
     writer.write(1, {"loss": 1.0})
     assert [r["step"] for r in records(tmp_path / "metrics.jsonl")] == [1]
@@ -250,7 +256,10 @@ def test_fetch():
 
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_recomputed_flops_are_what_the_compiler_counts(remat):
-    """The gradient's FLOPs with each remat policy less those without, layers unrolled so that all are counted."""
+    """Compares the FLOPs of the gradient with a remat policy and without remat.
+
+    The layers are unrolled so that the compiler counts the FLOPs of all of them.
+    """
     config = ModelConfig(layers=2, width=256, heads=4, kv_heads=2, feed_forward=512, vocab_size=128, mask_id=127)
     length = 256
 
@@ -267,4 +276,4 @@ def test_recomputed_flops_are_what_the_compiler_counts(remat):
     extra = counted(remat) - counted("none")
     assert abs(extra - expected) < 0.06 * metrics.flops_per_token(config, length, head_share=0) / 3
     again = metrics.recomputed_flops_per_token(config, length, ComputeConfig(remat=remat, attention="splash"))
-    assert again - expected == 2 * 2 * length * 256  # scores made once more in the backward pass
+    assert again - expected == 2 * 2 * length * 256  # The backward pass of splash computes the scores once more.

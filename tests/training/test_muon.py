@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates matrix by matrix, of AdamW's size, the same on every mesh."""
+"""Tests Muon: each matrix gets an orthogonal update of AdamW's size, and the updates are the same on every mesh."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ SHAPE = ModelConfig(layers=4, width=32, heads=4, kv_heads=2, feed_forward=64, vo
 
 @pytest.mark.parametrize("shape", [(3, 20, 50), (2, 2, 50, 20), (7, 7)])
 def test_orthogonalise(rng, shape):
-    """U V^T of the singular value decomposition, up to the spread that the iteration leaves."""
+    """The result is U V^T of the singular value decomposition, except for the spread that the iteration leaves."""
     x = rng.normal(size=shape)
     got = np.asarray(orthogonalise(jnp.asarray(x, jnp.float32)))
     u, _, vt = np.linalg.svd(x, full_matrices=False)
@@ -43,11 +43,12 @@ def test_same_on_every_mesh_and_adam_for_the_rest(rng, make_mesh):
         abstract = transformer.split(transformer.abstract_model(SHAPE, ComputeConfig()))[1]
     grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), abstract)
     one = updates_on(make_mesh(), grads)
-    for sizes in ((2, 2, 2), (1, 4, 1), (1, 8, 1), (1, 4, 2)):  # layers divide by all devices, by fsdp, by neither
+    # These meshes divide the four layers among fsdp x tensor, among all devices, not at all, and among fsdp.
+    for sizes in ((2, 2, 2), (1, 4, 1), (1, 8, 1), (1, 4, 2)):
         other = updates_on(make_mesh(*sizes), grads)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), one, other)
     for name in ("embedding", "head", "final_norm"):
-        # The first step of Adam is the sign of the gradient.
+        # Adam's first update is the sign of the gradient.
         np.testing.assert_allclose(one[name], np.sign(grads[name]), rtol=1e-4)
     np.testing.assert_allclose(one["blocks"]["attn_norm"], np.sign(grads["blocks"]["attn_norm"]), rtol=1e-4)
 
@@ -57,7 +58,7 @@ def test_heads_are_matrices_of_their_own(rng, make_mesh):
         abstract = transformer.split(transformer.abstract_model(SHAPE, ComputeConfig()))[1]
     grads = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), abstract)
     updates = updates_on(make_mesh(), grads)["blocks"]
-    nesterov = 1 + 0.95  # of the first gradient: a factor, which orthogonalising removes
+    nesterov = 1 + 0.95  # Nesterov momentum scales the first gradient by this factor; orthogonalising removes it.
     for name in ("q_proj", "k_proj"):
         one_head = np.asarray(orthogonalise(jnp.asarray(nesterov * grads["blocks"][name][1, :, 1, :])))
         np.testing.assert_allclose(updates[name][1, :, 1, :], one_head, rtol=1e-3, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The schedule against plain Python, the update against optax.adamw."""
+"""Tests the learning rate schedule against plain Python, and the updates of AdamW against optax.adamw."""
 
 import dataclasses
 import inspect
@@ -17,7 +17,10 @@ PAPER = ((0, 0.0), (2000, 1.0), (0.52, 1.0), (0.52, 0.25), (0.87, 0.25), (1.0, 0
 
 
 def plain(points, steps, step):
-    """The factor of the update of `step`: of the polyline at step + 1, the point in front of a jump belonging to it."""
+    """Returns the schedule's factor for the update of `step`.
+
+    This is the value of the piecewise linear function at step + 1. At a jump, the value before the jump counts.
+    """
     x = step + 1
     line = [(p * steps if isinstance(p, float) else p, f) for p, f in points]
     if x <= line[0][0]:
@@ -35,23 +38,26 @@ def plain(points, steps, step):
         (((0, 1.0),), 10),
         (((0.0, 0.0), (0.05, 1.0), (1.0, 0.1)), 300),
         (((0, 0.0), (10, 1.0), (0.5, 1.0), (0.5, 0.25), (0.9, 0.25), (1.0, 0.025)), 200),  # plateaus and a jump
-        (((5, 0.5), (10, 1.0)), 20),  # flat in front of the first point
+        (((5, 0.5), (10, 1.0)), 20),  # flat before the first point
         (((0, 0.0), (0, 1.0), (30, 1.0), (30, 0.1)), 50),  # a jump at the start, a jump at the end
         (((0, 1.0), (7, 1.0), (7, 0.3), (7, 0.2), (9, 0.1)), 12),
         (((0.25, 1.0), (0.25, 0.0)), 40),
-        (((1, 1.0), (1.0, 0.0)), 30),  # step 1 is not 1.0, the end
+        (((1, 1.0), (1.0, 0.0)), 30),  # the int 1 is step 1, the float 1.0 is the end of the run
     ],
 )
 def test_schedule_is_the_polyline(points, steps):
     schedule = make_schedule(OptimizerConfig(peak_learning_rate=3e-4, schedule=points), steps)
-    at = np.arange(steps + 5)  # and beyond the end
+    at = np.arange(steps + 5)  # includes steps beyond the end of the run
     rates = jax.vmap(schedule)(jnp.arange(steps + 5))
     assert rates.dtype == jnp.float32
     np.testing.assert_allclose(rates, [3e-4 * plain(points, steps, s) for s in at], rtol=2e-6, atol=1e-12)
 
 
 def test_schedule_of_the_paper():
-    """0 -> 4e-4 in 2,000 steps, held, 1e-4, linear to 1e-5: by hand at the corners."""
+    """The corners of the paper's schedule, computed by hand.
+
+    The learning rate rises from 0 to 4e-4 in 2,000 steps, stays there, drops to 1e-4, and falls linearly to 1e-5.
+    """
     steps = 400_000
     schedule = make_schedule(OptimizerConfig(peak_learning_rate=4e-4, schedule=PAPER), steps)
     corners = {
@@ -73,7 +79,7 @@ def test_a_step_count_and_a_fraction_differ_when_the_run_is_extended():
     [
         ((), "is empty"),
         (((0, 0.0), (20, 1.0), (10, 0.5)), "position 10 comes before"),
-        (((0, 0.0), (60, 1.0), (0.5, 0.5)), "position 0.5 comes before"),  # with 100 steps
+        (((0, 0.0), (60, 1.0), (0.5, 0.5)), "position 0.5 comes before"),  # The run has 100 steps: 0.5 is step 50.
         (((0, -1.0),), "negative"),
         (((-5, 1.0),), "negative"),
         (((0, float("inf")),), "negative"),
@@ -111,7 +117,10 @@ def test_decay_is_for_matrices(rng):
 
 @pytest.mark.parametrize("clip", [1.0, 0.0, 1e6])
 def test_equals_optax_adamw(rng, clip):
-    """Five steps with changing rates: clipping, moments, bias correction, decoupled decay scaled by the rate."""
+    """Compares five steps with changing learning rates.
+
+    This covers clipping, the moments, the bias correction, and the decoupled weight decay scaled by the learning rate.
+    """
     config = OptimizerConfig(clip_norm=clip, weight_decay=0.3, beta1=0.8, beta2=0.9, adam_eps=1e-6)
     rates = [0.1, 0.05, 0.0, 0.2, 0.01]
     ours, params = make_optimizer(config), params_like(rng)
@@ -132,7 +141,10 @@ def test_equals_optax_adamw(rng, clip):
 
 
 def test_clipping_is_global(rng):
-    """Scales all gradients alike, by their norm together; Adam's first update would hide it, its moments do not."""
+    """Clipping scales all gradients by the same factor, which depends on their global norm.
+
+    The test looks at Adam's moments, because Adam's first update does not depend on the scale of the gradients.
+    """
     config, grads = OptimizerConfig(clip_norm=1.0), params_like(rng)
     optimizer = make_optimizer(config)
     _, state = optimizer.update(grads, optimizer.init(grads), grads)
@@ -147,7 +159,10 @@ def test_clipping_is_global(rng):
 
 
 def test_no_schedule_hides_in_the_optimizer_state(rng):
-    """Only Adam counts: a skipped step moves the schedule, which follows the step of the run, and nothing else."""
+    """The optimizer's only counter is Adam's number of updates.
+
+    The schedule follows the step of the run, so that a skipped step advances the schedule and nothing else.
+    """
     state = make_optimizer(OptimizerConfig()).init(params_like(rng))
     counts = [x for x in jax.tree.leaves(state) if x.ndim == 0]
     assert len(counts) == 1
@@ -157,7 +172,10 @@ def test_no_schedule_hides_in_the_optimizer_state(rng):
 
 
 def test_muon_is_for_matrices_within_layers(rng):
-    """Embedding, head and norms as AdamW would; a layer's matrix alone decides its update, momentum with Nesterov."""
+    """Muon updates the matrices in the layers, AdamW all other parameters.
+
+    Each matrix of a layer is updated on its own, from its Nesterov momentum.
+    """
     config = OptimizerConfig(name="muon", clip_norm=0.0, weight_decay=0.0)
     adam, muon = make_optimizer(dataclasses.replace(config, name="adamw")), make_optimizer(config)
     params, (first, second) = params_like(rng), (params_like(rng), params_like(rng))

@@ -15,7 +15,7 @@ from runs import assert_same_run, record_of, terminate, wait_for, when_done
 
 from llada_jax.cli import entry_point
 from llada_jax.config import UserError
-from llada_jax.training import checkpoint
+from llada_jax.formats import workdir
 
 
 def test_killed_at_chosen_moments_the_run_is_the_same(outside, corpus, tmp_path):
@@ -31,7 +31,7 @@ def test_killed_at_chosen_moments_the_run_is_the_same(outside, corpus, tmp_path)
             assert (folder / "data").exists() and not (folder / "config.json").exists()
         elif point[0] == "saving":
             assert list((folder / "checkpoints").glob(f"{point[1]}.*tmp*")), "it was not killed while saving"
-            assert int(point[1]) not in checkpoint.steps_in(folder)
+            assert int(point[1]) not in workdir.steps_in(folder)
     process = tiny.start(["-m", "llada_jax.train", *flags])
     errors = process.communicate()[1]
     assert process.returncode == 0 and f"resuming {folder} at step 15" in errors, errors
@@ -74,7 +74,7 @@ def test_a_finished_run_is_finished(run, copy, reference, capfd):
     assert "is finished: nothing to train up to step 20" in capfd.readouterr().err
     assert_same_run(folder, reference)
     assert run(folder, steps=22) == 0  # and goes on when asked to
-    assert tiny.records(folder)[-1]["step"] == 22 and checkpoint.steps_in(folder) == [20, 22]
+    assert tiny.records(folder)[-1]["step"] == 22 and workdir.steps_in(folder) == [20, 22]
 
 
 def test_what_was_logged_is_the_mean_since_the_last_line(run, tmp_path, reference):
@@ -98,7 +98,7 @@ def test_sigterm_saves_and_the_run_goes_on(run, reference, tmp_path, step):
     with when_done(step, terminate):
         assert run(folder, checkpoint__keep=5) == entry_point.PREEMPTED
     assert signal.getsignal(signal.SIGTERM) is before
-    assert checkpoint.steps_in(folder)[-1] == step
+    assert workdir.steps_in(folder)[-1] == step
     assert run(folder, checkpoint__keep=9) == 0
     assert_same_run(folder, reference)
 
@@ -116,13 +116,13 @@ def test_sigterm_to_a_process(prepared, tmp_path):
     wait_for(process, "compiling the train step")  # nothing to save yet: it is gone at once
     process.terminate()
     process.communicate()
-    assert process.returncode == -signal.SIGTERM and checkpoint.steps_in(folder) == []
+    assert process.returncode == -signal.SIGTERM and workdir.steps_in(folder) == []
     process = tiny.start(flags)
     wait_for(process, "step      12/1000000")
     process.terminate()
     errors = process.communicate()[1]
     assert process.returncode == entry_point.PREEMPTED, errors
-    step = checkpoint.steps_in(folder)[-1]
+    step = workdir.steps_in(folder)[-1]
     assert errors.rstrip().endswith(f"stopped by SIGTERM: saved step {step}; the same command goes on from there")
     assert tiny.records(folder)[-1]["step"] <= step
 
@@ -155,7 +155,7 @@ def test_another_mesh_sees_the_same_rows_and_the_same_noise(run, reference, tmp_
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (ours["step"], name)
     for step in (5, 10, 15):  # decoded by a run that starts there on one device
         shutil.copytree(reference, tmp_path / str(step))
-        for later in checkpoint.steps_in(reference):
+        for later in workdir.steps_in(reference):
             if later > step:
                 shutil.rmtree(tmp_path / str(step) / "checkpoints" / str(later))
         with when_done(step + 2, terminate):
@@ -182,7 +182,7 @@ def test_after_damage_the_run_goes_on_from_the_checkpoint_before(run, copy, refe
     assert run(folder, checkpoint__keep=5) == 0
     errors = capfd.readouterr().err
     assert errors.count("checkpoint 15 is damaged") == 1 and f"resuming {folder} at step 10" in errors
-    assert checkpoint.steps_in(folder) == [5, 10, 15, 20]
+    assert workdir.steps_in(folder) == [5, 10, 15, 20]
     assert_same_run(folder, reference)
 
 
@@ -193,10 +193,10 @@ def test_all_damaged(run, copy):
     before = (folder / "metrics.jsonl").read_text()
     with pytest.raises(UserError, match=r"none of the checkpoints \[5, 10\] can be restored"):
         run(folder)
-    assert checkpoint.steps_in(folder) == [5, 10] and (folder / "metrics.jsonl").read_text() == before
+    assert workdir.steps_in(folder) == [5, 10] and (folder / "metrics.jsonl").read_text() == before
 
 
 def test_rolling_and_permanent_checkpoints(run, tmp_path):
     settings = {"checkpoint__every": 3, "checkpoint__keep": 2, "checkpoint__permanent_every": 6}
     assert run(tmp_path, validation__rows=0, **settings) == 0
-    assert checkpoint.steps_in(tmp_path) == [6, 12, 18, 20]
+    assert workdir.steps_in(tmp_path) == [6, 12, 18, 20]

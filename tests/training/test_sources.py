@@ -10,9 +10,9 @@ from runs import state_of, terminate, when_done
 
 from llada_jax.cli import entry_point
 from llada_jax.config import UserError
-from llada_jax.convert import convert
 from llada_jax.data.prepare.prepare_text import prepare
-from llada_jax.training import checkpoint, workdir
+from llada_jax.formats import workdir
+from llada_jax.formats.conversion import convert
 
 # Branches
 
@@ -110,7 +110,7 @@ def test_weights_alone(run, reference, tmp_path, capfd):
             assert value.tobytes() == theirs[name].tobytes(), name
     with pytest.raises(UserError, match="holds weights alone, no run that could go on: take another --workdir"):
         run(weights)
-    assert checkpoint.steps_in(weights) == [10]
+    assert workdir.steps_in(weights) == [10]
 
 
 def test_a_source_that_does_not_fit_is_refused_before_text_is_prepared(run, reference, corpus, tmp_path):
@@ -163,7 +163,7 @@ def test_sources_that_do_not_fit(run, reference, tmp_path):
     for i, (settings, message) in enumerate(cases):
         with pytest.raises(UserError, match=message):
             run(tmp_path / f"run_{i}", **settings)
-        assert checkpoint.steps_in(tmp_path / f"run_{i}") == []
+        assert workdir.steps_in(tmp_path / f"run_{i}") == []
 
 
 # Refused and allowed changes
@@ -222,7 +222,7 @@ def test_what_a_resume_may_change(run, copy, capfd):
     errors = capfd.readouterr().err
     for name in settings:
         assert f"  config.{name.replace('__', '.')}: " in errors, name
-    assert checkpoint.steps_in(folder) == [16]
+    assert workdir.steps_in(folder) == [16]
     written = tiny.records(folder)
     assert [record["step"] for record in written if record["step"] > 10] == [12, 14, 15, 16]
     assert written[-1]["learning_rate"] == pytest.approx(5e-4)

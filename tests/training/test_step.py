@@ -1,4 +1,4 @@
-"""One step of training: against a plain one, on every mesh, in micro-batches, and when numbers go bad."""
+"""Tests the train step: against a plain step, on several meshes, in micro-batches, and with non-finite numbers."""
 
 import dataclasses
 
@@ -29,7 +29,10 @@ def config_of(**changes) -> Config:
 
 
 def batch_of(step: int) -> dict[str, np.ndarray]:
-    """Rows that count up from anywhere: easily learnt. Every eighth is short, what follows is not to be looked at."""
+    """Returns rows that count up from a random token, which a model learns easily.
+
+    Every eighth row is shorter than the others. The padding after its end must have no effect.
+    """
     rng = np.random.default_rng(step)
     length = np.where(np.arange(B) % 8 == 5, rng.integers(1, T, B), T).astype(np.int32)
     tokens = (rng.integers(0, 60, B)[:, None] + np.arange(T)) % 60
@@ -38,14 +41,21 @@ def batch_of(step: int) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def first_state(make_mesh):
-    """The state at step 0 on the host, made once: what meshes are compared by is the step."""
+    """The state at step 0 on the host.
+
+    It is made only once, because the comparison between meshes is about the train step, not the initial state.
+    """
     with jax.set_mesh(make_mesh()):
         return jax.device_get(make_state(config_of()))
 
 
 @pytest.fixture(scope="module")
 def trainer(make_mesh, first_state):
-    """trainer(config, sizes) -> (state, step): the state placed, step(state, numpy batch) -> state, metrics."""
+    """The function trainer(sizes, accumulation) -> (place, step) for a mesh of these axis sizes.
+
+    place(host_state) puts a state on the mesh. step(state, batch) takes a batch of numpy arrays and returns the new
+    state and the metrics.
+    """
     made = {}
 
     def make(sizes=(1, 1, 1), accumulation=1):
@@ -54,7 +64,7 @@ def trainer(make_mesh, first_state):
         def place(host: TrainState) -> TrainState:
             with jax.set_mesh(device_mesh):
                 like = jax.eval_shape(lambda: make_state(config))
-                # Copies: the step donates what it is given, and a device may share the host's memory.
+                # Copy the arrays: the step donates its state, and a device may share the host's memory.
                 spec = lambda s: P() if s.sharding is None else s.sharding.spec  # noqa: E731
                 return jax.tree.map(lambda x, s: jax.device_put(np.array(x), spec(s)), host, like)
 
@@ -76,7 +86,10 @@ def trainer(make_mesh, first_state):
 
 @pytest.fixture(scope="module")
 def curve(trainer, first_state):
-    """curve(sizes, accumulation) -> 20 steps: the metrics of each and the final parameters, trained once."""
+    """The function curve(sizes, accumulation), which trains 20 steps, once for each combination of arguments.
+
+    It returns the metrics of each step and the final parameters.
+    """
     done = {}
 
     def run(sizes=(1, 1, 1), accumulation=1):
@@ -98,7 +111,7 @@ def curve(trainer, first_state):
     [((1, 1, 1), 4), ((8, 1, 1), 2), ((1, 8, 1), 1), ((2, 2, 2), 4), ((1, 2, 4), 2)],
 )
 def test_losses_equal_those_of_one_device(curve, sizes, accumulation):
-    """The rule of equality: 1e-5 at the first step, 1e-3 after 20; counts are exact."""
+    """Losses may differ by 1e-5 (relative) at the first step and by 1e-3 at later steps; counts must be equal."""
     (one, one_params), (other, other_params) = curve(), curve(sizes, accumulation)
     assert other[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
     assert other[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
@@ -118,8 +131,8 @@ def test_it_learns(trainer, first_state):
     for i in range(150):
         state, metrics = step(state, batch_of(i))
         losses.append(float(metrics["loss"]))
-    assert 3.5 < np.mean(losses[:3]) < 6  # about log(64) and the spread of fresh logits
-    assert np.mean(losses[-10:]) < 2.5  # that of the tokens' unigrams is log(60) = 4.1
+    assert 3.5 < np.mean(losses[:3]) < 6  # about log(64), plus the spread of the logits of a fresh model
+    assert np.mean(losses[-10:]) < 2.5  # A model that knows only the frequencies of the tokens has log(60) = 4.1.
 
 
 def noise_of(config, step, batch):
@@ -129,7 +142,10 @@ def noise_of(config, step, batch):
 
 
 def test_equals_a_plain_step(curve, trainer, first_state, make_mesh):
-    """All logits, plain softmax, plain autodiff, optax.adamw: three steps of the same losses, norms and parameters."""
+    """Three steps give the same losses, gradient norms and parameters as a plain implementation.
+
+    The plain implementation computes all logits with a plain softmax, plain autodiff and optax.adamw.
+    """
     config = config_of()
     schedule = make_schedule(config.optimizer, config.steps)
     optimizer = optax.chain(
@@ -146,7 +162,7 @@ def test_equals_a_plain_step(curve, trainer, first_state, make_mesh):
             logits = jax.reshard(logits, mesh.HIDDEN_BTD)
             nll = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
             p_mask = noisy.p_mask_B[:, None]
-            # Eq. 3, per row divided by its length, mean over rows; weights written out anew.
+            # Eq. 3, divided by the length of each row, mean over rows. The weights are computed independently here.
             return (jnp.where(noisy.mask_BT, nll / p_mask, 0).sum(axis=1) / length).mean(), nll
 
         params = trainer()[0](first_state).params
@@ -170,7 +186,7 @@ def test_equals_a_plain_step(curve, trainer, first_state, make_mesh):
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
         assert metrics["learning_rate"] == pytest.approx(float(schedule(jnp.int32(i))), rel=1e-6)
         assert metrics["tokens"] == batch_of(i)["length"].sum()
-        # Sums by mask ratio, a bin of a quarter each.
+        # Check the sums by mask ratio: four buckets, each a quarter wide.
         mask, ratio = np.asarray(noisy.mask_BT), np.asarray(noisy.p_mask_B)
         for k in range(4):
             rows = (ratio >= k / 4) & ((ratio < (k + 1) / 4) | (k == 3))
@@ -195,14 +211,17 @@ def bits(tree):
     [
         ("q_proj", (0, 3, 2, 1), np.nan),
         ("final_norm", (4,), np.inf),
-        ("head", (0, 5), 1e25),  # the loss stays finite, the gradient's norm does not
+        ("head", (0, 5), 1e25),  # The loss stays finite, but the norm of the gradients does not.
     ],
 )
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_non_finite_step_leaves_no_trace(trainer, first_state, accumulation, name, place, value):
-    """Skipped: parameters and moments keep every bit; step, noise and schedule go on; the next good step counts."""
+    """A skipped step keeps every bit of the parameters and moments.
+
+    The number of the step, and with it the noise and the schedule, advances. The next good step is applied.
+    """
     put, step = trainer(accumulation=accumulation)
-    # Not from fresh moments, where zeros would hide what happens to them.
+    # Take one step first: fresh moments are zero, which would hide changes to them.
     before, _ = step(put(first_state), batch_of(0))
     before = jax.device_get(before)
     bad = poisoned(before, name, place, value)
@@ -212,7 +231,7 @@ def test_a_non_finite_step_leaves_no_trace(trainer, first_state, accumulation, n
     assert np.isfinite(metrics["loss"]) == (value == 1e25)
     assert int(after.step) == 2
     assert bits(after.params) == bits(bad.params) and bits(after.opt_state) == bits(bad.opt_state)
-    # Healed, the run goes on as one that never saw the bad step, but for the step's number.
+    # With the bad parameter repaired, the run continues like a run without the bad step at the same step number.
     healed = TrainState(after.step, before.params, after.opt_state)
     healthy = TrainState(np.int32(2), before.params, before.opt_state)
     (a, metrics_a), (b, metrics_b) = step(put(healed), batch_of(2)), step(put(healthy), batch_of(2))
@@ -220,13 +239,13 @@ def test_a_non_finite_step_leaves_no_trace(trainer, first_state, accumulation, n
     assert metrics_a["skipped"] == 0
     schedule = make_schedule(config_of().optimizer, config_of().steps)
     assert metrics_a["learning_rate"] == metrics_b["learning_rate"] == pytest.approx(float(schedule(jnp.int32(2))))
-    # Noise belongs to the step: the same batch one step earlier has another loss.
+    # The noise depends on the step: the same batch has another loss one step earlier.
     earlier, metrics_c = step(put(TrainState(np.int32(1), before.params, before.opt_state)), batch_of(2))
     assert metrics_c["loss"] != metrics_a["loss"]
 
 
 def test_state_is_donated(trainer, first_state):
-    """Parameters and moments exist once: the old state's buffers are gone after the step."""
+    """Only one copy of the parameters and moments exists: the buffers of the old state are deleted after the step."""
     put, step = trainer()
     state = put(first_state)
     new, _ = step(state, batch_of(0))
@@ -241,7 +260,7 @@ def test_same_state_and_batch_give_the_same_bits(trainer, first_state):
 
 
 def test_first_state(make_mesh, first_state):
-    """Step 0, fp32, moments of zeros with the parameters' shardings; the seed decides the parameters."""
+    """The first state is at step 0 and in fp32, with zero moments that are sharded like the parameters."""
     assert first_state.step == 0 and first_state.step.dtype == np.int32
     assert {x.dtype for x in jax.tree.leaves(first_state.params)} == {np.dtype(np.float32)}
     with jax.set_mesh(make_mesh(2, 2, 2)):
@@ -263,7 +282,7 @@ def test_micro_batches_deal_out_every_row_once(make_mesh, sizes):
         assert jax.typeof(wide).sharding.spec == P(None, mesh.BATCH, None)
     out, wide = np.asarray(out), np.asarray(wide)
     assert out.shape == (4, 8) and sorted(out.ravel()) == list(range(32))
-    np.testing.assert_array_equal(wide, np.stack([2 * out, 2 * out + 1], axis=-1))  # row and tokens stay together
+    np.testing.assert_array_equal(wide, np.stack([2 * out, 2 * out + 1], axis=-1))  # Tokens stay with their row.
     per_shard = out.reshape(4, shards, -1)
-    for shard in range(shards):  # nothing travels between shards
+    for shard in range(shards):  # No row moves to another shard.
         assert set(per_shard[:, shard].ravel() // (32 // shards)) == {shard}

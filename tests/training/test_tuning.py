@@ -14,7 +14,7 @@ from llada_jax.cli import entry_point
 from llada_jax.config import UserError
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.read.chat import held_out_answers
-from llada_jax.training import checkpoint, workdir
+from llada_jax.formats import workdir
 
 SETTINGS = {
     "diffusion__objective": "sft",
@@ -88,7 +88,7 @@ def test_stopped_and_resumed_it_is_the_same(run, tuned, reference, chat_set, tmp
     again = {**SETTINGS, "data__path": chat_set, "init_from": str(reference)}
     with when_done(13, terminate):
         assert run(folder, **again) == entry_point.PREEMPTED
-    assert checkpoint.steps_in(folder)[-1] < 30
+    assert workdir.steps_in(folder)[-1] < 30
     assert run(folder, **again) == entry_point.FINISHED
     assert_same_run(folder, tuned)
 
@@ -120,7 +120,7 @@ def test_prepared_on_first_use_with_the_tokenizer_of_the_base(run, reference, ch
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"diffusion__objective": "pretrain"}, "holds conversations, and config.diffusion.objective trains on text"),
+        ({"diffusion__objective": "pretrain"}, "holds conversations, but config.diffusion.objective trains on text"),
         ({"diffusion__random_length_every": 5}, "random_length_every=5 cuts rows of text: set it to 0"),
         ({"init_from": "", "init_weights_only": False}, "model.layers=0 takes the architecture of config.init_from"),
         ({"sequence_length": 32}, "prepared for a sequence length of 64"),
@@ -155,5 +155,5 @@ def test_the_chat_template_is_that_of_the_model(run, reference, chats, tmp_path)
 
 
 def test_text_is_not_for_tuning(run, reference, prepared, tmp_path):
-    with pytest.raises(UserError, match="holds text, and config.diffusion.objective trains on conversations"):
+    with pytest.raises(UserError, match="holds text, but config.diffusion.objective trains on conversations"):
         run(tmp_path / "run", **{**SETTINGS, "sequence_length": 32}, data__path=prepared, init_from=str(reference))

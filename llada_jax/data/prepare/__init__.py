@@ -1,4 +1,4 @@
-"""From text files and conversations to ArrayRecord shards of token ids.
+"""Turns text files and conversations into ArrayRecord shards of token ids.
 
-May import: what data may import. Start reading at `prepare_text.py`.
+May import: the same packages as data. Start reading at `prepare_text.py`.
 """

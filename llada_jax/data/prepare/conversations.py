@@ -1,14 +1,15 @@
-"""Conversations to tune on, out of .jsonl files (also .gz, .xz), whatever common shape their lines have.
+"""Reads conversations for instruction tuning from .jsonl files (also .gz, .xz) whose lines have any common shape.
 
-A line is one of
+A line has one of these shapes:
 
   {"messages": [{"role": "user" | "assistant" | "system" | ..., "content": "..."}, ...]}
   {"prompt": "...", "response": "..."}
-  {"instruction": "...", "input": "...", "output": "..."}    input may be empty or absent
-  {"question": "...", "answer": "..."}                       with "context": that comes first
+  {"instruction": "...", "input": "...", "output": "..."}    "input" may be empty or absent
+  {"question": "...", "answer": "..."}                       "context" may be added; it comes before the question
 
-The last three are a message of the user, whose parts an empty line separates, and the assistant's answer. Other
-keys are not looked at. Files may differ, and so may lines.
+A line of one of the last three shapes becomes a message of the user and the assistant's answer. If the message of the
+user has two parts, an empty line separates them. Other keys are ignored. The files of an input may have different
+shapes, and so may the lines of a file.
 """
 
 import json
@@ -21,7 +22,8 @@ from llada_jax.data.prepare.text import Corpus, json_lines, kind_of, opened, val
 from llada_jax.text.chat_template import check_messages
 
 ASSISTANT = "assistant"
-# Keys that tell the shape -> keys whose texts are the user's message, in order; the answer. In brackets: may be absent.
+# Maps the keys that identify a shape to the keys whose texts make up the user's message, in order, and the key of the
+# answer. A key in brackets may be absent.
 _SHAPES = {
     ("prompt", "response"): (("prompt",), "response"),
     ("instruction", "output"): (("instruction", "[input]"), "output"),
@@ -30,33 +32,40 @@ _SHAPES = {
 
 
 class Conversation(NamedTuple):
-    """One line."""
+    """The conversation of one line."""
 
     messages: list[dict[str, Any]]
     source: int  # index into the inputs
-    where: str  # file and line, for messages
-    group: str  # conversations of one group are on the same side of the split
+    where: str  # file and line, for error messages
+    group: str  # all conversations of one group are in the same split
 
 
 class Conversations(Corpus):
-    """The conversations of files or globs, in a fixed order; can be iterated several times."""
+    """Yields the conversations of files or globs in a fixed order; it can be iterated several times."""
 
     def __init__(self, inputs: Sequence[str], group_key: str | None = None):
-        """Raises UserError for an input that names no file, no .jsonl file, or a file named twice.
+        """Finds the files that the inputs name.
 
         Args:
-          inputs: files or globs.
-          group_key: key of a line's value that it shares with those of its group; None = those that are alike up to
-            their first answer are a group.
+          inputs: Files or globs.
+          group_key: The key whose value in a line names the group of the conversation. None means that conversations
+            with the same messages before the first answer form a group.
+
+        Raises:
+          UserError: If an input names no file or a file that is not .jsonl, or if a file is named twice.
         """
         super().__init__(inputs)
         self._group_key = group_key
         for _, file in self._files:
             if kind_of(file)[0] != ".jsonl":
-                raise UserError(f"{file}: conversations are read from .jsonl files (also .gz, .xz)")
+                raise UserError(f"{file} is not .jsonl: conversations are read from .jsonl files (also .gz, .xz)")
 
     def __iter__(self) -> Iterator[Conversation]:
-        """Yields the conversations; raises UserError, naming file and line, for one that is none."""
+        """Yields the conversations.
+
+        Raises:
+          UserError: If a line is not a conversation. The message names the file and the line.
+        """
         for source, (where, record) in self._walk():
             messages = messages_of(record, where)
             if self._group_key is None:
@@ -64,7 +73,7 @@ class Conversations(Corpus):
             elif isinstance(record.get(self._group_key), str | int | float):
                 group = valid(str(record[self._group_key]), where)
             else:
-                raise UserError(f'{where}: no text or number under the key "{self._group_key}" (group_key)')
+                raise UserError(f'{where}: group_key needs a text or a number under the key "{self._group_key}"')
             yield Conversation(messages, source, where, group)
 
     def _read(self, source: int, file: Path) -> Iterator[tuple[tuple[str, Any], int]]:
@@ -74,14 +83,24 @@ class Conversations(Corpus):
 
 
 def messages_of(record: Any, where: str) -> list[dict[str, Any]]:
-    """The messages of a line. UserError, which begins with `where`, if it has none of the shapes, or several."""
+    """Returns the messages of a line.
+
+    Args:
+      record: The value of the line.
+      where: The file and the line, with which an error message begins.
+
+    Raises:
+      UserError: If the line has none of the known shapes, or several of them, or if its conversation has no answer.
+    """
     if not isinstance(record, dict):
-        raise UserError(f"{where}: a conversation is an object, this is {json.dumps(record)[:60]}")
+        raise UserError(f"{where}: a conversation must be a JSON object, but this is {json.dumps(record)[:60]}")
     shapes = [keys for keys in (("messages",), *_SHAPES) if all(key in record for key in keys)]
     if len(shapes) != 1:
         known = ", ".join(" + ".join(keys) for keys in (("messages",), *_SHAPES))
         problem = "none" if not shapes else "several"
-        raise UserError(f"{where}: it has {problem} of the shapes {known}; its keys are {', '.join(record) or 'none'}")
+        raise UserError(
+            f"{where}: the line has {problem} of the shapes {known}; its keys are {', '.join(record) or 'none'}"
+        )
     if shapes[0] == ("messages",):
         messages = record["messages"]
     else:
@@ -97,7 +116,9 @@ def messages_of(record: Any, where: str) -> list[dict[str, Any]]:
         raise UserError(f"{where}: {error}") from None
     valid(json.dumps(messages, ensure_ascii=False), where)
     if not any(message["role"] == ASSISTANT for message in messages[1:]):
-        raise UserError(f"{where}: nothing in it is an answer: no message of the assistant comes after another one")
+        raise UserError(
+            f"{where}: the conversation has no answer, because no message of the assistant follows another message"
+        )
     return messages
 
 
@@ -108,10 +129,10 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     if optional and value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f'{where}: "{key}" must be a text, it is {json.dumps(value)[:60]}')
+        raise UserError(f'{where}: "{key}" must be a text, but it is {json.dumps(value)[:60]}')
     return value
 
 
 def answers(messages: Sequence[dict[str, Any]]) -> list[int]:
-    """Places of the messages to learn: those of the assistant that answer something."""
+    """Returns the positions of the answers: the assistant's messages, except one that begins the conversation."""
     return [i for i, message in enumerate(messages) if i and message["role"] == ASSISTANT]

@@ -1,4 +1,4 @@
-"""Which text is held out for validation: that whose hash lies below a bound; the same text always is."""
+"""Decides which text is held out for validation: text whose hash is below a bound, so the choice is repeatable."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -10,15 +10,24 @@ _HASH_BITS = 64
 
 
 def text_hash(text: str) -> int:
-    """As HASH_RULE says."""
+    """Returns the hash of a text, computed as HASH_RULE says."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=_HASH_BITS // 8).digest(), "little")
 
 
 def held_out_below(texts: Iterable[str], fraction: float, inputs: Sequence[str]) -> int:
-    """The bound below which a text's hash holds it out: a fraction of the range of the hash.
+    """Returns the bound for hashes: a text is held out if its hash is below the bound.
 
-    If none is below that, the text with the smallest hash is. Reads only until the first such text, if there is one.
-    UserError if there is no text, or all of it is the same; `inputs` says where it came from.
+    The bound is `fraction` times the range of the hash. If no text has a hash below that number, the bound is chosen
+    such that exactly the text with the smallest hash is held out. The texts are read only up to the first one that is
+    held out. If `fraction` is 0, nothing is held out.
+
+    Args:
+      texts: The texts. For conversations, these are the names of their groups.
+      fraction: The share of the texts to hold out.
+      inputs: The inputs that the texts come from; an error message names them.
+
+    Raises:
+      UserError: If there is no text, or if all texts are the same, so that none can be held out.
     """
     below = int(fraction * 2**_HASH_BITS)
     smallest = largest = None
@@ -32,7 +41,7 @@ def held_out_below(texts: Iterable[str], fraction: float, inputs: Sequence[str])
         raise UserError(f"there is no text in the input: {', '.join(inputs)}")
     if smallest == largest:
         raise UserError(
-            f"validation_fraction={fraction} needs at least two documents (or groups) and the input is one: "
-            "give more, or validation_fraction=0"
+            f"validation_fraction={fraction} needs at least two different documents (or groups), but the input has "
+            "only one: give more text, or set validation_fraction=0"
         )
     return smallest + 1

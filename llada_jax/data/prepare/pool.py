@@ -1,7 +1,7 @@
-"""Tokenisation in several processes, results in order.
+"""Tokenises text in several processes and returns the results in order.
 
-The workers are plain child processes that speak pickles over their own pipes. Unlike
-`multiprocessing` this never runs the caller's `__main__` again, so it is safe in a notebook, under
+The workers are plain child processes that exchange pickles with the caller over pipes. Unlike
+`multiprocessing`, this module never runs the caller's `__main__` again. It is therefore safe in a notebook, under
 `python -c` and beside the threads of JAX, and a worker starts in a fraction of a second.
 """
 
@@ -26,47 +26,52 @@ from llada_jax.data.prepare.text import cut
 from llada_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
-_AHEAD = 2  # batches per worker that are read but not yet consumed: memory stays bounded
+_AHEAD = 2  # batches per worker that may be read but not yet consumed; the limit bounds the memory
 
 
 class Tokens(NamedTuple):
     """The tokens of several texts, one after the other."""
 
     ids: np.ndarray  # uint32 [tokens]
-    bytes: np.ndarray  # uint32 [tokens], bytes of text each stands for; exact in sum over each text
-    lengths: list[int]  # tokens of each text
+    bytes: np.ndarray  # uint32 [tokens], bytes of text that each token stands for; the sum over each text is exact
+    lengths: list[int]  # number of tokens of each text
 
 
 class Work(Protocol):
-    """A named tuple that is tokenised by one process: its result and itself can be pickled."""
+    """A named tuple that one process tokenises. The tuple and its result must be picklable."""
 
-    tag: Any  # the caller's, kept in its process
+    tag: Any  # data of the caller; it stays in the caller's process
 
     def tokenize(self, tokenizer: Tokenizer, token_bytes: np.ndarray) -> Any:
-        """The result. A UserError is raised where the results are read."""
+        """Returns the result. A UserError that is raised here is raised again where the results are read."""
 
 
 class Batch(NamedTuple):
     """Texts that are tokenised together."""
 
     texts: Sequence[str]
-    continues: Sequence[bool]  # whether each goes on from the text before it
+    continues: Sequence[bool]  # whether each text continues the text before it
     tag: Any = None
 
     def tokenize(self, tokenizer: Tokenizer, token_bytes: np.ndarray) -> Tokens:
-        """`tokenize` of this module."""
+        """Returns the tokens of the texts, see the function `tokenize` of this module."""
         return tokenize(tokenizer, token_bytes, self)
 
 
 def tokenize(tokenizer: Tokenizer, token_bytes: np.ndarray, batch: Batch) -> Tokens:
-    """The ids of each text and the bytes they stand for.
+    """Returns the ids of each text, and the number of bytes of text that each id stands for.
 
-    A tokenizer may add a space or normalise, so the counts of its tokens are scaled, in integers, such
-    that they add up to the text's own bytes.
+    A tokenizer may add a space to a text or normalise it. The byte counts of the tokens are therefore scaled, in
+    integers, such that they add up to the number of bytes of the text itself.
+
+    Args:
+      tokenizer: The tokenizer.
+      token_bytes: int32 [ids], the bytes of text that each id of the tokenizer stands for.
+      batch: The texts.
     """
     ids, counts, lengths = [], [], []
     for text, continues in zip(batch.texts, batch.continues, strict=True):
-        # Tokenizers take more time and memory per character on long texts.
+        # Tokenizers need more time and memory per character for long texts, so long texts are cut into pieces.
         pieces = [tokenizer.encode(piece, continuation=continues or i > 0) for i, piece in enumerate(cut(text))]
         text_ids = np.concatenate([np.asarray(piece, np.uint32) for piece in pieces])
         cumulative = np.cumsum(token_bytes[text_ids], dtype=np.int64)
@@ -83,9 +88,15 @@ def tokenize(tokenizer: Tokenizer, token_bytes: np.ndarray, batch: Batch) -> Tok
 
 
 class Pool:
-    """Worker processes for one tokenizer; 1 = the calling process itself. A context manager."""
+    """Runs the worker processes for one tokenizer, as a context manager."""
 
     def __init__(self, tokenizer_path: str | os.PathLike, workers: int):
+        """Starts the workers.
+
+        Args:
+          tokenizer_path: The file or folder that each worker loads the tokenizer from.
+          workers: The number of worker processes. With 1, the calling process itself does the work.
+        """
         self._workers = workers
         self._processes: list[subprocess.Popen] = []
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
@@ -96,16 +107,21 @@ class Pool:
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_PACKAGE_ROOT, environment.get("PYTHONPATH")]))
         environment |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-        # -P: a file in the current folder named like a module of the standard library is not imported.
+        # -P keeps Python from importing a file of the current folder in place of a standard module of the same name.
         command = [sys.executable, "-P", "-m", "llada_jax.data.prepare.pool", os.fspath(tokenizer_path)]
         for _ in range(workers):
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             self._processes.append(process)
             self._idle.put(process)
-        self._threads = ThreadPoolExecutor(workers)  # one waits for each process
+        self._threads = ThreadPoolExecutor(workers)  # each thread waits for one process
 
     def map(self, batches: Iterable[Work]) -> Iterator[tuple[Work, Any]]:
-        """Yields each batch with its result, in order; raises RuntimeError if a worker fails."""
+        """Yields each batch with its result, in order.
+
+        Raises:
+          RuntimeError: If a worker fails or dies.
+          UserError: If the tokenisation of a batch raised it.
+        """
         if self._workers == 1:
             for batch in batches:
                 yield batch, batch.tokenize(self._tokenizer, self._token_bytes)
@@ -128,7 +144,9 @@ class Pool:
             result = pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
             code = process.poll()
-            raise RuntimeError(f"a tokenisation process died (exit code {code}; -9: out of memory?)") from error
+            raise RuntimeError(
+                f"a tokenisation process died with exit code {code} (-9 often means that memory ran out)"
+            ) from error
         finally:
             self._idle.put(process)
         if isinstance(result, UserError):
@@ -138,7 +156,7 @@ class Pool:
         return result
 
     def close(self) -> None:
-        """Ends the processes at once; what they were doing is lost."""
+        """Ends the processes at once; their unfinished work is lost."""
         for process in self._processes:
             process.kill()
         if self._processes:
@@ -158,10 +176,10 @@ class Pool:
 
 
 def _serve(tokenizer_path: str) -> None:
-    """A worker: batches in from stdin, tokens out to stdout, until stdin ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    """Runs a worker, which reads batches from stdin and writes their results to stdout until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group, but the parent handles it
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not end up among the results
+    os.dup2(2, 1)  # text that a library prints goes to stderr, so that it does not end up among the results
     tokenizer = load_tokenizer(tokenizer_path)
     token_bytes = tokenizer.token_bytes()
     while True:
@@ -183,7 +201,7 @@ def _serve(tokenizer_path: str) -> None:
 
 
 if __name__ == "__main__":
-    # Pickled names must be those of the module, not of __main__.
+    # Pickles must name the classes of this module by its real name, not by __main__.
     from llada_jax.data.prepare.pool import _serve as serve
 
     serve(sys.argv[1])

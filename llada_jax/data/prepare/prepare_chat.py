@@ -1,17 +1,20 @@
-"""Conversations -> ArrayRecord shards of prompts with their answers, an index of their lengths, and a manifest.
+"""Prepares conversations: writes ArrayRecord shards of prompts with answers, an index of their lengths and a manifest.
 
-Every answer of a conversation becomes a row, see data/pairs.py: prompt and answer as the chat template of the
-tokenizer's folder renders them (LLaDA's own if there is none), and EOS. One that is longer than `sequence_length` is
+Every answer of a conversation becomes a row (see data/pairs.py). The row holds the prompt and the answer as the chat
+template in the tokenizer's folder renders them (LLaDA's own template if the folder has none), and EOS. The setting
+`too_long` says what is done with a row that is longer than `sequence_length`:
 
-  drop   left out;
-  cut    made to fit: the oldest turns of its prompt are left out, up to the next message of the user each time, while a
-         system message in front stays; if the last turn alone is too long, the answer loses its end, and with it its
-         EOS. It is left out if there is no room for an answer.
+  drop   The row is left out.
+  cut    The row is made to fit. The oldest turns of its prompt are removed, each time up to the next message of the
+         user; a system message at the beginning stays. If the last turn alone is too long, the answer loses its end,
+         and with it its EOS. If even the prompt leaves no room for an answer, the row is left out.
 
-An answer without text, or to nothing but that, is left out. The manifest says how many were dropped, cut and empty.
+An answer without text, or with no text in any message before it, is left out. The manifest says how many answers were
+dropped, cut and empty.
 
-Held out are whole conversations, by the hash of what comes before their first answer, so that those that begin alike
-are on the same side; or of what the group key names. See data/held_out.py.
+Whole conversations are held out. The hash of the messages before the first answer decides, so that conversations that
+begin alike are in the same split. If there is a group key, the hash of the value under this key decides instead. See
+data/prepare/held_out.py.
 """
 
 import os
@@ -19,6 +22,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from llada_jax.cli.outputs import temporary_folder, write_errors
 from llada_jax.config import UserError
 from llada_jax.data.manifest import SPLITS, TOKENIZER_FOLDER, Chat, Manifest, Source, tokenizer_fields
 from llada_jax.data.pairs import HEADER_BYTES, RULES, ChatBatch, Encoded, PairWriter, template_hash
@@ -31,13 +35,11 @@ from llada_jax.data.prepare.output import (
     cores,
     id_dtype,
     publish,
-    temporary_folder,
-    write_errors,
 )
 from llada_jax.data.prepare.pool import Pool
 from llada_jax.text.tokenizer import load_tokenizer
 
-_BATCH = 128  # conversations that a worker tokenises at a time
+_BATCH = 128  # number of conversations that a worker tokenises at a time
 
 
 def prepare_chat(
@@ -55,22 +57,28 @@ def prepare_chat(
 ) -> Manifest:
     """Prepares a set for instruction tuning in the folder `output`, which appears only when it is complete.
 
-    The content of the folder depends on the conversations, the names of the inputs and the settings, not on the number
-    of workers.
+    The content of the folder depends on the conversations, the names of the inputs and the settings. It does not depend
+    on the number of workers.
 
     Args:
-      inputs: .jsonl files (also .gz, .xz) or globs; data/conversations.py says what their lines may be.
-      output: a local folder that does not exist yet.
-      tokenizer: of the model to tune: its folder or workdir, or a tokenizer's file; it is copied into the set.
-      sequence_length: tokens of a prompt with its answer and EOS, at most.
-      validation_fraction: of the conversations, held out; 0 = none.
-      too_long: drop or cut, see above.
-      group_key: conversations with the same value under this key are on the same side of the split.
-      workers: processes that tokenise; 0 = one per core.
-      shard_rows: rows per shard at most; 0 = about 256 MiB of ids.
-      progress: whether to report on stderr.
+      inputs: .jsonl files (also .gz, .xz) or globs; data/prepare/conversations.py lists the shapes of their lines.
+      output: A local folder that does not exist yet or is empty.
+      tokenizer: The tokenizer of the model to tune: the model's folder or workdir, or the file of a tokenizer. It is
+        copied into the set.
+      sequence_length: The maximum number of tokens of a prompt with its answer and EOS.
+      validation_fraction: The share of the conversations that is held out; 0 means none.
+      too_long: "drop" or "cut", as the docstring of this module explains.
+      group_key: The key that groups conversations: those with the same value under it are in the same split. None means
+        that conversations with the same messages before the first answer are in the same split.
+      workers: The number of processes that tokenise; 0 means one per core.
+      shard_rows: The maximum number of rows per shard; 0 means as many as fit into about 256 MiB of ids.
+      progress: Whether to report the progress on stderr.
 
-    Raises UserError for anything wrong with the input, the tokenizer, the settings or the output folder.
+    Returns:
+      The manifest of the set.
+
+    Raises:
+      UserError: If anything is wrong with the input, the tokenizer, the settings or the output folder.
     """
     target = check_settings(output, sequence_length, validation_fraction, workers, shard_rows)
     if too_long not in RULES:
@@ -96,7 +104,7 @@ def prepare_chat(
         if not train.rows:
             raise UserError(
                 f"no answer is left to train on: {dropped} are too long for sequence_length={sequence_length}, "
-                f"{empty} empty, {validation.rows} held out"
+                f"{empty} are empty and {validation.rows} are held out"
             )
         manifest = Manifest(
             **tokenizer_fields(loaded),
@@ -123,14 +131,14 @@ def prepare_chat(
 def _write(
     encoded: Encoded, chosen: Sequence[Conversation], below: int, writers: Sequence[PairWriter], totals: np.ndarray
 ) -> None:
-    """Adds a batch to the writers (train, validation) and to the counts per input."""
+    """Adds a tokenised batch to the writers (train, validation) and to the counts per input."""
     for conversation, pairs in zip(chosen, encoded.pairs, strict=True):
         writers[text_hash(conversation.group) < below].add(pairs)
         totals[conversation.source] += bool(pairs), sum(p.length for p in pairs), sum(p.bytes for p in pairs)
 
 
 def _batches(conversations: Conversations, sequence_length: int, too_long: str) -> Iterator[ChatBatch]:
-    """Conversations for the workers; the tag has them too, and the place in the input."""
+    """Yields batches of conversations for the workers; the tag holds (conversations, bytes of the input read)."""
     chosen: list[Conversation] = []
 
     def batch() -> ChatBatch:

@@ -1,13 +1,13 @@
-"""Text -> ArrayRecord shards of token ids, packed to the sequence length, and a manifest.
+"""Prepares text: writes ArrayRecord shards of token ids, packed to the sequence length, and a manifest.
 
-Packing. The texts of a split follow one another in the order of the input; EOS ends each stretch of
-text that was contiguous in its source: a document, or, where a long .txt file is cut into pieces
-(see data/text.py) and some of them are held out, each run of neighbouring pieces in the same split.
-This stream of tokens is cut into rows of `sequence_length` without regard to documents; only the last row
-of a split is padded.
+Packing. The texts of a split follow one another in the order of the input. EOS ends each stretch of text that was
+contiguous in its source. Such a stretch is usually a document. A long .txt file, however, is cut into pieces (see
+data/prepare/text.py); if some of its pieces are held out, each run of neighbouring pieces in the same split is a
+stretch. The resulting stream of tokens is cut into rows of `sequence_length` tokens without regard to documents. Only
+the last row of a split is padded.
 
-Held-out text. A document (or piece) belongs to validation by the hash of its text, see data/held_out.py: the same
-text is always on the same side.
+Held-out text. The hash of a document (or piece) decides whether it belongs to validation (see
+data/prepare/held_out.py), so the same text is always in the same split.
 """
 
 import os
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llada_jax.cli.outputs import temporary_folder, write_errors
 from llada_jax.config import UserError
 from llada_jax.data.manifest import SPLITS, TOKENIZER_FOLDER, Manifest, Source, tokenizer_fields
 from llada_jax.data.prepare.held_out import HASH_RULE, held_out_below, text_hash
@@ -27,15 +28,13 @@ from llada_jax.data.prepare.output import (
     cores,
     id_dtype,
     publish,
-    temporary_folder,
-    write_errors,
 )
 from llada_jax.data.prepare.pool import Batch, Pool
 from llada_jax.data.prepare.text import Corpus, Piece
 from llada_jax.data.rows import SplitWriter
 from llada_jax.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-_BATCH_CHARACTERS = 1 << 18  # of text that a worker tokenises at a time
+_BATCH_CHARACTERS = 1 << 18  # number of characters that a worker tokenises at a time
 
 
 def prepare(
@@ -53,22 +52,29 @@ def prepare(
 ) -> Manifest:
     """Prepares a set for training in the folder `output`, which appears only when it is complete.
 
-    The content of the folder depends on the text, the names of the inputs and the settings, not on the number of
-    workers.
+    The content of the folder depends on the text, the names of the inputs and the settings. It does not depend on the
+    number of workers.
 
     Args:
-      inputs: files or globs (.txt, .jsonl, also .gz and .xz of them, .parquet), or "stdlib".
-      output: a local folder that does not exist yet.
-      tokenizer: a SentencePiece .model, a tokenizer.json, or a folder; it is copied into the set.
-      train_tokenizer: or the size of a vocabulary to train on the text that is not held out.
-      sequence_length: tokens per row.
-      validation_fraction: of the documents, held out; 0 = none.
-      workers: processes that tokenise; 0 = one per core.
-      shard_rows: rows per shard at most; 0 = about 256 MiB of ids.
-      text_key: the key of the text in .jsonl, its column in .parquet.
-      progress: whether to report on stderr.
+      inputs: Files or globs (.txt and .jsonl, both also compressed as .gz or .xz, and .parquet), or "stdlib" for the
+        source files of Python's standard library.
+      output: A local folder that does not exist yet or is empty.
+      tokenizer: A SentencePiece .model, a tokenizer.json, or a folder with either. It is copied into the set. None
+        means that a tokenizer is trained.
+      train_tokenizer: The vocabulary size of a tokenizer that is trained on the text that is not held out. Exactly one
+        of `tokenizer` and `train_tokenizer` must be given.
+      sequence_length: The number of tokens per row.
+      validation_fraction: The share of the documents that is held out; 0 means none.
+      workers: The number of processes that tokenise; 0 means one per core.
+      shard_rows: The maximum number of rows per shard; 0 means as many as fit into about 256 MiB of ids.
+      text_key: The key of the text in a .jsonl file, and the name of its column in a .parquet file.
+      progress: Whether to report the progress on stderr.
 
-    Raises UserError for anything wrong with the input, the tokenizer, the settings or the output folder.
+    Returns:
+      The manifest of the set.
+
+    Raises:
+      UserError: If anything is wrong with the input, the tokenizer, the settings or the output folder.
     """
     if (tokenizer is None) == (train_tokenizer is None):
         raise UserError("give either tokenizer (a file or folder) or train_tokenizer (a vocabulary size)")
@@ -87,7 +93,9 @@ def prepare(
         sources = _write_rows(corpus, below, folder, writers, workers or cores(), progress)
         train, validation = (writer.finish() for writer in writers)
         if not train.rows:
-            raise UserError("all of the text is held out for validation: give more text or a smaller fraction")
+            raise UserError(
+                "all of the text is held out for validation: give more text or a smaller validation_fraction"
+            )
         manifest = Manifest(
             **tokenizer_fields(loaded),
             sequence_length=sequence_length,
@@ -112,7 +120,7 @@ def _train(corpus: Corpus, below: int, size: int, folder: Path, progress: bool) 
 def _write_rows(
     corpus: Corpus, below: int, folder: Path, writers: Sequence[SplitWriter], workers: int, progress: bool
 ) -> tuple[Source, ...]:
-    """Tokenises the corpus into the writers (train, validation); returns the counts per input."""
+    """Tokenises the corpus, adds the tokens to the writers (train, validation), and returns the counts per input."""
     totals = np.zeros((len(corpus.inputs), 3), np.int64)  # documents, tokens, bytes
     report = Progress(corpus.total_bytes, progress)
     with Pool(folder / TOKENIZER_FOLDER, workers) as pool, report:
@@ -130,7 +138,11 @@ def _write_rows(
 
 
 def _batches(corpus: Corpus, below: int) -> Iterator[Batch]:
-    """Texts for the workers; the tag says (source, split, whether EOS follows) of each, and the place in the input."""
+    """Yields batches of texts for the workers.
+
+    The tag of a batch has two parts: a list of (index of the input, split, whether EOS follows) for each text, and the
+    number of bytes of the input that are read so far.
+    """
     texts: list[str] = []
     continues: list[bool] = []
     tags: list[tuple[int, int, bool]] = []
@@ -148,7 +160,7 @@ def _batches(corpus: Corpus, below: int) -> Iterator[Batch]:
 
 
 def _stretches(corpus: Corpus, below: int) -> Iterator[tuple[Piece, int, bool, bool]]:
-    """Each piece, its split (0 train, 1 validation), whether it continues the piece before, whether EOS follows."""
+    """Yields (piece, split, whether it continues the piece before it, whether EOS follows); split 1 is validation."""
     waiting: tuple[Piece, int, bool] | None = None
     for piece in corpus:
         split = int(text_hash(piece.text) < below)

@@ -1,6 +1,6 @@
-"""The corpus every machine has: the source files of the running interpreter's standard library.
+"""Provides a corpus that every machine has: the source files of the running interpreter's standard library.
 
-About 10 MB of real text, without a download. Tests and generated tables are left out.
+These are about 10 MB of real text that need no download. Tests and generated tables are left out.
 """
 
 import sysconfig
@@ -24,7 +24,11 @@ _LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata", "entities.py", "stringprep.py
 
 
 def source_files() -> list[Path]:
-    """The files in a fixed order; raises UserError if the interpreter came without them."""
+    """Returns the source files in a fixed order.
+
+    Raises:
+      UserError: If the interpreter was installed without the sources of its standard library.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
     for file in root.rglob("*.py"):
@@ -32,12 +36,14 @@ def source_files() -> list[Path]:
         if _LEFT_OUT_FOLDERS.isdisjoint(parts) and not any(part.startswith(_LEFT_OUT_PREFIXES) for part in parts):
             files.append(file)
     if not files:
-        raise UserError(f"this Python has no standard-library sources in {root}: give text files as input instead")
+        raise UserError(
+            f"input stdlib: this Python has no standard-library sources in {root}; give text files as input instead"
+        )
     return sorted(files, key=lambda file: file.relative_to(root).as_posix())
 
 
 def read_source(file: Path) -> str:
-    """The text of one file; empty if it is not valid Python text."""
+    """Returns the text of one file, or an empty text if its encoding is unknown or its content does not match it."""
     try:
         with tokenize.open(file) as stream:
             return stream.read()

@@ -1,8 +1,8 @@
-"""Reading documents out of files, streamed: memory does not grow with the input.
+"""Reads documents from files as a stream, so that memory does not grow with the input.
 
-A document is a line of a .jsonl file, a row of a .parquet file, or a whole .txt file. A .txt file of
-more than 65,536 characters comes in pieces of at most 16,384 characters, cut at line ends (in a longer
-line at a space, in a longer word anywhere); the pieces of a file together are exactly its text.
+A document is a line of a .jsonl file, a row of a .parquet file, or a whole .txt file. A .txt file of more than 65,536
+characters is read in pieces of at most 16,384 characters. It is cut at the ends of lines; a line that is longer is cut
+at a space, and a word that is longer is cut anywhere. The pieces of a file together are exactly its text.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, NamedTuple
 from llada_jax.config import UserError
 from llada_jax.data.prepare import stdlib
 
-WHOLE_CHARACTERS = 65_536  # a .txt file up to this length is one piece
-PIECE_CHARACTERS = 16_384  # at most, of a longer one
-STDLIB = "stdlib"  # the input that stands for the standard library's own source files
+WHOLE_CHARACTERS = 65_536  # a .txt file of at most this length is one piece
+PIECE_CHARACTERS = 16_384  # maximum length of a piece of a longer .txt file
+STDLIB = "stdlib"  # the input that stands for the source files of the standard library
 
 _READ_CHARACTERS = 1 << 20
 _FORMATS = (".txt", ".jsonl", ".parquet")
@@ -35,20 +35,28 @@ class Piece(NamedTuple):
 
     text: str  # never empty
     source: int  # index into the inputs
-    last: bool  # whether its document ends with it
+    last: bool  # whether it is the last piece of its document
 
 
 class Corpus:
-    """The documents of files, globs or "stdlib", in a fixed order; can be iterated several times.
+    """Yields the documents of files, globs or "stdlib" in a fixed order; it can be iterated several times.
 
     Attributes:
-      inputs: as given.
-      total_bytes: size of all files, as stored.
-      position: bytes of them read so far in the running iteration, for a progress bar.
+      inputs: The inputs as the user gave them.
+      total_bytes: The size of all files in bytes, as they are stored (compressed files count compressed).
+      position: The number of these bytes that the current iteration has read, for a progress bar.
     """
 
     def __init__(self, inputs: Sequence[str], text_key: str = "text"):
-        """Raises UserError for an input that names no file, an unknown kind of file, or a file named twice."""
+        """Finds the files that the inputs name.
+
+        Args:
+          inputs: Files, globs or "stdlib".
+          text_key: The key of the text in a .jsonl file, and the name of its column in a .parquet file.
+
+        Raises:
+          UserError: If an input names no file or an unknown kind of file, or if a file is named twice.
+        """
         self.inputs = tuple(inputs)
         self._text_key = text_key
         self._files = input_files(self.inputs)
@@ -56,17 +64,21 @@ class Corpus:
         self.position = 0
 
     def file_count(self, source: int) -> int:
-        """Number of files that input `source` stands for."""
+        """Returns the number of files that input number `source` stands for."""
         return sum(s == source for s, _ in self._files)
 
     def __iter__(self) -> Iterator[Piece]:
-        """Yields the pieces; raises UserError, naming file and line, for whatever cannot be read."""
+        """Yields the pieces.
+
+        Raises:
+          UserError: If a part of a file cannot be read. The message names the file and, where it has lines, the line.
+        """
         for source, (text, last) in self._walk():
             if text:
                 yield Piece(text, source, last)
 
     def _walk(self) -> Iterator[tuple[int, Any]]:
-        """(index of the input, what `_read` yields) of all files."""
+        """Yields (index of the input, item that `_read` yields) for all files."""
         finished = 0
         for source, file in self._files:
             for item, position in self._read(source, file):
@@ -76,7 +88,7 @@ class Corpus:
         self.position = finished
 
     def _read(self, source: int, file: Path) -> Iterator[tuple[Any, int]]:
-        """Yields (text, whether its document ends), and bytes of the file read so far."""
+        """Yields ((text, whether it ends its document), number of bytes of the file read so far)."""
         if self.inputs[source] == STDLIB:
             yield (stdlib.read_source(file), True), 0
             return
@@ -91,7 +103,7 @@ class Corpus:
 
 
 def input_files(inputs: Sequence[str]) -> list[tuple[int, Path]]:
-    """(index of the input, file) of all files that inputs name. UserError as `Corpus`."""
+    """Returns (index of the input, file) for all files that the inputs name; raises UserError as `Corpus` does."""
     if not inputs:
         raise UserError("no input: give at least one file, glob or the word stdlib")
     found: list[tuple[int, Path]] = []
@@ -100,7 +112,7 @@ def input_files(inputs: Sequence[str]) -> list[tuple[int, Path]]:
         for file in stdlib.source_files() if name == STDLIB else _expand(name):
             path = os.path.realpath(file)
             if path in seen:
-                raise UserError(f"input {name}: {file} is already given by {seen[path]}; name every file once")
+                raise UserError(f"input {name}: {file} is already given by input {seen[path]}; name every file once")
             seen[path] = name
             found.append((source, file))
     return found
@@ -108,7 +120,11 @@ def input_files(inputs: Sequence[str]) -> list[tuple[int, Path]]:
 
 @contextlib.contextmanager
 def opened(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """The file as stored, and decompressed; UserError for what goes wrong while they are read."""
+    """Opens a file and yields two streams: the file as it is stored, and its decompressed content.
+
+    Raises:
+      UserError: If the file is damaged, or if reading it fails while it is open.
+    """
     compression = kind_of(file)[1]
     try:
         with file.open("rb") as raw:
@@ -134,16 +150,20 @@ def _expand(name: str) -> list[Path]:
 
 
 def kind_of(file: Path) -> tuple[str, str]:
-    """Format and compression, both as file name endings."""
+    """Returns the format and the compression of a file, both as the ending of a file name ("" = not compressed).
+
+    Raises:
+      UserError: If the ending of the file's name is unknown.
+    """
     compression = file.suffix if file.suffix in _COMPRESSIONS else ""
     kind = Path(file.stem).suffix if compression else file.suffix
     if kind not in _FORMATS or (kind == ".parquet" and compression):
-        raise UserError(f"{file}: unknown kind of file; .txt and .jsonl (also .gz, .xz) and .parquet are known")
+        raise UserError(f"{file}: unknown kind of file; use .txt or .jsonl (also .gz, .xz of these) or .parquet")
     return kind, compression
 
 
 def _read_txt(file: Path, stream: BinaryIO) -> Iterator[tuple[str, bool]]:
-    reader = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")  # line ends stay as they are
+    reader = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")  # newline="" keeps line ends as they are
     try:
         text = reader.read(WHOLE_CHARACTERS + 1)
         if len(text) <= WHOLE_CHARACTERS:
@@ -161,7 +181,7 @@ def _read_txt(file: Path, stream: BinaryIO) -> Iterator[tuple[str, bool]]:
 
 
 def cut(text: str) -> Iterator[str]:
-    """The pieces of at most 16,384 characters that a long text is handled in."""
+    """Yields a text in pieces of at most 16,384 characters, cut as the docstring of this module says."""
     start = 0
     while len(text) - start > PIECE_CHARACTERS:
         end = start + PIECE_CHARACTERS
@@ -176,12 +196,16 @@ def cut(text: str) -> Iterator[str]:
 def _read_jsonl(file: Path, stream: BinaryIO, key: str) -> Iterator[tuple[str, bool]]:
     for where, record in json_lines(file, stream):
         if not isinstance(record, dict) or not isinstance(record.get(key), str):
-            raise UserError(f'{where}: no text under the key "{key}" (text_key names another)')
+            raise UserError(f'{where}: there is no text under the key "{key}" (text_key chooses another key)')
         yield valid(record[key], where), True
 
 
 def json_lines(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """File and line, and the value of each line that is not empty; UserError for one that is not JSON."""
+    """Yields (file and line as a text for messages, value of the line) for each line that is not empty.
+
+    Raises:
+      UserError: If a line is not JSON in UTF-8. The message names the file and the line.
+    """
     for number, line in enumerate(stream, start=1):
         where = f"{file}, line {number}"
         try:
@@ -204,7 +228,9 @@ def _read_parquet(file: Path, raw: BinaryIO, column: str) -> Iterator[tuple[str,
         table = pq.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
         kinds = {field.name: field.type for field in table.schema_arrow}
         if column not in kinds:
-            raise UserError(f'{file} has no column "{column}" (text_key names another): it has {", ".join(kinds)}')
+            raise UserError(
+                f'{file} has no column "{column}" (text_key chooses another column); its columns are {", ".join(kinds)}'
+            )
         if not (pa.types.is_string(kinds[column]) or pa.types.is_large_string(kinds[column])):
             raise UserError(f'{file}: column "{column}" holds {kinds[column]}, not text')
         row = 0
@@ -213,14 +239,20 @@ def _read_parquet(file: Path, raw: BinaryIO, column: str) -> Iterator[tuple[str,
                 text = value.as_py()
                 row += 1
                 if text is None:
-                    raise UserError(f'{file}, row {row}: no text in the column "{column}"')
+                    raise UserError(f'{file}, row {row}: there is no text in the column "{column}"')
                 yield text, True
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not a parquet file that can be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{file} cannot be read as a parquet file: {' '.join(str(error).split())}") from error
 
 
 def valid(text: str, where: str) -> str:
-    """The text; UserError if it has no UTF-8 form. JSON can spell half of a surrogate pair, which is no character."""
+    """Returns the text if it can be encoded in UTF-8.
+
+    JSON can spell half of a surrogate pair, which is not a character and has no form in UTF-8.
+
+    Raises:
+      UserError: If a character of the text is not valid. The message begins with `where`.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""From prepared sets to the batches of a run.
+"""Reads prepared sets and makes the batches of a run.
 
-May import: what data may import. Start reading at `pipeline.py`.
+May import: the same packages as data. Start reading at `pipeline.py`.
 """

@@ -1,9 +1,12 @@
-"""Prepared conversations -> batches for instruction tuning (Section 2.3 and Appendix B of arXiv 2502.09992).
+"""Reads prepared conversations as batches for instruction tuning (Section 2.3 and Appendix B of arXiv 2502.09992).
 
-As in pipeline.py a row is a pure function of (seed, step, row). An epoch takes every conversation once; of one with
-several answers it takes one, another in each epoch until all had their turn. Answers are padded with EOS, which is
-part of the loss, up to the longest row of the global batch. From there to the next of at most four lengths of the
-arrays (few programs are compiled) a row is padding that is neither attended to nor counted.
+As in pipeline.py, a row is a pure function of (seed, step, row). An epoch takes every conversation once. From a
+conversation with several answers, an epoch takes one answer, and each further epoch takes another one until all had
+their turn.
+
+Answers are padded with EOS up to the longest row of the global batch. This padding is part of the loss. The arrays may
+be longer than that row: they have one of at most four lengths, so that few programs are compiled. What lies beyond the
+longest row of the global batch is padding that is neither attended to nor counted in the loss.
 """
 
 from collections.abc import Sequence
@@ -15,24 +18,26 @@ from llada_jax.data.pairs import Pair, load_index
 from llada_jax.data.read.pipeline import Data, digest, in_turn, open_sets
 from llada_jax.data.rows import HeldOut
 
-WIDTHS = 4  # lengths of the arrays, at most
-TILE = 128  # tokens: attention kernels want a multiple, where the sequence length is one
+WIDTHS = 4  # maximum number of different lengths of the arrays
+# Attention kernels want arrays whose length is a multiple of this number of tokens. If the sequence length is a
+# multiple of it, all lengths are.
+TILE = 128
 
 
 def widths(sequence_length: int) -> list[int]:
-    """The lengths that arrays of rows may have, ascending, the last is `sequence_length`."""
+    """Returns the lengths that arrays of rows may have, in ascending order; the last one is `sequence_length`."""
     unit = TILE if sequence_length % TILE == 0 else 1
     quarter = -(-sequence_length // (WIDTHS * unit)) * unit
     return sorted({min(k * quarter, sequence_length) for k in range(1, WIDTHS + 1)})
 
 
 def width_of(length: int, sequence_length: int) -> int:
-    """The least of `widths` that a row of `length` tokens fits into."""
+    """Returns the smallest of `widths` that a row of `length` tokens fits into."""
     return next(width for width in widths(sequence_length) if width >= length)
 
 
 class ChatData(Data):
-    """Answers with their prompts."""
+    """The training rows of sets of conversations: prompts with their answers."""
 
     def __init__(
         self,
@@ -44,14 +49,18 @@ class ChatData(Data):
         sequence_length: int,
         vocab_size: int,
     ):
-        """Opens and checks everything. Arguments and errors are those of `pipeline.TrainingData`."""
+        """Opens and checks the sets. `pipeline.TrainingData` explains the arguments and the errors."""
         sets = open_sets(paths, "train", sequence_length, vocab_size, chat=True)
         self._indices = [load_index(rows.path, rows.manifest, "train") for rows in sets]
         super().__init__(sets, [len(starts) - 1 for starts, _ in self._indices], weights, seed, batch_size)
         self._T = sequence_length
 
     def epochs(self, rows: int) -> dict[str, tuple[int, float]]:
-        """Path of each set -> its conversations, and how often a run of `rows` rows takes each of them."""
+        """Returns, by the path of each set, how many conversations it has and how often a run takes each of them.
+
+        Args:
+          rows: The number of rows of the run.
+        """
         total = sum(self._proportions)
         return {
             s.path: (size, rows * share / total / size)
@@ -59,12 +68,13 @@ class ChatData(Data):
         }
 
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """As `Data.batch`.
+        """Returns the rows of one step; the arguments and the errors are those of `Data.batch`.
 
         Returns:
-          "tokens": int32 [len(rows), W], W the least of `widths` that the longest row of the global batch fits into;
-          "length": int32 [len(rows)], the tokens of that longest row, the same for all rows: beyond the end of its
-          answer a row is EOS; "prompt": int32 [len(rows)], tokens of the prompt.
+          A dict with three arrays. "tokens" is int32 [len(rows), W], where W is the smallest of `widths` that the
+          longest row of the global batch fits into; after the end of its answer, a row is EOS. "length" is int32
+          [len(rows)], the number of tokens of that longest row, which is the same for all rows. "prompt" is int32
+          [len(rows)], the number of tokens of each row's prompt.
         """
         first = int(step) * self._batch_size
         records = [self._record(first + row) for row in range(self._batch_size)]
@@ -76,13 +86,13 @@ class ChatData(Data):
             pair: Pair = self._sets[which][index]
             if pair.length != self._indices[which][1][index]:
                 raise UserError(
-                    f"{self._sets[which].path}: row {index} is not as long as its index says: prepare it again"
+                    f"{self._sets[which].path}: row {index} is not as long as the index says: prepare the set again"
                 )
             tokens_BT[k, : pair.length], prompt[k] = pair.tokens, pair.prompt
         return {"tokens": tokens_BT, "length": np.full(len(rows), longest, np.int32), "prompt": prompt}
 
     def _record(self, n: int) -> tuple[int, int]:
-        """Of row n of the run: which set, and which of its records."""
+        """Returns the index of the set that row n of the run comes from, and the index of the record in that set."""
         which, conversation, epoch = self._place(n)
         starts, _ = self._indices[which]
         first, count = starts[conversation], starts[conversation + 1] - starts[conversation]
@@ -93,16 +103,25 @@ class ChatData(Data):
 
 
 def held_out_answers(paths: Sequence[str], rows: int, sequence_length: int, vocab_size: int) -> HeldOut:
-    """The last answers of some held-out conversations, drawn from the sets in turn: always the same ones.
+    """Returns the last answers of some held-out conversations, taken from the sets in turn; always the same ones.
 
-    Without padding up to the longest: the bound is that of the answers, each with its one EOS. There are fewer than
-    `rows` if the sets hold out less. Raises UserError as `ChatData` does.
+    Unlike in training, the length of a row does not include the padding up to the longest row. The likelihood bound is
+    therefore that of the answers themselves, each with its one EOS.
+
+    Args:
+      paths: The folders of the sets.
+      rows: The number of answers to return. The result has fewer if the sets hold out fewer conversations.
+      sequence_length: T, which must be that of the sets.
+      vocab_size: The vocabulary size of the model; every id must be below it.
+
+    Raises:
+      UserError: If a set or a shard cannot be used, as for `ChatData`.
     """
     sets = open_sets(paths, "validation", sequence_length, vocab_size, chat=True)
     last = []
     for s in sets:
         starts, _ = load_index(s.path, s.manifest, "validation")
-        # Files are often sorted: the first conversations are no sample of all.
+        # Files are often sorted, and then their first conversations are not typical. A hash picks a sample instead.
         last.append(sorted((starts[1:] - 1).tolist(), key=lambda row: digest(0, "held out", row)))
     pairs: list[Pair] = [sets[which][last[which][i]] for which, i in in_turn([*map(len, last)], rows)]
     width = width_of(max((pair.length for pair in pairs), default=1), sequence_length)

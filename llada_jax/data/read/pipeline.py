@@ -1,12 +1,12 @@
-"""Prepared sets -> batches.
+"""Reads prepared sets as batches.
 
-Row i of step s is a pure function of (seed, s, i): there is no iterator state to save, a run can be
-resumed at any step and its rows spread over any number of hosts. With n = s * batch_size + i, the place of the row in
-the run:
+Row i of step s is a pure function of (seed, s, i). There is no iterator state to save: a run can be resumed at any
+step, and its rows can be spread over any number of hosts. The place of the row in the run is n = s * batch_size + i.
+Three parts turn n into a row:
 
-  the mixture      n -> (set, place in that set), in closed form and in exact proportions;
-  the set          place -> row: Grain shuffles each epoch of a set anew, every row once per epoch;
-  random lengths   one n in every block of `random_length_every` consecutive ones is cut short.
+  the mixture      It maps n to (set, place in that set), in closed form and in exact proportions.
+  the set          It maps the place to a row. Grain shuffles each epoch of a set anew; an epoch has every row once.
+  random lengths   In every block of `random_length_every` consecutive rows of the run, one row is cut short.
 """
 
 import fractions
@@ -27,27 +27,40 @@ from llada_jax.data.manifest import Manifest, load_manifest
 from llada_jax.data.pairs import Pair, decode_pair
 from llada_jax.data.rows import HeldOut, Row, decode_row
 
-_OPEN_THREADS = 16  # shards looked at in parallel when a run starts: with gs:// each takes a round trip
-_READER_OPTIONS = {"max_parallelism": "0"}  # the fastest for random access
+_OPEN_THREADS = 16  # shards checked in parallel when a run starts; on gs:// each check takes a round trip
+_READER_OPTIONS = {"max_parallelism": "0"}  # the fastest setting for random access
 
 
 class Data:
-    """The training rows of one or several prepared sets; what a batch of them is, a subclass says.
+    """The training rows of one or several prepared sets. A subclass defines what a batch of them contains.
 
     Attributes:
-      manifests: of the sets.
-      hashes: their sha256, the identity of the data.
-      eos_id: fills rows up beyond their length.
+      manifests: The manifests of the sets.
+      hashes: The sha256 of each manifest; together they identify the data.
+      eos_id: The id of EOS, which fills a row beyond its length.
     """
 
     def __init__(
         self, sets: Sequence["Rows"], sizes: Sequence[int], weights: Sequence[float], seed: int, batch_size: int
     ):
-        """`sizes`: what an epoch of each set takes, of which `_place` gives one; UserError for impossible weights."""
+        """Prepares the order of the rows.
+
+        Args:
+          sets: The training rows of each set.
+          sizes: For each set, the number of items in an epoch; `_place` chooses one item for each row of the run.
+          weights: The share of each set, in any scale; () means the sizes.
+          seed: The seed of the order.
+          batch_size: The number of rows per step, over all hosts.
+
+        Raises:
+          UserError: If the weights are impossible, or if a set has no training rows.
+        """
         if weights and len(weights) != len(sets):
             raise UserError(f"data.weights has {len(weights)} values for {len(sets)} sets in data.path")
         if any(not math.isfinite(w) or w < 0 for w in weights) or (weights and not any(weights)):
-            raise UserError(f"data.weights {tuple(weights)}: numbers of at least 0, not all 0, are needed")
+            raise UserError(
+                f"data.weights={tuple(weights)} must consist of finite numbers of at least 0 that are not all 0"
+            )
         for rows in sets:
             if not len(rows):
                 raise UserError(f"{rows.path} has no training rows")
@@ -58,24 +71,25 @@ class Data:
         self._seed, self._batch_size = seed, batch_size
         self._proportions = _integer_proportions(weights or sizes)
         self._shuffled = [
-            # Grain counts epochs by adding 1 to the seed: seeds far apart keep sets and runs independent.
+            # Grain adds 1 to the seed for each epoch. Seeds that are far apart keep sets and runs independent.
             grain.MapDataset.range(size).shuffle(seed=digest(seed, "shuffle", i) % 2**32).repeat()
             for i, size in enumerate(sizes)
         ]
 
     def _place(self, n: int) -> tuple[int, int, int]:
-        """Of row n of the run: which set, which of its `sizes`, and in which of that set's epochs."""
+        """Returns, for row n of the run: the index of its set, the item in that set, and the epoch of that set."""
         which, place = _select(n, self._proportions)
         return which, int(self._shuffled[which][place]), place // self._sizes[which]
 
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """Rows of one step.
+        """Returns the rows of one step.
 
         Args:
-          step: from 0.
-          rows: places in the global batch, each in 0..batch_size - 1.
+          step: The step, counted from 0.
+          rows: The places of the rows in the global batch, each in 0..batch_size - 1.
 
-        Raises UserError if a row is damaged or holds an id that the model does not have.
+        Raises:
+          UserError: If a row is damaged or holds an id that the model does not have.
         """
         raise NotImplementedError
 
@@ -84,13 +98,13 @@ class Data:
     ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
         """Yields (step, `batch(step, rows)`) from `start_step` on, without end.
 
-        Args:
-          start_step: first step.
-          rows: as in `batch`.
-          prefetch: batches read ahead in the background; 0 = none.
-          threads: that read them.
+        An exception in a background thread is raised here, when its step is due. `close()` stops the reading.
 
-        An exception in the background is raised here, at its step. `close()` stops the reading.
+        Args:
+          start_step: The first step.
+          rows: The places of the rows in the global batch, as in `batch`.
+          prefetch: The number of batches that are read ahead in the background; 0 means none.
+          threads: The number of background threads that read batches.
         """
         step = start_step
         if prefetch < 1:
@@ -112,7 +126,7 @@ class Data:
 
 
 class TrainingData(Data):
-    """Packed text."""
+    """The training rows of sets of packed text."""
 
     def __init__(
         self,
@@ -125,19 +139,21 @@ class TrainingData(Data):
         random_length_every: int,
         vocab_size: int,
     ):
-        """Opens and checks everything.
+        """Opens and checks the sets.
 
         Args:
-          paths: folders written by llada_jax.prepare.
-          weights: share of each set in the rows, in any scale; () = by number of rows, so that all sets end an
-            epoch together.
-          seed: any int >= 0; order of the rows and their random lengths.
-          batch_size: rows per step, over all hosts.
+          paths: The folders of the sets, written by llada_jax.prepare.
+          weights: The share of each set in the rows, in any scale. () means by the number of rows, so that all sets
+            end an epoch together.
+          seed: The seed of the order of the rows and of their random lengths, any int >= 0.
+          batch_size: The number of rows per step, over all hosts.
           sequence_length: T, which must be that of the sets.
-          random_length_every: rows; exactly one in every so many gets a length uniform in 1..T; 0 = never.
-          vocab_size: of the model; no id may reach it.
+          random_length_every: The number of rows in a block of which exactly one row gets a random length, uniform in
+            1..T; 0 means that no row gets one.
+          vocab_size: The vocabulary size of the model; every id must be below it.
 
-        Raises UserError for a set, weight or shard that cannot be used.
+        Raises:
+          UserError: If a set, a weight or a shard cannot be used.
         """
         sets = open_sets(paths, "train", sequence_length, vocab_size, chat=False)
         super().__init__(sets, [len(rows) for rows in sets], weights, seed, batch_size)
@@ -145,11 +161,11 @@ class TrainingData(Data):
         self._random_length = functools.lru_cache(maxsize=64)(self._draw_random_length)
 
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
-        """As `Data.batch`.
+        """Returns the rows of one step; the arguments and the errors are those of `Data.batch`.
 
         Returns:
-          "tokens": int32 [len(rows), T]; "length": int32 [len(rows)], beyond which a row is EOS, neither
-          attended to nor counted.
+          A dict with two arrays: "tokens" is int32 [len(rows), T], and "length" is int32 [len(rows)]. Beyond its
+          length, a row is EOS, which is neither attended to nor counted in the loss.
         """
         tokens = np.empty((len(rows), self._T), np.int32)
         lengths = np.empty(len(rows), np.int32)
@@ -169,17 +185,24 @@ class TrainingData(Data):
         return {"tokens": tokens, "length": lengths}
 
     def _draw_random_length(self, block: int) -> tuple[int, int]:
-        """Which row of a block is cut short, and to which length."""
-        # Philox is counter-based; its raw output, unlike the distributions of numpy, never changes.
+        """Returns which row of a block is cut short, and to which length."""
+        # Philox is counter-based. Its raw output never changes, unlike that of NumPy's distributions.
         key = np.array([digest(self._seed, "length", 0), block], np.uint64)
         offset, length = np.random.Philox(key=key).random_raw(2)
         return int(offset) % self._every, int(length) % self._T + 1
 
 
 def validation_rows(paths: Sequence[str], rows: int, sequence_length: int, vocab_size: int) -> HeldOut:
-    """The first held-out rows of text, taken from the sets in turn: always the same ones.
+    """Returns the first held-out rows of packed text, taken from the sets in turn; always the same ones.
 
-    There are fewer than `rows` if the sets hold out less. Raises UserError as `TrainingData` does.
+    Args:
+      paths: The folders of the sets.
+      rows: The number of rows to return. The result has fewer if the sets hold out fewer rows.
+      sequence_length: T, which must be that of the sets.
+      vocab_size: The vocabulary size of the model; every id must be below it.
+
+    Raises:
+      UserError: If a set or a shard cannot be used, as for `TrainingData`.
     """
     sets = open_sets(paths, "validation", sequence_length, vocab_size, chat=False)
     chosen: list[Row] = [sets[which][i] for which, i in in_turn([*map(len, sets)], rows)]
@@ -189,15 +212,34 @@ def validation_rows(paths: Sequence[str], rows: int, sequence_length: int, vocab
 
 
 def in_turn(sizes: Sequence[int], count: int) -> list[tuple[int, int]]:
-    """(which, place in it) of the first `count` items of sequences of these sizes, one of each in turn."""
+    """Returns the first `count` items of several sequences, taken in turn: one item of each, then the next of each.
+
+    Args:
+      sizes: The length of each sequence. A sequence that has no items left is skipped.
+      count: The maximum number of items.
+
+    Returns:
+      (index of the sequence, place in that sequence) of each item.
+    """
     order = sorted((i, which) for which, size in enumerate(sizes) for i in range(min(count, size)))[:count]
     return [(which, i) for i, which in order]
 
 
 class Rows:
-    """Random access to the checked rows of one split of one set."""
+    """Gives random access to the rows of one split of one set, and checks each row that it reads."""
 
     def __init__(self, path: str, manifest: Manifest, split: str, vocab_size: int):
+        """Checks the shards and opens them.
+
+        Args:
+          path: The folder of the set.
+          manifest: The manifest of the set.
+          split: The name of the split.
+          vocab_size: The vocabulary size of the model; every id must be below it.
+
+        Raises:
+          UserError: If a shard is missing or damaged.
+        """
         self.path, self.manifest = path, manifest
         self._vocab_size = vocab_size
         self._shards = manifest.split(split).shards
@@ -207,7 +249,7 @@ class Rows:
         with ThreadPoolExecutor(_OPEN_THREADS) as executor:
             for _ in executor.map(_check_shard, files, self._shards):
                 pass
-        # With the number of rows in the name, files are opened when they are first read.
+        # If the name contains the number of rows, Grain opens a file only when it is first read.
         names = [f"{file}[0:{shard.rows}]" for file, shard in zip(files, self._shards, strict=True)]
         self._records = grain.sources.ArrayRecordDataSource(names, _READER_OPTIONS) if names else []
 
@@ -223,12 +265,13 @@ class Rows:
         highest = int(row.tokens.max())
         if highest >= self._vocab_size or int(row.tokens.min()) < 0:
             raise UserError(
-                f"{self._place(index)} holds the token id {highest}, and the model's vocabulary ends at "
-                f"{self._vocab_size}: another tokenizer, or model.vocab_size is too small"
+                f"{self._place(index)} holds the token id {highest}, but the model's vocabulary ends at "
+                f"{self._vocab_size}: the set has another tokenizer, or model.vocab_size is too small"
             )
         return row
 
     def _place(self, index: int) -> str:
+        """Returns the file and the row in it, with which an error message begins."""
         for shard in self._shards:
             if index < shard.rows:
                 return f"{epath.Path(self.path) / shard.name}, row {index},"
@@ -237,39 +280,47 @@ class Rows:
 
 
 def open_sets(paths: Sequence[str], split: str, sequence_length: int, vocab_size: int, chat: bool) -> list[Rows]:
-    """Opens one split of every set, which must hold conversations or, if not `chat`, text.
+    """Opens one split of every set. All manifests are checked before any shard is.
 
-    All manifests are looked at before any shard. Raises UserError for a set that cannot be used.
+    Args:
+      paths: The folders of the sets.
+      split: The name of the split.
+      sequence_length: T, which must be that of the sets.
+      vocab_size: The vocabulary size of the model.
+      chat: Whether the sets must hold conversations. False means that they must hold packed text.
+
+    Raises:
+      UserError: If a set cannot be used.
     """
     if not paths:
-        raise UserError("data.path: no prepared set is named")
+        raise UserError("data.path names no prepared set")
     manifests = [load_manifest(path) for path in paths]
     for path, manifest in zip(paths, manifests, strict=True):
         if chat != (manifest.chat is not None):
             held, wanted = ("conversations", "text") if manifest.chat else ("text", "conversations")
             raise UserError(
-                f"{path} holds {held}, and config.diffusion.objective trains on {wanted}: "
+                f"{path} holds {held}, but config.diffusion.objective trains on {wanted}: "
                 "choose another objective, or prepare the set with" + ("out" if manifest.chat else "") + " --chat"
             )
         if manifest.sequence_length != sequence_length:
             raise UserError(
-                f"{path} is prepared for a sequence length of {manifest.sequence_length}, and sequence_length is "
-                f"{sequence_length}: prepare it again or change the setting"
+                f"{path} was prepared for a sequence length of {manifest.sequence_length}, but sequence_length is "
+                f"{sequence_length}: prepare the set again or change the setting"
             )
         if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
-            raise UserError(f"{path} and {paths[0]} have different tokenizers: prepare them with the same one")
+            raise UserError(f"{path} and {paths[0]} have different tokenizers: prepare both with the same one")
         if manifest.tokenizer_size > vocab_size:
             raise UserError(
-                f"{path} has a tokenizer of {manifest.tokenizer_size} ids, and the model's vocabulary is {vocab_size}: "
-                f"model.vocab_size={manifest.vocab_size} would do"
+                f"{path} has a tokenizer of {manifest.tokenizer_size} ids, but the model's vocabulary has only "
+                f"{vocab_size}: model.vocab_size={manifest.vocab_size} would be large enough"
             )
         if chat and manifest.chat.template_sha256 != manifests[0].chat.template_sha256:
-            raise UserError(f"{path} and {paths[0]} have different chat templates: prepare them with the same one")
+            raise UserError(f"{path} and {paths[0]} have different chat templates: prepare both with the same one")
     return [Rows(path, manifest, split, vocab_size) for path, manifest in zip(paths, manifests, strict=True)]
 
 
 def _check_shard(file: str, shard: Any) -> None:
-    """Raises UserError unless the file has the size that the manifest says, and opens."""
+    """Raises UserError unless the file has the size that the manifest says and can be opened."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     path = epath.Path(file)
@@ -277,7 +328,10 @@ def _check_shard(file: str, shard: Any) -> None:
         raise UserError(f"{file} is missing: copy the whole folder, or prepare the set again")
     size = path.stat().length
     if size != shard.size:
-        raise UserError(f"{file} is cut short or changed: {size:,} bytes, {shard.size:,} in the manifest")
+        raise UserError(
+            f"{file} is cut short or changed: it has {size:,} bytes, but the manifest says {shard.size:,}; "
+            "copy it again, or prepare the set again"
+        )
     try:
         reader = ArrayRecordReader(file, "readahead_buffer_size:0,max_parallelism:0")
         complete = reader.ok() and reader.num_records() == shard.rows
@@ -289,13 +343,13 @@ def _check_shard(file: str, shard: Any) -> None:
 
 
 def digest(seed: int, purpose: str, index: int) -> int:
-    """64 bits out of any seed, another for each purpose and index."""
+    """Returns 64 bits that are derived from any seed and that differ for each purpose and index."""
     text = f"{seed} {purpose} {index}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def _integer_proportions(weights: Sequence[float]) -> tuple[int, ...]:
-    """The weights as exact integers, as they are written: 0.7 and 0.3 are 7 and 3."""
+    """Returns integers in exactly the proportions of the weights as they are written: 0.7 and 0.3 give 7 and 3."""
     exact = [fractions.Fraction(str(weight)) for weight in weights]
     common = math.lcm(*(f.denominator for f in exact))
     integers = [int(f * common) for f in exact]
@@ -304,11 +358,12 @@ def _integer_proportions(weights: Sequence[float]) -> tuple[int, ...]:
 
 
 def _select(n: int, proportions: Sequence[int]) -> tuple[int, int]:
-    """Position n of the mixture -> (set, position within the set).
+    """Maps position n of the mixture to (index of the set, position in that set).
 
-    Of the first m positions, floor(m (total - p) / total) go to the sets after the first, of proportion p; among
-    those the rule applies again. Any sum(proportions) positions from a multiple of it hold exactly p of each set,
-    and every set is read without gaps. (Grain's own mixture rounds the proportions.)
+    Let p be the proportion of the first set. Of the first m positions of the mixture, floor(m (total - p) / total) go
+    to the sets after the first one; the same rule then divides these positions among those sets. Any sum(proportions)
+    consecutive positions that begin at a multiple of sum(proportions) hold exactly as many positions of each set as its
+    proportion says, and every set is read without gaps. (Grain's own mixture rounds the proportions.)
     """
     total = sum(proportions)
     start, stop = n, n + 1

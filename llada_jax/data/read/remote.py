@@ -1,16 +1,17 @@
-"""How the shards of a prepared set reach the hosts.
+"""Makes the shards of a prepared set readable on every host.
 
-Any row may be needed by any host at any step, so every host must see all shards. There are two ways:
+Any host may need any row at any step, so every host must see all shards. There are two ways:
 
   a mounted folder   (local disk, NFS, Lustre, Cloud Storage FUSE): config.data.path=/mnt/sets/text. Rows are read
-                     where they lie. The way for a set larger than the hosts' disks; with Cloud Storage FUSE mount
-                     with its file cache on, since single rows are small reads.
-  a bucket           config.data.path=gs://BUCKET/text (s3://, az:// and hf:// alike). Each host copies the set to
-                     config.data.cache before it trains, and reads rows there: once, for the copy is found again at
-                     the next start, and by all processes of the host. It needs the space of the whole set.
+                     from the folder itself. Use this way for a set that is larger than the hosts' disks. Mount Cloud
+                     Storage FUSE with its file cache on, because each row is a small read.
+  a bucket           config.data.path=gs://BUCKET/text (or s3://, az://, hf://). Each host copies the set to
+                     config.data.cache before it trains, and reads the rows from the copy. It copies the set only
+                     once: the next start, and all other processes of the host, find the copy again. The copy needs
+                     as much space as the whole set.
 
-`gcloud storage cp -r sets/text gs://BUCKET/` puts a prepared set there. gs:// needs gcsfs (pip install
-'llada_jax[gcs]'). The workdir is another matter: it is always a local or mounted folder.
+`gcloud storage cp -r sets/text gs://BUCKET/` copies a prepared set to a bucket. gs:// needs gcsfs (pip install
+'llada_jax[gcs]'). This module is only about prepared sets: the workdir is always a local or mounted folder.
 """
 
 import fcntl
@@ -31,20 +32,22 @@ _CHUNK = 1 << 24  # bytes
 
 
 def is_remote(path: str) -> bool:
-    """Whether a set must be copied before its rows can be read."""
+    """Returns whether a set must be copied before its rows can be read."""
     return "://" in path
 
 
 def local_copy(path: str, cache: str, report: Callable[[str], None] = print) -> str:
-    """The folder of a prepared set on this host; a remote set is copied first, what is whole there is kept.
+    """Returns the folder of a prepared set on this host. A remote set is copied to this host first.
+
+    Files that are already complete in the copy are not copied again.
 
     Args:
-      path: the set; a local path is returned as it is.
-      cache: the folder for copies, "" = ~/.cache/llada_jax.
-      report: told once if there is something to copy.
+      path: The path of the set. A local path is returned as it is.
+      cache: The folder for copies; "" means ~/.cache/llada_jax.
+      report: A function that is called with one line of text if there is something to copy.
 
     Raises:
-      UserError: there is no such set, it cannot be read, or what was read is not what the manifest says.
+      UserError: If there is no such set, if it cannot be read or copied, or if a file is not what the manifest says.
     """
     if not is_remote(path):
         return path
@@ -67,11 +70,11 @@ def local_copy(path: str, cache: str, report: Callable[[str], None] = print) -> 
             _copy_tokenizer(epath.Path(path) / TOKENIZER_FOLDER, target)
             temporary = target / f"{MANIFEST_FILE}.tmp"
             temporary.write_text(manifest.to_json())
-            temporary.replace(target / MANIFEST_FILE)  # last: with it the copy is a set
+            temporary.replace(target / MANIFEST_FILE)  # last, because the manifest makes the copy a complete set
     except OSError as error:
         raise UserError(
             f"{path} cannot be copied to {target}: {' '.join(str(error).split())}; "
-            "config.data.cache names another folder"
+            "set config.data.cache to use another folder"
         ) from error
     return str(target)
 
@@ -82,8 +85,8 @@ def _remote_manifest(path: str) -> Manifest:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{path}: {error}; for gs:// pip install 'llada_jax[gcs]'") from error
-    except Exception as error:  # every file system has its own exceptions for no access, no network, no bucket
+        raise UserError(f"{path}: {error}; gs:// needs pip install 'llada_jax[gcs]'") from error
+    except Exception as error:  # each file system has its own exceptions for no access, no network and no bucket
         raise UserError(f"{path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
@@ -103,7 +106,7 @@ def _copy(source: epath.Path, folder: Path, shard: Shard) -> None:
         raise UserError(f"{source} is missing: copy the whole folder there, or prepare the set again") from error
     except OSError:
         raise
-    except Exception as error:  # every remote file system has its own
+    except Exception as error:  # each remote file system has its own exceptions
         raise UserError(f"{source} cannot be copied to {folder}: {type(error).__name__}: {error}") from error
     if digest.hexdigest() != shard.sha256:
         temporary.unlink()

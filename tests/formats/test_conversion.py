@@ -18,15 +18,14 @@ from safetensors.numpy import load_file, save_file
 
 import llada_jax
 from llada_jax.config import Config, ModelConfig, UserError
-from llada_jax.convert import convert
-from llada_jax.formats import huggingface, published, tensor_files
-from llada_jax.loading import with_tokenizer
+from llada_jax.formats import arrays, huggingface, published, tensor_files, workdir
+from llada_jax.formats.conversion import convert
+from llada_jax.formats.workdir import write_config
 from llada_jax.model.transformer import split
+from llada_jax.text.agreement import with_tokenizer
 from llada_jax.text.tokenizer import find_tokenizer, train_tokenizer
-from llada_jax.training import checkpoint
 from llada_jax.training.checkpoint import Checkpoints
 from llada_jax.training.step import make_state
-from llada_jax.training.workdir import write_config
 
 ODD_BITS = np.array([-0.0, 1e-40, -3e38, 1 + 2**-7], np.float32)  # that an inexact way would lose
 
@@ -61,7 +60,7 @@ def folder(request, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, make_mesh):
+def trained(tmp_path_factory, make_mesh):
     """A training workdir with checkpoints of steps 0 and 3."""
     folder = tmp_path_factory.mktemp("workdir")
     tokenizer = train_tokenizer([Path(__file__).read_text()], 380, folder / "tokenizer")
@@ -138,10 +137,10 @@ def test_another_dtype_and_naming(tmp_path):
         np.testing.assert_array_equal(tensors_of(tmp_path / "again")[name], rounded)
 
 
-def test_a_sentencepiece_folder_there_and_back(workdir, tmp_path):
+def test_a_sentencepiece_folder_there_and_back(trained, tmp_path):
     """The tokenizer is the same, whether its control tokens are named in a file or appended by us."""
-    convert(workdir, tmp_path / "published", "huggingface")
-    wanted = find_tokenizer(workdir / "tokenizer")
+    convert(trained, tmp_path / "published", "huggingface")
+    wanted = find_tokenizer(trained / "tokenizer")
     config = tmp_path / "published" / "tokenizer_config.json"
     for i, change in enumerate((lambda: None, lambda: config.write_text(json.dumps({"chat_template": "T"})))):
         change()
@@ -185,12 +184,12 @@ def test_float16_and_mixed_files_keep_each_tensors_dtype(tmp_path, mixed):
     assert json.loads((tmp_path / "rounded" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_a_model_trained_here(workdir, tmp_path):
-    convert(workdir, tmp_path / "out", "huggingface")
+def test_a_model_trained_here(trained, tmp_path):
+    convert(trained, tmp_path / "out", "huggingface")
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert fields["d_model"] == 16 and fields["max_sequence_length"] == 48 and fields["torch_dtype"] == "float32"
     assert fields["vocab_size"] == 380 and fields["embedding_size"] == 384
-    ours, tokenizer = llada_jax.load(workdir)
+    ours, tokenizer = llada_jax.load(trained)
     theirs, found = llada_jax.load(tmp_path / "out")
     assert theirs.config == ours.config and found.sha256 == tokenizer.sha256
     text = "import jax [MASK] <|eot_id|>"
@@ -202,7 +201,7 @@ def test_a_model_trained_here(workdir, tmp_path):
     assert {int(i) for i in tokens} == {i for i, _ in tokenizer.roles.values()}
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == tokenizer.eos_id
-    convert(workdir, tmp_path / "first", "huggingface", step=0)
+    convert(trained, tmp_path / "first", "huggingface", step=0)
     first, _ = llada_jax.load(tmp_path / "first")
     np.testing.assert_array_equal(first.final_norm[...] + 3, ours.final_norm[...])
 
@@ -223,12 +222,12 @@ def test_a_complete_config_has_every_field_of_the_published_one():
         assert published.model_config(published.published_config(config, "llama")) == config
 
 
-def test_weights_alone_of_a_workdir(workdir, tmp_path):
-    convert(workdir, tmp_path / "out", "orbax", step=0)
-    assert checkpoint.steps_in(tmp_path / "out") == [0]
+def test_weights_alone_of_a_workdir(trained, tmp_path):
+    convert(trained, tmp_path / "out", "orbax", step=0)
+    assert workdir.steps_in(tmp_path / "out") == [0]
     ours, tokenizer = llada_jax.load(tmp_path / "out")
-    theirs, _ = llada_jax.load(workdir, step=0)
-    assert ours.config == theirs.config and tokenizer.sha256 == find_tokenizer(workdir / "tokenizer").sha256
+    theirs, _ = llada_jax.load(trained, step=0)
+    assert ours.config == theirs.config and tokenizer.sha256 == find_tokenizer(trained / "tokenizer").sha256
     jax.tree.map(np.testing.assert_array_equal, split(ours)[1], split(theirs)[1])
     saved = (tmp_path / "out" / "checkpoints" / "0" / "state" / "_METADATA").read_text()
     assert "params" in saved and "opt_state" not in saved
@@ -249,14 +248,14 @@ def test_damage_is_found(tmp_path, dtype):
     assert not (tmp_path / "back").exists()
 
 
-def test_a_workdir_in_another_dtype(workdir):
-    exact, rounded = (llada_jax.load(workdir, dtype=dtype)[0] for dtype in ("float32", "bfloat16"))
+def test_a_workdir_in_another_dtype(trained):
+    exact, rounded = (llada_jax.load(trained, dtype=dtype)[0] for dtype in ("float32", "bfloat16"))
     wanted = jax.tree.map(lambda p: p.astype(jnp.bfloat16), split(exact)[1])
     jax.tree.map(np.testing.assert_array_equal, split(rounded)[1], wanted)
     assert {leaf.dtype for leaf in jax.tree.leaves(split(rounded)[1])} == {jnp.dtype(jnp.bfloat16)}
 
 
-def test_mistakes_are_named_before_anything_is_read(workdir, tmp_path, monkeypatch):
+def test_mistakes_are_named_before_anything_is_read(trained, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     (tmp_path / "file").touch()
@@ -264,10 +263,10 @@ def test_mistakes_are_named_before_anything_is_read(workdir, tmp_path, monkeypat
     cases = [
         ((tmp_path / "none", out, "orbax"), {}, "none is no folder"),
         ((tmp_path / "full", out, "orbax"), {}, "full has no model"),
-        ((workdir, tmp_path / "full", "orbax"), {}, "exists and is not an empty folder"),
-        ((workdir, tmp_path / "file", "huggingface"), {}, "exists and is not an empty folder"),
-        ((workdir, tmp_path / "file" / "below", "huggingface"), {}, "cannot be written"),
-        ((workdir, out, "huggingface"), {"step": 7}, "no checkpoint of step 7; it has 0, 3"),
+        ((trained, tmp_path / "full", "orbax"), {}, "exists and is not an empty folder"),
+        ((trained, tmp_path / "file", "huggingface"), {}, "exists and is not an empty folder"),
+        ((trained, tmp_path / "file" / "below", "huggingface"), {}, "cannot be written"),
+        ((trained, out, "huggingface"), {"step": 7}, "no checkpoint of step 7; it has 0, 3"),
         ((PARITY / "mha", out, "huggingface"), {"step": 7}, "has no steps"),
         ((PARITY / "mha", out, "orbax"), {"naming": "llama"}, "naming is for format=huggingface"),
         ((PARITY / "mha", out, "huggingface"), {"shard_bytes": 0}, "shard_bytes=0: a positive integer"),
@@ -282,7 +281,7 @@ def test_mistakes_are_named_before_anything_is_read(workdir, tmp_path, monkeypat
         raise AssertionError("read before it was checked")
 
     monkeypatch.setattr(huggingface, "_read_parameter", no_reading)
-    monkeypatch.setattr(checkpoint, "_read_arrays", no_reading)
+    monkeypatch.setattr(arrays, "_read_arrays", no_reading)
     for arguments, options, words in cases:
         with pytest.raises(UserError, match=words):
             convert(*arguments, **options)
@@ -307,9 +306,10 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_kill_leaves_nothing_under_the_name(tmp_path, kill):
     code = (
-        "import sys, time; from llada_jax import convert, tensor_files, command_line\n"
+        "import sys, time; from llada_jax import convert\n"
+        "from llada_jax.cli import entry_point; from llada_jax.formats import tensor_files\n"
         "def stop(*_): open(sys.argv[-1].split('=')[1] + '.now', 'w'); time.sleep(60)\n"
-        "tensor_files._write_rows = stop; command_line.run(convert.main)"
+        "tensor_files._write_rows = stop; entry_point.run(convert.main)"
     )
     arguments = [f"--input={PARITY / 'mha'}", "--format=huggingface", f"--output={tmp_path / 'out'}"]
     environment = dict(os.environ, PYTHONPATH=str(PARITY.parent.parent))

@@ -1,28 +1,32 @@
-"""What a person reads of a run: the first batch decoded, samples, and the yardsticks at the end."""
+"""What the console shows at the beginning and at the end of a run: the first row, and the final report."""
 
-import dataclasses
 import lzma
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.config import Config, SamplingConfig
+from llada_jax.config import Config
 from llada_jax.data.rows import HeldOut
 from llada_jax.devices import mesh
 from llada_jax.diffusion import forward
-from llada_jax.model.transformer import merge
-from llada_jax.sampling.text_completion import Options, complete, complete_ids
-from llada_jax.text.tokenizer import MASK_LITERAL, Tokenizer
+from llada_jax.text.tokenizer import Tokenizer
 
-PROMPT_SHOWN = 16  # tokens of a prompt
+PROMPT_SHOWN = 16  # number of tokens of a prompt that are shown
 
 
 def first_batch(config: Config, batch: dict, tokenizer: Tokenizer, step: int, characters: int = 300) -> str:
-    """The first row of a placed batch as the train step sees it: length, t, text, masked text."""
+    """Returns the first row of a batch as the train step sees it: its length, t, its text, and its masked text.
+
+    Args:
+      config: The configuration of the run.
+      batch: The batch, placed on the mesh in use.
+      tokenizer: Decodes the row.
+      step: The step, which the noise depends on.
+      characters: The largest number of characters of text that is shown.
+    """
     objective = forward.OBJECTIVES[config.diffusion.objective]
 
     @jax.jit
@@ -46,55 +50,22 @@ def first_batch(config: Config, batch: dict, tokenizer: Tokenizer, step: int, ch
     given = f", {prompt} of the prompt" if prompt else ""
     return (
         f"first row of step {step}: {length} tokens{given}, t = {t:.3f}, {int(mask_T.sum())} masked\n"
-        f"  text:   {_cut(clean, characters)!r}\n"
-        f"  masked: {_cut(masked, characters)!r}"
+        f"  text:   {cut(clean, characters)!r}\n"
+        f"  masked: {cut(masked, characters)!r}"
     )
 
 
-def _cut(text: str, characters: int) -> str:
+def cut(text: str, characters: int) -> str:
+    """Returns the text, or its first characters and three dots if it is longer."""
     return text if len(text) <= characters else text[:characters] + "..."
 
 
-def sample_texts(
-    graphdef: nnx.GraphDef, params: dict, tokenizer: Tokenizer, config: SamplingConfig, seed: int, chat: bool = False
-) -> list[tuple[str, str]]:
-    """(prompt, whole text) of each of config.prompts; one with [MASK] in it is filled in, not continued.
-
-    If `chat`, they are messages of a user: (message, answer).
-    """
-    options = Options(steps=config.steps, block_length=config.block_length, temperature=config.temperature)
-    texts = []
-    for prompt in config.prompts:
-        if chat:
-            ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
-            one = dataclasses.replace(options, gen_length=config.gen_length)
-            (text,) = complete_ids(merge(graphdef, params), tokenizer, [ids], one, jax.random.key(seed))
-            texts.append((prompt, text))
-            continue
-        fills = MASK_LITERAL in prompt
-        one = dataclasses.replace(options, gen_length=0 if fills else config.gen_length)
-        (text,) = complete(merge(graphdef, params), tokenizer, [prompt], one, jax.random.key(seed))
-        texts.append((prompt, text if fills else prompt + text))
-    return texts
-
-
-def show_samples(samples: list[tuple[str, str]], chat: bool = False) -> str:
-    """Samples of `sample_texts` for the console, each under its prompt."""
-    blocks = []
-    for prompt, text in samples:
-        kind = "answer" if chat else "infilling" if MASK_LITERAL in prompt else "completion"
-        shown = prompt.replace(MASK_LITERAL, "_")
-        body = "\n".join("  | " + line for line in text.split("\n"))
-        blocks.append(f"{kind} {'to' if chat else 'of'} {_cut(shown, 120)!r}:\n{body}")
-    return "\n".join(blocks)
-
-
 def yardsticks(rows: HeldOut, tokenizer: Tokenizer) -> dict[str, float]:
-    """Bits per byte of two models without context on the held-out rows: token unigrams, and xz -9.
+    """Returns the bits per byte of two models without context on the held-out rows: token unigrams, and xz -9.
 
     Args:
-      rows: of text, as `likelihood.validate` takes them.
-      tokenizer: turns the tokens back into the bytes that xz compresses.
+      rows: Held-out rows of text, as `scoring.bound.validate` takes them.
+      tokenizer: Turns the tokens back into the bytes that xz compresses.
     """
     tokens_NT, length_N, _, bytes_N = rows
     ids = np.concatenate([row[:n] for row, n in zip(tokens_NT, length_N, strict=True)])
@@ -110,7 +81,7 @@ def yardsticks(rows: HeldOut, tokenizer: Tokenizer) -> dict[str, float]:
 
 
 def final_report(workdir: str, bits_per_byte: float, marks: dict[str, float], held_out_bytes: int) -> str:
-    """The quickstart's last words: the bound beside its yardsticks, and what to do next."""
+    """Returns the last lines of the quickstart: the bound beside its yardsticks, and what to do next."""
     return f"""
 held-out text, {held_out_bytes:,} bytes, bits per byte (lower is better):
   this model, likelihood bound (Eq. 6)  {bits_per_byte:6.3f}

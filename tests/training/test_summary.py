@@ -12,7 +12,7 @@ from llada_jax.data.rows import HeldOut
 from llada_jax.devices import mesh
 from llada_jax.diffusion import forward
 from llada_jax.model.transformer import split
-from llada_jax.training import report
+from llada_jax.training import samples, summary
 
 
 class Letters:
@@ -33,7 +33,7 @@ def test_first_batch_is_what_the_step_sees(make_mesh, sizes):
     device_mesh = make_mesh(*sizes)
     with jax.set_mesh(device_mesh):
         batch = mesh.place_batch({"tokens": tokens, "length": length}, device_mesh, 8)
-        text = report.first_batch(config, batch, Letters(), step=6)
+        text = summary.first_batch(config, batch, Letters(), step=6)
     noisy = forward.pretrain(
         forward.step_key(3, 6),
         {"tokens": tokens, "length": length},
@@ -49,7 +49,7 @@ def test_first_batch_is_what_the_step_sees(make_mesh, sizes):
     assert head == f"first row of step 6: 14 tokens, t = {t:.3f}, {mask.sum()} masked"
     assert clean == "  text:   'abcdefghijklmn'" and corrupted == f"  masked: {masked!r}"
     with jax.set_mesh(device_mesh):
-        short = report.first_batch(config, batch, Letters(), step=6, characters=5)
+        short = summary.first_batch(config, batch, Letters(), step=6, characters=5)
     assert "'abcde...'" in short
 
 
@@ -57,7 +57,7 @@ def test_yardsticks_on_known_bytes():
     """8 letters equally often are 3 bits each; what lies beyond a row's length does not count; xz -9 as it is."""
     tokens = np.stack([np.arange(16) % 8, np.r_[np.arange(8), np.full(8, 9)]]).astype(np.int32)
     rows = HeldOut(tokens, np.array([16, 8], np.int32), np.zeros(2, np.int32), np.array([16, 8], np.int64))
-    marks = report.yardsticks(rows, Letters())
+    marks = summary.yardsticks(rows, Letters())
     assert marks["unigram_bits_per_byte"] == pytest.approx(3)
     text = b"abcdefgh" * 3
     assert marks["xz_bits_per_byte"] == pytest.approx(8 * len(lzma.compress(text, preset=9)) / 24)
@@ -65,20 +65,20 @@ def test_yardsticks_on_known_bytes():
 
 def test_yardsticks_count_eos_in_bits_but_not_in_bytes():
     rows = HeldOut(np.array([[0, 0, 0, 26]], np.int32), *(np.array([n]) for n in (4, 0, 3)))
-    marks = report.yardsticks(rows, Letters())
+    marks = summary.yardsticks(rows, Letters())
     entropy = 4 * (0.75 * math.log2(4 / 3) + 0.25 * 2)
     assert marks["unigram_bits_per_byte"] == pytest.approx(entropy / 3)
     assert marks["xz_bits_per_byte"] == pytest.approx(8 * len(lzma.compress(b"aaa", preset=9)) / 3)
 
 
 def test_final_report_names_the_run_and_its_marks():
-    text = report.final_report("runs/x", 1.23456, {"unigram_bits_per_byte": 3.5, "xz_bits_per_byte": 1.75}, 1234567)
+    text = summary.final_report("runs/x", 1.23456, {"unigram_bits_per_byte": 3.5, "xz_bits_per_byte": 1.75}, 1234567)
     for part in ("1.235", "3.500", "1.750", "1,234,567", "--model=runs/x"):
         assert part in text
 
 
 def test_show_samples():
-    shown = report.show_samples([("ab[MASK][MASK]d", "abccd"), ("def ", "def f():\n  pass")])
+    shown = samples.show_samples([("ab[MASK][MASK]d", "abccd"), ("def ", "def f():\n  pass")])
     assert shown == "infilling of 'ab__d':\n  | abccd\ncompletion of 'def ':\n  | def f():\n  |   pass"
 
 
@@ -90,10 +90,10 @@ def test_sample_texts(toy, make_mesh, monkeypatch):
         asked.append((prompts, options, key))
         return ["whole text" if options.gen_length == 0 else " more"]
 
-    monkeypatch.setattr(report, "complete", complete)
+    monkeypatch.setattr(samples, "complete", complete)
     config = SamplingConfig(prompts=("a [MASK] b", "start"), steps=3, gen_length=9, block_length=4, temperature=0.5)
     graphdef, params = split(toy.model)
-    texts = report.sample_texts(graphdef, params, Letters(), config, seed=2)
+    texts = samples.sample_texts(graphdef, params, Letters(), config, seed=2)
     assert texts == [("a [MASK] b", "whole text"), ("start", "start more")]
     (first, options, key), (second, more, _) = asked
     assert (first, second) == (["a [MASK] b"], ["start"])

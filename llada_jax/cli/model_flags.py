@@ -1,0 +1,15 @@
+"""The flags that name the model of a command."""
+
+from absl import flags
+
+from llada_jax.config import UserError
+
+_MODEL = flags.DEFINE_string("model", None, "A training workdir, or a folder with a published model.")
+STEP = flags.DEFINE_integer("step", None, "The checkpoint of the workdir. Default: the newest.")
+
+
+def model() -> str:
+    """Returns the value of --model. Raises UserError if it is missing."""
+    if not _MODEL.value:
+        raise UserError("--model=DIR is missing: a training workdir, or a folder with a published model")
+    return _MODEL.value

@@ -1,0 +1,37 @@
+"""Files of prompts and of their completions: JSONL, one object with a "prompt" per line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llada_jax.cli.outputs import write_text
+from llada_jax.config import UserError
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Reads the objects of a JSONL file, each of which has a "prompt".
+
+    Raises:
+      UserError: If the file cannot be read, or if a line is not such an object. The message names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts={path}: {error}") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+            raise UserError(f'{path}:{number} must be an object with a text "prompt"')
+        records.append(record)
+    return records
+
+
+def write_records(path: Path, records: list[dict[str, Any]]) -> None:
+    """Writes objects as the lines of a JSONL file, whole or not at all."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

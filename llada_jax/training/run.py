@@ -1,0 +1,154 @@
+"""One training run, from what the user asked for to its exit code.
+
+The order matters. What a user can get wrong is checked before a device computes. The mesh comes before the data,
+because preparing text can take hours; the data before the state, because it decides the vocabulary; and the state
+before the first compilation.
+"""
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+import jax
+
+from llada_jax import config as configs
+from llada_jax.cli import entry_point
+from llada_jax.config import ComputeConfig, Config, UserError
+from llada_jax.data import sets as prepared
+from llada_jax.devices import distributed, mesh
+from llada_jax.devices.distributed import log
+from llada_jax.diffusion.forward import is_chat
+from llada_jax.formats import weights, workdir
+from llada_jax.formats.arrays import SaveFailed
+from llada_jax.formats.companions import keep_companions
+from llada_jax.model import lora
+from llada_jax.model.transformer import parameter_count, resolve_compute
+from llada_jax.text.agreement import resolve_ids
+from llada_jax.training import config_check, ownership, start
+from llada_jax.training.checkpoint import Checkpoints
+from llada_jax.training.loop import Loop, NonFinite
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+
+
+def train(config: Config, folder: str | os.PathLike) -> int:
+    """Starts or resumes a training run.
+
+    Args:
+      config: The configuration of the run. What it leaves to the tokenizer (special ids, vocabulary) and to
+        config.init_from (the architecture) is filled in, in place.
+      folder: The workdir of the run, which is created if needed.
+
+    Returns:
+      The exit code: 0 if the run is finished, 1 if it stopped because of non-finite steps or a disk that cannot be
+      written, 143 if it was saved after SIGTERM.
+
+    Raises:
+      UserError: If the user made a mistake, which is found before any training, or if a row of the data is damaged.
+    """
+    config_check.validate(config)
+    if "://" in os.fspath(folder):
+        raise UserError(f"--workdir={folder}: a local or mounted folder is needed")
+    folder = Path(folder)
+    distributed.check_same(
+        "config", configs.to_dict(config), lambda first: _difference(config, configs.from_dict(first))
+    )
+    with ownership.locked(folder):
+        try:
+            return _run(config, folder)
+        except (NonFinite, SaveFailed) as error:
+            reason = str(error)
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            reason = f"{error.filename or folder} cannot be written or read: {error.strerror}"
+    if distributed.announce(entry_point.FAILURE):
+        print(f"stopped: {reason}", file=sys.stderr, flush=True)
+    return entry_point.FAILURE
+
+
+def _difference(config: Config, first: Config) -> str:
+    name, (theirs, ours) = next(iter(configs.differences(first, config).items()))
+    return f"config.{name} is {ours}, in process 0 it is {theirs}: start all with the same command"
+
+
+def _run(config: Config, folder: Path) -> int:
+    # Where the run begins.
+    begin = start.decide(config, folder)
+    config.model = begin.architecture(config.model)
+    begin.check(config)
+
+    # What the devices can do.
+    device_mesh = mesh.make_mesh(config.mesh)
+    compute = _check_devices(config, device_mesh)
+
+    # The data, and what it decides: the vocabulary and the special ids.
+    sets = prepared.find_sets(config, folder, begin.earlier)
+    resolve_ids(config.model, sets.tokenizer)
+    mesh.check_model(config.model, tuple(device_mesh.shape.values()))
+    data, held_out = _open_data(config, sets)
+    identity = sets.identity(config)
+    distributed.check_same(
+        "data", identity, lambda _: f"{', '.join(sets.paths)} is not what process 0 has under that name"
+    )
+    changed = begin.check(config, sets)
+    log(_summary(config, sets, device_mesh, compute))
+
+    with jax.set_mesh(device_mesh):
+        # The state that the first step is computed from.
+        saved = Checkpoints(folder, config.checkpoint)
+        state, frozen, record = begin.first_state(config, device_mesh, compute.dtype, saved)
+        for name, (before, after) in changed.items() if begin.resumes else ():
+            log(f"  config.{name}: {before} -> {after}")
+        first_step = int(state.step)
+        if first_step > config.steps:
+            raise UserError(f"{begin.source} is at step {first_step}, beyond config.steps={config.steps}")
+
+        # The workdir, so that no checkpoint is ever without what explains it.
+        if not begin.resumes:
+            weights.save_frozen(folder, frozen)
+        if distributed.index() == 0:
+            ownership.keep_tokenizer(folder, sets.tokenizer_folder)
+            if begin.source and not begin.resumes:
+                keep_companions(folder, Path(begin.source))
+            workdir.write_config(folder, config, identity)
+            ownership.record_start(folder, config, first_step)
+        distributed.barrier("workdir is ready")
+
+        # The steps.
+        loop = Loop(config, folder, device_mesh, compute, saved, sets.tokenizer, held_out, state, frozen, record)
+        return loop.run(state, data)
+
+
+def _check_devices(config: Config, device_mesh: jax.sharding.Mesh) -> ComputeConfig:
+    """Returns the resolved compute config. Raises UserError if the model or the batch does not fit the mesh."""
+    sizes = tuple(device_mesh.shape.values())
+    mesh.check_model(config.model, sizes)
+    mesh.check_batch(config, sizes)
+    return resolve_compute(config.model, config.compute, device_mesh.devices.flat[0])
+
+
+def _open_data(config: Config, sets: prepared.PreparedSets) -> tuple[prepared.Data, prepared.HeldOut | None]:
+    """Opens the rows for training and for validation, and logs what a user should know of them."""
+    data = prepared.open_training(config, sets.paths)
+    held_out = prepared.open_held_out(config, sets.paths)
+    if is_chat(config):
+        for path, (conversations, epochs) in data.epochs(config.steps * config.batch_size).items():
+            log(f"{path}: {conversations:,} conversations, {epochs:.2f} epochs")
+    if held_out is None and config.validation.rows:
+        log("no validation: the prepared sets hold no rows out")
+    return data, held_out
+
+
+def _summary(
+    config: Config, sets: prepared.PreparedSets, device_mesh: jax.sharding.Mesh, compute: ComputeConfig
+) -> str:
+    """Returns the line that says what is trained on what."""
+    adapters = f" and {lora.adapter_count(config.model):,} of adapters" if config.model.lora.rank else ""
+    return (
+        f"{parameter_count(lora.plain(config.model)):,} parameters{adapters}, "
+        f"{sets.tokenizer.size:,} tokens in the vocabulary, "
+        f"mesh {dict(device_mesh.shape)} of {device_mesh.devices.flat[0].device_kind}, "
+        f"{compute.dtype}, attention {compute.attention}, remat {compute.remat}"
+    )

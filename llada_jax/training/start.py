@@ -1,0 +1,268 @@
+"""Where a run begins. It is decided once, before any device computes, and everything else is asked of the decision.
+
+new        nothing exists yet: freshly initialised parameters
+resumed    the workdir has checkpoints of this run: state, noise and data position of the newest whole one
+branched   config.init_from is the workdir of another run: the whole state of one of its checkpoints
+weights    only the weights of config.init_from are taken: a published folder, a workdir of weights alone (written
+           by `convert`), a run whose optimizer state is not wanted, or a run that adapters are added to
+"""
+
+import dataclasses
+import enum
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax import config as configs
+from llada_jax.config import Config, ModelConfig, UserError
+from llada_jax.data.pairs import template_hash
+from llada_jax.data.sets import PreparedSets
+from llada_jax.devices import distributed
+from llada_jax.devices.distributed import log
+from llada_jax.diffusion.forward import is_chat
+from llada_jax.formats import huggingface, weights, workdir
+from llada_jax.model import lora
+from llada_jax.model.transformer import split
+from llada_jax.text.tokenizer import find_tokenizer
+from llada_jax.training.checkpoint import Checkpoints, load_state
+from llada_jax.training.config_check import check_architecture
+from llada_jax.training.step import TrainState, make_state
+
+# The settings that a run keeps for life, beside the hashes of its data and its tokenizer.
+FIXED = ("seed", "batch_size", "sequence_length", "optimizer.name", "optimizer.state_dtype")
+FIXED_GROUPS = ("model.", "diffusion.")
+_INIT = ("init_from", "init_step", "init_weights_only")
+
+
+class Kind(enum.StrEnum):
+    """The four beginnings of a run; see the docstring of the module."""
+
+    NEW = "new"
+    RESUMED = "resumed"
+    BRANCHED = "branched"
+    WEIGHTS = "weights"
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The beginning of a run: what it starts from, and what is known of that without its arrays."""
+
+    kind: Kind
+    source: str = ""  # the folder that the state or the weights come from; "" for a new run
+    step: int | None = None  # the step of the source's checkpoint; None if it is not a workdir, or the newest whole one
+    config: Config | None = None  # the source's configuration; of a published folder only `model` is meaningful
+    identity: dict = dataclasses.field(default_factory=dict)  # hashes of the source's data and tokenizer, if known
+    template_sha256: str | None = None  # hash of the chat template of the model to tune, if conversations are learned
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run goes on in its own workdir."""
+        return self.kind is Kind.RESUMED
+
+    @property
+    def earlier(self) -> Config | None:
+        """The configuration with which the run was started before; None unless it is resumed."""
+        return self.config if self.resumes else None
+
+    def architecture(self, wanted: ModelConfig) -> ModelConfig:
+        """Returns the model config of the run.
+
+        This is `wanted`, unless its layers are 0: then the architecture is that of the source, with the adapters that
+        `wanted` asks for.
+
+        Raises:
+          UserError: If layers are 0 and `wanted` sets something else than the source has.
+        """
+        if wanted.layers:
+            return wanted
+        found, default = self.config.model, ModelConfig()
+        for field in dataclasses.fields(ModelConfig):
+            value, theirs = getattr(wanted, field.name), getattr(found, field.name)
+            if field.name not in ("layers", "lora") and value not in (getattr(default, field.name), theirs):
+                raise UserError(
+                    f"config.model.{field.name} is {value}, but config.model.layers=0 takes the architecture of "
+                    f"{self.source}, which has {theirs}"
+                )
+        model = dataclasses.replace(found, lora=wanted.lora)
+        check_architecture(model)
+        return model
+
+    def check(self, config: Config, sets: PreparedSets | None = None) -> dict[str, tuple]:
+        """Checks that what must agree with the source does agree.
+
+        Args:
+          config: The configuration of the run.
+          sets: Its data. None if the data is not there yet: then only settings are compared, and what the model config
+            leaves to the tokenizer of the data is taken to be what the source has.
+
+        Returns:
+          The settings that differ from those of the source and may differ: dotted name -> (before, now).
+
+        Raises:
+          UserError: If something does not agree. The message names it.
+        """
+        if self.kind is Kind.NEW:
+            return {}
+        model = config.model if sets else _filled(config.model, self.config.model)
+        identity = sets.identity(config) if sets else {}
+        if sets and not self.resumes:
+            self._check_template(sets)
+        if self.kind is Kind.WEIGHTS:
+            check_fits(self.config.model, model, self.source)
+            tokenizer = self.identity.get("tokenizer")
+            if sets and tokenizer is not None and tokenizer != identity["tokenizer"]:
+                raise UserError(f"the tokenizer differs from that of {self.source}: its weights know other tokens")
+            return {}
+        return self._check_same_run(dataclasses.replace(config, model=model), identity)
+
+    def _check_same_run(self, config: Config, identity: dict) -> dict[str, tuple]:
+        remedy = "set --config.init_weights_only to take its weights alone"
+        if self.resumes:
+            remedy = "take another --workdir, or set it back"
+        changed = configs.differences(self.config, config)
+        for name, (before, after) in changed.items():
+            if name in FIXED or name.startswith(FIXED_GROUPS):
+                raise UserError(f"config.{name} is {after}, but {self.source} was trained with {before}: {remedy}")
+        for name, after in identity.items():
+            if self.identity.get(name) != after:
+                raise UserError(f"the {name} differs from that of {self.source} (by its hash or value): {remedy}")
+        for name in _INIT if self.resumes else ():
+            if name in changed:
+                before, after = changed[name]
+                raise UserError(f"config.{name} is {after!r}, but {self.source} was started with {before!r}: {remedy}")
+        return changed
+
+    def _check_template(self, sets: PreparedSets) -> None:
+        learned = sets.template_sha256
+        if learned and self.template_sha256 and learned != self.template_sha256:
+            raise UserError(
+                f"the conversations were prepared with another chat template than that of {self.source}: "
+                f"prepare them with --tokenizer={self.source}"
+            )
+
+    def first_state(
+        self, config: Config, mesh: jax.sharding.Mesh, compute_dtype: str, saved: Checkpoints
+    ) -> tuple[TrainState, dict, dict]:
+        """Returns the state that the first step is computed from.
+
+        Args:
+          config: The configuration of the run, which `check` has accepted.
+          mesh: The mesh that the state is placed on, which must be in use.
+          compute_dtype: The dtype of the weights that low-rank adapters are added to.
+          saved: The checkpoints of the run's own workdir.
+
+        Returns:
+          The state; the frozen weights that low-rank adapters are added to, {} without adapters; and the record that a
+          checkpoint keeps of the loop, {} unless the run is resumed.
+
+        Raises:
+          UserError: If the arrays cannot be read.
+        """
+        adapts = config.model.lora.rank > 0
+        if self.kind is Kind.NEW:
+            return make_state(config), {}, {}
+        if self.kind is Kind.WEIGHTS:
+            params = self._weights(config, mesh, jnp.dtype(compute_dtype if adapts else jnp.float32))
+            return (make_state(config), params, {}) if adapts else (make_state(config, params), {}, {})
+        if self.resumes:
+            state, record = saved.restore(config, mesh, log)
+            log(f"resuming {self.source} at step {int(state.step)}")
+        else:
+            log(f"branching from {self.source} at step {self.step}")
+            state, record = load_state(self.source, self.step, config, mesh), {}
+        frozen = weights.load_frozen(self.source, config, mesh, jnp.dtype(compute_dtype)) if adapts else {}
+        return state, frozen, record
+
+    def _weights(self, config: Config, mesh: jax.sharding.Mesh, dtype: jnp.dtype) -> dict:
+        if self.step is not None:
+            log(f"starting from the weights of {self.source} at step {self.step}")
+            return weights.load_params(self.source, self.step, config, mesh, dtype)
+        log(f"starting from the weights of {self.source}")
+        wanted = lora.plain(config.model)
+        # The folder is read again here, and may have changed since the decision.
+        return split(huggingface.load_model(self.source, dtype, lambda m: check_fits(m, wanted, self.source)))[1]
+
+
+def decide(config: Config, folder: Path) -> Start:
+    """Decides where a run begins, in the same way for all its processes. No device is touched and no array is read.
+
+    Args:
+      config: The configuration of the run.
+      folder: Its workdir.
+
+    Raises:
+      UserError: If the workdir holds something that cannot be resumed, or if config.init_from is not usable.
+    """
+    record = distributed.first_decides("start", lambda: dataclasses.asdict(_look(config, folder)))
+    known = record["config"] and configs.from_dict(record["config"])
+    return Start(**record | {"kind": Kind(record["kind"]), "config": known})
+
+
+def _look(config: Config, folder: Path) -> Start:
+    if steps := workdir.steps_in(folder):
+        return _resumed(folder, steps)
+    if not config.init_from:
+        return Start(Kind.NEW)
+    source = Path(config.init_from)
+    if workdir.is_workdir(source, "config.init_from="):
+        return _from_workdir(config, source, workdir.choose_step(source, config.init_step))
+    if config.init_step is not None:
+        raise UserError(f"config.init_step={config.init_step}: {source} is a published folder, it has no steps")
+    tokenizer = find_tokenizer(source)
+    return Start(
+        Kind.WEIGHTS,
+        config.init_from,
+        config=Config(model=huggingface.inspect(source).config),
+        identity={"tokenizer": tokenizer and tokenizer.sha256},
+        template_sha256=template_hash(tokenizer) if tokenizer and is_chat(config) else None,
+    )
+
+
+def _resumed(folder: Path, steps: list[int]) -> Start:
+    if weights.weights_record(folder, steps[-1]):
+        raise UserError(
+            f"{folder} holds weights alone, no run that could go on: take another --workdir, and start from them with "
+            f"--config.init_from={folder}"
+        )
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder} has checkpoints but no config.json that says of what: take another --workdir")
+    stored, identity = workdir.read_config(folder)
+    return Start(Kind.RESUMED, str(folder), config=stored, identity=identity)
+
+
+def _from_workdir(config: Config, source: Path, step: int) -> Start:
+    parent, identity = workdir.read_config(source)
+    adapts_anew = config.model.lora.rank > 0 and parent.model.lora.rank == 0
+    alone = config.init_weights_only or adapts_anew or weights.weights_record(source, step) is not None
+    tokenizer = find_tokenizer(source / workdir.TOKENIZER) if is_chat(config) else None
+    return Start(
+        Kind.WEIGHTS if alone else Kind.BRANCHED,
+        config.init_from,
+        step,
+        parent,
+        identity,
+        template_hash(tokenizer) if tokenizer else None,
+    )
+
+
+def _filled(wanted: ModelConfig, found: ModelConfig) -> ModelConfig:
+    """Returns `wanted` with what it leaves open taken from `found`."""
+    unknown = [field.name for field in dataclasses.fields(ModelConfig) if getattr(wanted, field.name) is None]
+    unknown += [] if wanted.vocab_size else ["vocab_size"]
+    return dataclasses.replace(wanted, **{name: getattr(found, name) for name in unknown})
+
+
+def check_fits(found: ModelConfig, wanted: ModelConfig, source: str) -> ModelConfig:
+    """Returns `wanted` if weights of `found` fit it. What `found` leaves open (None) fits anything.
+
+    Adapters are not compared: the adapters of `found` are merged into its weights, and those of `wanted` are new.
+
+    Raises:
+      UserError: If a setting differs. The message names it and `source`.
+    """
+    for field in dataclasses.fields(ModelConfig):
+        ours, theirs = getattr(wanted, field.name), getattr(found, field.name)
+        if theirs is not None and theirs != ours and field.name not in ("token_count", "lora"):
+            raise UserError(f"config.model.{field.name} is {ours}, but {source} has {theirs}: its weights do not fit")
+    return wanted
