@@ -135,9 +135,8 @@ def with_jax(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
         def forward(params, noisy):
             return merge(graphdef, params).trunk(noisy)
 
-        params = jax.tree.map(
-            lambda p: p.astype(case.dtype), params
-        )  # The sampler also casts once, before its first step.
+        # The sampler also casts the parameters only once.
+        params = jax.tree.map(lambda p: p.astype(case.dtype), params)
         return {"ours": lambda: float(jnp.mean(jnp.abs(forward(params, noisy).astype(jnp.float32))))}, versions
 
     if case.kind == "likelihood":

@@ -145,12 +145,12 @@ def main() -> None:
                 manifest = load_manifest(path)
                 if tokenizer is None or tokenizer.sha256 != manifest.tokenizer_sha256:
                     raise UserError(
-                        f"--set={path} was not prepared with the tokenizer of --model={folder}: prepare the set again with "
-                        "this tokenizer"
+                        f"--set={path} was not prepared with the tokenizer of --model={folder}: prepare the set again "
+                        "with this tokenizer"
                     )
                 if not manifest.validation.rows:
                     raise UserError(
-                        f"--set={path} has no held-out conversations: prepare the set again with held-out conversations"
+                        f"--set={path} has no held-out conversations: prepare it with a larger --validation_fraction"
                     )
                 length = manifest.sequence_length
                 started = time.monotonic()

@@ -112,7 +112,7 @@ def test_the_tokenizer_says_what_the_config_does_not():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda path: path / "none", "is no folder"),
+        (lambda path: path / "none", "is not a folder"),
         (lambda path: path, "has no model"),
         (lambda path: shutil.copytree(PARITY / "mha", path / "m", ignore=lambda *_: ["config.json"]), "config.json: "),
     ],
@@ -132,7 +132,7 @@ def test_wrong_arguments_are_named():
 
 
 def test_the_package_alone_imports_no_jax():
-    code = "import sys, llada_jax, llada_jax.tokenizer; assert 'jax' not in sys.modules; print(llada_jax.__version__)"
+    code = "import sys, llada_jax, llada_jax.text.tokenizer; assert 'jax' not in sys.modules; print(llada_jax.__version__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -11,7 +11,7 @@ from llada_jax.cli import compilation_cache
 
 SCRIPT = """
 import jax
-from llada_jax import compilation_cache
+from llada_jax.cli import compilation_cache
 compilation_cache.enable()
 print(jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache)
 print(float(jax.jit(lambda x: (x * 3).sum())(jax.numpy.arange(5.0))))
@@ -64,7 +64,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 
 def test_without_jax_nothing_is_made(tmp_path):
-    start("from llada_jax import compilation_cache; compilation_cache.enable()", XDG_CACHE_HOME=str(tmp_path / "none"))
+    start("from llada_jax.cli import compilation_cache; compilation_cache.enable()", XDG_CACHE_HOME=str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 

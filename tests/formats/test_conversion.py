@@ -261,7 +261,7 @@ def test_mistakes_are_named_before_anything_is_read(trained, tmp_path, monkeypat
     (tmp_path / "file").touch()
     out = tmp_path / "out"
     cases = [
-        ((tmp_path / "none", out, "orbax"), {}, "none is no folder"),
+        ((tmp_path / "none", out, "orbax"), {}, "none is not a folder"),
         ((tmp_path / "full", out, "orbax"), {}, "full has no model"),
         ((trained, tmp_path / "full", "orbax"), {}, "exists and is not an empty folder"),
         ((trained, tmp_path / "file", "huggingface"), {}, "exists and is not an empty folder"),

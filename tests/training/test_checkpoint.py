@@ -97,8 +97,9 @@ def test_comes_back_bit_by_bit_on_any_mesh(config, state, folder, make_mesh, ope
     assert shards[0].data.size * shape[1] * shape[2] == found.params["blocks"]["q_proj"].size
 
 
-def test_nothing_saved_is_none(config, tmp_path, one_device, open_checkpoints):
-    assert open_checkpoints(tmp_path).restore(config, one_device, pytest.fail) is None
+def test_without_a_checkpoint_there_is_nothing_to_restore(config, tmp_path, one_device, open_checkpoints):
+    with pytest.raises(UserError, match="checkpoints has no complete checkpoint"):
+        open_checkpoints(tmp_path).restore(config, one_device, pytest.fail)
 
 
 def test_a_sharded_state_is_saved_whole(config, folder, state, make_mesh, one_device, open_checkpoints):
@@ -124,7 +125,7 @@ def test_donating_what_is_being_saved_does_no_harm(tmp_path, one_device, open_ch
         x = step(x)
     jax.block_until_ready(x)
     saved.wait()
-    found = checkpoint._load(tmp_path, 1, {"params": {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}})
+    found = arrays.load(tmp_path, 1, {"params": {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)}})
     assert np.array_equal(found["params"]["x"], wanted)
 
 
@@ -300,30 +301,3 @@ def test_steps_that_are_not_there(config, folder, tmp_path, one_device):
     with pytest.raises(UserError, match="has no checkpoint yet"):
         workdir.choose_step(tmp_path, None)
     assert workdir.choose_step(folder, None) == 2 and workdir.choose_step(folder, 1) == 1
-
-
-def test_the_fingerprint_does_not_depend_on_the_mesh_and_sees_every_bit(config, state, make_mesh, one_device):
-    with jax.set_mesh(one_device):
-        prints, broken = checkpoint.fingerprint(state.params)
-        assert not broken and len(prints) == len(jax.tree.leaves(state.params))
-    with jax.set_mesh(make_mesh(2, 2, 2)):
-        assert checkpoint.fingerprint(make_state(config).params)[0] == prints
-    with jax.set_mesh(one_device):
-        head = np.array(state.params["head"])
-        head[3, 4] = np.nextafter(head[3, 4], np.float32(9))
-        assert checkpoint.fingerprint({"head": jnp.asarray(head), "step": jnp.int32(3)})[0]["head"] != prints["head"]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
-@pytest.mark.parametrize("shape", [(), (40,), (7, 9), (3, 4, 5), (2, 3, 4, 5)])
-def test_the_fingerprint_is_the_sum_of_all_bits(rng, one_device, dtype, shape):
-    array = np.asarray(jnp.asarray(rng.standard_normal(shape) * 100).astype(dtype))
-    bits = array.view(np.uint16 if array.itemsize == 2 else np.uint32)
-    with jax.set_mesh(one_device):
-        assert checkpoint.fingerprint({"x": jnp.asarray(array)}) == ({"x": int(bits.sum(dtype=np.uint32))}, [])
-        if dtype == "int32":
-            return
-        for broken in (np.inf, -np.inf, np.nan):
-            array = array.copy()
-            array[(-1,) * len(shape)] = broken
-            assert checkpoint.fingerprint({"x": jnp.asarray(array)})[1] == ["x"]

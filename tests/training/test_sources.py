@@ -146,7 +146,7 @@ def test_sources_that_do_not_fit(run, reference, tmp_path):
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     publish(reference, tmp_path / "published", mask_token_id=7)
     cases = [
-        ({"init_from": str(tmp_path / "nowhere")}, "config.init_from=.*nowhere is no folder"),
+        ({"init_from": str(tmp_path / "nowhere")}, "config.init_from=.*nowhere is not a folder"),
         ({"init_from": str(tmp_path)}, "config.init_from=.* has no model: neither checkpoints/"),
         ({"init_from": str(tmp_path / "empty")}, "has no checkpoint yet"),
         ({"init_from": str(reference), "init_step": 11}, "no checkpoint of step 11; it has 5, 10, 15, 20"),
