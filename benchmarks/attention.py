@@ -19,7 +19,7 @@ from llada_jax.cli import entry_point
 from llada_jax.config import ComputeConfig, UserError
 from llada_jax.devices import mesh
 from llada_jax.model.attention import KERNELS, attention, choose_kernel
-from llada_jax.model.transformer import compute_dtype
+from llada_jax.model.compute import compute_dtype
 
 _SHAPES = flags.DEFINE_list(
     "shapes", ["2x1024x8x8x64"], "Shapes, each batch x tokens x heads x key/value heads x head width."

@@ -20,7 +20,8 @@ from llada_jax.config import Config, UserError
 from llada_jax.devices import mesh
 from llada_jax.devices.hardware import compiler_options
 from llada_jax.model import lora
-from llada_jax.model.transformer import Transformer, abstract_model, resolve_compute, split
+from llada_jax.model.compute import resolve_compute
+from llada_jax.model.transformer import Transformer, abstract_model, split
 from llada_jax.training import metrics
 from llada_jax.training.step import make_state, make_train_step
 

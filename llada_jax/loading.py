@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from llada_jax.config import ComputeConfig, UserError
 from llada_jax.devices import mesh as meshes
 from llada_jax.formats import workdir
-from llada_jax.model.transformer import Transformer, compute_dtype, resolve_compute
+from llada_jax.model.compute import compute_dtype, resolve_compute
+from llada_jax.model.transformer import Transformer
 from llada_jax.text.agreement import fitted, with_tokenizer
 from llada_jax.text.tokenizer import Tokenizer, find_tokenizer
 

@@ -14,7 +14,7 @@ from absl import flags
 from llada_jax.cli import entry_point
 from llada_jax.config import UserError
 from llada_jax.data.manifest import Manifest
-from llada_jax.data.pairs import RULES
+from llada_jax.data.prepare.answers import RULES
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
 

@@ -18,7 +18,7 @@ from llada_jax.loading import load_with_tokenizer
 from llada_jax.sampling import terminal
 from llada_jax.sampling.drawing import complete_drawn
 from llada_jax.sampling.prompt_files import read_records, write_records
-from llada_jax.sampling.sampler import check_settings
+from llada_jax.sampling.settings import check_settings
 from llada_jax.sampling.text_completion import DEFAULTS, Options, complete
 
 flags.adopt_module_key_flags(model_flags)

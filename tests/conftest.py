@@ -22,7 +22,8 @@ import llada_jax
 from llada_jax.config import ComputeConfig, ModelConfig
 from llada_jax.devices import mesh
 from llada_jax.model.transformer import Transformer, initialise
-from llada_jax.text.tokenizer import Tokenizer, train_tokenizer
+from llada_jax.text.tokenizer import Tokenizer
+from llada_jax.text.train_tokenizer import train_tokenizer
 
 jax.config.update("jax_default_matmul_precision", "highest")  # otherwise a GPU would compute fp32 matmuls in TF32
 

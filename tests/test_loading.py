@@ -18,7 +18,8 @@ from llada_jax.formats.workdir import write_config
 from llada_jax.model.transformer import split
 from llada_jax.sampling.text_completion import Options, finished_text, make_prompt
 from llada_jax.text.agreement import with_tokenizer
-from llada_jax.text.tokenizer import find_tokenizer, train_tokenizer
+from llada_jax.text.tokenizer import find_tokenizer
+from llada_jax.text.train_tokenizer import train_tokenizer
 from llada_jax.training.checkpoint import Checkpoints
 from llada_jax.training.step import make_state
 
@@ -132,7 +133,9 @@ def test_wrong_arguments_are_named():
 
 
 def test_the_package_alone_imports_no_jax():
-    code = "import sys, llada_jax, llada_jax.text.tokenizer; assert 'jax' not in sys.modules; print(llada_jax.__version__)"
+    code = (
+        "import sys, llada_jax, llada_jax.text.tokenizer; assert 'jax' not in sys.modules; print(llada_jax.__version__)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -16,7 +16,8 @@ import numpy as np
 from llada_jax.config import UserError
 from llada_jax.conversation.dialogue import TYPED, Message, asked, check_dialogue, shortened
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling.sampler import check_settings, denoise_steps, resolve
+from llada_jax.sampling.sampler import denoise_steps
+from llada_jax.sampling.settings import check_settings, resolve
 from llada_jax.sampling.text_completion import LENGTH_MULTIPLE, Options, text_length
 from llada_jax.text.tokenizer import Tokenizer
 

@@ -8,7 +8,6 @@ first one writes results and shows progress.
 import contextlib
 import dataclasses
 import datetime
-import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -22,22 +21,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from llada_jax import __version__, loading
 from llada_jax.cli.outputs import write_text
 from llada_jax.config import MeshConfig, UserError
 from llada_jax.devices import distributed, mesh
 from llada_jax.evaluation import reversal, tasks
+from llada_jax.evaluation.results import digest, identify, plain, table, versions
 from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling.sampler import check_settings
+from llada_jax.sampling.settings import check_settings
 from llada_jax.sampling.text_completion import Options
 from llada_jax.text.tokenizer import Tokenizer
 
 REVERSAL = "reversal"
 BOOTSTRAPS = 1000  # resamples for standard errors that have no formula; enough for two digits
-_PACKAGES = ("jax", "jaxlib", "flax", "lm_eval", "datasets", "tokenizers", "sentencepiece", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,12 +146,12 @@ def run(job: Evaluation) -> int:
     results |= {
         "evaluation": dataclasses.asdict(job),
         "model": identity | {"mesh": dict(devices.shape)},
-        "software": _versions(),
+        "software": versions(),
         "date": date,
         "seconds": round(time.monotonic() - started, 1),
     }
     if distributed.index() == 0:
-        text = json.dumps(results, indent=2, ensure_ascii=False, default=_plain)
+        text = json.dumps(results, indent=2, ensure_ascii=False, default=plain)
         write_text(Path(job.output), text + "\n")
         print(table(results))
     return 0
@@ -257,79 +255,6 @@ def _harness(
     return {name: results[name] for name in (*names, "samples") if name in results}
 
 
-def identify(path: str, step: int | None = None) -> dict[str, Any]:
-    """Identifies a model, so that another model at the same path can be distinguished from it.
-
-    Args:
-      path: The folder of the model.
-      step: The step of a checkpoint in a training workdir. None means the newest checkpoint.
-
-    Returns:
-      The path, the step (None for a published folder), a hash of config.json, and a hash of the weights. For a
-      checkpoint, the weights' hash is the hash of the checkpoint's record, which has a fingerprint of every array. For
-      a published folder, it is a hash of the names, sizes and modification times of the *.safetensors files.
-    """
-    folder = Path(path)
-    record: dict[str, Any] = {"path": str(folder.resolve()), "step": None}
-    if (folder / workdir.CHECKPOINTS).is_dir():
-        record["step"] = workdir.choose_step(folder, step)
-        weights = _content(workdir.checkpoint_path(folder, record["step"]) / "run" / "metadata")
-        # For a model with adapters, the weights of the frozen base model count as well.
-        weights += _content(workdir.checkpoint_path(folder / workdir.FROZEN, 0) / "run" / "metadata")
-    else:
-        found = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
-        weights = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]).encode()
-    return record | {"config": _digest(_content(folder / "config.json")), "weights": _digest(weights)}
-
-
-def _content(path: Path) -> bytes:
-    """Returns the content of a file, empty if it cannot be read: loading the model reports what is missing."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return b""
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def _fingerprint(job: Evaluation, identity: dict[str, Any]) -> str:
     content = json.dumps([identity, job.settings(), __version__], sort_keys=True)
-    return _digest(content.encode())[:12]
-
-
-def _versions() -> dict[str, str]:
-    found = {"llada_jax": __version__}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """Converts a value from a task's config that JSON cannot represent."""
-    return value.item() if isinstance(value, np.generic) else str(value)
-
-
-def table(results: dict[str, Any]) -> str:
-    """Returns a table of the figures with their standard errors, one figure per line."""
-    rows = [("task", "shots", "filter", "metric", "value", "stderr")]
-    for task, figures in results["results"].items():
-        for name, value in figures.items():
-            metric, _, kind = name.partition(",")
-            if not kind or metric.endswith("_stderr"):
-                continue
-            error = figures.get(f"{metric}_stderr,{kind}")
-            shots = str(results["n-shot"].get(task, ""))
-            rows.append((figures.get("alias", task), shots, kind, metric, _figure(value), _figure(error)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
-    return "" if value is None else str(value)
+    return digest(content.encode())[:12]

@@ -18,7 +18,8 @@ from llada_jax.devices import mesh
 from llada_jax.devices.hardware import GIB, GPU, compiler_options
 from llada_jax.diffusion.forward import is_chat
 from llada_jax.model import lora
-from llada_jax.model.transformer import abstract_model, parameter_count, resolve_compute, split
+from llada_jax.model.compute import resolve_compute
+from llada_jax.model.transformer import abstract_model, parameter_count, split
 from llada_jax.planning import collectives, topology
 from llada_jax.training import config_check, metrics
 from llada_jax.training.step import make_state, make_train_step

@@ -14,7 +14,6 @@ Letters in names, in addition to those of `model/transformer.py`: K slots of the
 
 import dataclasses
 import functools
-import math
 from collections.abc import Hashable, Iterator
 
 import jax
@@ -24,13 +23,14 @@ from jax.sharding import PartitionSpec as P
 
 from llada_jax.config import SamplerConfig, UserError
 from llada_jax.devices import mesh
-from llada_jax.model.transformer import Transformer, compute_dtype
+from llada_jax.model.compute import compute_dtype
+from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.guidance import guided_trunk
 from llada_jax.sampling.remasking import REMASKING, choose, gumbel, schedule
+from llada_jax.sampling.settings import TO_THE_END, check_prompt, resolve
 
 # Number of positions per row that go through the head at once, so that memory holds logits of (B, HEAD_CHUNK, V) only.
 HEAD_CHUNK = 64
-TO_THE_END = np.iinfo(np.int32).max
 
 
 @jax.tree_util.register_dataclass
@@ -228,53 +228,13 @@ def _fill_with_end(rows: Rows, tokens_BT: jax.Array, step: jax.Array, dials: Dia
     return jnp.where(fill_BT, _ends(config)[0], tokens_BT)
 
 
-def check_settings(config: SamplerConfig) -> SamplerConfig:
-    """Returns the settings unchanged. Raises UserError if a setting is impossible with any model."""
-    for name, least in (("steps", 1), ("block_length", 1), ("gen_length", 0)):
-        if not least <= getattr(config, name) < TO_THE_END:
-            raise UserError(f"{name}={getattr(config, name)}: it must be at least {least} and below 2**31 - 1")
-    for name, none in (("temperature", "greedy"), ("cfg_scale", "no guidance")):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise UserError(f"{name}={getattr(config, name)}: it must be 0 ({none}) or a positive number")
-    if config.remasking not in REMASKING:
-        raise UserError(f"remasking={config.remasking!r}: choose one of {', '.join(REMASKING)}")
-    return config
-
-
-def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
-    """Returns the settings with the model's ids where they name none. Raises UserError if a setting is impossible."""
-    check_settings(config)
-    ids = {name: getattr(config, name) for name in ("mask_id", "eos_id", "eot_id")}
-    ids = {name: getattr(model.config, name) if i is None else i for name, i in ids.items()}
-    if ids["mask_id"] is None:
-        raise UserError("the model does not say which token is MASK: set mask_id in SamplerConfig")
-    for name, i in ids.items():
-        if i is not None and not 0 <= i < model.config.vocab_size:
-            raise UserError(f"{name}={i} is not in the model's vocabulary of {model.config.vocab_size}")
-    for name in ("logits_eos_inf", "confidence_eos_eot_inf", "stop_at_end"):
-        if getattr(config, name) and ids["eos_id"] is None:
-            raise UserError(f"{name}: the model does not say which token is EOS: set eos_id in SamplerConfig")
-    return dataclasses.replace(config, **ids)
-
-
-def _check_prompt(prompt_BT: np.ndarray, real_BT: np.ndarray | None, vocab_size: int) -> None:
-    if prompt_BT.ndim != 2 or not len(prompt_BT) or (prompt_BT.size and prompt_BT.dtype.kind not in "iu"):
-        raise UserError(f"the prompt must be int ids of shape (B, T), not {prompt_BT.dtype} of shape {prompt_BT.shape}")
-    if prompt_BT.size and not (0 <= prompt_BT.min() and prompt_BT.max() < vocab_size):
-        raise UserError(
-            f"the prompt has ids from {prompt_BT.min()} to {prompt_BT.max()}: the model's vocabulary is {vocab_size}"
-        )
-    if real_BT is not None and real_BT.shape != prompt_BT.shape:
-        raise UserError(f"prompt_mask_BT has shape {real_BT.shape}, but must have the prompt's shape {prompt_BT.shape}")
-
-
 def _start(
     model: Transformer, prompt_BT, config: SamplerConfig, key: jax.Array, prompt_mask_BT
 ) -> tuple[Rows, jax.Array]:
     """Returns the rows and the canvas before the first step, on the mesh in use, with B rounded up to its shards."""
     prompt_BT = np.asarray(prompt_BT)
     real_BT = None if prompt_mask_BT is None else np.asarray(prompt_mask_BT).astype(bool)
-    _check_prompt(prompt_BT, real_BT, model.config.vocab_size)
+    check_prompt(prompt_BT, real_BT, model.config.vocab_size)
     batch, prompt_length = prompt_BT.shape
     tokens_BT = np.full((batch, prompt_length + config.gen_length), config.mask_id, np.int32)
     tokens_BT[:, :prompt_length] = prompt_BT

@@ -1,9 +1,10 @@
-"""What a model's config and a tokenizer must agree on: the size of the vocabulary and the special ids.
+"""What a model's config, its tokenizer and its data must agree on: the vocabulary, special ids, the chat template.
 
-Each of the two may leave something open that the other one knows.
+The config and the tokenizer may each leave something open that the other one knows.
 """
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 from llada_jax.config import ModelConfig, UserError
@@ -73,3 +74,8 @@ def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelCon
     return dataclasses.replace(
         config, **{name: value for name, value in missing.items() if getattr(config, name) is None}
     )
+
+
+def template_hash(tokenizer: Tokenizer) -> str:
+    """Returns the sha256 of the chat template that renders the conversations."""
+    return hashlib.sha256((tokenizer.chat_template or tokenizer.default_chat_template).encode()).hexdigest()

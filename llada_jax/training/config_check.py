@@ -9,7 +9,7 @@ import typing
 from llada_jax.config import Config, DistributedConfig, LoraConfig, ModelConfig, UserError, leaves
 from llada_jax.diffusion.forward import OBJECTIVES, T_SAMPLING, is_chat
 from llada_jax.model.attention import CHOICES
-from llada_jax.model.transformer import REMAT
+from llada_jax.model.compute import REMAT
 from llada_jax.training.optimizer import NAMES, STATE_DTYPES, schedule_points
 
 _DISTRIBUTED = tuple(f"distributed.{field.name}" for field in dataclasses.fields(DistributedConfig))

@@ -55,7 +55,7 @@ class Loop:
           config: The configuration of the run.
           folder: Its workdir.
           device_mesh: Its mesh, which must be in use.
-          compute: The resolved config.compute (`transformer.resolve_compute`).
+          compute: The resolved config.compute (`compute.resolve_compute`).
           saved: The checkpoints of the workdir.
           tokenizer: The tokenizer of the data.
           held_out: The rows for validation. None means that there is no validation.

@@ -23,7 +23,8 @@ from llada_jax.formats import weights, workdir
 from llada_jax.formats.arrays import SaveFailed
 from llada_jax.formats.companions import keep_companions
 from llada_jax.model import lora
-from llada_jax.model.transformer import parameter_count, resolve_compute
+from llada_jax.model.compute import resolve_compute
+from llada_jax.model.transformer import parameter_count
 from llada_jax.text.agreement import resolve_ids
 from llada_jax.training import config_check, ownership, start
 from llada_jax.training.checkpoint import Checkpoints

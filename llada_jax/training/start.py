@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from llada_jax import config as configs
 from llada_jax.config import Config, ModelConfig, UserError
-from llada_jax.data.pairs import template_hash
 from llada_jax.data.sets import PreparedSets
 from llada_jax.devices import distributed
 from llada_jax.devices.distributed import log
@@ -24,6 +23,7 @@ from llada_jax.diffusion.forward import is_chat
 from llada_jax.formats import huggingface, weights, workdir
 from llada_jax.model import lora
 from llada_jax.model.transformer import split
+from llada_jax.text.agreement import template_hash
 from llada_jax.text.tokenizer import find_tokenizer
 from llada_jax.training.checkpoint import Checkpoints, load_state
 from llada_jax.training.config_check import check_architecture

@@ -64,7 +64,9 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 
 def test_without_jax_nothing_is_made(tmp_path):
-    start("from llada_jax.cli import compilation_cache; compilation_cache.enable()", XDG_CACHE_HOME=str(tmp_path / "none"))
+    start(
+        "from llada_jax.cli import compilation_cache; compilation_cache.enable()", XDG_CACHE_HOME=str(tmp_path / "none")
+    )
     assert not (tmp_path / "none").exists()
 
 

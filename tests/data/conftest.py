@@ -10,7 +10,8 @@ import pytest
 
 from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest
 from llada_jax.data.rows import decode_row
-from llada_jax.text.tokenizer import load_tokenizer, train_tokenizer
+from llada_jax.text.tokenizer import load_tokenizer
+from llada_jax.text.train_tokenizer import train_tokenizer
 
 WORDS = ["the", "a", "small", "quiet", "green", "fox", "engine", "child", "river", "walked", "sang", "and", "never"]
 

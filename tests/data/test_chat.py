@@ -11,9 +11,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
 from llada_jax.config import UserError
-from llada_jax.data import pairs
 from llada_jax.data.manifest import load_manifest
 from llada_jax.data.pairs import decode_pair, encode_pair, load_index
+from llada_jax.data.prepare import answers
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.data.read import chat
@@ -153,8 +153,8 @@ def test_too_long_ones_are_dropped_or_cut_and_counted(tmp_path, tokenizer_folder
 def test_long_conversations_are_cut_in_no_time_to_speak_of(tmp_path, tokenizer_folder, monkeypatch):
     """The search for the oldest turn starts where it ended for the answer before: at most two renderings per answer."""
     asked = []
-    encode = pairs._pair
-    monkeypatch.setattr(pairs, "_pair", lambda *arguments: asked.append(1) or encode(*arguments))
+    encode = answers._pair
+    monkeypatch.setattr(answers, "_pair", lambda *arguments: asked.append(1) or encode(*arguments))
     path = make_set(tmp_path, tokenizer_folder, [talk(60, 1)], too_long="cut", validation_fraction=0.0)
     assert len(pairs_of(path)) == 60 and len(asked) <= 2 * 60
     tokenizer = load_tokenizer(tokenizer_folder)

@@ -243,7 +243,7 @@ def test_validation_rows_are_fixed_and_from_all_sets(sets):
 
 
 def test_settings_that_cannot_be(sets, tokenizer_folder, tmp_path):
-    from llada_jax.text.tokenizer import train_tokenizer
+    from llada_jax.text.train_tokenizer import train_tokenizer
 
     for paths, weights, options, words in (
         ([], (), {}, "no prepared set"),

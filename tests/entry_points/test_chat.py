@@ -356,45 +356,6 @@ def test_nobody_reads_the_answers(folder):
 
 
 @pytest.mark.parametrize(
-    ("text", "lines"),
-    [
-        ([("one two three", "text")], ["one two ", "three"]),
-        # The space is dropped, and no word is split.
-        ([("one tw", "text"), ("o,", "new"), (" three", "text")], ["one two,", "three"]),
-        ([("one two  three", "text")], ["one two ", "three"]),
-        ([("one " + "x" * 20, "text")], ["one ", "x" * 8, "x" * 8, "x" * 4]),
-        ([("one two", "text"), ("░" * 10, "mask"), ("word", "text")], ["one two░", "░" * 8, "░word"]),
-        ([("ab░", "text"), ("░" * 3, "mask"), ("word", "text")], ["ab░░░░", "word"]),
-        ([("one 漢字漢字", "text")], ["one 漢字", "漢字"]),
-        ([("a 漢字word x", "text")], ["a 漢字", "word x"]),
-        ([("one tw\u0301oooo", "text")], ["one ", "tw\u0301oooo"]),
-        ([("one two\nx", "new")], ["one two⏎", "x"]),
-        ([("two   \tx", "text")], ["two     ", "x"]),
-    ],
-)
-def test_lines_are_broken_between_words(text, lines):
-    laid_out = terminal.lay_out(text, 8)
-    assert ["".join(character for character, _ in line) for line in laid_out] == lines
-    assert max(map(terminal.width, laid_out)) <= 8
-
-
-def test_lines_broken_anew_by_a_narrower_terminal_are_erased_too(monkeypatch):
-    class Stream(io.StringIO):
-        def fileno(self):
-            return 2
-
-    monkeypatch.setattr(os, "get_terminal_size", lambda _: size)
-    size = 20, 10
-    with terminal.Screen(stream := Stream()) as screen:
-        screen.draw([("漢" * 9 + "\n\n" + "x" * 30, "text")], "status")
-        size = 9, 10
-        stream.seek(0), stream.truncate()
-        screen.draw([("x", "text")], "status")
-        # The drawn lines have 18, 0, 19, 11 and 6 cells, and the terminal now has 9 columns.
-        assert stream.getvalue().startswith(f"\x1b[{2 + 1 + 3 + 2 + 1}F\x1b[J")
-
-
-@pytest.mark.parametrize(
     ("arguments", "closed", "words"),
     [
         # This mistake is found before the model is loaded.

@@ -21,6 +21,8 @@ from paths import SUPPORT
 
 from llada_jax.config import UserError
 from llada_jax.evaluation import harness, run
+from llada_jax.evaluation.results import identify
+from llada_jax.evaluation.results import table as table_of
 from llada_jax.evaluation.run import Evaluation
 from llada_jax.formats.conversion import convert
 
@@ -97,7 +99,7 @@ def test_results_and_table(place, whole):
     assert results["samples"].keys() == FIGURES and len(results["samples"]["sums"]) == 2
     for given, wanted, answer in results["samples"]["reversal_backward_infill"]:
         assert answer and given not in answer and {"first": wanted, "second": given, "source": ""} in couplets(place)
-    table = run.table(results)
+    table = table_of(results)
     assert re.search(r"^choice +0 +none +acc +[01]\.\d{4} +0\.\d{4}$", table, re.MULTILINE), table
     assert re.search(r"^reversal_backward_infill +0 +none +exact_match ", table, re.MULTILINE)
     assert not list(place.glob(".whole*"))
@@ -196,14 +198,14 @@ def test_another_model_at_the_same_place(place, tmp_path, form):
 def test_what_tells_models_apart(place, tmp_path):
     folder = tmp_path / "m"
     shutil.copytree(place / "model", folder)
-    asked, identity = job(place, tmp_path / "o"), run.identify(folder) | {"dtype": "float32", "tokenizer": "a"}
+    asked, identity = job(place, tmp_path / "o"), identify(folder) | {"dtype": "float32", "tokenizer": "a"}
     name = run._fingerprint(asked, identity)
-    assert run.identify(folder).items() <= identity.items()
+    assert identify(folder).items() <= identity.items()
     assert name == run._fingerprint(dataclasses.replace(asked, limit=9.0, dtype="float32"), identity)
     for other in ({"dtype": "bfloat16"}, {"tokenizer": "b"}):
         assert run._fingerprint(asked, identity | other) != name
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
-    assert run.identify(folder)["config"] != identity["config"]
+    assert identify(folder)["config"] != identity["config"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "__version__", "0")
         assert run._fingerprint(asked, identity) != name

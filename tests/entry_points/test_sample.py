@@ -1,5 +1,4 @@
 import dataclasses
-import io
 import json
 import os
 import pty
@@ -13,7 +12,7 @@ from paths import PARITY
 
 import llada_jax
 from llada_jax.model.transformer import merge, split
-from llada_jax.sampling import terminal, text_completion
+from llada_jax.sampling import text_completion
 from llada_jax.sampling.text_completion import Options
 
 
@@ -133,52 +132,3 @@ def test_a_mistake_is_one_line_and_exit_code_2(model_folder, arguments, words):
     done = run(*[argument.replace("MODEL", str(model_folder)) for argument in arguments])
     assert done.returncode == 2 and done.stdout == ""
     assert words in done.stderr and done.stderr.count("\n") == 1
-
-
-def text_of(line):
-    return "".join(character for character, _ in line)
-
-
-def test_lines_fit_the_terminal():
-    lines = terminal.lay_out([("ab\tc", "text"), ("漢字漢", "new"), ("e\u0301f\ng", "text")], 8)
-    assert [text_of(line) for line in lines] == ["ab  c漢", "字漢e\u0301f", "g"]
-    assert terminal.lay_out([("x" * 17, "text")], 8)[2] == [("x", "text")]
-    hostile = terminal.lay_out([("a\x1b[2Jb\r\x07\u202ec", "text")], 20)
-    assert [text_of(line) for line in hostile] == ["a\ufffd[2Jb\ufffdc"]
-
-
-def test_what_happens_is_visible():
-    lines = [[(str(i), "new" if i == 30 else "text")] for i in range(50)]
-    shown = [text_of(line) for line in terminal.visible(lines, 10)]
-    assert len(shown) == 10 and "30" in shown
-    assert terminal.visible(lines[:10], 10) == lines[:10]
-    masks = [[(str(i), "mask" if i > 5 else "text")] for i in range(50)]
-    assert "6" in [text_of(line) for line in terminal.visible(masks, 10)]
-
-
-def test_spans_say_what_is_what(loaded):
-    _, tokenizer = loaded
-    ids = tokenizer.encode("def main(x)")
-    tokens_T = np.array([*ids, 511, 511, *tokenizer.encode(" return"), tokenizer.eos_id])
-    given_T = np.arange(len(tokens_T)) < len(ids)
-    new_T = np.arange(len(tokens_T)) == len(ids) + 2
-    drawn = terminal.spans(tokens_T, given_T, new_T, 511, tokenizer, "░")
-    assert drawn[:2] == [("def main(x)", "prompt"), ("░░", "mask")] and drawn[2][1] == "new"
-    assert "".join(text for text, _ in drawn) == "def main(x)░░ return"
-
-
-def test_a_frame_replaces_the_one_before():
-    class Stream(io.StringIO):
-        encoding = "ascii"
-
-        def fileno(self):
-            raise OSError
-
-    with terminal.Screen(stream := Stream()) as screen:
-        assert screen.mask == "_"
-        screen.draw([("a\nb\nc", "text"), ("_", "mask")], "step 1")
-        stream.truncate(0)
-        screen.draw([("d", "new")], "step 2")
-        assert stream.getvalue().lstrip("\0").startswith("\x1b[4F\x1b[J\x1b[0m\x1b[30;42md\x1b[0m\n")
-        screen.finish([("done é", "text")])
-    assert stream.getvalue().endswith("\x1b[2F\x1b[Jdone ?\n\x1b[?25h")

@@ -23,7 +23,8 @@ from llada_jax.formats.conversion import convert
 from llada_jax.formats.workdir import write_config
 from llada_jax.model.transformer import split
 from llada_jax.text.agreement import with_tokenizer
-from llada_jax.text.tokenizer import find_tokenizer, train_tokenizer
+from llada_jax.text.tokenizer import find_tokenizer
+from llada_jax.text.train_tokenizer import train_tokenizer
 from llada_jax.training.checkpoint import Checkpoints
 from llada_jax.training.step import make_state
 

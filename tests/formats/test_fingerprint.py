@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llada_jax.config import Config, ModelConfig
 from llada_jax.formats.fingerprint import fingerprint
 from llada_jax.training.step import make_state
 

@@ -11,6 +11,7 @@ import pytest
 from llada_jax.config import ComputeConfig, ModelConfig, UserError
 from llada_jax.devices import mesh
 from llada_jax.model import transformer as models
+from llada_jax.model.compute import compute_dtype
 from llada_jax.model.transformer import Transformer, initialise, merge, split
 
 CONFIG = ModelConfig(layers=2, width=32, heads=8, kv_heads=4, feed_forward=48, vocab_size=64, mask_id=63)
@@ -288,10 +289,10 @@ def test_bfloat16_is_close_to_fp32(built, tokens):
 
 
 def test_compute_dtype():
-    assert models.compute_dtype(ComputeConfig()) == jnp.float32  # on CPU
-    assert models.compute_dtype(ComputeConfig(dtype="bfloat16")) == jnp.bfloat16
+    assert compute_dtype(ComputeConfig()) == jnp.float32  # on CPU
+    assert compute_dtype(ComputeConfig(dtype="bfloat16")) == jnp.bfloat16
     with pytest.raises(UserError, match=r"config\.compute\.dtype='float16'"):
-        models.compute_dtype(ComputeConfig(dtype="float16"))
+        compute_dtype(ComputeConfig(dtype="float16"))
 
 
 def test_tied_head_is_the_embedding(built):

@@ -14,6 +14,7 @@ from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig, UserErro
 from llada_jax.model.transformer import initialise, merge, split
 from llada_jax.sampling import sampler
 from llada_jax.sampling.sampler import denoise, denoise_steps, generate
+from llada_jax.sampling.settings import resolve
 
 MASK = 60
 SIZES = ModelConfig(
@@ -229,7 +230,7 @@ def shapes_in(jaxpr) -> set[tuple[int, ...]]:
 
 
 def test_the_head_sees_the_active_block_only(model, prompts):
-    config = sampler.resolve(settings(), model)
+    config = resolve(settings(), model)
     with sampler.mesh.mesh_of(model.embedding[...]):
         rows, tokens_BT = sampler._start(model, prompts[0], config, jax.random.key(0), prompts[1])
         dials, static = sampler._arguments(config)

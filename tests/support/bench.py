@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from llada_jax.text.tokenizer import train_tokenizer
+from llada_jax.text.train_tokenizer import train_tokenizer
 
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 WORDS = "one two three four five six seven eight nine ten".split()

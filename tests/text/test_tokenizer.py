@@ -11,7 +11,9 @@ import tokenizers
 
 from llada_jax.config import UserError
 from llada_jax.text import tokenizer as tokenizer_module
-from llada_jax.text.tokenizer import find_tokenizer, load_tokenizer, train_tokenizer
+from llada_jax.text import train_tokenizer as training
+from llada_jax.text.tokenizer import find_tokenizer, load_tokenizer
+from llada_jax.text.train_tokenizer import train_tokenizer
 
 LINES = [
     f"{'  ' * (i % 4)}The {a} {b} walked {i} miles; it was {c}, and nobody said a word.\n"
@@ -146,9 +148,9 @@ def test_training_without_text(tmp_path):
 
 
 def test_training_sample_is_bounded_and_spread(monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "SAMPLE_BYTES", 40_000)
+    monkeypatch.setattr(training, "SAMPLE_BYTES", 40_000)
     documents = [f"{i:08d}" * 100 for i in range(1000)]
-    sample = tokenizer_module._sample(iter(documents))
+    sample = training._sample(iter(documents))
     assert 10_000 < sum(map(len, sample)) <= 40_000
     places = [int(text[:8]) for text in sample]
     assert places == sorted(places)

@@ -73,7 +73,9 @@ def test_a_resume_may_not_change(name, value):
 
 @pytest.mark.parametrize("name", IDENTITY)
 def test_data_and_tokenizer_stay_what_they_are(name):
-    with pytest.raises(UserError, match=rf"^the {name} differs from that of runs/old .*: take another --workdir, or set it back$"):
+    with pytest.raises(
+        UserError, match=rf"^the {name} differs from that of runs/old .*: take another --workdir, or set it back$"
+    ):
         check(Config(), IDENTITY | {name: ["other"]})
     with pytest.raises(UserError, match=rf"^the {name} differs"):  # an old record that does not have it
         check(Config(), before={k: v for k, v in IDENTITY.items() if k != name})

@@ -25,7 +25,8 @@ import numpy as np
 from llada_jax.cli.outputs import temporary_folder, write_errors
 from llada_jax.config import UserError
 from llada_jax.data.manifest import SPLITS, TOKENIZER_FOLDER, Chat, Manifest, Source, tokenizer_fields
-from llada_jax.data.pairs import HEADER_BYTES, RULES, ChatBatch, Encoded, PairWriter, template_hash
+from llada_jax.data.pairs import HEADER_BYTES, PairWriter
+from llada_jax.data.prepare.answers import RULES, ChatBatch, Encoded
 from llada_jax.data.prepare.conversations import Conversation, Conversations
 from llada_jax.data.prepare.held_out import HASH_RULE, held_out_below, text_hash
 from llada_jax.data.prepare.output import (
@@ -37,6 +38,7 @@ from llada_jax.data.prepare.output import (
     publish,
 )
 from llada_jax.data.prepare.pool import Pool
+from llada_jax.text.agreement import template_hash
 from llada_jax.text.tokenizer import load_tokenizer
 
 _BATCH = 128  # number of conversations that a worker tokenises at a time

@@ -32,7 +32,8 @@ from llada_jax.data.prepare.output import (
 from llada_jax.data.prepare.pool import Batch, Pool
 from llada_jax.data.prepare.text import Corpus, Piece
 from llada_jax.data.rows import SplitWriter
-from llada_jax.text.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from llada_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llada_jax.text.train_tokenizer import train_tokenizer
 
 _BATCH_CHARACTERS = 1 << 18  # number of characters that a worker tokenises at a time
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from llada_jax.config import UserError
 from llada_jax.data.pairs import Pair, load_index
-from llada_jax.data.read.pipeline import Data, digest, in_turn, open_sets
+from llada_jax.data.read.pipeline import Data, digest, in_turn
+from llada_jax.data.read.shards import open_sets
 from llada_jax.data.rows import HeldOut
 
 WIDTHS = 4  # maximum number of different lengths of the arrays

@@ -1,0 +1,89 @@
+"""What a file of results says beside its figures: which model, which versions; and the table of the figures."""
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llada_jax import __version__
+from llada_jax.formats import workdir
+
+_PACKAGES = ("jax", "jaxlib", "flax", "lm_eval", "datasets", "tokenizers", "sentencepiece", "numpy")
+
+
+def identify(path: str, step: int | None = None) -> dict[str, Any]:
+    """Identifies a model, so that another model at the same path can be distinguished from it.
+
+    Args:
+      path: The folder of the model.
+      step: The step of a checkpoint in a training workdir. None means the newest checkpoint.
+
+    Returns:
+      The path, the step (None for a published folder), a hash of config.json, and a hash of the weights. For a
+      checkpoint, the weights' hash is the hash of the checkpoint's record, which has a fingerprint of every array. For
+      a published folder, it is a hash of the names, sizes and modification times of the *.safetensors files.
+    """
+    folder = Path(path)
+    record: dict[str, Any] = {"path": str(folder.resolve()), "step": None}
+    if (folder / workdir.CHECKPOINTS).is_dir():
+        record["step"] = workdir.choose_step(folder, step)
+        weights = _content(workdir.checkpoint_path(folder, record["step"]) / "run" / "metadata")
+        # For a model with adapters, the weights of the frozen base model count as well.
+        weights += _content(workdir.checkpoint_path(folder / workdir.FROZEN, 0) / "run" / "metadata")
+    else:
+        found = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
+        weights = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]).encode()
+    return record | {"config": digest(_content(folder / "config.json")), "weights": digest(weights)}
+
+
+def _content(path: Path) -> bytes:
+    """Returns the content of a file, empty if it cannot be read: loading the model reports what is missing."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def digest(content: bytes) -> str:
+    """Returns the sha256 of some bytes in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of this package and of the installed packages that the figures depend on."""
+    found = {"llada_jax": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Converts a value from a task's config that JSON cannot represent."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Returns a table of the figures with their standard errors, one figure per line."""
+    rows = [("task", "shots", "filter", "metric", "value", "stderr")]
+    for task, figures in results["results"].items():
+        for name, value in figures.items():
+            metric, _, kind = name.partition(",")
+            if not kind or metric.endswith("_stderr"):
+                continue
+            error = figures.get(f"{metric}_stderr,{kind}")
+            shots = str(results["n-shot"].get(task, ""))
+            rows.append((figures.get("alias", task), shots, kind, metric, _figure(value), _figure(error)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
+    return "" if value is None else str(value)

@@ -1,0 +1,62 @@
+"""Checks the settings and the prompts of the sampler before anything is compiled."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from llada_jax.config import SamplerConfig, UserError
+from llada_jax.model.transformer import Transformer
+from llada_jax.sampling.remasking import REMASKING
+
+TO_THE_END = np.iinfo(np.int32).max
+
+
+def check_settings(config: SamplerConfig) -> SamplerConfig:
+    """Returns the settings unchanged. Raises UserError if a setting is impossible with any model."""
+    for name, least in (("steps", 1), ("block_length", 1), ("gen_length", 0)):
+        if not least <= getattr(config, name) < TO_THE_END:
+            raise UserError(f"{name}={getattr(config, name)}: it must be at least {least} and below 2**31 - 1")
+    for name, none in (("temperature", "greedy"), ("cfg_scale", "no guidance")):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{name}={getattr(config, name)}: it must be 0 ({none}) or a positive number")
+    if config.remasking not in REMASKING:
+        raise UserError(f"remasking={config.remasking!r}: choose one of {', '.join(REMASKING)}")
+    return config
+
+
+def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
+    """Returns the settings with the model's ids where they name none. Raises UserError if a setting is impossible."""
+    check_settings(config)
+    ids = {name: getattr(config, name) for name in ("mask_id", "eos_id", "eot_id")}
+    ids = {name: getattr(model.config, name) if i is None else i for name, i in ids.items()}
+    if ids["mask_id"] is None:
+        raise UserError("the model does not say which token is MASK: set mask_id in SamplerConfig")
+    for name, i in ids.items():
+        if i is not None and not 0 <= i < model.config.vocab_size:
+            raise UserError(f"{name}={i} is not in the model's vocabulary of {model.config.vocab_size}")
+    for name in ("logits_eos_inf", "confidence_eos_eot_inf", "stop_at_end"):
+        if getattr(config, name) and ids["eos_id"] is None:
+            raise UserError(f"{name}: the model does not say which token is EOS: set eos_id in SamplerConfig")
+    return dataclasses.replace(config, **ids)
+
+
+def check_prompt(prompt_BT: np.ndarray, real_BT: np.ndarray | None, vocab_size: int) -> None:
+    """Checks the prompts of a batch.
+
+    Args:
+      prompt_BT: The prompts, ids of shape (B, T).
+      real_BT: True for a real token. None means that all tokens are real.
+      vocab_size: The vocabulary size of the model.
+
+    Raises:
+      UserError: If a shape, a dtype or an id is impossible.
+    """
+    if prompt_BT.ndim != 2 or not len(prompt_BT) or (prompt_BT.size and prompt_BT.dtype.kind not in "iu"):
+        raise UserError(f"the prompt must be int ids of shape (B, T), not {prompt_BT.dtype} of shape {prompt_BT.shape}")
+    if prompt_BT.size and not (0 <= prompt_BT.min() and prompt_BT.max() < vocab_size):
+        raise UserError(
+            f"the prompt has ids from {prompt_BT.min()} to {prompt_BT.max()}: the model's vocabulary is {vocab_size}"
+        )
+    if real_BT is not None and real_BT.shape != prompt_BT.shape:
+        raise UserError(f"prompt_mask_BT has shape {real_BT.shape}, but must have the prompt's shape {prompt_BT.shape}")
