@@ -5,18 +5,16 @@ python -m llada_jax.prepare --input=book.txt --output=sets/book --train_tokenize
 python -m llada_jax.prepare --chat --input='chats/*.jsonl.gz' --output=sets/chats --tokenizer=LLaDA-8B-Base
 """
 
-import os
-import shlex
 import time
 
 from absl import flags
 
 from llada_jax.cli import entry_point
 from llada_jax.config import UserError
-from llada_jax.data.manifest import Manifest
 from llada_jax.data.prepare.answers import RULES
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
+from llada_jax.data.prepare.summary import chat_summary, text_summary
 
 _INPUT = flags.DEFINE_multi_string(
     "input",
@@ -86,7 +84,7 @@ def main() -> None:
             raise UserError("--tokenizer is missing: pass the tokenizer of the model that you want to tune")
         chat = {"too_long": _TOO_LONG.value, "group_key": _GROUP_KEY.value}
         manifest = prepare_chat(_INPUT.value, output, tokenizer=_TOKENIZER.value, **chat, **same)
-        print(_chat_summary(output, manifest, time.monotonic() - start))
+        print(chat_summary(output, manifest, _TOKENIZER.value, time.monotonic() - start))
         return
     _refuse("text", {"too_long": _TOO_LONG, "group_key": _GROUP_KEY})
     manifest = prepare(
@@ -97,7 +95,7 @@ def main() -> None:
         text_key=_TEXT_KEY.value,
         **same,
     )
-    print(_text_summary(output, manifest, time.monotonic() - start))
+    print(text_summary(output, manifest, time.monotonic() - start))
 
 
 def _refuse(kind: str, others: dict[str, flags.FlagHolder]) -> None:
@@ -105,39 +103,6 @@ def _refuse(kind: str, others: dict[str, flags.FlagHolder]) -> None:
     for name, holder in others.items():
         if holder.present:
             raise UserError(f"--{name} has no meaning for {kind}: leave it out")
-
-
-def _text_summary(output: str, manifest: Manifest, seconds: float) -> str:
-    train, validation = manifest.train, manifest.validation
-    tokens = train.tokens + validation.tokens
-    return (
-        f"{output}: {train.rows:,} rows to train on and {validation.rows:,} held out, of {manifest.sequence_length:,} "
-        f"tokens\n"
-        f"{tokens:,} tokens, {(train.bytes + validation.bytes) / tokens:.2f} bytes per token, "
-        f"vocabulary {manifest.tokenizer_size:,}, {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)\n"
-        f"next: {_next_command(output, manifest.sequence_length)}"
-    )
-
-
-def _chat_summary(output: str, manifest: Manifest, seconds: float) -> str:
-    train, validation, chat = manifest.train, manifest.validation, manifest.chat
-    return (
-        f"{output}: {train.rows:,} answers of {train.documents:,} conversations to train on, {validation.rows:,} of "
-        f"{validation.documents:,} held out\n"
-        f"longer than {manifest.sequence_length:,} tokens: {chat.dropped:,} answers left out, {chat.cut:,} cut; "
-        f"without text: {chat.empty:,} left out\n"
-        f"{train.tokens + validation.tokens:,} tokens, an epoch is {train.documents:,} rows, {seconds:.1f} s\n"
-        f"next: python -m llada_jax.train --config=configs/small_sft.py --workdir=runs/tuned "
-        f"--config.init_from={shlex.quote(_TOKENIZER.value) if os.path.isdir(_TOKENIZER.value) else 'MODEL'} "
-        f"--config.data.path={shlex.quote(output)} --config.sequence_length={manifest.sequence_length}"
-    )
-
-
-def _next_command(output: str, sequence_length: int) -> str:
-    return (
-        "python -m llada_jax.train --config=configs/quickstart.py --workdir=runs/first "
-        f"--config.data.input= --config.data.path={output} --config.sequence_length={sequence_length}"
-    )
 
 
 if __name__ == "__main__":

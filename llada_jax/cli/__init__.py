@@ -1,4 +1,6 @@
-"""What all entry points share: exit codes, one-line error messages, and the compilation cache.
+"""What all entry points share.
 
-This package may import config. Start reading at `entry_point.py`.
+These are exit codes, one-line error messages, shared flags, outputs that are written whole, and the compilation cache.
+
+May import: config. Start reading at `entry_point.py`.
 """

@@ -1,4 +1,4 @@
 """The device mesh, the placement of every array on it, the processes of a run, and facts about each kind of chip.
 
-This package may import `cli` and `config`. Start reading at `mesh.py`.
+May import: cli, config. Start reading at `mesh.py`.
 """

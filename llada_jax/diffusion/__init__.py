@@ -1,4 +1,4 @@
 """The forward process, the training objectives, and the masked cross-entropy.
 
-This package may import `devices`, and whatever `devices` may import. Start reading at `forward.py`.
+May import: devices, config. Start reading at `forward.py`.
 """

@@ -1,4 +1,4 @@
-"""Runs evaluations: lm-evaluation-harness tasks, the published settings, and the couplet test of the paper.
+"""Runs evaluations: tasks of lm-evaluation-harness, published settings, and the couplet test of the paper.
 
-This package may import loading, formats, scoring, and every package below them. Start reading at `run.py`.
+May import: loading, formats, scoring, sampling, model, devices, text, cli, config. Start reading at `run.py`.
 """

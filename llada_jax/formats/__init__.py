@@ -1,4 +1,5 @@
-"""Models on disk: published folders and training workdirs, read and written.
+"""Models on disk: published folders and training workdirs, read, written and converted.
 
-May import: model, devices, text, cli, config. Start reading at `published.py`.
+May import: model, diffusion, devices, text, cli, config. Start reading at `workdir.py` for what is trained here, and at
+`published.py` for what others publish.
 """

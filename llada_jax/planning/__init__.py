@@ -1,4 +1,4 @@
-"""Plans a run for hardware that need not be present: memory, FLOPs, traffic and time.
+"""Plans a run for hardware that need not be present: memory, FLOPs, traffic, and time.
 
-May import: training and everything below it. Start reading at `estimate.py`.
+May import: training, model, diffusion, devices, config. Start reading at `estimate.py`.
 """

@@ -1,4 +1,4 @@
-"""The reverse process: fills in masked tokens, and completes text prompts.
+"""The reverse process: it fills in masked tokens, and completes prompts in text.
 
-This package may import model, devices, text, cli and config. Start reading at `sampler.py`.
+May import: model, devices, text, cli, config. Start reading at `sampler.py`.
 """

@@ -1,4 +1,4 @@
-"""Tokenizers behind one common interface, and chat templates.
+"""Tokenizers behind one common interface, chat templates, and what a tokenizer and a model must agree on.
 
-This package may import config. Start reading at `tokenizer.py`.
+May import: config. Start reading at `tokenizer.py`.
 """

@@ -1,4 +1,4 @@
-"""A training run: where it begins, its steps, its checkpoints and its metrics.
+"""A training run: where it begins, its steps, its checkpoints, and its metrics.
 
-May import: formats, scoring and everything below them. Start reading at `loop.py`.
+May import: scoring, formats, data, sampling, model, diffusion, devices, text, cli, config. Start reading at `run.py`.
 """

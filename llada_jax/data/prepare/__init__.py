@@ -1,4 +1,4 @@
 """Turns text files and conversations into ArrayRecord shards of token ids.
 
-May import: the same packages as data. Start reading at `prepare_text.py`.
+Start reading at `prepare_text.py`. What this package may import is said in `data/__init__.py`.
 """

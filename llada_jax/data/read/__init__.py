@@ -1,4 +1,4 @@
 """Reads prepared sets and makes the batches of a run.
 
-May import: the same packages as data. Start reading at `pipeline.py`.
+Start reading at `pipeline.py`. What this package may import is said in `data/__init__.py`.
 """

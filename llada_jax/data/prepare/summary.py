@@ -1,0 +1,54 @@
+"""What `prepare` prints at its end: the sizes of the set, and the next command."""
+
+import os
+import shlex
+
+from llada_jax.data.manifest import Manifest
+
+
+def text_summary(output: str, manifest: Manifest, seconds: float) -> str:
+    """Returns the lines about a set of text.
+
+    Args:
+      output: The folder of the set.
+      manifest: Its manifest.
+      seconds: How long the preparation took.
+    """
+    train, validation = manifest.train, manifest.validation
+    tokens = train.tokens + validation.tokens
+    return (
+        f"{output}: {train.rows:,} rows to train on and {validation.rows:,} held out, of {manifest.sequence_length:,} "
+        f"tokens\n"
+        f"{tokens:,} tokens, {(train.bytes + validation.bytes) / tokens:.2f} bytes per token, "
+        f"vocabulary {manifest.tokenizer_size:,}, {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)\n"
+        f"next: {_next_command(output, manifest.sequence_length)}"
+    )
+
+
+def chat_summary(output: str, manifest: Manifest, tokenizer: str, seconds: float) -> str:
+    """Returns the lines about a set of conversations.
+
+    Args:
+      output: The folder of the set.
+      manifest: Its manifest.
+      tokenizer: The tokenizer as the user gave it. If it is a folder, it holds the model to tune.
+      seconds: How long the preparation took.
+    """
+    train, validation, chat = manifest.train, manifest.validation, manifest.chat
+    return (
+        f"{output}: {train.rows:,} answers of {train.documents:,} conversations to train on, {validation.rows:,} of "
+        f"{validation.documents:,} held out\n"
+        f"longer than {manifest.sequence_length:,} tokens: {chat.dropped:,} answers left out, {chat.cut:,} cut; "
+        f"without text: {chat.empty:,} left out\n"
+        f"{train.tokens + validation.tokens:,} tokens, an epoch is {train.documents:,} rows, {seconds:.1f} s\n"
+        f"next: python -m llada_jax.train --config=configs/small_sft.py --workdir=runs/tuned "
+        f"--config.init_from={shlex.quote(tokenizer) if os.path.isdir(tokenizer) else 'MODEL'} "
+        f"--config.data.path={shlex.quote(output)} --config.sequence_length={manifest.sequence_length}"
+    )
+
+
+def _next_command(output: str, sequence_length: int) -> str:
+    return (
+        "python -m llada_jax.train --config=configs/quickstart.py --workdir=runs/first "
+        f"--config.data.input= --config.data.path={shlex.quote(output)} --config.sequence_length={sequence_length}"
+    )
