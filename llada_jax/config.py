@@ -250,9 +250,8 @@ class DistributedConfig:
     """How long the processes of a run wait for each other. It has no effect on a run of one process."""
 
     initialization_timeout: int = 300  # seconds within which all processes must have started
-    heartbeat_timeout: int = (
-        30  # seconds without a sign of life after which a process counts as dead and the others end
-    )
+    # Seconds without a sign of life after which a process counts as dead, and the others end.
+    heartbeat_timeout: int = 30
     shutdown_timeout: int = 10  # seconds that a failed process waits for the others, so that all exit together
 
 

@@ -35,9 +35,8 @@ from jax._src.distributed import global_state  # holds the client of the coordin
 from llada_jax.cli import entry_point
 from llada_jax.config import DistributedConfig, UserError
 
-_LONG_MS = (
-    24 * 3600 * 1000
-)  # timeout of a wait: preparing text may take hours, and a failing process ends the wait anyway
+# The timeout of a wait. Preparing text may take hours, and a failing process ends the wait anyway.
+_LONG_MS = 24 * 3600 * 1000
 _LOOK_SECONDS = 2.0  # interval between two checks whether a process has failed
 _TELL_SECONDS = 15.0  # how long a process waits for the others at the start before it prints that it is waiting
 _FAILED = "llada_jax/failed/"
