@@ -30,9 +30,9 @@ TOKENS_PER_STEP = 1280 * 4096
 class Hardware(NamedTuple):
     """The settings that depend on the chips."""
 
-    accumulation: int = 1  # micro-batches; the 1280 / accumulation sequences of one are on the chips at the same time
+    accumulation: int = 1  # micro-batches; the 1280 / accumulation sequences of each are on the chips at the same time
     remat: str = "full"
-    data: int = 1  # slices or nodes, each of which has a whole copy of the parameters
+    data: int = 1  # slices or nodes; each holds a complete copy of the parameters
 
 
 # The choices of remat differ in what all 32 layers store for the backward pass, per sequence of 4096 tokens: full

@@ -4,7 +4,7 @@
     python -m llada_jax.train --config=configs/8b_sft.py:v5p-4x4x4 --workdir=runs/8b_sft
     python -m llada_jax.chat --model=runs/8b_sft
 
-Data: 4.5 M pairs of prompt and response, three epochs: 52,734 steps of 256 rows. With other data, set --config.steps to
+Data: 4.5 M pairs of prompt and answer, three epochs: 52,734 steps of 256 rows. With other data, set --config.steps to
 3 * conversations / 256. Answers are padded with EOS to the longest row of the batch; the model learns this padding.
 Schedule: the learning rate rises from 0 to 2.5e-5 over 50 steps and stays there. Over the last 10 % of the steps it
 falls linearly to 2.5e-6.

@@ -1,4 +1,4 @@
-r"""Start several processes of one run on this machine, as if each process were on its own host.
+r"""Starts several processes of one run on this machine, as if each process were on its own host.
 
 Two processes with four simulated CPU devices each:
 

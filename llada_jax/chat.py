@@ -26,7 +26,9 @@ from llada_jax.loading import load_with_tokenizer
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(sampler_flags)
 _SYSTEM = flags.DEFINE_string("system", None, "The system message.")
-_LOAD = flags.DEFINE_string("load", None, 'A conversation to go on with: {"messages": [...]}, as /save writes it.')
+_LOAD = flags.DEFINE_string(
+    "load", None, 'A file with a conversation to continue: {"messages": [...]}, as /save writes it.'
+)
 _JSON = flags.DEFINE_boolean("json", False, 'Print answers to stdout as lines {"message": ..., "answer": ...}.')
 
 
@@ -34,7 +36,7 @@ def main() -> int:
     """Converses as the flags say. Mistakes that can be found without the model are reported before it is loaded."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            raise UserError(f"{name} is closed: there is no conversation without it")
+            raise UserError(f"{name} is closed: a conversation needs it, so start the program with {name} open")
     settings = Settings(**sampler_flags.given()).checked()
     path = None if _LOAD.value is None else dialogue.named_file(_LOAD.value)
     record = {"messages": []} if path is None else dialogue.read_record(path)

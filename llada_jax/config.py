@@ -94,8 +94,8 @@ class DiffusionConfig:
 
     # The training objective.
     #   pretrain   Eq. 3, on text
-    #   sft        Eq. 5, on conversations: only responses are masked, prompts are given
-    #   sft_whole  on conversations: prompts are masked like responses, as in iLLaDA
+    #   sft        Eq. 5, on conversations: only answers (the paper's responses) are masked, prompts never are
+    #   sft_whole  on conversations: prompts are masked like answers, as in iLLaDA
     objective: str = "pretrain"
     eps: float = 1e-3  # the least mask ratio: a token is masked with the probability p_mask = (1 - eps) t + eps
     # How the t of each row is drawn: independent (as in the paper) | low_discrepancy (t is spread evenly over the rows,
@@ -261,8 +261,8 @@ class Config:
 
     seed: int = 0  # the seed of the initial weights, the order of the data, the masking and the samples
     steps: int = 1000  # the total number of optimizer steps, including those before a resume
-    batch_size: int = 8  # sequences per step, over all devices and micro-batches
-    sequence_length: int = 4096  # T: tokens per sequence
+    batch_size: int = 8  # the number of sequences per step, over all devices and micro-batches
+    sequence_length: int = 4096  # T: the number of tokens per sequence
     # Gradient accumulation: the number of micro-batches into which the batch of a step is divided; 1 = none.
     accumulation: int = 1
     # Where the run starts from: a training workdir, or a published folder (which holds weights only). "" = new weights.
@@ -311,7 +311,7 @@ def _as_tuples(value):
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple]:
-    """Returns dotted name -> (old, new) of the settings that differ."""
+    """Returns the settings that differ, as a dict from the dotted name to (old, new)."""
     after = dict(leaves(new))
     return {name: (value, after[name]) for name, value in leaves(old) if not _same(value, after[name])}
 

@@ -1,10 +1,10 @@
 """Converts a model between formats: python -m llada_jax.convert --input=DIR --output=DIR --format=huggingface|orbax
 
-The input is a training workdir, a published folder, or what this program wrote. The output is a published folder
-(huggingface), or a workdir with weights alone (orbax) for --model=DIR and --config.init_from=DIR. No bit of a weight
-changes unless --dtype asks for it. The program runs on the host, which needs memory for all parameters: once from a
-published folder to a published folder, up to twice where orbax reads or writes them (float16 and mixed weights are
-float32 in between).
+The input is a training workdir, a published folder, or a folder that this program wrote. The output is a published
+folder (huggingface), or a workdir that holds only weights (orbax), for --model=DIR and --config.init_from=DIR. No bit
+of a weight changes unless --dtype asks for it. The program runs on the host, which needs memory for all parameters:
+once if it converts a published folder to a published folder, and up to twice if Orbax reads or writes the parameters
+(float16 and mixed weights are float32 in between).
 """
 
 import math
@@ -17,15 +17,17 @@ from llada_jax.cli import entry_point
 from llada_jax.config import UserError
 from llada_jax.formats.conversion import FORMATS, convert
 
-_INPUT = flags.DEFINE_string("input", None, "A training workdir, a published folder, or what convert wrote.")
+_INPUT = flags.DEFINE_string("input", None, "A training workdir, a published folder, or a folder that convert wrote.")
 _OUTPUT = flags.DEFINE_string("output", None, "The folder to write. It must be new or empty.")
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "The format to write.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint of a workdir. Default: the newest.")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "The dtype of the weights. Default: unchanged.")
 _NAMING = flags.DEFINE_enum(
-    "naming", None, ["llada", "llama"], "The naming of the tensors. Default: that of the input, or llada."
+    "naming", None, ["llada", "llama"], "The naming of the tensors. Default: the naming of the input, or llada."
 )
-_SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "The most gigabytes (10^9 bytes) of tensors in one file.")
+_SHARD_GB = flags.DEFINE_float(
+    "shard_gb", 5.0, "The largest size of the tensors in one file, in gigabytes (10^9 bytes)."
+)
 
 
 def main() -> None:

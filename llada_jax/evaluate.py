@@ -35,7 +35,7 @@ _SETTINGS = (
 )
 _REST = (
     flags.DEFINE_string("data", None, 'The couplets for --tasks=reversal: a JSON list of {"first", "second"}.'),
-    flags.DEFINE_float("limit", None, "Documents of each task, or a share of them if below 1. For trials."),
+    flags.DEFINE_float("limit", None, "Number of documents per task, or their share if below 1. For trials."),
     flags.DEFINE_boolean("confirm_run_unsafe_code", False, "Allow tasks that run code which the model has written."),
     flags.DEFINE_integer("max_length", None, "Tokens of prompt and answer together. Default: as in training."),
     flags.DEFINE_integer("batch_size", None, "Prompts that are generated at once. Default: 8 per batch shard."),
@@ -53,12 +53,12 @@ def main() -> int:
         return entry_point.FINISHED
     model = model_flags.model()
     if not _OUTPUT.value:
-        raise UserError("--output=FILE is missing: the results are written there")
+        raise UserError("--output=FILE is missing: name the file for the results")
     settings = sampler_flags.given() | {flag.name: flag.value for flag in _SETTINGS if flag.value is not None}
     tasks = tuple(_TASKS.value)
     if _RECIPE.value is not None:
         if _RECIPE.value not in recipes.RECIPES:
-            raise UserError(f"--recipe={_RECIPE.value}: there is none of that name, --list shows all")
+            raise UserError(f"--recipe={_RECIPE.value}: there is no recipe of this name; --list shows all recipes")
         recipe = recipes.RECIPES[_RECIPE.value]
         tasks = tasks or recipe.tasks
         settings = recipe.settings(settings)

@@ -1,4 +1,4 @@
-"""`llada_jax.load`: one way in for every kind of model folder."""
+"""Defines `llada_jax.load`, which loads the model in any kind of model folder."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ def load(
     """Loads the model in a folder and its tokenizer.
 
     Args:
-      path: A training workdir, a published folder (config.json and *.safetensors), or what `convert` wrote.
+      path: A training workdir, a published folder (config.json and *.safetensors), or a folder from `convert`.
       mesh: The mesh that the parameters are placed on. None means the mesh in use, or a mesh of one device if none is
         set.
       dtype: The dtype of the parameters and of the computation. None means float32 on a CPU and bfloat16 on

@@ -1,4 +1,4 @@
-"""Plan a run: python -m llada_jax.plan --config=configs/8b.py:v5p-4x4x8 --topology=v5p:4x4x8
+"""Plans a run: python -m llada_jax.plan --config=configs/8b.py:v5p-4x4x8 --topology=v5p:4x4x8
 
 Compiles the real train step for hardware that need not be present. Reports the number of parameters, the memory per
 chip, the FLOPs, the bytes that collectives move, the least time that a step can take, and what the whole run costs if

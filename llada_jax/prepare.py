@@ -1,4 +1,4 @@
-"""python -m llada_jax.prepare: turns text files or conversations into a prepared set to train on.
+"""Prepares text files or conversations as a set to train on.
 
 python -m llada_jax.prepare --input='text/*.jsonl.gz' --output=sets/text --tokenizer=tokenizer.model
 python -m llada_jax.prepare --input=book.txt --output=sets/book --train_tokenizer=4096 --sequence_length=512

@@ -28,7 +28,9 @@ _PROMPTS = flags.DEFINE_string("prompts", None, 'A JSONL file with one {"prompt"
 _OUTPUT = flags.DEFINE_string(
     "output", None, 'A JSONL file that is written instead of stdout: the lines of --prompts with "completion" added.'
 )
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "The number of prompts at once. It changes no completion.")
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 8, "The number of prompts per batch. It does not change the completions."
+)
 _SHOW = flags.DEFINE_boolean("show", False, "Draw in the terminal how the text appears.")
 
 
@@ -47,7 +49,7 @@ def main() -> None:
         raise UserError('nothing to complete: give --prompt="..." or --prompts=FILE.jsonl')
     output = None if _OUTPUT.value is None else Path(_OUTPUT.value)
     if output is not None and not output.absolute().parent.is_dir():
-        raise UserError(f"--output={output}: there is no folder {output.absolute().parent}")
+        raise UserError(f"--output={output}: there is no folder {output.absolute().parent}; create it first")
 
     model, tokenizer = load_with_tokenizer(model_flags.model(), step=model_flags.STEP.value)
     texts = [record["prompt"] for record in records]

@@ -1,6 +1,7 @@
 """Trains a model: python -m llada_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-The same command started again goes on from the newest whole checkpoint. On several hosts, start it on each of them.
+The same command, started again, continues from the newest complete checkpoint. On several hosts, start the command on
+each host.
 """
 
 from absl import flags
@@ -13,7 +14,9 @@ from llada_jax.training.config_check import check_distributed
 from llada_jax.training.run import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/quickstart.py")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, metrics, samples.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The folder that the checkpoints, metrics and samples of the run are written to."
+)
 flags.adopt_module_key_flags(process_flags)
 
 
@@ -21,7 +24,7 @@ def main() -> int:
     """Trains as the flags say and returns the exit code."""
     config = entry_point.config_of(_CONFIG)
     if not _WORKDIR.value:
-        raise UserError("--workdir=DIR is missing: checkpoints, metrics and samples are written there")
+        raise UserError("--workdir=DIR is missing: name a folder for the checkpoints, metrics and samples")
     check_distributed(config)
     return distributed.run(lambda: train(config, _WORKDIR.value), config.distributed, *process_flags.given())
 

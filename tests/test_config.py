@@ -1,4 +1,4 @@
-"""The config tree: its JSON round trip, the names of settings, differences, and the files under configs/."""
+"""Tests the config tree: its JSON round trip, the names of settings, differences, and the files under configs/."""
 
 import dataclasses
 import importlib.util

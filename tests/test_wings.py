@@ -1,4 +1,7 @@
-"""Each wing's docstring is true: what it may import, and where to start reading. import-linter checks their order."""
+"""Tests that the docstring of each wing (a package in llada_jax) is true: what it may import, where to start reading.
+
+import-linter checks the order of the wings.
+"""
 
 import ast
 import re

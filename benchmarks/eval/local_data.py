@@ -49,7 +49,7 @@ class _Stock(ConfigurableTask):
 
 
 class ArcEasy(_Stock):
-    """The file is a JSON list of {"instruction", "answer"}; the text of the instruction contains the choices."""
+    """arc_easy, from a JSON list of {"instruction", "answer"}; the text of the instruction contains the choices."""
 
     stock, data = "arc/arc_easy.yaml", "arc_easy_test.json"
 
@@ -68,13 +68,13 @@ class ArcEasy(_Stock):
 
 
 class Lambada(_Stock):
-    """The file has one JSON object {"text"} per line."""
+    """lambada_openai, from a file with one JSON object {"text"} per line."""
 
     stock, data = "lambada/lambada_openai.yaml", "lambada_test.jsonl"
 
 
 class Gsm8k(_Stock):
-    """The file has one JSON object {"question", "answer"} per line."""
+    """gsm8k, from a file with one JSON object {"question", "answer"} per line."""
 
     stock, data = "gsm8k/gsm8k.yaml", "gsm8k_test.jsonl"
 

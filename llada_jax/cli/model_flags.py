@@ -11,5 +11,5 @@ STEP = flags.DEFINE_integer("step", None, "The checkpoint of the workdir. Defaul
 def model() -> str:
     """Returns the value of --model. Raises UserError if it is missing."""
     if not _MODEL.value:
-        raise UserError("--model=DIR is missing: a training workdir, or a folder with a published model")
+        raise UserError("--model=DIR is missing: pass a training workdir, or a folder with a published model")
     return _MODEL.value

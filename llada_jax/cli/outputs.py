@@ -53,14 +53,14 @@ def check_folder(directory: str | os.PathLike) -> Path:
     refuse_existing(target)
     parent = next(folder for folder in target.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"output {directory} cannot be written: {parent} is not a folder that can be written to")
+        raise UserError(f"output {directory} cannot be written: {parent} is not a folder that you can write to")
     return target
 
 
 def refuse_existing(target: Path) -> None:
     """Raises UserError unless `target` does not exist yet or is an empty folder."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"output {target} exists and is not an empty folder: name another one")
+        raise UserError(f"output {target} exists and is not an empty folder: name another folder")
 
 
 @contextlib.contextmanager

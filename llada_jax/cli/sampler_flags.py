@@ -10,10 +10,10 @@ _FLAGS = (
         "gen_length",
         None,
         "The number of tokens to generate. Default: 64 for sample (0 if the prompt has [MASK] in it), 128 for chat, "
-        "and for evaluate what the task says, or 256.",
+        "and for evaluate the number that the task sets, or 256.",
     ),
     flags.DEFINE_integer("block_length", None, "Tokens per block; blocks are filled from left to right. Default: 32."),
-    flags.DEFINE_float("temperature", None, "0 takes the most probable token always. Default: 0, or the task's own."),
+    flags.DEFINE_float("temperature", None, "0 always takes the most probable token. Default: 0, or the task's own."),
     flags.DEFINE_string(
         "remasking", None, "Which predictions are kept: low_confidence (the default: the most confident) or random."
     ),

@@ -1,4 +1,6 @@
-"""A conversation: its messages, its settings, and the model's answers. `conversation/session.py` shows it to the user.
+"""Holds the messages and settings of a conversation, and makes the model's answers.
+
+`conversation/session.py` shows a conversation to the user.
 
 An answer is made by the reverse process (Section 2.4 of arXiv 2502.09992) on [chat so far | MASK ... MASK], step by
 step, so that the user can watch it and stop it. Messages and settings change only after the change is known to be
@@ -214,7 +216,8 @@ class Conversation:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), turn), self._attempts)
         self._attempts += 1
         config = settings.sampler(0, settings.gen_length)
-        # Few lengths mean few compilations. There is always some padding: a canvas without any is another program.
+        # Few lengths mean few compilations. There is always some padding, because a canvas without padding needs
+        # another program.
         padding = LENGTH_MULTIPLE - len(ids) % LENGTH_MULTIPLE
         prompt_BT = np.pad(np.asarray([ids], np.int32), ((0, 0), (padding, 0)))
         real_BT = np.arange(prompt_BT.shape[1])[None] >= padding
@@ -236,7 +239,7 @@ class Conversation:
 
     def _asked(self) -> list[Message]:
         if not (found := asked(self.messages)):
-            raise UserError("there is no message yet: write one")
+            raise UserError("there is no message yet: write a message first")
         return found
 
 
@@ -244,7 +247,9 @@ def _with_memory(steps: Iterator[Any], length: int) -> Iterator[Any]:
     """Yields from `steps`, and raises UserError if there is not enough memory for a canvas of this length."""
     try:
         yield from steps
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:  # from the device, from the host
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:  # from the device or from the host
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(f"not enough memory for {length} tokens: start anew or set a smaller gen_length") from error
+        raise UserError(
+            f"not enough memory for {length} tokens: start a new conversation or set a smaller gen_length"
+        ) from error

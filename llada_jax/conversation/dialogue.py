@@ -22,7 +22,7 @@ def check_dialogue(messages: Any) -> list[Message]:
     begins. An empty list is a conversation too.
 
     Raises:
-      UserError: If the messages are not such a conversation.
+      UserError: If the messages are not a conversation of this form.
     """
     if messages != [] and messages != ():
         check_messages(messages)
@@ -46,7 +46,7 @@ def asked(messages: Sequence[Message]) -> list[Message]:
 
 
 def shortened(typed: object) -> str:
-    """Returns what a user typed in a form for a one-line error: of a long text, only the beginning and the end."""
+    """Returns what a user typed in a form for a one-line error: a long text is cut to its beginning and its end."""
     text = str(typed)
     return text if len(text) <= TYPED else f"{text[: TYPED // 2 - 2]}...{text[1 - TYPED // 2 :]}"
 
@@ -62,7 +62,7 @@ def named_file(text: str) -> Path:
         is_folder = stat.S_ISDIR(path.stat().st_mode)
     except FileNotFoundError:
         return path
-    except (OSError, RuntimeError, ValueError) as error:  # name too long or no way to it; no such user; NUL in it
+    except (OSError, RuntimeError, ValueError) as error:  # e.g. the name is too long, or ~ names no user
         raise UserError(f"{shortened(text)} cannot be a file: {_reason(error)}") from error
     if is_folder:
         raise UserError(f"{shortened(path)} is a folder: name a file")
@@ -99,7 +99,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Writes a conversation to a file, completely or not at all.
 
-    The conversation takes one line, so several such files put together are a JSONL file to train on.
+    The conversation takes one line, so several of these files put together are a JSONL file to train on.
 
     Raises:
       UserError: If the file cannot be written, or if it exists and is not a conversation.

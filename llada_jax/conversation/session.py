@@ -108,7 +108,7 @@ class Chat:
         self._path = path
         self._record = record or {}
         self._as_json = as_json
-        self._warned = self._failed = False  # whether the length was warned of; whether any line failed
+        self._warned = self._failed = False  # whether the user was warned of the length; whether any line failed
         self._own = set() if path is None else {os.path.realpath(path)}  # files loaded or saved, which may be replaced
         self._in_terminal = sys.stdin.isatty()
         self._editor = line_editor() if self._in_terminal and sys.stdout.isatty() else None
@@ -309,7 +309,7 @@ class Chat:
 
     def _new(self, _: str) -> None:
         self._conversation.restart()
-        # The old conversation's file must not be replaced, nor its other keys be saved with the new conversation.
+        # The new conversation must neither replace the old one's file nor be saved with the other keys of that file.
         self._path, self._record, self._warned = None, {}, False
         self._note("a new conversation")
 

@@ -104,7 +104,7 @@ class Manifest:
 
     @property
     def sha256(self) -> str:
-        """The hash that identifies the data. It covers the hashes of all shards and of the tokenizer."""
+        """Returns the hash that identifies the data. It covers the hashes of all shards and of the tokenizer."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def split(self, name: str) -> Split:

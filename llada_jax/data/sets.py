@@ -24,7 +24,7 @@ class PreparedSets:
 
     paths: list[str]
     manifests: list[Manifest]  # one for each path
-    tokenizer: Tokenizer  # the one that all of them were prepared with
+    tokenizer: Tokenizer  # the tokenizer that all sets were prepared with
 
     @property
     def tokenizer_folder(self) -> str:
@@ -38,7 +38,7 @@ class PreparedSets:
         return chat.template_sha256 if chat else None
 
     def identity(self, config: Config) -> dict:
-        """Returns what makes two runs the same run beyond their settings: hashes of the data and the tokenizer."""
+        """Returns what two runs must share, beyond their settings, to be the same run: hashes of data and tokenizer."""
         return {
             "data": [manifest.sha256 for manifest in self.manifests],
             "weights": list(config.data.weights),
@@ -53,7 +53,7 @@ def find_sets(config: Config, workdir: Path, earlier: Config | None) -> Prepared
 
     Args:
       config: The configuration of the run.
-      workdir: Its workdir.
+      workdir: The workdir of the run.
       earlier: The configuration with which the run was started before; None for a new run.
 
     Raises:
@@ -73,7 +73,7 @@ def find_sets(config: Config, workdir: Path, earlier: Config | None) -> Prepared
 
 
 def _paths(config: Config, workdir: Path, earlier: Config | None) -> list[str]:
-    """Returns the folders of the prepared sets, which it prepares if config.data.input asks for that."""
+    """Returns the folders of the prepared sets. If config.data.input is set, it is prepared first."""
     data = config.data
     if data.path:
         return [path.strip() for path in data.path.split(",") if path.strip()]
@@ -111,7 +111,9 @@ def _tokenizer_source(config: Config) -> str:
     if not is_chat(config):
         return config.data.tokenizer
     if not (source := config.data.tokenizer or config.init_from):
-        raise UserError("config.data.tokenizer: conversations need that of the model which config.init_from tunes")
+        raise UserError(
+            "config.data.tokenizer is missing: set config.init_from, or name the tokenizer of the model to tune"
+        )
     return source
 
 
@@ -157,12 +159,12 @@ def _check_prepared(
         pairs.append(("data.train_tokenizer", data.train_tokenizer, manifest.tokenizer_size))
         if earlier:
             pairs.append(("data.tokenizer", "''", repr(before)))
-    elif before != tokenizer:  # if it is the same one, its file may be gone by now: the set has its own copy
+    elif before != tokenizer:  # the file of an unchanged tokenizer may be gone by now: the set has a copy
         pairs.append(("data.tokenizer", load_tokenizer(tokenizer).sha256, manifest.tokenizer_sha256))
     remedy = "set it back or take another --workdir"
     for name, wanted, found in pairs:
         if wanted != found:
             raise UserError(
                 f"config.{name} is {wanted}, but {target} was prepared with {found}: {remedy}"
-                + ("" if earlier else ", or remove that folder to prepare it anew")
+                + ("" if earlier else ", or remove that folder to prepare it again")
             )

@@ -285,7 +285,7 @@ def _check_flags(address: str | None, processes: int | None, process: int | None
             f"--coordinator_address={address} is not HOST:PORT: give the host and port where process 0 will listen"
         )
     if processes < 1:
-        raise UserError(f"--num_processes={processes}: at least one process is needed")
+        raise UserError(f"--num_processes={processes}: it must be at least 1")
     if not 0 <= process < processes:
         raise UserError(
             f"--process_id={process}: with --num_processes={processes} it must be from 0 to {processes - 1}"
@@ -312,7 +312,7 @@ def _cluster() -> type[clusters.ClusterEnv] | None:
 
 
 def _may_ask(kind: type[clusters.ClusterEnv]) -> bool:
-    if kind.name in _TPU_CLUSTERS:  # a process that was told not to use the TPU is not part of a TPU cluster
+    if kind.name in _TPU_CLUSTERS:  # with JAX_PLATFORMS=cpu, a process is not part of a TPU cluster
         return os.environ.get("JAX_PLATFORMS", "tpu") != "cpu"
     # JAX takes any pod for part of a cluster, even the pod of a notebook. It would then query Kubernetes, which may
     # refuse to answer. Only the pods of an indexed job have JOB_COMPLETION_INDEX.

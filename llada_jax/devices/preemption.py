@@ -23,7 +23,7 @@ class StopSignal:
         self._before: Any = None
 
     def listen(self) -> None:
-        """Makes the signal be remembered from now on. All processes must call this at the same step."""
+        """Starts to remember the signal instead of ending at once. All processes must call this at the same step."""
         if distributed.count() > 1:
             if global_state.preemption_sync_manager is None:
                 jax.config.update("jax_enable_preemption_service", True)

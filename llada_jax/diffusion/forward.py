@@ -96,8 +96,9 @@ def pretrain(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionCon
 def sft(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int) -> Corrupted:
     """Masks a batch for supervised fine-tuning (Eq. 5): as `pretrain` does, but it never masks the prompt.
 
-    The loss of a row is divided by the length of the response, L' = length - prompt, which includes EOS padding up to
-    `length`. The expectation of this loss is -E_t[1/t sum_i 1[r_t^i = MASK] log p(r_0^i | p_0, r_t)] / L'.
+    The loss of a row is divided by the length of the answer (the paper's response r_0), L' = length - prompt, which
+    includes EOS padding up to `length`. The expectation of this loss is
+    -E_t[1/t sum_i 1[r_t^i = MASK] log p(r_0^i | p_0, r_t)] / L'.
 
     Args:
       key: The key of the step.
@@ -116,7 +117,7 @@ def sft(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, 
 def sft_whole(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int) -> Corrupted:
     """Masks a batch for iLLaDA's instruction tuning (arXiv 2606.25331).
 
-    Prompt and response are masked alike, as `pretrain` masks text.
+    Prompt and answer are masked alike, as `pretrain` masks text.
     """
     return pretrain(key, batch, row_B, config, mask_id)
 
@@ -140,7 +141,7 @@ def _mask_from(
 
 
 OBJECTIVES = {"pretrain": pretrain, "sft": sft, "sft_whole": sft_whole}
-OF_CHAT = ("sft", "sft_whole")  # objectives that take prompts with responses; the others take packed text
+OF_CHAT = ("sft", "sft_whole")  # objectives that take prompts with answers; the others take packed text
 
 
 def is_chat(config: Config) -> bool:

@@ -215,7 +215,7 @@ class LLaDA(TemplateLM):
         return self._in_portions("loglikelihood", given, [order], LIKELIHOOD_PORTION, score, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Returns the log-likelihood in nats of whole texts, in windows that are given the tokens before them."""
+        """Returns the log-likelihood in nats of whole texts, scored in windows with the tokens before as the prompt."""
         documents = [self.tok_encode(request.args[0]) for request in requests]
         longest = self.max_length or max(map(len, documents), default=1) or 1
 

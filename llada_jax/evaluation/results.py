@@ -1,4 +1,4 @@
-"""What a file of results says beside its figures: which model, which versions; and the table of the figures."""
+"""Identifies the model and the versions behind a file of results, and shows the figures as a table."""
 
 import hashlib
 import importlib.metadata

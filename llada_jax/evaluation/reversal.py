@@ -38,7 +38,7 @@ def read_couplets(path: str | Path) -> list[Couplet]:
     """Reads couplets from a JSON list of {"first": ..., "second": ...}.
 
     Raises:
-      UserError: If the file cannot be read, is not such a list, is empty, or has an empty line in a couplet.
+      UserError: If the file cannot be read, is not a list of this form, is empty, or has an empty line in a couplet.
     """
     try:
         records = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -40,7 +40,10 @@ BOOTSTRAPS = 1000  # resamples for standard errors that have no formula; enough 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What to evaluate, how, and where to write the results. None leaves a choice to task, model or `harness.LLaDA`."""
+    """Says what to evaluate, how, and where to write the results.
+
+    None leaves a choice to the task, the model or `harness.LLaDA`.
+    """
 
     model: str
     tasks: tuple[str, ...]
@@ -51,7 +54,7 @@ class Evaluation:
     include_path: tuple[str, ...] = ()
     data: str | None = None  # file of couplets for the task "reversal"
     num_fewshot: int | None = None
-    limit: float | None = None  # number of documents per task, or a share of them if below 1
+    limit: float | None = None  # number of documents per task, or their share if below 1
     apply_chat_template: bool = False
     confirm_run_unsafe_code: bool = False
     mc_samples: int = 128

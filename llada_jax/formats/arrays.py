@@ -3,8 +3,8 @@
     checkpoints/STEP/state/           the arrays, in Orbax's format
     checkpoints/STEP/run/metadata     the record: a JSON object with the fingerprint of every array, and more
 
-`training/checkpoint.py` writes the checkpoints of a run, `weights.py` those that hold weights alone. Both, and every
-reader, use the functions here.
+`training/checkpoint.py` writes the checkpoints of a run, and `weights.py` writes checkpoints that hold only weights.
+Both modules, and everything that reads checkpoints, use the functions here.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from llada_jax.formats.workdir import checkpoint_path
 
 
 class Damaged(Exception):
-    """A checkpoint cannot be read, or does not hold what was saved."""
+    """Raised if a checkpoint cannot be read or does not hold what was saved."""
 
 
 class SaveFailed(Exception):
-    """A checkpoint could not be written, or must not be written."""
+    """Raised if a checkpoint could not be written or must not be written."""
 
 
 def abstract(make: Callable[[], Any], mesh: Mesh) -> Any:
@@ -75,7 +75,7 @@ def save_errors(directory: Path) -> Iterator[None]:
     except Exception as error:  # Orbax and TensorStore raise many kinds, often from a background thread
         raise SaveFailed(
             f"a checkpoint could not be written to {directory}: {one_line(error)}; "
-            f"the same command goes on from the newest whole one"
+            f"the same command continues from the newest complete checkpoint"
         ) from error
 
 
@@ -108,7 +108,8 @@ def read(path: Path, target: dict, partial: bool = True) -> tuple[dict, dict]:
         raise  # most likely there is not enough memory, which is not a fault of the files
     except Exception as error:  # Orbax and TensorStore raise many kinds
         problem = one_line(error)
-    # A checkpoint that is damaged for one process must be damaged for all, or they would go different ways.
+    # A checkpoint that is damaged for one process must count as damaged for all, or the processes would take different
+    # actions.
     problem = distributed.first_problem("checkpoint read", problem)
     if problem is not None:
         raise Damaged(problem)
@@ -117,7 +118,8 @@ def read(path: Path, target: dict, partial: bool = True) -> tuple[dict, dict]:
 
 
 def _read_arrays(path: Path, target: dict, partial: bool) -> dict:
-    # Orbax's managers wait until all processes have read, which is for ever if one of them fails; its handler does not.
+    # Orbax's managers wait until all processes have read, so they would wait forever if one process failed. Its handler
+    # does not wait.
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.PyTreeRestore(item=target, restore_args=restore_args, partial_restore=partial)
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:

@@ -1,7 +1,8 @@
-"""The files that a published folder holds beside its weights, and how a workdir keeps them.
+"""Finds and copies the companion files of a published folder, which are all its files except the weights.
 
 A published model is more than its weights: config.json, the tokenizer, chat templates, code and a licence belong to it.
-A run that starts from one keeps them in WORKDIR/published/, so that `convert` can give all of them back.
+A run that starts from a published model keeps these files in WORKDIR/published/, so that `convert` can write them
+again.
 """
 
 import os
@@ -11,7 +12,8 @@ from pathlib import Path
 
 from llada_jax.formats.workdir import CHECKPOINTS, PUBLISHED_FILES
 
-# The endings of weights in any format that folders on the Hugging Face Hub hold. A .bin file may be anything else too.
+# The endings of weights in any format that folders on the Hugging Face Hub hold. A .bin file may also be something
+# else, so it counts as weights only if its name begins with one of _WEIGHTS_BIN.
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
 _WEIGHTS_BIN = ("pytorch_model", "model", "adapter_model", "optimizer", "consolidated")
 
@@ -55,7 +57,7 @@ def keep_companions(workdir: Path, source: Path) -> None:
 
     Args:
       workdir: The workdir of a run that has no checkpoint yet.
-      source: A published folder, or a workdir, which may hold such files or not.
+      source: A published folder, or a workdir, which may or may not hold companion files.
     """
     origin = source / PUBLISHED_FILES if (source / CHECKPOINTS).is_dir() else source
     target, temporary = workdir / PUBLISHED_FILES, workdir / f"{PUBLISHED_FILES}.tmp"

@@ -1,4 +1,4 @@
-"""From one format of a model to another: a training workdir, or a folder in the published format."""
+"""Converts models between two formats: a training workdir, and a folder in the published format."""
 
 import dataclasses
 import os
@@ -30,13 +30,13 @@ class Source:
 
     path: Path
     step: int | None  # the step of a workdir's checkpoint; None for a published folder
-    config: Config  # the run's; for a published folder only `model` and `sequence_length` are known
+    config: Config  # the configuration; for a published folder only `model` and `sequence_length` are known
     identity: dict  # the hashes of the run's data and tokenizer; {} for a published folder
     tokenizer: Path  # the folder that holds the tokenizer's files, if there are any
     dtype: str  # the dtype in which the weights are held in memory: float32 or bfloat16
-    naming: str  # of the tensors: llada or llama
+    naming: str  # the naming of the tensors: llada or llama
     companions: Path | None  # the folder that holds the companion files of a published folder
-    published_dtype: str  # the dtype in which its weights were published; "" if unknown or mixed
+    published_dtype: str  # the dtype in which the weights were published; "" if unknown or mixed
     dtypes: dict[str, str]  # tensors that were published in another dtype than `dtype`, by their names in `naming`
 
 
@@ -66,18 +66,19 @@ def convert(
     `published.published_config`; that was not tried.
 
     Args:
-      source: A training workdir, a published folder, or what this function wrote.
+      source: A training workdir, a published folder, or a folder that this function wrote.
       output: A new or empty folder.
       form: "huggingface" or "orbax".
       step: The step of a workdir's checkpoint. None means the newest.
-      dtype: The dtype of all weights, "float32" or "bfloat16". None keeps the dtype of each.
-      naming: The naming of the tensors, "llada" or "llama". None means that of the published folder, or "llada".
+      dtype: The dtype of all weights, "float32" or "bfloat16". None keeps the dtype of each tensor.
+      naming: The naming of the tensors, "llada" or "llama". None means the naming of the published folder,
+        or "llada".
       shard_bytes: The largest number of bytes of tensors per file.
       progress: Whether to report progress on stderr.
 
     Raises:
-      UserError: If an argument is impossible, if there is no usable model in `source`, or if `output` exists; all of
-        this is found before a weight is read. Also if the output cannot be written.
+      UserError: If an argument is impossible, if there is no usable model in `source`, or if `output` exists. These
+        mistakes are found before a weight is read. Also raised if the output cannot be written.
     """
     choices = {
         "format": (form, FORMATS),
@@ -92,7 +93,7 @@ def convert(
     check_folder(output)
     found = _source(Path(source), step)
     if form == "orbax" and naming not in (None, found.naming):
-        raise UserError("naming is for format=huggingface: in orbax tensors have our own names")
+        raise UserError("naming is for format=huggingface: leave it out for format=orbax")
     tokenizer = fitted(find_tokenizer(found.tokenizer), found.config.model, found.path)
     if dtype is not None:
         found = dataclasses.replace(found, dtype=dtype, dtypes={})
@@ -112,7 +113,7 @@ def _source(path: Path, step: int | None) -> Source:
     if workdir.is_workdir(path, "input "):
         return _from_workdir(path, workdir.choose_step(path, step))
     if step is not None:
-        raise UserError(f"step={step}: {path} is not a training workdir, it has no steps")
+        raise UserError(f"step={step}: {path} is not a training workdir and has no steps: leave step out")
     found = huggingface.inspect(path)
     config = Config(model=found.config)
     config.sequence_length = published.sequence_length(found.fields) or config.sequence_length
@@ -175,7 +176,7 @@ def _write_published(
         fields = published.read_json(source.companions / CONFIG)
         if not source.dtypes and source.dtype != source.published_dtype:
             fields |= {name: source.dtype for name in ("torch_dtype", "dtype") if name in fields}
-        # A model that was tuned on longer rows than it was published with can process those too.
+        # A model that was tuned on rows longer than its published limit can process these rows too.
         for name in ("max_sequence_length", "max_position_embeddings"):
             if published.sequence_length(fields) == fields.get(name, 0) < source.config.sequence_length:
                 fields[name] = source.config.sequence_length
@@ -183,7 +184,7 @@ def _write_published(
         if tokenizer is not None and find_tokenizer(source.companions) is None:
             files |= _tokenizer_files(source.tokenizer, tokenizer)
         elif tokenizer and tokenizer.chat_template is None and is_chat(source.config):
-            files["chat_template.jinja"] = tokenizer.default_chat_template.encode()  # the one it was tuned with
+            files["chat_template.jinja"] = tokenizer.default_chat_template.encode()  # the model was tuned with it
     else:
         fields = published.published_config(model.config, naming, source.dtype, source.config.sequence_length)
         files = {huggingface.GENERATION_CONFIG: as_json(_generation_config(model, fields))}
@@ -216,7 +217,7 @@ def _write_workdir(source: Source, tokenizer: Tokenizer | None, model: Transform
         try:
             weights.save_weights(folder, source.step or 0, split(model)[1], record)
         except SaveFailed as error:
-            raise UserError(f"output {output} is not written: {error}") from error
+            raise UserError(f"output {output} cannot be written: {error}") from error
 
 
 def _generation_config(model: Transformer, fields: Mapping[str, Any]) -> dict[str, Any]:

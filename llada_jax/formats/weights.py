@@ -1,6 +1,9 @@
-"""The weights in a workdir: those of a run's checkpoint, those that adapters are added to, and weights alone.
+"""Reads and writes the weights in a workdir.
 
-A run with low-rank adapters has only the adapters in its checkpoints. The weights beside them never change and are
+These are the weights in the checkpoints of a run, the frozen weights that adapters are added to, and the weights in
+checkpoints that hold nothing else.
+
+A run with low-rank adapters has only the adapters in its checkpoints. The frozen weights never change and are
 written once, into the folder frozen/ of its workdir. Readers get the merged model.
 """
 
@@ -26,7 +29,7 @@ from llada_jax.model.transformer import Transformer, abstract_model, merge, spli
 
 
 def weights_record(folder: str | os.PathLike, step: int) -> dict | None:
-    """Returns the record of a checkpoint that holds weights alone.
+    """Returns the record of a checkpoint that holds only weights.
 
     Returns None for the checkpoint of a run, and for a checkpoint whose record cannot be read.
     """
@@ -38,7 +41,7 @@ def weights_record(folder: str | os.PathLike, step: int) -> dict | None:
 
 
 def save_weights(folder: str | os.PathLike, step: int, params: dict, record: dict) -> None:
-    """Writes a checkpoint that holds parameters alone, in their own dtype. It is on the disk when this returns.
+    """Writes a checkpoint that holds only parameters, in their own dtype. It is on the disk when this returns.
 
     `load_params` reads it. A run cannot be resumed from it, but can start from its weights.
 
@@ -149,7 +152,7 @@ def save_frozen(folder: str | os.PathLike, frozen: dict) -> None:
 
     Raises:
       SaveFailed: As `save_weights`.
-      UserError: If frozen/ holds something that is not ours.
+      UserError: If frozen/ holds something that this function did not write.
     """
     if frozen:
         target = Path(folder) / workdir.FROZEN
@@ -159,7 +162,9 @@ def save_frozen(folder: str | os.PathLike, frozen: dict) -> None:
 
 def _make_room(target: Path) -> None:
     if target.exists() and [path.name for path in target.iterdir()] not in ([], [workdir.CHECKPOINTS]):
-        raise UserError(f"{target} is where the weights go that adapters are added to, and it holds something else")
+        raise UserError(
+            f"{target} is where the weights go that adapters are added to, but it holds something else: remove it"
+        )
     shutil.rmtree(target, ignore_errors=True)
 
 
@@ -167,5 +172,5 @@ def load_frozen(folder: str | os.PathLike, config: Config, mesh: Mesh, dtype: An
     """Reads what `save_frozen` wrote, in `dtype`, on `mesh`. Raises UserError if it is missing or damaged."""
     target = Path(folder) / workdir.FROZEN
     if not workdir.steps_in(target):
-        raise UserError(f"{target} is missing: the checkpoints of {folder} hold adapters alone, of no use without it")
+        raise UserError(f"{target} is missing: the checkpoints of {folder} hold adapters alone; copy the whole workdir")
     return load_params(target, None, config, mesh, dtype)

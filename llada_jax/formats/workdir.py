@@ -1,10 +1,10 @@
-"""A training workdir as those who read it see it: its names, its config.json, and the steps of its checkpoints.
+"""Defines the files and folders of a training workdir, and reads its config.json and the steps of its checkpoints.
 
     WORKDIR/config.json           the resolved configuration, and the hashes of the data and the tokenizer
     WORKDIR/tokenizer/            the tokenizer that the data was prepared with
     WORKDIR/checkpoints/STEP/     a checkpoint: `arrays.py` says what is in it
     WORKDIR/frozen/               with low-rank adapters: the weights that they are added to, a checkpoint of step 0
-    WORKDIR/published/            what the published folder that the weights came from holds beside its weights
+    WORKDIR/published/            the files beside the weights in the published folder that the run started from
 
 Nothing here imports Orbax, which takes a second to load.
 """
@@ -34,7 +34,7 @@ def is_workdir(path: Path, name: str) -> bool:
       UserError: If the path is neither.
     """
     if not path.is_dir():
-        raise UserError(f"{name}{path} is not a folder: give a training workdir or a published model's folder")
+        raise UserError(f"{name}{path} is not a folder: pass a training workdir or a published model's folder")
     if (path / CHECKPOINTS).is_dir():
         return True
     if any(path.glob("*.safetensors*")):
@@ -75,7 +75,7 @@ def write_config(workdir: str | os.PathLike, config: Config, identity: dict) -> 
         json.dump({"config": configs.to_dict(config), "identity": identity}, file, indent=2)
         file.write("\n")
         file.flush()
-        os.fsync(file.fileno())  # checkpoints are worth nothing without it
+        os.fsync(file.fileno())  # without this file, the checkpoints cannot be used
     temporary.replace(path)
 
 

@@ -1,4 +1,4 @@
-"""How the model is computed: dtype, attention kernel, and what the backward pass keeps of the forward pass (remat)."""
+"""Resolves how the model is computed: the dtype, the attention kernel, and what the backward pass keeps (remat)."""
 
 import dataclasses
 

@@ -19,7 +19,7 @@ def complete_drawn(
 
     Args:
       model: The model.
-      tokenizer: Its tokenizer.
+      tokenizer: The tokenizer of the model.
       texts: The prompts.
       options: The settings of the sampler.
       key: The key of the noise.

@@ -1,4 +1,4 @@
-"""Files of prompts and of their completions: JSONL, one object with a "prompt" per line."""
+"""Reads and writes files of prompts and completions: JSONL with one object with a "prompt" per line."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """Reads the objects of a JSONL file, each of which has a "prompt".
 
     Raises:
-      UserError: If the file cannot be read, or if a line is not such an object. The message names the line.
+      UserError: If the file cannot be read, or if a line is not an object with a "prompt". The message names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")

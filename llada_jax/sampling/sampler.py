@@ -50,7 +50,7 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Dials:
-    """The settings that are traced: other values of them do not compile the program again."""
+    """The settings that are traced, so that other values do not compile the program again."""
 
     steps: jax.Array  # int32
     temperature: jax.Array  # fp32

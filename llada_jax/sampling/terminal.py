@@ -128,7 +128,7 @@ def _cells(character: str) -> int:
 
 
 def visible(lines: Sequence[Line], rows: int) -> Sequence[Line]:
-    """Returns at most `rows` of the lines, including the last line with new text or else the first with a mask."""
+    """Returns at most `rows` of the lines, among them the last one with new text, or else the first with a mask."""
     if len(lines) <= rows:
         return lines
     news = [i for i, line in enumerate(lines) if any(style == "new" for _, style in line)]
@@ -189,7 +189,7 @@ class Screen:
         self._write("\x1b[?25h")
 
     def draw(self, text: Spans, status: str) -> None:
-        """Draws the text and a status line. Of a text that is too long, draws the part where something happens."""
+        """Draws the text and a status line. If the text is too long, only the part that changes is drawn."""
         columns, rows = self._size()
         # Leave the last column free, because terminals differ in what they do after a character there.
         columns, rows = max(columns, 10) - 1, max(rows, 4) - 1

@@ -66,7 +66,7 @@ def make_prompt(ids: Sequence[int], model: Transformer, tokenizer: Tokenizer, op
     """Makes a prompt from the tokenizer's ids. Raises UserError if the model does not say which token is MASK."""
     mask_id = model.config.mask_id
     if mask_id is None:
-        raise UserError("the model does not say which token is MASK")
+        raise UserError("the model does not say which token is MASK: set mask_id in its ModelConfig")
     ids = [mask_id if i == tokenizer.mask_id else i for i in map(int, ids)]
     masks = ids.count(mask_id)
     gen_length = options.gen_length

@@ -1,4 +1,4 @@
-"""What a model's config, its tokenizer and its data must agree on: the vocabulary, special ids, the chat template.
+"""Makes a model's config and its tokenizer agree on the vocabulary and the special ids, and hashes chat templates.
 
 The config and the tokenizer may each leave something open that the other one knows.
 """
@@ -12,7 +12,7 @@ from llada_jax.text.tokenizer import Tokenizer
 
 
 def resolve_ids(model: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Fills in, in place, what the config of a new model leaves to the tokenizer of its data.
+    """Fills in, in place, the settings that the config of a new model leaves to the tokenizer of its data.
 
     Args:
       model: The config. Its vocab_size, token_count and special ids are set where they are still open.
@@ -24,7 +24,8 @@ def resolve_ids(model: ModelConfig, tokenizer: Tokenizer) -> None:
     model.vocab_size = model.vocab_size or tokenizer.vocab_size
     if tokenizer.size > model.vocab_size:
         raise UserError(
-            f"config.model.vocab_size={model.vocab_size} is smaller than the tokenizer's {tokenizer.size} tokens"
+            f"config.model.vocab_size={model.vocab_size} is smaller than the tokenizer's {tokenizer.size} tokens: "
+            "set it to 0 to take the size of the tokenizer"
         )
     wanted = {"token_count": tokenizer.size}
     wanted.update((name, getattr(tokenizer, name)) for name in ("mask_id", "bos_id", "eos_id", "eot_id"))
@@ -54,16 +55,16 @@ def fitted(tokenizer: Tokenizer | None, config: ModelConfig, source: str | Path)
     if tokenizer.own_size > config.vocab_size:
         raise UserError(
             f"{source}: the tokenizer has {tokenizer.own_size} tokens, the model's embedding {config.vocab_size}: "
-            "they do not belong together"
+            "put the tokenizer of this model into the folder"
         )
     return tokenizer.of_model(config.mask_id, config.bos_id, config.eos_id)
 
 
 def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
-    """Returns the config of an existing model with what it leaves open taken from its (fitted) tokenizer.
+    """Returns the config of an existing model, in which its (fitted) tokenizer fills in the settings left open.
 
-    These are the number of tokens and the special ids. An id beyond the vocabulary is not a token of the model, so it
-    stays open.
+    These settings are the number of tokens and the special ids. An id beyond the vocabulary is not a token of the
+    model, so the setting stays open.
     """
     if tokenizer is None:
         return config

@@ -153,7 +153,9 @@ class Tokenizer:
         before = self._chat_text(messages[:-1], True)
         text, back = self.marked_chat(messages, False)
         if not text.translate(back).startswith(before):
-            raise UserError("the chat template writes an answer differently from the prompt for it: use another one")
+            raise UserError(
+                "the chat template writes an answer differently from the prompt for it: use another template"
+            )
         # Each mark stands for one character, so the prompt has the same length with and without marks.
         answer = text[len(before) :]
         if answer.rstrip().endswith(tuple(self._special)):  # a line end after it belongs to the next message

@@ -63,9 +63,12 @@ def _training_error(message: str, vocab_size: int, appended: int) -> str:
     too_small = re.search(r"smaller than required_chars. \d+ vs (\d+)", message)
     if too_large:
         most = int(too_large[1]) + appended
-        return f"train_tokenizer={vocab_size} is too large for this text: {most} is the most, or use more text"
+        return f"train_tokenizer={vocab_size} is too large for this text: {most} is the largest size, or give more text"
     if too_small:
-        return f"train_tokenizer={vocab_size} is too small for this text: {int(too_small[1]) + appended} is the least"
+        return (
+            f"train_tokenizer={vocab_size} is too small for this text: {int(too_small[1]) + appended} is the smallest "
+            "size"
+        )
     if "sentences_.empty()" in message:
         return "train_tokenizer: the input contains no text to train a tokenizer on"
     return f"train_tokenizer={vocab_size}: {' '.join(message.split())}"

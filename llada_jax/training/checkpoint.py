@@ -1,7 +1,7 @@
-"""The checkpoints of a run: asynchronous saves, retention, and the way back to the newest whole one.
+"""Saves the checkpoints of a run in the background, removes old ones, and restores the newest undamaged one.
 
 A checkpoint holds the TrainState and a record with the metrics window. What is common to all checkpoints, such as the
-fingerprints by which a damaged array is recognised, is in `formats/arrays.py`. Those who want the model alone use
+fingerprints by which a damaged array is recognised, is in `formats/arrays.py`. Code that needs only the model uses
 `formats/weights.py`.
 """
 
@@ -24,7 +24,7 @@ from llada_jax.training.step import TrainState, make_state
 
 
 def _as_dict(state: TrainState) -> dict:
-    # The names in the files must not depend on a class of ours.
+    # The names in the files must not depend on the class TrainState.
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
 
 
@@ -47,7 +47,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),  # the loop decides
+                save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),  # the training loop decides
                 preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
                 cleanup_tmp_directories=True,
             ),
@@ -62,7 +62,7 @@ class Checkpoints:
         return step % self._every == 0
 
     def save(self, state: TrainState, record: dict) -> None:
-        """Starts to save a state under its step. Does nothing if that step is saved already.
+        """Starts to save a state under the number of its step. Does nothing if that step is saved already.
 
         The arrays have left the devices when this returns; the files are written in the background.
 
@@ -97,14 +97,14 @@ class Checkpoints:
             self._manager.close()
 
     def restore(self, config: Config, mesh: Mesh, report: Callable[[str], None]) -> tuple[TrainState, dict]:
-        """Restores the newest checkpoint that is whole.
+        """Restores the newest checkpoint that is not damaged.
 
-        A damaged checkpoint is reported and renamed to damaged-STEP, and the one before it is tried.
+        A damaged checkpoint is reported and renamed to damaged-STEP, and then the checkpoint before it is tried.
 
         Args:
           config: The configuration of the run, which the shapes come from.
-          mesh: The mesh that the state is placed on; the state may have been saved on another one.
-          report: Called with one line for each damaged checkpoint.
+          mesh: The mesh that the state is placed on; the state may have been saved on another mesh.
+          report: A function that is called with one line of text for each damaged checkpoint.
 
         Returns:
           The state, and the record that was saved with it.

@@ -1,4 +1,4 @@
-"""Finds what is wrong with a configuration and says it in one line, before any device work."""
+"""Finds mistakes in a configuration before any device is used, and names each in a message of one line."""
 
 import dataclasses
 import importlib.util
@@ -37,7 +37,7 @@ _ONE_OF = {
 
 
 def check_distributed(config: Config) -> None:
-    """Checks config.distributed alone: the processes of a run need it in order to meet, before all else is checked.
+    """Checks config.distributed alone: the processes of a run need it in order to connect, before anything else.
 
     Raises:
       UserError: If a timeout is not a positive integer.
@@ -54,7 +54,7 @@ def validate(config: Config) -> None:
     If config.model.layers is 0, the architecture is not known yet: `check_architecture` checks it later.
 
     Raises:
-      UserError: If a setting is wrong. The message is one line that names it.
+      UserError: If a setting is wrong. The message is one line that names the setting.
     """
     _check_types(config, "config")
     values = dict(leaves(config))
@@ -93,7 +93,7 @@ def validate(config: Config) -> None:
 
 
 def check_architecture(model: ModelConfig) -> None:
-    """Checks the shapes and ids of a model. Raises UserError for one that is impossible."""
+    """Checks the shapes and ids of a model. Raises UserError if one is impossible."""
     for name in ("layers", "width", "heads", "kv_heads", "feed_forward"):
         value = getattr(model, name)
         _require(value >= 1, f"model.{name}", value, "must be at least 1")
@@ -162,7 +162,7 @@ def _check_optimizer(config: Config) -> None:
         optimizer.state_dtype == "float32" or max(optimizer.beta1, optimizer.beta2) <= 0.99,
         "optimizer.state_dtype",
         optimizer.state_dtype,
-        "needs optimizer.beta1 and optimizer.beta2 of at most 0.99: else rounding would undo changes of the moments",
+        "needs optimizer.beta1 and optimizer.beta2 of at most 0.99, or rounding would undo changes of the moments",
     )
     schedule_points(optimizer, config.steps)
 

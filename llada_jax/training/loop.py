@@ -1,9 +1,9 @@
-"""The training loop: the steps of a run, and what happens between them.
+"""Runs the training loop: the steps of a run, and the validation, samples and checkpoints between them.
 
 The host stays one step behind the device: the metrics of step s are read after step s + 1 was dispatched, so that
-neither waits for the other. Before anything that falls on a step (validation, samples, a checkpoint), the metrics of
-that step are read. A checkpoint therefore is never ahead of metrics.jsonl, and never holds a state that was not looked
-at.
+neither waits for the other. The metrics of a step are read before anything else that is due at this step (validation,
+samples, a checkpoint). A checkpoint therefore is never ahead of metrics.jsonl, and never holds a state whose metrics
+were not read.
 """
 
 from pathlib import Path
@@ -30,11 +30,11 @@ from llada_jax.training.step import TrainState, make_train_step
 
 
 class NonFinite(Exception):
-    """The loss or the gradients were not finite in too many steps in a row."""
+    """Raised if the loss or the gradients were not finite in too many steps in a row."""
 
 
 class Loop:
-    """A run from its first step in this process to its last one."""
+    """Trains in this process, from the first step after the start to the last step of the run."""
 
     def __init__(
         self,
@@ -49,20 +49,20 @@ class Loop:
         frozen: dict,
         record: dict,
     ):
-        """Opens the files that are written to, and drops from them what lies beyond the step of `state`.
+        """Opens the output files, and removes from them what earlier starts wrote beyond the step of `state`.
 
         Args:
           config: The configuration of the run.
-          folder: Its workdir.
-          device_mesh: Its mesh, which must be in use.
+          folder: The workdir of the run.
+          device_mesh: The mesh of the run, which must be in use.
           compute: The resolved config.compute (`compute.resolve_compute`).
           saved: The checkpoints of the workdir.
           tokenizer: The tokenizer of the data.
           held_out: The rows for validation. None means that there is no validation.
-          state: The state at the first step. It is given to `run` next.
+          state: The state at the first step. The caller then passes it to `run`.
           frozen: The parameters that the model has beside state.params and that are not trained (`lora.partition`), or
             {} if there are none.
-          record: What a checkpoint keeps of a loop (`_save`), or {} at the start of a run.
+          record: The record of the loop that `_save` put into the checkpoint, or {} at the start of a run.
         """
         self.config, self.folder, self.mesh = config, folder, device_mesh
         self.saved, self.tokenizer, self.held_out = saved, tokenizer, held_out
@@ -102,7 +102,7 @@ class Loop:
           SaveFailed: If a checkpoint could not be written.
           UserError: If a row of the data is damaged.
         """
-        together = False  # whether all processes come to the end in the same way
+        together = False  # whether all processes end in the same way
         try:
             code = self._train(state, data)
             together = True
@@ -126,7 +126,7 @@ class Loop:
         )
         try:
             if self.first_step == 0 and config.init_from and self.held_out is not None:
-                self.writer.write(0, self._validate(state))  # what the weights can do before they are trained here
+                self.writer.write(0, self._validate(state))  # how good the weights are before this run trains them
             while self.done < config.steps:
                 if self.stop.received(self.done):
                     return self._leave(state)
@@ -177,7 +177,7 @@ class Loop:
         (step, values), self.pending = self.pending, None
         values = metrics.fetch(values)
         self.window.add(values)
-        first = step == self.first_step + 1  # it is timed only if a log line falls on it
+        first = step == self.first_step + 1  # this step is timed only if a log line is due at it
         if step not in self.untimed and (not first or self._logs(step)):
             self.steps_since_log += 1
             self.tokens_since_log += int(values["tokens"])
@@ -198,11 +198,11 @@ class Loop:
             raise NonFinite(
                 f"loss or gradients were not finite in {self.skipped_in_a_row} steps in a row, up to step {step}; "
                 "none of them was applied. Branch from an earlier checkpoint (--config.init_from, "
-                "--config.init_step) with a lower learning rate, or look at the data of these steps"
+                "--config.init_step) with a lower learning rate, or check the data of these steps"
             )
 
     def _between_steps(self, state: TrainState) -> None:
-        """Does what falls on this step: validation, samples, a checkpoint."""
+        """Does what is due at this step: validation, samples, a checkpoint."""
         config, last = self.config, self.done == self.config.steps
         validates = self.held_out is not None and (last or _falls_on(self.done, config.validation.every))
         samples_due = _falls_on(self.done, config.sampling.every) and not last
@@ -299,7 +299,8 @@ class Loop:
         """Finishes what is being written. Raises SaveFailed if a checkpoint could not be written.
 
         Args:
-          together: False if perhaps only this process comes here. It then does not wait for what takes all processes.
+          together: Whether all processes close the run. If False, perhaps only this process does, so it does not wait
+            for work that needs all processes.
         """
         try:
             self._end_profile()

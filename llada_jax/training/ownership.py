@@ -1,6 +1,6 @@
-"""The owner of a workdir: one run at a time, a record of every start, and the tokenizer of the run.
+"""Keeps a workdir for one run at a time, records every start, and keeps the tokenizer of the run.
 
-`formats/workdir.py` says what a workdir holds. Here is what only the run that owns it does.
+`formats/workdir.py` says what a workdir holds. This module does what only the run that owns the workdir does.
 """
 
 import contextlib
@@ -77,7 +77,7 @@ def _check_shared(workdir: Path, mark: str) -> None:
         time.sleep(1)
     raise UserError(
         f"--workdir={workdir} is not the same folder on {platform.node()} as where process 0 runs: "
-        "several hosts need one that all have mounted"
+        "use a folder on a file system that all hosts have mounted"
     )
 
 
@@ -127,7 +127,7 @@ def _commit() -> str | None:
 
 
 def keep_tokenizer(workdir: Path, source: str | os.PathLike) -> None:
-    """Copies the folder of a tokenizer into the workdir, whole or not at all. A different one there is replaced.
+    """Copies the folder of a tokenizer into the workdir, whole or not at all. A different tokenizer there is replaced.
 
     Args:
       workdir: The workdir of the run.

@@ -1,8 +1,8 @@
-"""One training run, from what the user asked for to its exit code.
+"""Runs one training, from the user's configuration to the exit code.
 
 The order matters. What a user can get wrong is checked before a device computes. The mesh comes before the data,
-because preparing text can take hours; the data before the state, because it decides the vocabulary; and the state
-before the first compilation.
+because preparing text can take hours. The data comes before the state, because it decides the vocabulary. The state
+comes before the first compilation.
 """
 
 import errno
@@ -37,8 +37,8 @@ def train(config: Config, folder: str | os.PathLike) -> int:
     """Starts or resumes a training run.
 
     Args:
-      config: The configuration of the run. What it leaves to the tokenizer (special ids, vocabulary) and to
-        config.init_from (the architecture) is filled in, in place.
+      config: The configuration of the run. The settings that it leaves to the tokenizer (special ids, vocabulary) and
+        to config.init_from (the architecture) are filled in, in place.
       folder: The workdir of the run, which is created if needed.
 
     Returns:
@@ -71,42 +71,46 @@ def train(config: Config, folder: str | os.PathLike) -> int:
 
 def _difference(config: Config, first: Config) -> str:
     name, (theirs, ours) = next(iter(configs.differences(first, config).items()))
-    return f"config.{name} is {ours}, in process 0 it is {theirs}: start all with the same command"
+    return f"config.{name} is {ours}, but in process 0 it is {theirs}: start all processes with the same command"
 
 
 def _run(config: Config, folder: Path) -> int:
-    # Where the run begins.
+    # Decide where the run begins.
     begin = start.decide(config, folder)
     config.model = begin.architecture(config.model)
     begin.check(config)
 
-    # What the devices can do.
+    # Check that the devices suit the model and the batch.
     device_mesh = mesh.make_mesh(config.mesh)
     compute = _check_devices(config, device_mesh)
 
-    # The data, and what it decides: the vocabulary and the special ids.
+    # Open the data, which decides the vocabulary and the special ids.
     sets = prepared.find_sets(config, folder, begin.earlier)
     resolve_ids(config.model, sets.tokenizer)
     mesh.check_model(config.model, tuple(device_mesh.shape.values()))
     data, held_out = _open_data(config, sets)
     identity = sets.identity(config)
     distributed.check_same(
-        "data", identity, lambda _: f"{', '.join(sets.paths)} is not what process 0 has under that name"
+        "data",
+        identity,
+        lambda _: f"{', '.join(sets.paths)} is not the same data as in process 0: give all hosts the same sets",
     )
     changed = begin.check(config, sets)
     log(_summary(config, sets, device_mesh, compute))
 
     with jax.set_mesh(device_mesh):
-        # The state that the first step is computed from.
+        # Make the state that the first step is computed from.
         saved = Checkpoints(folder, config.checkpoint)
         state, frozen, record = begin.first_state(config, device_mesh, compute.dtype, saved)
         for name, (before, after) in changed.items() if begin.resumes else ():
             log(f"  config.{name}: {before} -> {after}")
         first_step = int(state.step)
         if first_step > config.steps:
-            raise UserError(f"{begin.source} is at step {first_step}, beyond config.steps={config.steps}")
+            raise UserError(
+                f"{begin.source} is at step {first_step}, beyond config.steps={config.steps}: set more steps"
+            )
 
-        # The workdir, so that no checkpoint is ever without what explains it.
+        # Fill the workdir first, so that no checkpoint is ever without the files that explain it.
         if not begin.resumes:
             weights.save_frozen(folder, frozen)
         if distributed.index() == 0:
@@ -117,7 +121,7 @@ def _run(config: Config, folder: Path) -> int:
             ownership.record_start(folder, config, first_step)
         distributed.barrier("workdir is ready")
 
-        # The steps.
+        # Train.
         loop = Loop(config, folder, device_mesh, compute, saved, sets.tokenizer, held_out, state, frozen, record)
         return loop.run(state, data)
 
@@ -145,7 +149,7 @@ def _open_data(config: Config, sets: prepared.PreparedSets) -> tuple[prepared.Da
 def _summary(
     config: Config, sets: prepared.PreparedSets, device_mesh: jax.sharding.Mesh, compute: ComputeConfig
 ) -> str:
-    """Returns the line that says what is trained on what."""
+    """Returns the line that describes the model and the devices."""
     adapters = f" and {lora.adapter_count(config.model):,} of adapters" if config.model.lora.rank else ""
     return (
         f"{parameter_count(lora.plain(config.model)):,} parameters{adapters}, "

@@ -1,10 +1,11 @@
-"""Where a run begins. It is decided once, before any device computes, and everything else is asked of the decision.
+"""Decides where a run begins. The decision is made once, before any device computes, and all later code uses it.
 
-new        nothing exists yet: freshly initialised parameters
-resumed    the workdir has checkpoints of this run: state, noise and data position of the newest whole one
-branched   config.init_from is the workdir of another run: the whole state of one of its checkpoints
-weights    only the weights of config.init_from are taken: a published folder, a workdir of weights alone (written
-           by `convert`), a run whose optimizer state is not wanted, or a run that adapters are added to
+new        nothing exists yet: the parameters are freshly initialised
+resumed    the workdir has checkpoints of this run: the run continues from the newest undamaged one, with its state,
+           noise and position in the data
+branched   config.init_from is the workdir of another run: the run takes the complete state of one of its checkpoints
+weights    only the weights of config.init_from are taken: it is a published folder, a workdir that holds only weights
+           (written by `convert`), a run whose optimizer state is not wanted, or a run that adapters are added to
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from llada_jax.training.checkpoint import Checkpoints, load_state
 from llada_jax.training.config_check import check_architecture
 from llada_jax.training.step import TrainState, make_state
 
-# The settings that a run keeps for life, beside the hashes of its data and its tokenizer.
+# The settings that must not change during a run, like the hashes of its data and its tokenizer.
 FIXED = ("seed", "batch_size", "sequence_length", "optimizer.name", "optimizer.state_dtype")
 FIXED_GROUPS = ("model.", "diffusion.")
 _INIT = ("init_from", "init_step", "init_weights_only")
@@ -46,18 +47,18 @@ class Kind(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The beginning of a run: what it starts from, and what is known of that without its arrays."""
+    """The beginning of a run: its source, and what is known of the source without reading its arrays."""
 
     kind: Kind
     source: str = ""  # the folder that the state or the weights come from; "" for a new run
-    step: int | None = None  # the step of the source's checkpoint; None if it is not a workdir, or the newest whole one
-    config: Config | None = None  # the source's configuration; of a published folder only `model` is meaningful
+    step: int | None = None  # the step of the source's checkpoint; None if there is none, or if the run is resumed
+    config: Config | None = None  # the source's configuration; for a published folder only `model` is known
     identity: dict = dataclasses.field(default_factory=dict)  # hashes of the source's data and tokenizer, if known
-    template_sha256: str | None = None  # hash of the chat template of the model to tune, if conversations are learned
+    template_sha256: str | None = None  # hash of the source's chat template, if the run trains on conversations
 
     @property
     def resumes(self) -> bool:
-        """Whether the run goes on in its own workdir."""
+        """Whether the run continues in its own workdir."""
         return self.kind is Kind.RESUMED
 
     @property
@@ -68,11 +69,11 @@ class Start:
     def architecture(self, wanted: ModelConfig) -> ModelConfig:
         """Returns the model config of the run.
 
-        This is `wanted`, unless its layers are 0: then the architecture is that of the source, with the adapters that
-        `wanted` asks for.
+        This is `wanted`, unless its number of layers is 0. Then it is the architecture of the source, with the adapters
+        that `wanted` asks for.
 
         Raises:
-          UserError: If layers are 0 and `wanted` sets something else than the source has.
+          UserError: If the number of layers is 0 and `wanted` sets a value that differs from the source's value.
         """
         if wanted.layers:
             return wanted
@@ -89,18 +90,18 @@ class Start:
         return model
 
     def check(self, config: Config, sets: PreparedSets | None = None) -> dict[str, tuple]:
-        """Checks that what must agree with the source does agree.
+        """Checks that the run agrees with its source where it must.
 
         Args:
           config: The configuration of the run.
-          sets: Its data. None if the data is not there yet: then only settings are compared, and what the model config
-            leaves to the tokenizer of the data is taken to be what the source has.
+          sets: The prepared sets of the run. None if they are not known yet: then only settings are compared, and the
+            settings that the model config leaves to the tokenizer of the data are assumed to equal the source's.
 
         Returns:
-          The settings that differ from those of the source and may differ: dotted name -> (before, now).
+          A dict of the settings that differ from the source's settings and may differ: dotted name -> (before, now).
 
         Raises:
-          UserError: If something does not agree. The message names it.
+          UserError: If something does not agree. The message names what does not agree.
         """
         if self.kind is Kind.NEW:
             return {}
@@ -112,7 +113,9 @@ class Start:
             check_fits(self.config.model, model, self.source)
             tokenizer = self.identity.get("tokenizer")
             if sets and tokenizer is not None and tokenizer != identity["tokenizer"]:
-                raise UserError(f"the tokenizer differs from that of {self.source}: its weights know other tokens")
+                raise UserError(
+                    f"the tokenizer differs from that of {self.source}: prepare the data with that tokenizer"
+                )
             return {}
         return self._check_same_run(dataclasses.replace(config, model=model), identity)
 
@@ -189,7 +192,7 @@ def decide(config: Config, folder: Path) -> Start:
 
     Args:
       config: The configuration of the run.
-      folder: Its workdir.
+      folder: The workdir of the run.
 
     Raises:
       UserError: If the workdir holds something that cannot be resumed, or if config.init_from is not usable.
@@ -226,7 +229,7 @@ def _resumed(folder: Path, steps: list[int]) -> Start:
             f"--config.init_from={folder}"
         )
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder} has checkpoints but no config.json that says of what: take another --workdir")
+        raise UserError(f"{folder} has checkpoints but no config.json, so it cannot be resumed: take another --workdir")
     stored, identity = workdir.read_config(folder)
     return Start(Kind.RESUMED, str(folder), config=stored, identity=identity)
 
@@ -247,16 +250,16 @@ def _from_workdir(config: Config, source: Path, step: int) -> Start:
 
 
 def _filled(wanted: ModelConfig, found: ModelConfig) -> ModelConfig:
-    """Returns `wanted` with what it leaves open taken from `found`."""
+    """Returns a copy of `wanted`, in which the settings left open are taken from `found`."""
     unknown = [field.name for field in dataclasses.fields(ModelConfig) if getattr(wanted, field.name) is None]
     unknown += [] if wanted.vocab_size else ["vocab_size"]
     return dataclasses.replace(wanted, **{name: getattr(found, name) for name in unknown})
 
 
 def check_fits(found: ModelConfig, wanted: ModelConfig, source: str) -> ModelConfig:
-    """Returns `wanted` if weights of `found` fit it. What `found` leaves open (None) fits anything.
+    """Returns `wanted` if weights of `found` fit it. A setting that `found` leaves open (None) fits any value.
 
-    Adapters are not compared: the adapters of `found` are merged into its weights, and those of `wanted` are new.
+    Adapters are not compared, because the adapters of `found` are merged into its weights and `wanted` gets new ones.
 
     Raises:
       UserError: If a setting differs. The message names it and `source`.

@@ -1,4 +1,4 @@
-"""The folder in which compiled programs are kept, and the cases in which they are not kept."""
+"""Tests the folder in which compiled programs are kept, and the cases in which they are not kept."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A user's mistake on the command line leads to one line on stderr that names it and to exit code 2."""
+"""Tests that a user's mistake on the command line leads to one line on stderr that names it, and to exit code 2."""
 
 import os
 import subprocess

@@ -69,7 +69,7 @@ def tokenizer_folder(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def prefixing_model(tmp_path_factory) -> str:
-    """A SentencePiece model that puts a space in front of every text, as most published models do."""
+    """Returns the path of a SentencePiece model that puts a space before every text, as most published models do."""
     import sentencepiece
 
     model = io.BytesIO()

@@ -249,7 +249,7 @@ def test_one_process_continues_what_two_began(whole, alone, tmp_path, devices):
     [
         ("nothing", "nonsense=1", "nonsense"),
         ("nothing", "mesh.fsdp=3", "takes 3 devices, but there are 8"),
-        ("other", "steps=20", "process 1 (of 2): config.seed is 5, in process 0 it is 0: start all with the same"),
+        ("other", "steps=20", "process 1 (of 2): config.seed is 5, but in process 0 it is 0: start all processes with"),
         ("busy", "steps=20", "is in use by another process"),
     ],
 )

@@ -82,4 +82,6 @@ def test_the_list_needs_neither_jax_nor_a_model():
     assert (listed.returncode, listed.stdout) == (0, table + "\n"), listed.stderr
     flags = ["--model=.", "--output=a.json", "--recipe=gsm8k"]
     wrong = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False)
-    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "--recipe=gsm8k: there is none" in wrong.stderr
+    assert (
+        wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "--recipe=gsm8k: there is no recipe" in wrong.stderr
+    )

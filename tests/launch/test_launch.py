@@ -198,7 +198,7 @@ exit "$highest"
 
 @pytest.fixture
 def slurm(tmp_path):
-    """The function slurm(tasks, **environment), which starts slurm.sh with processes that end with these codes."""
+    """Returns slurm(tasks, **environment), which starts slurm.sh with processes that end with these codes."""
     program(tmp_path / "bin", "srun", _SRUN)
     program(tmp_path / "bin", "scontrol", 'echo "$*" >>"$RECORD/scontrol"\n')
 

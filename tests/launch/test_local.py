@@ -32,7 +32,7 @@ def local():
 
 @pytest.fixture
 def launch(tmp_path):
-    """The function launch(body, *flags), which starts the launcher with three processes that run `body`.
+    """Returns launch(body, *flags), which starts the launcher with three processes that run `body`.
 
     In `body`, `me` is the number of the process, and `starts` is the number of its earlier starts.
     """

@@ -67,7 +67,7 @@ class Pod:
 
 @pytest.fixture
 def pod(tmp_path):
-    """The function pod(*codes), which makes a pod with one worker per argument.
+    """Returns pod(*codes), which makes a pod with one worker per argument.
 
     The trainings of a worker end, one after another, with the exit codes in its argument.
     """

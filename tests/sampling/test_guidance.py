@@ -1,4 +1,4 @@
-"""Guidance of hidden states gives the logits of Eq. 16."""
+"""Tests that guidance of hidden states gives the logits of Eq. 16."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""How the denoising is drawn in a terminal."""
+"""Tests how the denoising is drawn in a terminal."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Tests the likelihood of answers: exact values, unbiased estimates, honest errors, equal results on every mesh."""
+"""Tests the likelihood of answers: exact values, unbiased estimates, correct errors, equal results on every mesh."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""Chat templates: rendering, control tokens in messages, and templates that fail."""
+"""Tests chat templates: rendering, control tokens in messages, and templates that fail."""
 
 import pytest
 import tokenizers

@@ -46,7 +46,7 @@ class ChatBatch(NamedTuple):
             pairs.append([])
             turns = [k for k, message in enumerate(messages) if message["role"] == "user"]
             # Index into `turns` of the oldest turn that is kept. A turn that does not fit in front of one answer does
-            # not fit in front of a later answer either, so the search for it goes on where it stopped.
+            # not fit in front of a later answer either, so the search continues where it stopped.
             first = 0
             for i in answers(messages):
                 if not (messages[i]["content"].strip() and any(m["content"].strip() for m in messages[:i])):

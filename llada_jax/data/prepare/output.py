@@ -1,4 +1,4 @@
-"""The output folder of a preparation, the checks of its settings, and the display of its progress."""
+"""Checks the settings of a preparation, publishes its output folder, and shows its progress."""
 
 import os
 import sys
@@ -30,15 +30,15 @@ def check_settings(
       UserError: If a setting is impossible, or if something other than an empty folder exists at that path.
     """
     if not 2 <= sequence_length <= _MAX_SEQUENCE_LENGTH:
-        raise UserError(f"sequence_length={sequence_length}: from 2 to {_MAX_SEQUENCE_LENGTH} is possible")
+        raise UserError(f"sequence_length={sequence_length}: it must be from 2 to {_MAX_SEQUENCE_LENGTH}")
     if not 0 <= fraction < 1:
-        raise UserError(f"validation_fraction={fraction}: from 0 to below 1 is possible")
+        raise UserError(f"validation_fraction={fraction}: it must be at least 0 and below 1")
     if workers < 0 or shard_rows < 0:
         raise UserError(f"workers={workers} and shard_rows={shard_rows} must not be negative")
     if not os.fspath(output):
-        raise UserError("output: name the folder to write")
+        raise UserError("output is missing: name the folder to write")
     if "://" in os.fspath(output):
-        raise UserError(f"output {output}: prepare into a local folder, then copy it there")
+        raise UserError(f"output {output} is not a local folder: prepare into a local folder, then copy it there")
     target = Path(os.path.abspath(output))
     refuse_existing(target)
     return target

@@ -106,7 +106,7 @@ def prepare_chat(
         if not train.rows:
             raise UserError(
                 f"no answer is left to train on: {dropped} are too long for sequence_length={sequence_length}, "
-                f"{empty} are empty and {validation.rows} are held out"
+                f"{empty} are empty and {validation.rows} are held out: give more conversations or other settings"
             )
         manifest = Manifest(
             **tokenizer_fields(loaded),

@@ -43,7 +43,7 @@ def source_files() -> list[Path]:
 
 
 def read_source(file: Path) -> str:
-    """Returns the text of one file, or an empty text if its encoding is unknown or its content does not match it."""
+    """Returns the text of one file, or an empty text if its encoding is unknown or wrong."""
     try:
         with tokenize.open(file) as stream:
             return stream.read()

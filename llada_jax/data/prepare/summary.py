@@ -1,4 +1,4 @@
-"""What `prepare` prints at its end: the sizes of the set, and the next command."""
+"""Makes the summary that `prepare` prints at its end: the sizes of the set, and the next command."""
 
 import os
 import shlex
@@ -11,8 +11,8 @@ def text_summary(output: str, manifest: Manifest, seconds: float) -> str:
 
     Args:
       output: The folder of the set.
-      manifest: Its manifest.
-      seconds: How long the preparation took.
+      manifest: The manifest of the set.
+      seconds: How long the preparation took, in seconds.
     """
     train, validation = manifest.train, manifest.validation
     tokens = train.tokens + validation.tokens
@@ -30,9 +30,9 @@ def chat_summary(output: str, manifest: Manifest, tokenizer: str, seconds: float
 
     Args:
       output: The folder of the set.
-      manifest: Its manifest.
+      manifest: The manifest of the set.
       tokenizer: The tokenizer as the user gave it. If it is a folder, it holds the model to tune.
-      seconds: How long the preparation took.
+      seconds: How long the preparation took, in seconds.
     """
     train, validation, chat = manifest.train, manifest.validation, manifest.chat
     return (

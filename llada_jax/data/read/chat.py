@@ -21,7 +21,7 @@ from llada_jax.data.rows import HeldOut
 
 WIDTHS = 4  # maximum number of different lengths of the arrays
 # Attention kernels want arrays whose length is a multiple of this number of tokens. If the sequence length is a
-# multiple of it, all lengths are.
+# multiple of TILE, so are all lengths of arrays.
 TILE = 128
 
 
@@ -57,7 +57,7 @@ class ChatData(Data):
         self._T = sequence_length
 
     def epochs(self, rows: int) -> dict[str, tuple[int, float]]:
-        """Returns, by the path of each set, how many conversations it has and how often a run takes each of them.
+        """Returns how many conversations each set has and how often a run takes each one, by the path of the set.
 
         Args:
           rows: The number of rows of the run.
@@ -106,13 +106,13 @@ class ChatData(Data):
 def held_out_answers(paths: Sequence[str], rows: int, sequence_length: int, vocab_size: int) -> HeldOut:
     """Returns the last answers of some held-out conversations, taken from the sets in turn; always the same ones.
 
-    Unlike in training, the length of a row does not include the padding up to the longest row. The likelihood bound is
-    therefore that of the answers themselves, each with its one EOS.
+    Unlike in training, the length of a row does not include the padding up to the longest row. The likelihood bound
+    therefore counts the answers themselves, each with its one EOS.
 
     Args:
       paths: The folders of the sets.
       rows: The number of answers to return. The result has fewer if the sets hold out fewer conversations.
-      sequence_length: T, which must be that of the sets.
+      sequence_length: T, which must be the sequence length of the sets.
       vocab_size: The vocabulary size of the model; every id must be below it.
 
     Raises:

@@ -72,7 +72,7 @@ class Data:
         ]
 
     def _place(self, n: int) -> tuple[int, int, int]:
-        """Returns, for row n of the run: the index of its set, the item in that set, and the epoch of that set."""
+        """Returns the index of the set that row n of the run comes from, the item in that set, and the set's epoch."""
         which, place = _select(n, self._proportions)
         return which, int(self._shuffled[which][place]), place // self._sizes[which]
 
@@ -142,7 +142,7 @@ class TrainingData(Data):
             end an epoch together.
           seed: The seed of the order of the rows and of their random lengths, any int >= 0.
           batch_size: The number of rows per step, over all hosts.
-          sequence_length: T, which must be that of the sets.
+          sequence_length: T, which must be the sequence length of the sets.
           random_length_every: The number of rows in a block of which exactly one row gets a random length, uniform in
             1..T; 0 means that no row gets one.
           vocab_size: The vocabulary size of the model; every id must be below it.
@@ -181,7 +181,7 @@ class TrainingData(Data):
 
     def _draw_random_length(self, block: int) -> tuple[int, int]:
         """Returns which row of a block is cut short, and to which length."""
-        # Philox is counter-based. Its raw output never changes, unlike that of NumPy's distributions.
+        # Philox is counter-based. Its raw output never changes, unlike the output of NumPy's distributions.
         key = np.array([digest(self._seed, "length", 0), block], np.uint64)
         offset, length = np.random.Philox(key=key).random_raw(2)
         return int(offset) % self._every, int(length) % self._T + 1
@@ -193,7 +193,7 @@ def validation_rows(paths: Sequence[str], rows: int, sequence_length: int, vocab
     Args:
       paths: The folders of the sets.
       rows: The number of rows to return. The result has fewer if the sets hold out fewer rows.
-      sequence_length: T, which must be that of the sets.
+      sequence_length: T, which must be the sequence length of the sets.
       vocab_size: The vocabulary size of the model; every id must be below it.
 
     Raises:

@@ -76,7 +76,7 @@ def open_sets(paths: Sequence[str], split: str, sequence_length: int, vocab_size
     Args:
       paths: The folders of the sets.
       split: The name of the split.
-      sequence_length: T, which must be that of the sets.
+      sequence_length: T, which must be the sequence length of the sets.
       vocab_size: The vocabulary size of the model.
       chat: Whether the sets must hold conversations. False means that they must hold packed text.
 
@@ -84,7 +84,7 @@ def open_sets(paths: Sequence[str], split: str, sequence_length: int, vocab_size
       UserError: If a set cannot be used.
     """
     if not paths:
-        raise UserError("data.path names no prepared set")
+        raise UserError("config.data.path names no prepared set: give at least one folder")
     manifests = [load_manifest(path) for path in paths]
     for path, manifest in zip(paths, manifests, strict=True):
         if chat != (manifest.chat is not None):
