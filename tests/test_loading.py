@@ -1,3 +1,5 @@
+"""Tests llada_jax.load for published folders and training workdirs."""
+
 import json
 import shutil
 import subprocess
@@ -45,7 +47,7 @@ def test_mesh_and_dtype(make_mesh):
     assert model.embedding[...].dtype == jnp.bfloat16 and model.compute.dtype == "bfloat16"
     with jax.set_mesh(mesh):
         assert llada_jax.load(PARITY / "gqa")[0].embedding[...].sharding.mesh == mesh
-    assert jax.sharding.get_abstract_mesh().empty, "nothing stays set"
+    assert jax.sharding.get_abstract_mesh().empty, "no mesh stays set after the with block"
 
 
 def test_a_training_workdir(make_mesh, tmp_path):
@@ -67,7 +69,7 @@ def test_a_training_workdir(make_mesh, tmp_path):
 
 
 def published_with(folder, vocab_size, **changes):
-    """The tiny published model with a tokenizer that has none of its ids."""
+    """Returns a published folder whose tokenizer does not know the special ids of the model."""
     train_tokenizer([Path(__file__).read_text() * 2], vocab_size, folder)
     shutil.copy(PARITY / "mha" / "model.safetensors", folder)
     config = json.loads((PARITY / "mha" / "config.json").read_text()) | changes
@@ -80,7 +82,7 @@ def test_the_tokenizer_knows_the_models_own_ids(tmp_path):
     model, tokenizer = llada_jax.load(folder)
     assert (model.config.mask_id, model.config.eos_id, model.config.bos_id) == (511, 500, 9)
     assert (tokenizer.mask_id, tokenizer.eos_id, tokenizer.bos_id) == (511, 500, 9)
-    assert model.config.token_count == 512, "EOS can be chosen"
+    assert model.config.token_count == 512, "the sampler must be able to choose EOS"
     assert tokenizer.encode("a [MASK]", special=True)[-1] == 511 and tokenizer.decode([511]) == "[MASK]"
     assert tokenizer.sha256 == find_tokenizer(folder).sha256
     prompt = make_prompt([5, 511], model, tokenizer, Options())
@@ -93,7 +95,7 @@ def test_the_tokenizer_knows_the_models_own_ids(tmp_path):
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, monkeypatch):
     folder = published_with(tmp_path / "m", 560)
-    monkeypatch.setattr(huggingface, "_read_parameter", lambda *_: pytest.fail("read before it was checked"))
+    monkeypatch.setattr(huggingface, "_read_parameter", lambda *_: pytest.fail("a tensor was read before the check"))
     with pytest.raises(UserError, match="the tokenizer has 556 tokens, the model's embedding 512"):
         llada_jax.load(folder)
     with pytest.raises(UserError, match="the tokenizer has 556 tokens, the model's embedding 512"):

@@ -1,4 +1,7 @@
-"""A number per array by which a checkpoint that is not what was saved is recognised; the same on any mesh."""
+"""Computes fingerprints of arrays, which reveal that a checkpoint does not hold what was saved.
+
+The fingerprint of an array is the same on any mesh.
+"""
 
 from typing import Any
 
@@ -9,11 +12,14 @@ import numpy as np
 
 @jax.jit
 def _sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sum of the bits of an array modulo 2**32, and whether all of it is finite; the same on any mesh."""
+    """Returns the sum of an array's elements modulo 2**32, and whether all of them are finite.
+
+    The sum takes the bits of each element as an unsigned integer, so that it is the same on any mesh.
+    """
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     infinity = None
     if jnp.issubdtype(x.dtype, jnp.floating):
-        infinity = int(np.array(np.inf, x.dtype).view(unsigned))  # its exponent: infinities and NaN have it too
+        infinity = int(np.array(np.inf, x.dtype).view(unsigned))  # its exponent bits, which -inf and NaN have too
 
     def one(bits: jax.Array) -> tuple[jax.Array, jax.Array]:
         finite = jnp.bool_(True) if infinity is None else jnp.all(bits & infinity != infinity)
@@ -23,7 +29,8 @@ def _sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     if x.ndim < 3:
         return one(bits)
 
-    # XLA's CPU backend writes down what it sums up, in 32 bits: of one layer at a time, not of all.
+    # XLA's CPU backend stores the elements that it sums up, in 32 bits each. Sum one layer at a time, so that this
+    # takes the memory of one layer instead of all layers.
     def add(total: tuple[jax.Array, jax.Array], layer: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         found, finite = one(layer)
         return (total[0] + found, total[1] & finite), None
@@ -32,11 +39,16 @@ def _sum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def fingerprint(tree: Any) -> tuple[dict[str, int], list[str]]:
-    """A number per array, by its name, that any flipped bit changes; and the names of those that are not finite."""
+    """Computes the fingerprint of every array in a tree.
+
+    Returns:
+      A dict from the name of each array to its fingerprint, which changes if any single bit is flipped; and a list of
+      the names of the arrays that hold values that are not finite.
+    """
     sums, broken = {}, []
     for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        # Array by array: in one program they would all have memory of their own.
+        # Run one program per array: a single program for all arrays would need temporary memory for each of them.
         found, finite = jax.device_get(_sum(x))
         sums[name] = int(found)
         if not finite:

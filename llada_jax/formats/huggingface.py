@@ -1,7 +1,8 @@
-"""Published LLaDA folders in and out: config.json and safetensors, from and into sharded arrays, tensor by tensor.
+"""Reads and writes published LLaDA folders: config.json and safetensors files, from and to sharded arrays.
 
-A layer's tensor goes from the (memory-mapped) file to its devices and into the stacked parameter there, in
-place, before the next one is read; and back the same way. The host never holds more than one of them.
+Tensors are processed one at a time. The tensor of a layer is read from the memory-mapped file, transferred to its
+devices, and written in place into the stacked parameter there, before the next tensor is read. Writing goes the same
+way in the opposite direction. The host never holds more than one tensor.
 """
 
 import contextlib
@@ -35,21 +36,25 @@ SHARD_BYTES = 5 * 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What a published folder holds, known without reading a tensor."""
+    """Describes what a published folder holds, as far as this is known without reading a tensor."""
 
     config: ModelConfig
-    fields: dict[str, Any]  # of config.json
-    naming: str  # of the tensors: llada or llama
-    dtype: str  # float32 or bfloat16: what holds all tensors exactly
-    dtypes: dict[str, str]  # of each tensor, by its name: float32, bfloat16 or float16
+    fields: dict[str, Any]  # the fields of config.json
+    naming: str  # the naming of the tensors: llada or llama
+    dtype: str  # the dtype that holds all tensors exactly: float32 or bfloat16
+    dtypes: dict[str, str]  # the dtype of each tensor, by its name: float32, bfloat16 or float16
 
 
 @contextlib.contextmanager
 def opened(directory: str | os.PathLike) -> Iterator[tuple[Published, Folder]]:
-    """A published folder whose every tensor is there, with the right shape.
+    """Opens a published folder and checks that it holds exactly the expected tensors, with the right shapes.
+
+    Yields:
+      The description of the folder, and its safetensors files, which are closed when the context ends.
 
     Raises:
-      UserError: a missing, extra or misshapen tensor, a damaged file, a field that is not supported.
+      UserError: If a tensor is missing, is not expected or has a wrong shape, if a file is damaged, or if a field of
+        config.json is not supported.
     """
     directory = Path(directory)
     fields = read_json(directory / CONFIG)
@@ -64,25 +69,26 @@ def opened(directory: str | os.PathLike) -> Iterator[tuple[Published, Folder]]:
 
 
 def inspect(directory: str | os.PathLike) -> Published:
-    """What a published folder holds. UserError as `opened`; nothing is allocated."""
+    """Returns what a published folder holds, without allocating anything. Raises UserError as `opened` does."""
     with opened(directory) as (found, _):
         return found
 
 
 def read_part(tensor: Any, name: str, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
-    """The part `index` of one layer's parameter of this shape, out of its published tensor.
+    """Returns a part of one layer's parameter, read from its published tensor.
 
     Args:
-      tensor: anything that can be cut like the published array; only what is needed is read.
-      name: the parameter's name in mesh.PARAMETERS.
-      shape: our shape, without L.
-      index: one slice for each of its dimensions.
+      tensor: Anything that can be sliced like the published array. Only the needed part of it is read.
+      name: The parameter's name in mesh.PARAMETERS.
+      shape: The shape of our parameter, without the layer dimension L.
+      index: The part of our parameter to return: one slice for each dimension of `shape`.
     """
     index = tuple(slice(*part.indices(size)) for part, size in zip(index, shape, strict=True))
     part_shape = tuple(part.stop - part.start for part in index)
     if name == "embedding" or len(shape) == 1:
         return tensor[index]
-    # (outputs, inputs) is published, inputs first is ours; heads and their width are one dimension there.
+    # The published matrix has the shape (outputs, inputs), and heads and head width are one dimension of it. Our
+    # parameter has the inputs first, and two dimensions for heads and head width.
     if name in ("q_proj", "k_proj", "v_proj"):
         _check_whole(index[2], shape[2])
         outputs, inputs = slice(index[1].start * shape[2], index[1].stop * shape[2]), index[0]
@@ -95,11 +101,11 @@ def read_part(tensor: Any, name: str, shape: tuple[int, ...], index: tuple[slice
 
 
 def _check_whole(part: slice, size: int) -> None:
-    assert (part.start, part.stop) == (0, size), "heads are split over devices, their width is not"
+    assert (part.start, part.stop) == (0, size), "heads may be split over devices, but the width of a head may not"
 
 
 def as_published(name: str, layer: np.ndarray) -> np.ndarray:
-    """The inverse of `read_part` for a whole parameter of one layer: a view with the published shape."""
+    """Returns a whole parameter of one layer as a view with the published shape: the inverse of `read_part`."""
     if name == "embedding" or layer.ndim == 1:
         return layer
     if name in ("q_proj", "k_proj", "v_proj"):
@@ -115,27 +121,27 @@ def _set_layer(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
 def _read_parameter(
     folder: Folder, tensors: list[PublishedTensor], target: jax.ShapeDtypeStruct, dtype: jnp.dtype
 ) -> jax.Array:
-    """One parameter of the model, on the devices of its sharding.
+    """Reads one parameter of the model onto the devices of its sharding.
 
     Args:
-      folder: where its tensors are.
-      tensors: those it is made of, one per layer, or just one.
-      target: its shape.
-      dtype: its dtype.
+      folder: The open folder that holds the tensors.
+      tensors: The tensors that the parameter is made of: one per layer, or one that does not belong to a layer.
+      target: The abstract parameter, which gives the shape.
+      dtype: The dtype of the result.
     """
     name, stacked = tensors[0].parameter, tensors[0].layer is not None
     shape = target.shape[1:] if stacked else target.shape
     sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), mesh.PARAMETERS[name])
 
     def on_devices(tensor: PublishedTensor) -> jax.Array:
-        parts: dict[str, np.ndarray] = {}  # replicas share one
+        parts: dict[str, np.ndarray] = {}  # devices that hold the same part share one array
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
             if repr(index) not in parts:
                 parts[repr(index)] = read_part(folder[tensor.name], name, shape, index)
             return parts[repr(index)]
 
-        # In the dtype of the file: the cast is the device's, so that the host has no second copy.
+        # Keep the dtype of the file here and cast on the device, so that the host needs no second copy.
         return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, read))
 
     if not stacked:
@@ -143,7 +149,7 @@ def _read_parameter(
         return array if array.dtype == dtype else mesh.cast(array, dtype)
     stack = jnp.zeros(target.shape, dtype, out_sharding=P(None, *mesh.PARAMETERS[name]))
     for i, tensor in enumerate(tensors):
-        # Waited for: what is only dispatched keeps its layer.
+        # Wait for the update: a dispatched but unfinished computation would keep its layer in memory.
         stack = jax.block_until_ready(_set_layer(stack, on_devices(tensor), np.int32(i)))
     return stack
 
@@ -154,17 +160,19 @@ def load_model(
     update: Callable[[ModelConfig], ModelConfig] = lambda config: config,
     progress: bool = False,
 ) -> Transformer:
-    """The model in a published folder, sharded over the mesh in use.
+    """Loads the model of a published folder, sharded over the mesh in use.
 
     Args:
-      directory: holds config.json and *.safetensors, in LLaDA's or Llama's naming.
-      dtype: of the parameters and of the computation.
-      update: completes the config, e.g. with what only the tokenizer knows.
-      progress: whether to report on stderr.
+      directory: A folder with config.json and *.safetensors. The tensors have LLaDA's or Llama's names.
+      dtype: The dtype of the parameters and of the computation.
+      update: A function that completes the architecture read from config.json, for example with what only the
+        tokenizer knows.
+      progress: Whether to show a progress bar on stderr.
 
     Raises:
-      UserError: a missing, extra or misshapen tensor, a damaged file, a field that is not supported,
-        a dimension that the mesh does not divide; before anything is allocated.
+      UserError: If a tensor is missing, is not expected or has a wrong shape, if a file is damaged, if a field of
+        config.json is not supported, or if the mesh does not divide a dimension. All of this is checked before
+        anything is allocated.
     """
     dtype = jnp.dtype(dtype)
     with opened(directory) as (found, folder):
@@ -208,25 +216,30 @@ def save_model(
     shard_bytes: int = SHARD_BYTES,
     progress: bool = False,
 ) -> None:
-    """Writes a published folder: config.json, safetensors (with an index if they take several), other files.
+    """Writes a published folder: config.json, the safetensors files (with an index if there are several), and others.
 
-    The folder appears when all of it is on the disk. One tensor at a time is fetched from its devices; of several
-    processes, which all must call this, the first writes.
+    The folder appears under its name only when all of it is on the disk. One tensor at a time is fetched from its
+    devices. If there are several processes, all of them must call this function, and process 0 writes.
 
     Args:
-      model: on any mesh.
-      directory: new, or an empty folder.
-      dtype: of the tensors, float32 or bfloat16. None = that of the parameters: no bit of them changes.
-      dtypes: of tensors that are to have another one, by their names in `naming`; float16 too.
-      naming: of the tensors, "llada" or "llama".
-      original: the fields of the config.json that the model came with; all are kept, unless they are for the other
-        naming: then its names are replaced. None = those of `published.published_config`.
-      files: what else the folder is to hold, name -> content or a file to copy: the tokenizer, code.
-      shard_bytes: of tensors per file at most, unless one alone has more.
-      progress: whether to report on stderr.
+      model: The model, on any mesh.
+      directory: The folder to write. It must not exist yet, or it must be empty.
+      dtype: The dtype of the tensors, float32 or bfloat16. None means the dtype of the parameters, so that no bit of
+        them changes.
+      dtypes: The dtypes of the tensors that are written in another dtype than `dtype`, by their names in `naming`.
+        float16 is allowed here, too.
+      naming: The naming of the tensors, "llada" or "llama".
+      original: The fields of the config.json that the model came with. All of them are kept, unless they are for the
+        other naming; in that case the fields that depend on the naming are replaced. None means the fields of
+        `published.published_config`.
+      files: The other files of the folder, such as the tokenizer and code: for each name, the content of the file or
+        a file to copy.
+      shard_bytes: The largest number of bytes of tensors per file. A single tensor that is larger gets its own file.
+      progress: Whether to show a progress bar on stderr.
 
     Raises:
-      UserError: the folder exists or cannot be written, a setting that is none, an `original` of another model.
+      UserError: If the folder exists and is not empty, if it cannot be written, if a setting has an invalid value, or
+        if `original` belongs to another model.
     """
     dtype = jnp.dtype(model.embedding[...].dtype if dtype is None else dtype)
     if dtype.name not in ("float32", "bfloat16"):
@@ -234,13 +247,14 @@ def save_model(
     if naming not in published.NAMINGS:
         raise UserError(f"naming={naming!r}: choose {' or '.join(published.NAMINGS)}")
     if shard_bytes < 1:
-        raise UserError(f"shard_bytes={shard_bytes}: at least one byte is needed")
+        raise UserError(f"shard_bytes={shard_bytes}: it must be at least 1")
     tensors = {tensor.name: tensor for tensor in published_tensors(model.config, naming)}
     written = {name: np.dtype(jnp.dtype((dtypes or {}).get(name, dtype))) for name in tensors}
     kinds = {each.name for each in written.values()}
     fields = _fields(model.config, original, naming, kinds.pop() if len(kinds) == 1 else "float32")
     first = distributed.index() == 0
-    # Before any tensor is fetched, for all: the others would wait for one that has left.
+    # Decide this for all processes before any tensor is fetched: if only process 0 stopped here, the others would wait
+    # for it forever.
     if problem := distributed.first_problem("output", _problem(directory) if first else None):
         raise UserError(problem)
     params = split(model)[1]
@@ -248,7 +262,7 @@ def save_model(
     def read(name: str) -> np.ndarray:
         tensor, dtype = tensors[name], written[name]
         if tensor.layer is None:
-            # A copy: jax keeps what was fetched of an array as long as that lives.
+            # Fetch a copy: JAX keeps the fetched value in host memory for as long as the array exists.
             array = _copy(params[tensor.parameter], dtype)
         else:
             array = _get_layer(params["blocks"][tensor.parameter], np.int32(tensor.layer), dtype)
@@ -268,7 +282,7 @@ def save_model(
 
 
 def _problem(directory: str | os.PathLike) -> str | None:
-    """Why this folder cannot be written, as far as can be seen now."""
+    """Returns why this folder cannot be written, or None if no problem can be seen yet."""
     try:
         check_folder(directory)
     except UserError as error:
@@ -277,17 +291,18 @@ def _problem(directory: str | os.PathLike) -> str | None:
 
 
 def _fields(model: ModelConfig, original: Mapping[str, Any] | None, naming: str, dtype: str) -> dict[str, Any]:
-    """The fields of the config.json to write."""
+    """Returns the fields of the config.json to write."""
     if original is None:
         return published.published_config(model, naming, dtype)
     found = model_config(original)
     for field in (*published.REQUIRED, "kv_heads", "tied_embeddings"):
         ours, theirs = getattr(model, field), getattr(found, field)
         if ours != theirs:
-            raise UserError(f"the model has {field} {ours}, the original {CONFIG} says {theirs}")
+            raise UserError(f"the model has {field}={ours}, but the original {CONFIG} says {theirs}")
     if original.keys() & published.own_names(naming):
         return dict(original)
-    # Written for the other naming: its own names, and what says which code reads the tensors, would mislead.
+    # `original` was written for the other naming. Drop the names that only the other naming uses, and the fields that
+    # say which code reads the tensors, because they would be wrong in the new folder.
     (other,) = published.NAMINGS.keys() - {naming}
     misleading = published.own_names(other) | {"architectures", "auto_map", "model_type", "vocab_size", "token_count"}
     kept = {name: value for name, value in original.items() if name not in misleading and value is not None}

@@ -1,6 +1,6 @@
-"""The published format of LLaDA in words: what config.json says, and how the tensors are called.
+"""Describes the published format of LLaDA: the fields of config.json, and the names and shapes of the tensors.
 
-Nothing here reads a tensor: that is huggingface.py's.
+Nothing in this module reads a tensor; `huggingface.py` does that.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from llada_jax.model.transformer import abstract_model, split
 
 CONFIG = "config.json"
 
-# Our fields and what config.json calls them: LLaDA's own name, then the one common to other models.
+# Fields of ModelConfig and their names in config.json: first LLaDA's own name, then the usual name in other models.
 FIELDS = {
     "layers": ("n_layers", "num_hidden_layers"),
     "width": ("d_model", "hidden_size"),
@@ -34,9 +34,10 @@ FIELDS = {
     "eos_id": ("eos_token_id",),
 }
 SIZES = ("layers", "width", "heads", "feed_forward", "vocab_size")
-REQUIRED = (*SIZES, "rope_theta", "norm_eps")  # no two families agree on what they are when nothing is said
+REQUIRED = (*SIZES, "rope_theta", "norm_eps")  # no default is safe: model families differ in what a missing field means
 
-# Fields that change the mathematics, and the values with which it is ours. A missing field is fine.
+# Fields that change what a model computes, and the values for which it computes the same as the model of this package.
+# A field may be missing.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "activation_type": ("silu",),
     "hidden_act": ("silu",),
@@ -82,9 +83,10 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False, None),
     "use_sliding_window": (False, None),
 }
-# rope_full_precision is none of them: RoPE is in fp32 here, which is what it asks for and more than its absence does.
+# rope_full_precision is not listed, because RoPE is always computed in fp32 here. That is what rope_full_precision=true
+# asks for, and more precise than what a model without the field asks for.
 
-# Names of the tensors in the two namings, by the names of our parameters.
+# The names of the tensors in the two namings, by the names of our parameters. {} stands for the number of the layer.
 LLADA = {
     "embedding": "model.transformer.wte.weight",
     "final_norm": "model.transformer.ln_f.weight",
@@ -112,7 +114,7 @@ NAMINGS = {"llada": LLADA, "llama": LLAMA}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. UserError if the file is missing or is none."""
+    """Reads a JSON object from a file. Raises UserError if the file is missing or holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -130,14 +132,14 @@ def as_json(fields: Mapping[str, Any]) -> bytes:
 
 
 def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelConfig:
-    """The architecture that a published config.json describes.
+    """Returns the architecture that a published config.json describes.
 
     Args:
-      published: its fields, of whatever types they are.
-      source: what messages call it.
+      published: The fields of config.json. Their types are checked here.
+      source: The name of the config.json in error messages.
 
     Raises:
-      UserError: a field is missing, is no number where one belongs, or has a value that this model does not compute.
+      UserError: If a field is missing, has a wrong type, or has a value that this package does not support.
     """
     published = _with_rope(published, source)
     for name, values in SUPPORTED.items():
@@ -163,15 +165,15 @@ def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelCon
         if field not in found:
             raise UserError(f"{source}: {' or '.join(FIELDS[field])} is missing")
     if published.get("multi_query_attention") and found.setdefault("kv_heads", 1) != 1:
-        raise UserError(f"{source}: multi_query_attention has one key/value head, not {_short(found['kv_heads'])}")
+        raise UserError(f"{source}: multi_query_attention allows one key/value head, not {_short(found['kv_heads'])}")
     found.setdefault("kv_heads", found["heads"])
     found.setdefault("tied_embeddings", False)
     _check_values(found, source)
     config = ModelConfig(**found)
     if config.heads % config.kv_heads:
-        raise UserError(f"{source}: {config.heads} heads cannot share {config.kv_heads} key/value heads")
+        raise UserError(f"{source}: {config.heads} heads are not divisible by {config.kv_heads} key/value heads")
     if config.width % (2 * config.heads):
-        raise UserError(f"{source}: width {config.width} does not make {config.heads} heads of even width")
+        raise UserError(f"{source}: width {config.width} cannot be split into {config.heads} heads of an even width")
     if published.get("head_dim") not in (None, config.head_width):
         raise UserError(
             f"{source}: head_dim={_short(published['head_dim'])} is not supported, only {config.head_width}"
@@ -181,7 +183,7 @@ def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelCon
 
 
 def _token_count(published: Mapping[str, Any], config: ModelConfig, source: str) -> int | None:
-    """How many tokens there are, if some rows of the embedding only fill it up."""
+    """Returns the number of tokens if the embedding has more rows than tokens, and None otherwise."""
     name = "token_count" if published.get("token_count") is not None else "vocab_size"
     tokens = published.get(name)
     if tokens is None:
@@ -190,20 +192,23 @@ def _token_count(published: Mapping[str, Any], config: ModelConfig, source: str)
         raise UserError(f"{source}: {name} must be an integer, not {_short(tokens)}")
     if not 0 < tokens <= config.vocab_size:
         raise UserError(f"{source}: {name}={_short(tokens)} does not fit an embedding of {config.vocab_size} rows")
-    # MASK is never chosen, so it may be one of those rows.
+    # The sampler never chooses MASK, so MASK may be one of the rows beyond the tokens.
     if (config.eos_id or 0) >= tokens:
-        raise UserError(f"{source}: eos_token_id={config.eos_id} is no token: {name} is {tokens}")
+        raise UserError(f"{source}: eos_token_id={config.eos_id} must be below {name}={tokens}")
     return None if tokens == config.vocab_size else tokens
 
 
 def _refuse_causal(published: Mapping[str, Any], source: str) -> None:
-    """UserError for a model that attends causally; one in Llama's names that has a MASK is a LLaDA."""
+    """Raises UserError for a model that attends causally.
+
+    A model with a mask_token_id is a masked diffusion model, even if the name of its class ends with "ForCausalLM".
+    """
     classes = published.get("architectures") or []
     causal = isinstance(classes, list) and any(isinstance(c, str) and c.endswith("ForCausalLM") for c in classes)
     if causal and published.get("mask_token_id") is None:
         raise UserError(
-            f"{source}: architectures={_short(classes)} attends causally, this model does not "
-            "(a masked diffusion model under that name states its mask_token_id)"
+            f"{source}: architectures={_short(classes)} attends causally, but masked diffusion models do not; "
+            "if this is a masked diffusion model, set mask_token_id"
         )
     layers = published.get("layer_types")
     if layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)):
@@ -211,7 +216,7 @@ def _refuse_causal(published: Mapping[str, Any], source: str) -> None:
 
 
 def _with_rope(published: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """The fields with RoPE's base at the top, from where newer folders keep it too."""
+    """Returns the fields with rope_theta at the top level. Newer folders keep it in rope_parameters."""
     rope = published.get("rope_parameters")
     if rope is None:
         return published
@@ -222,7 +227,7 @@ def _with_rope(published: Mapping[str, Any], source: str) -> Mapping[str, Any]:
         raise UserError(f"{source}: rope_parameters={_short(rope)} is not supported, only plain RoPE")
     inner, outer = rope.get("rope_theta"), published.get("rope_theta")
     if inner is not None and outer is not None and inner != outer:
-        raise UserError(f"{source}: rope_theta={_short(outer)} and {_short(inner)} in rope_parameters contradict")
+        raise UserError(f"{source}: rope_theta={_short(outer)} contradicts {_short(inner)} in rope_parameters")
     return {**published, "rope_theta": inner if outer is None else outer}
 
 
@@ -238,7 +243,7 @@ def _check_values(found: Mapping[str, Any], source: str) -> None:
     for field in ("rope_theta", "norm_eps"):
         value = found[field]
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        # Compared, not converted: an integer may have more digits than a float can hold.
+        # Compare instead of converting to a float: an integer may be larger than any float.
         require(number and 0 < value <= sys.float_info.max, field, "a positive number")
     require(isinstance(found["tied_embeddings"], bool), "tied_embeddings", "true or false")
     for field in ("mask_id", "bos_id", "eos_id"):
@@ -259,24 +264,25 @@ def _short(value: Any) -> str:
 def published_config(
     model: ModelConfig, naming: str = "llada", dtype: str = "float32", sequence_length: int = 4096
 ) -> dict[str, Any]:
-    """All fields of config.json for a model that no published one belongs to.
+    """Returns all fields of config.json for a model that has no published config.json.
 
-    With naming "llada" these are all that the published LLaDA-8B has, and auto_map points at the code published with
-    it: transformers fetches that from the Hugging Face Hub (trust_remote_code). With "llama" they are the fields that
-    go with these names of tensors; there is no architectures, since a class that fits them would attend causally.
+    With the naming "llada" these are all the fields that the published LLaDA-8B has. auto_map points at the code that
+    was published with LLaDA-8B, which transformers fetches from the Hugging Face Hub (trust_remote_code). With the
+    naming "llama" these are the fields that belong to Llama's names of the tensors. The field architectures is left
+    out then, because a class that expects these names would attend causally.
 
     Args:
-      model: the architecture.
-      naming: "llada" or "llama".
-      dtype: of the tensors.
-      sequence_length: the longest that the model was trained on, tokens.
+      model: The architecture.
+      naming: The naming of the tensors, "llada" or "llama".
+      dtype: The dtype of the tensors.
+      sequence_length: The longest sequence length that the model was trained on, in tokens.
     """
     fields = {
         names[-1] if naming == "llama" else names[0]: getattr(model, field) for field, names in FIELDS.items()
     } | {"torch_dtype": dtype, "use_cache": False}
     if naming == "llama":
         fields |= {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        # Llama's vocab_size counts rows of the embedding.
+        # Llama's vocab_size is the number of rows of the embedding, so the number of tokens needs its own field.
         tokens = {} if model.token_count is None else {"token_count": model.token_count}
         return fields | tokens | {"rope_scaling": None, "max_position_embeddings": sequence_length}
     code = "GSAI-ML/LLaDA-8B-Base--"
@@ -308,7 +314,7 @@ def published_config(
         "layer_norm_type": "rms",
         "layer_norm_with_affine": True,
         "max_sequence_length": sequence_length,
-        "mlp_ratio": 4,  # unused beside mlp_hidden_size
+        "mlp_ratio": 4,  # unused if there is a mlp_hidden_size
         "model_type": "llada",
         "multi_query_attention": None,
         "pad_token_id": model.eos_id,
@@ -317,36 +323,41 @@ def published_config(
         "rope": True,
         "rope_full_precision": True,
         "scale_logits": False,
-        "transformers_version": "4.46.3",  # what the published code was written for
+        "transformers_version": "4.46.3",  # the version that the published code was written for
         "vocab_size": model.token_count or model.vocab_size,
     }
 
 
 def own_names(naming: str) -> set[str]:
-    """The names of fields that a config.json has only if it is for this naming; vocab_size is in all of them."""
+    """Returns the names of the fields that only a config.json for this naming has. vocab_size is in both namings."""
     place = 1 if naming == "llama" else 0
     return {names[place] for names in FIELDS.values() if len(names) == 2} - {"vocab_size"}
 
 
 def sequence_length(published: Mapping[str, Any]) -> int | None:
-    """The longest sequence, tokens, that a config.json says its model was trained on; None if it does not say."""
+    """Returns the longest sequence length, in tokens, that config.json states for its model, or None if it has none."""
     found = (published.get(name) for name in ("max_sequence_length", "max_position_embeddings"))
     return next((value for value in found if _is_int(value) and value > 0), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class PublishedTensor:
-    """One tensor of a published folder: the whole of one of our parameters, or its part for one layer."""
+    """One tensor of a published folder: one of our parameters, or the part of a stacked parameter for one layer."""
 
     name: str
     parameter: str  # a name in mesh.PARAMETERS
-    layer: int | None  # None = not in a layer
+    layer: int | None  # None if the parameter does not belong to a layer
     shape: tuple[int, ...]
 
 
 def published_tensors(config: ModelConfig, naming: str) -> list[PublishedTensor]:
-    """All tensors of a model in a naming ("llada" or "llama"), as the model goes through them; nothing is allocated."""
-    with jax.set_mesh(mesh.one_device_mesh()):  # whatever mesh is in use
+    """Returns all tensors of a model in the order in which the model uses them, without allocating anything.
+
+    Args:
+      config: The architecture.
+      naming: The naming of the tensors, "llada" or "llama".
+    """
+    with jax.set_mesh(mesh.one_device_mesh()):  # the shapes are the same for any mesh in use
         params = split(abstract_model(config, ComputeConfig()))[1]
     names, blocks = NAMINGS[naming], params.pop("blocks")
     inner = {name: _published_shape(name, target.shape[1:]) for name, target in blocks.items()}
@@ -364,12 +375,15 @@ def published_tensors(config: ModelConfig, naming: str) -> list[PublishedTensor]
 
 
 def expected_tensors(config: ModelConfig, naming: str = "llada") -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a published folder of this architecture: plans a load without its weights."""
+    """Returns the shape of every tensor in a published folder of this architecture, by name.
+
+    This makes it possible to plan a load without having the weights.
+    """
     return {tensor.name: tensor.shape for tensor in published_tensors(config, naming)}
 
 
 def _published_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape (outputs, inputs) in which one layer's parameter is published."""
+    """Returns the published shape of one layer's parameter, which is (outputs, inputs) for a matrix."""
     if name in ("q_proj", "k_proj", "v_proj"):
         width, heads, head_width = shape
         return heads * head_width, width

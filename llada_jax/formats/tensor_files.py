@@ -1,7 +1,8 @@
-"""Folders of safetensors files: opened without reading a tensor, written without holding more than one.
+"""Opens folders of safetensors files without reading a tensor, and writes them without holding more than one tensor.
 
-Files are read by the safetensors library. It can write a file only from all its tensors at once, which for a
-published model are gigabytes; here they are written one after the other as they come, into the same bytes.
+The safetensors library reads the files. It can write a file only from all of its tensors at once, which are gigabytes
+for a published model. Therefore this module writes the tensors of a file one after the other. The bytes of the file
+are the same as if the library had written it.
 """
 
 import contextlib
@@ -20,50 +21,59 @@ from llada_jax.formats.published import CONFIG, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as the files name them, as numpy does
-_CHUNK_BYTES = 16 << 20  # of a tensor that are put in order at a time
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # names in the files -> names in numpy
+_CHUNK_BYTES = 16 << 20  # number of bytes of a tensor that are made contiguous at a time
 
 
 class Folder:
-    """The safetensors of a published folder, opened and listed; tensors are read when they are cut."""
+    """The open safetensors files of a published folder. A tensor is read only when it is sliced."""
 
     def __init__(self, directory: Path, files: contextlib.ExitStack):
-        """Opens all shards in `files`. UserError for missing, truncated or foreign ones."""
+        """Opens all safetensors files of a folder.
+
+        Args:
+          directory: The published folder.
+          files: The stack that closes the files.
+
+        Raises:
+          UserError: If a file is missing, truncated or not a safetensors file, or if the files and their index
+            contradict each other.
+        """
         self.directory = directory
         index = directory / INDEX
         weight_map = _weight_map(index) if index.exists() else None
         if weight_map is None:
             names = sorted(path.name for path in directory.glob("*.safetensors"))
             if len(names) != 1:
-                raise UserError(f"{directory}: {len(names)} .safetensors files, expected one, or {INDEX}")
+                raise UserError(f"{directory} has {len(names)} .safetensors files; expected one, or {INDEX}")
         else:
             names = sorted(set(weight_map.values()))
         self._tensors: dict[str, Any] = {}
         for name in names:
-            shard = _open(directory / name, files, "" if weight_map is None else f", {INDEX} names it")
+            shard = _open(directory / name, files, "" if weight_map is None else f", but {INDEX} names it")
             for tensor in shard.keys():
                 if tensor in self._tensors:
                     raise UserError(f"{directory}: tensor {tensor} is in more than one file")
                 if weight_map is not None and weight_map.get(tensor, name) != name:
-                    raise UserError(f"{index}: {tensor} should be in {weight_map[tensor]}, it is in {name}")
+                    raise UserError(f"{index}: {tensor} should be in {weight_map[tensor]}, but it is in {name}")
                 self._tensors[tensor] = shard
         for tensor in weight_map or ():
             if tensor not in self._tensors:
-                raise UserError(f"{directory / weight_map[tensor]}: tensor {tensor} is missing, {INDEX} names it")
+                raise UserError(f"{directory / weight_map[tensor]}: tensor {tensor} is missing, but {INDEX} names it")
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def __getitem__(self, name: str) -> Any:
-        """A tensor that is read when it is cut."""
+        """Returns a tensor that is read only when it is sliced."""
         return self._tensors[name].get_slice(name)
 
     def dtypes(self) -> dict[str, str]:
-        """The dtype of each tensor, by numpy's name."""
+        """Returns the name that numpy gives to the dtype of each tensor, by the name of the tensor."""
         return {name: DTYPES[self[name].get_dtype()] for name in self._tensors if not _is_table(name)}
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """UserError unless there are exactly these tensors, of these shapes and of a float dtype."""
+        """Raises UserError unless the folder holds exactly these tensors, with these shapes and float dtypes."""
         for name, shape in expected.items():
             if name not in self:
                 raise UserError(f"{self.directory}: tensor {name} is missing")
@@ -71,25 +81,25 @@ class Folder:
             if found != shape:
                 raise UserError(f"{self.directory}: tensor {name} has shape {found}, expected {shape}")
             if dtype not in DTYPES:
-                raise UserError(f"{self.directory}: tensor {name} is {dtype}, supported: {', '.join(DTYPES)}")
+                raise UserError(f"{self.directory}: tensor {name} has dtype {dtype}; supported are {', '.join(DTYPES)}")
         for name in self._tensors:
             if name not in expected and not _is_table(name):
                 raise UserError(f"{self.directory}: tensor {name} is not part of the model that {CONFIG} describes")
 
 
 def _is_table(name: str) -> bool:
-    # Older exports of Llama's naming carry the table of RoPE frequencies.
+    # Older exports with Llama's names also hold the table of RoPE frequencies, which is not a parameter.
     return name.endswith("rotary_emb.inv_freq")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor -> file. UserError if the index does not say so."""
+    """Returns the name of the file of each tensor. Raises UserError if the index does not give it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
-            raise UserError(f"{index}: {tensor} is in {json.dumps(name)[:100]}, which is no name of a file beside it")
+            raise UserError(f"{index}: {tensor} is in {json.dumps(name)[:100]}, which is not the name of a file there")
     return weight_map
 
 
@@ -101,7 +111,7 @@ def _open(path: Path, files: contextlib.ExitStack, named: str) -> Any:
     try:
         return files.enter_context(safe_open(path, framework="numpy"))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is truncated or not safetensors: {error}") from error
+        raise UserError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
 def write(
@@ -113,19 +123,21 @@ def write(
     here: bool = True,
     progress: Callable[[Iterable[str]], Iterable[str]] = lambda names: names,
 ) -> None:
-    """Writes tensors as one file, or as several with an index if they are more than `shard_bytes`.
+    """Writes tensors to one file, or to several files with an index if they have more than `shard_bytes` bytes.
 
     Args:
-      directory: exists.
-      shapes: name -> shape, in the order in which they fill the files.
-      dtypes: of each, float32, bfloat16 or float16.
-      shard_bytes: of tensors per file at most, unless a single tensor has more.
-      read: gives a tensor by its name, once each. It may be a view of any strides: rows are put in order in parts.
-      here: whether this process writes; if not it calls `read` all the same, which may be a collective.
-      progress: wraps the names while they are gone through.
+      directory: An existing folder.
+      shapes: The shape of each tensor by its name, in the order in which the tensors fill the files.
+      dtypes: The dtype of each tensor by its name: float32, bfloat16 or float16.
+      shard_bytes: The largest number of bytes of tensors per file. A single tensor that is larger gets its own file.
+      read: Returns the tensor with the given name, and is called once for each tensor. The tensor may be a view with
+        any strides, because its rows are made contiguous in parts.
+      here: Whether this process writes. A process that does not write calls `read` all the same, because `read` may be
+        a collective operation.
+      progress: Wraps the iteration over the names of the tensors, for example to show a progress bar.
     """
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
-    # Larger dtypes first in a file, so that each tensor starts at a multiple of its own.
+    # Put larger dtypes first in a file, so that each tensor starts at a multiple of the size of its elements.
     files = _fill(sizes, shard_bytes, lambda name: (-dtypes[name].itemsize, name))
     place = {name: file for file, names in files.items() for name in names}
     with contextlib.ExitStack() as current:
@@ -137,8 +149,8 @@ def write(
                 out.write(_header({name: (shapes[name], dtypes[name]) for name in files[place[name]]}))
             tensor = read(name)
             if (tensor.shape, tensor.dtype) != (shapes[name], dtypes[name]):
-                wanted = f"{shapes[name]} of {dtypes[name]}"
-                raise ValueError(f"{name}: {tensor.shape} of {tensor.dtype}, expected {wanted}")
+                wanted = f"{shapes[name]} and {dtypes[name]}"
+                raise ValueError(f"{name} has shape and dtype {tensor.shape} and {tensor.dtype}, expected {wanted}")
             if here:
                 _write_rows(out, tensor)
     if here and len(files) > 1:
@@ -148,7 +160,7 @@ def write(
 
 
 def _fill(sizes: Mapping[str, int], shard_bytes: int, order: Callable[[str], Any]) -> dict[str, list[str]]:
-    """File name -> tensors in it, in the order in which they are written there."""
+    """Returns the names of the tensors in each file, in the order in which they are written there."""
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -164,7 +176,7 @@ def _fill(sizes: Mapping[str, int], shard_bytes: int, order: Callable[[str], Any
 
 
 def _header(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
-    """What a file starts with: the length of a JSON object, and that object, which says where each tensor lies."""
+    """Returns the start of a file: the length of a JSON object, and the object, which says where each tensor lies."""
     codes = {name: code for code, name in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -172,7 +184,7 @@ def _header(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": codes[dtype.name], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors are aligned in a file that is mapped
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned when the file is memory-mapped
     return len(text).to_bytes(8, "little") + text
 
 
@@ -185,7 +197,7 @@ def _write_rows(file: Any, tensor: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def _finished(path: Path):
-    """A new file that is on the disk when this ends."""
+    """Opens a new file, which is on the disk when the context ends."""
     with path.open("xb") as file:
         yield file
         file.flush()

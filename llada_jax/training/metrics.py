@@ -69,8 +69,8 @@ def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, compute
       compute: The compute settings, with the name of the kernel that runs in compute.attention.
     """
     attention = 4 * sequence_length * model.width
-    # All kernels except the reference kernel do not keep the attention scores for the backward pass but compute them
-    # again. That is one of the two matmuls of attention.
+    # Every kernel except the reference kernel computes the attention scores again in the backward pass instead of
+    # keeping them. That is one of the two matmuls of attention.
     again = 0 if compute.attention == "reference" else attention / 2
     projections = 2 * model.width * (model.heads + model.kv_heads) * model.head_width
     adapters = sum(size for name, size in _adapter_parameters(model).items() if name != "ff_out_b")

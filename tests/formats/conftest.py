@@ -1,4 +1,4 @@
-"""A published model to be changed."""
+"""Fixtures that the tests of the formats share."""
 
 import shutil
 
@@ -8,6 +8,6 @@ from paths import PARITY
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of the GQA model, to be changed."""
+    """Returns a copy of the published model with grouped-query attention, which the test may change."""
     shutil.copytree(PARITY / "gqa", tmp_path / "model")
     return tmp_path / "model"

@@ -1,3 +1,5 @@
+"""Tests the conversion between published folders and workdirs in our own format."""
+
 import json
 import os
 import signal
@@ -28,12 +30,12 @@ from llada_jax.text.train_tokenizer import train_tokenizer
 from llada_jax.training.checkpoint import Checkpoints
 from llada_jax.training.step import make_state
 
-ODD_BITS = np.array([-0.0, 1e-40, -3e38, 1 + 2**-7], np.float32)  # that an inexact way would lose
+ODD_BITS = np.array([-0.0, 1e-40, -3e38, 1 + 2**-7], np.float32)  # an inexact conversion would change these
 
 
 @pytest.fixture(params=["mha", "gqa llama", "gqa tied bfloat16"])
 def folder(request, tmp_path):
-    """A published folder with a tokenizer, code and fields of its own."""
+    """Returns a published folder that also holds a tokenizer, code, and unknown config fields."""
     kind, *changes = request.param.split()
     folder = chat_folders.make_folder(tmp_path / "source", chat_folders.PUBLISHED)
     config = json.loads((PARITY / kind / "config.json").read_text())
@@ -62,7 +64,7 @@ def folder(request, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, make_mesh):
-    """A training workdir with checkpoints of steps 0 and 3."""
+    """Returns a training workdir with checkpoints of steps 0 and 3."""
     folder = tmp_path_factory.mktemp("workdir")
     tokenizer = train_tokenizer([Path(__file__).read_text()], 380, folder / "tokenizer")
     sizes = ModelConfig(layers=2, width=16, heads=2, kv_heads=1, feed_forward=24, vocab_size=tokenizer.vocab_size)
@@ -79,7 +81,7 @@ def trained(tmp_path_factory, make_mesh):
 
 
 def other_contents(folder):
-    """All files but config.json and weights."""
+    """Returns the contents of all files except config.json and the weights."""
     left_out = (".safetensors", ".index.json", "pytorch_model.bin")
     files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
     files.pop(Path("config.json"))
@@ -139,7 +141,7 @@ def test_another_dtype_and_naming(tmp_path):
 
 
 def test_a_sentencepiece_folder_there_and_back(trained, tmp_path):
-    """The tokenizer is the same, whether its control tokens are named in a file or appended by us."""
+    """The tokenizer stays the same, whether a file names its control tokens or this package appends them."""
     convert(trained, tmp_path / "published", "huggingface")
     wanted = find_tokenizer(trained / "tokenizer")
     config = tmp_path / "published" / "tokenizer_config.json"
@@ -208,7 +210,7 @@ def test_a_model_trained_here(trained, tmp_path):
 
 
 def test_a_complete_config_has_every_field_of_the_published_one():
-    """What ../shared/llada_format/config.json has, so that the code published with LLaDA-8B finds all it reads."""
+    """All fields of LLaDA-8B's config.json are there, so that the code published with it finds every field it reads."""
     names = """activation_type alibi alibi_bias_max architectures attention_dropout attention_layer_norm
     attention_layer_norm_with_affine auto_map bias_for_layer_norm block_group_size block_type d_model
     embedding_dropout embedding_size eos_token_id flash_attention include_bias include_qkv_bias init_cutoff_factor
@@ -236,7 +238,7 @@ def test_weights_alone_of_a_workdir(trained, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_damage_is_found(tmp_path, dtype):
-    """Also where what was saved is cast to another dtype."""
+    """Damage is found even if the saved parameters are cast to another dtype."""
     convert(PARITY / "mha", tmp_path / "out", "orbax", dtype=dtype)
     record = tmp_path / "out" / "checkpoints" / "0" / "run" / "metadata"
     run = json.loads(record.read_text())
@@ -279,7 +281,7 @@ def test_mistakes_are_named_before_anything_is_read(trained, tmp_path, monkeypat
     ]
 
     def no_reading(*_, **__):
-        raise AssertionError("read before it was checked")
+        raise AssertionError("something was read before the arguments were checked")
 
     monkeypatch.setattr(huggingface, "_read_parameter", no_reading)
     monkeypatch.setattr(arrays, "_read_arrays", no_reading)
@@ -325,7 +327,9 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path, kill):
         process.kill()
     assert not (tmp_path / "out").exists()
     convert(PARITY / "mha", tmp_path / "out", "huggingface")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.now"], "the next one tidies up"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.now"], (
+        "the next conversion removes what the killed one left"
+    )
 
 
 def test_the_command(tmp_path):

@@ -1,4 +1,4 @@
-"""The numbers by which a damaged array of a checkpoint is recognised."""
+"""Tests the fingerprints, which reveal damaged arrays in a checkpoint."""
 
 import jax
 import jax.numpy as jnp

@@ -1,3 +1,5 @@
+"""Tests that published folders are read and written exactly, and that damaged ones are refused."""
+
 import json
 import socket
 
@@ -99,12 +101,12 @@ def test_damaged_folders_are_named(make_mesh, folder):
         refused("has no weight_map")
     for wrong in (None, 3, ["x"], "", "..", "../x.safetensors", "/etc/passwd"):
         index.write_text(json.dumps({"weight_map": weight_map | {Q_PROJ: wrong}}))
-        refused("which is no name of a file beside it")
+        refused("which is not the name of a file there")
     index.write_text(json.dumps({"weight_map": weight_map | {"model.more": shard.name}}))
     refused("tensor model.more is missing")
     other = next(name for name in weight_map.values() if name != shard.name)
     index.write_text(json.dumps({"weight_map": weight_map | {Q_PROJ: other}}))
-    refused(f"{Q_PROJ} should be in {other}, it is in {shard.name}")
+    refused(f"{Q_PROJ} should be in {other}, but it is in {shard.name}")
     index.write_text(json.dumps({"weight_map": weight_map}))
     twice = load_file(folder / other) | {Q_PROJ: load_file(shard)[Q_PROJ]}
     before = (folder / other).read_bytes()
@@ -112,7 +114,7 @@ def test_damaged_folders_are_named(make_mesh, folder):
     refused(f"{Q_PROJ} should be in|tensor {Q_PROJ} is in more than one file")
     (folder / other).write_bytes(before)
     index.unlink()
-    refused("3 .safetensors files, expected one")
+    refused("has 3 .safetensors files; expected one")
     for wrong in ("{", "[" * 100_000, "\xff"):
         index.write_text(wrong, encoding="latin-1")
         refused("is not JSON")
@@ -128,7 +130,7 @@ def test_damaged_folders_are_named(make_mesh, folder):
 
 def test_tensors_of_other_kinds_are_named(make_mesh, folder):
     change_tensors(folder, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ].astype(np.int32)}))
-    with pytest.raises(UserError, match="q_proj.weight is I32, supported: F32, BF16, F16"):
+    with pytest.raises(UserError, match="q_proj.weight has dtype I32; supported are F32, BF16, F16"):
         read(folder, make_mesh())
 
 
@@ -193,8 +195,8 @@ def test_what_cannot_be_written_is_named(make_mesh, tmp_path):
         ("full", {}, "exists and is not an empty folder"),
         ("out", {"dtype": "float16"}, "dtype=float16: choose float32 or bfloat16"),
         ("out", {"naming": "gpt"}, "naming='gpt': choose llada or llama"),
-        ("out", {"shard_bytes": 0}, "shard_bytes=0"),
-        ("out", {"original": original | {"n_layers": 3}}, "the model has layers 2, the original config.json says 3"),
+        ("out", {"shard_bytes": 0}, "shard_bytes=0: it must be at least 1"),
+        ("out", {"original": original | {"n_layers": 3}}, "model has layers=2, but the original config.json says 3"),
         ("out", {"original": original | {"alibi": True}}, "alibi=true is not supported"),
     ]
     for name, options, words in cases:
@@ -245,7 +247,7 @@ def main():
     huggingface.save_model(model, output, shard_bytes=200_000)
     try:
         huggingface.save_model(model, output)
-    except UserError as error:  # in both of them
+    except UserError as error:  # in both processes
         assert "exists and is not an empty folder" in str(error)
         return 0
 sys.exit(distributed.run(main, DistributedConfig(), address, 2, int(process)))

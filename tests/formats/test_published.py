@@ -1,3 +1,5 @@
+"""Tests what is read from and written to a published config.json, and the expected names and shapes of tensors."""
+
 import json
 import math
 
@@ -11,7 +13,7 @@ from llada_jax.formats import huggingface, published, tensor_files
 FORMAT = ROOT.parent / "shared" / "llada_format"
 
 
-# What is published of LLaDA-8B: its config.json, and its index by patterns of names.
+# The metadata of the published LLaDA-8B: its config.json, and the names of the tensors in its index as patterns.
 LLADA_8B_FIELDS = json.loads((LLADA_8B / "config.json").read_text())
 IN_A_LAYER = "attn_norm attn_out ff_norm ff_out ff_proj k_proj q_proj up_proj v_proj".split()
 OUTSIDE = [f"model.transformer.{name}.weight" for name in ("ff_out", "ln_f", "wte")]
@@ -19,7 +21,7 @@ TOTAL_SIZE = 16031162368
 
 
 def test_the_load_of_the_published_8b_is_planned():
-    """Every tensor that LLaDA-8B's index names would be read, and no other; its shapes make the bytes it states."""
+    """A load reads exactly the tensors in the index of LLaDA-8B, and their shapes add up to the size in the index."""
     config = published.model_config(LLADA_8B_FIELDS)
     assert (config.mask_id, config.eos_id, config.token_count, config.vocab_size) == (126336, 126081, None, 126464)
     expected = published.expected_tensors(config)
@@ -35,7 +37,7 @@ def test_the_load_of_the_published_8b_is_planned():
     assert set(LLADA_8B_FIELDS) <= set(published.published_config(config))
 
 
-@pytest.mark.skipif(not FORMAT.is_dir(), reason="no published metadata of LLaDA-8B beside this folder")
+@pytest.mark.skipif(not FORMAT.is_dir(), reason="needs the published metadata of LLaDA-8B in ../shared/llada_format")
 def test_the_published_8b_itself():
     assert json.loads((FORMAT / "config.json").read_text()) == LLADA_8B_FIELDS
     index = json.loads((FORMAT / tensor_files.INDEX).read_text())
@@ -68,12 +70,12 @@ def test_the_published_8b_itself():
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters=.* is not supported"),
         ({"rope_parameters": {"type": "linear", "factor": 4.0}}, "rope_parameters=.* is not supported"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "rope_parameters=.* is not supported"),
-        ({"rope_parameters": {"rope_theta": 1e3}}, "rope_theta=500000.0 and 1000.0 in rope_parameters contradict"),
+        ({"rope_parameters": {"rope_theta": 1e3}}, "rope_theta=500000.0 contradicts 1000.0 in rope_parameters"),
         ({"rope_theta": 10**400}, "rope_theta must be a positive number, not 1000.*\\.\\.\\."),
         ({"mask_token_id": 10**400}, "mask_token_id must be below the vocabulary"),
         ({"num_attention_heads": 8}, "n_heads=4 and num_attention_heads=8 contradict"),
         ({"tie_word_embeddings": True}, "weight_tying=false and tie_word_embeddings=true contradict"),
-        ({"multi_query_attention": True}, "multi_query_attention has one key/value head, not 2"),
+        ({"multi_query_attention": True}, "multi_query_attention allows one key/value head, not 2"),
         ({"residual_multiplier": 0.2}, "residual_multiplier=0.2 is not supported, only 1 or null"),
         ({"logits_scaling": 8}, "logits_scaling=8 is not supported"),
         ({"embedding_multiplier": 12}, "embedding_multiplier=12 is not supported"),
@@ -83,7 +85,7 @@ def test_the_published_8b_itself():
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=.* is not supported"),
         ({"architectures": ["LlamaForCausalLM"], "mask_token_id": ...}, "architectures=.* attends causally"),
         ({"vocab_size": 513}, "vocab_size=513 does not fit an embedding of 512 rows"),
-        ({"vocab_size": 500}, "eos_token_id=500 is no token: vocab_size is 500"),
+        ({"vocab_size": 500}, "eos_token_id=500 must be below vocab_size=500"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must be a positive number"),
         ({"rms_norm_eps": ...}, "rms_norm_eps is missing"),
         ({"mask_token_id": {}}, "mask_token_id must be an integer"),
@@ -91,7 +93,7 @@ def test_the_published_8b_itself():
         ({"eos_token_id": []}, r"eos_token_id must be an integer, not \[\]"),
         ({"quantization_config": {"bits": 4, "note": "x" * 200}}, "quantization_config=.*\\.\\.\\. is not supported"),
         ({"num_experts": 64}, "num_experts=64 is not supported"),
-        ({"n_kv_heads": 3}, "4 heads cannot share 3"),
+        ({"n_kv_heads": 3}, "4 heads are not divisible by 3"),
         ({"n_layers": 4}, "blocks.3.attn_norm.weight is missing"),
         ({"n_layers": 2}, "blocks.2.* is not part of the model"),
         ({"mlp_hidden_size": 180}, r"ff_proj.weight has shape \(176, 64\), expected \(180, 64\)"),
@@ -100,7 +102,7 @@ def test_the_published_8b_itself():
 )
 def test_a_config_that_does_not_fit_is_named_before_a_tensor_is_read(make_mesh, folder, monkeypatch, changes, words):
     change_config(folder, **changes)
-    monkeypatch.setattr(huggingface, "_read_parameter", lambda *_: pytest.fail("read before it was checked"))
+    monkeypatch.setattr(huggingface, "_read_parameter", lambda *_: pytest.fail("a tensor was read before the check"))
     with pytest.raises(UserError, match=words):
         read(folder, make_mesh())
 
@@ -112,7 +114,7 @@ def test_what_changes_nothing_is_accepted(folder):
     neutral |= {"architectures": ["LlamaForCausalLM"], "rope_parameters": {"rope_type": "default", "factor": None}}
     change_config(folder, **neutral)
     assert huggingface.inspect(folder).config == config
-    change_config(folder, vocab_size=508)  # MASK, 511, is never chosen
+    change_config(folder, vocab_size=508)  # MASK (511) is never chosen, so it may be beyond vocab_size
     assert huggingface.inspect(folder).config.token_count == 508
 
 

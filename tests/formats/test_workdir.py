@@ -1,4 +1,4 @@
-"""A training workdir as its readers see it."""
+"""Tests how the config.json of a training workdir is written and read."""
 
 import pytest
 
@@ -13,7 +13,7 @@ def test_config_round_trip(tmp_path):
     config.optimizer.schedule = ((0, 0.0), (0.5, 1.0))
     workdir.write_config(tmp_path, config, IDENTITY)
     assert workdir.read_config(tmp_path) == (config, IDENTITY)
-    workdir.write_config(tmp_path, Config(), IDENTITY)  # over the old one
+    workdir.write_config(tmp_path, Config(), IDENTITY)  # replaces the old file
     assert workdir.read_config(tmp_path) == (Config(), IDENTITY)
     assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 

@@ -1,4 +1,4 @@
-"""The runs that tests of training share."""
+"""Fixtures with the training runs that several tests share."""
 
 import shutil
 import time
@@ -29,7 +29,10 @@ def prepared(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run(prepared):
-    """run(folder, devices=1, "name=value" as name=value, dots as __): trains in this process, returns the exit code."""
+    """Returns the function run(folder, devices=1, **settings), which trains in this process and returns the exit code.
+
+    A setting config.a.b=value is passed as a__b=value.
+    """
 
     def run_it(folder, devices: int = 1, **settings) -> int:
         config = tiny.get_config()
@@ -54,7 +57,7 @@ def run(prepared):
 
 @pytest.fixture(scope="session")
 def reference(run, tmp_path_factory):
-    """A run that nothing disturbed. Not to be changed."""
+    """Returns the workdir of a run without any interruption. Do not change it."""
     folder = tmp_path_factory.mktemp("reference") / "run"
     assert run(folder, checkpoint__keep=5) == entry_point.FINISHED
     return folder
@@ -62,7 +65,7 @@ def reference(run, tmp_path_factory):
 
 @pytest.fixture
 def copy(reference, tmp_path):
-    """A copy of the undisturbed run up to a step, as if it had been killed there."""
+    """Returns copied(step), which copies the uninterrupted run as if it had been killed after checkpoint `step`."""
 
     def copied(step: int) -> Path:
         folder = tmp_path / f"copy_{step}"
@@ -77,7 +80,10 @@ def copy(reference, tmp_path):
 
 @pytest.fixture(scope="session")
 def outside(corpus, tmp_path_factory):
-    """(folder, seconds) of an undisturbed run from text to the end in a process of its own."""
+    """Returns (folder, seconds): the workdir of an uninterrupted run in its own process, and the time that it took.
+
+    The time includes preparing the text.
+    """
     folder = tmp_path_factory.mktemp("outside") / "run"
     started = time.monotonic()
     process = tiny.start(["-m", "llada_jax.train", *tiny.command(folder, f"data.input={corpus}")])

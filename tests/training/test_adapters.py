@@ -1,4 +1,4 @@
-"""Runs with low-rank adapters: what they start from, what their workdir holds, what is loaded of it."""
+"""Tests runs with low-rank adapters: what they start from, what their workdirs hold, and which model is loaded."""
 
 import json
 import shutil
@@ -21,13 +21,13 @@ from llada_jax.model.transformer import abstract_model, merge, split
 from llada_jax.training import checkpoint
 
 SETTINGS = {"model__lora__rank": 4, "steps": 10, "validation__every": 5, "checkpoint__keep": 5}
-# New adapters that change nothing.
+# One step with a learning rate of zero: the new adapters do not change the model.
 STILL = {"model__lora__rank": 2, "optimizer__peak_learning_rate": 0.0, "steps": 1}
 
 
 @pytest.fixture(scope="module")
 def source(reference, tmp_path_factory):
-    """A run to adapt, where nothing else will look for it later."""
+    """Returns the workdir of a run to adapt: a copy, because a test removes it for a while."""
     folder = tmp_path_factory.mktemp("source") / "run"
     shutil.copytree(reference, folder)
     return folder
@@ -35,7 +35,7 @@ def source(reference, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapted(run, source, tmp_path_factory):
-    """A run of 10 steps that adapts it. Not to be changed."""
+    """Returns the workdir of a run of 10 steps that adapts `source`. Do not change it."""
     folder = tmp_path_factory.mktemp("adapted") / "run"
     assert run(folder, init_from=str(source), **SETTINGS) == 0
     return folder
@@ -70,7 +70,7 @@ def test_its_checkpoints_hold_adapters_alone(adapted, source):
     state = state_of(adapted)
     assert params_of(state) and all(name.endswith(("_a']", "_b']")) for name in params_of(state))
     assert len([name for name in state if name.startswith(".opt_state")]) == 2 * len(params_of(state)) + 1
-    # What it adapts is what it started from, to the bit, and stays so.
+    # The weights that it adapts are still bitwise the weights of its source.
     assert same(base_of(adapted), params_of(state_of(source)))
 
 
@@ -84,7 +84,7 @@ def test_what_is_loaded_is_the_merged_model(adapted):
         model = merge(split(abstract_model(config.model, config.compute))[0], lora.combine(adapters, frozen))
         unmerged = np.asarray(model(tokens))
         base = merge(split(abstract_model(lora.plain(config.model), config.compute))[0], frozen)
-        assert np.abs(np.asarray(base(tokens)) - unmerged).max() > 1e-2  # the adapters do something
+        assert np.abs(np.asarray(base(tokens)) - unmerged).max() > 1e-2  # the adapters change the model
     loaded = llada_jax.load(adapted)[0]
     assert config.model.lora.rank == 4 and loaded.config == lora.plain(config.model)
     np.testing.assert_allclose(logits_of(adapted), unmerged, rtol=1e-5, atol=1e-5)
@@ -115,7 +115,7 @@ def test_resumed_on_another_mesh(run, adapted, copy_of_adapted, source):
 
 
 def test_killed_while_the_weights_are_written_nothing_is_lost(run, adapted, source, tmp_path, monkeypatch):
-    """Nor does what is left there matter, half of a base or a whole one of other weights: it is written anew."""
+    """The next start writes frozen/ anew, whether the kill left a part of it or all of it with other weights."""
     save = weights.save_weights
 
     def dies(folder, step, params, record):
@@ -136,7 +136,7 @@ def test_killed_while_the_weights_are_written_nothing_is_lost(run, adapted, sour
 
 
 def test_what_is_not_ours_stays(run, prepared, source, tmp_path):
-    """A folder of that name that holds something else is left alone, by runs with adapters and without."""
+    """A folder frozen/ that holds something else is left alone by runs with and without adapters."""
     other = tmp_path / "run" / "frozen"
     other.mkdir(parents=True)
     (other / "notes.txt").write_text("mine")
@@ -147,7 +147,10 @@ def test_what_is_not_ours_stays(run, prepared, source, tmp_path):
 
 
 def test_branches_and_further_runs(run, adapted, tmp_path):
-    """The same adapters go on; weights alone are those of the merged model, for new adapters."""
+    """A branch continues with the same adapters.
+
+    With init_weights_only, a run takes the merged model as its weights and adds new adapters.
+    """
     branch = tmp_path / "branch"
     assert run(branch, init_from=str(adapted), init_step=5, **SETTINGS) == 0
     assert same(state_of(branch), state_of(adapted)) and same(base_of(branch), base_of(adapted))
@@ -159,7 +162,10 @@ def test_branches_and_further_runs(run, adapted, tmp_path):
 
 
 def test_through_the_published_format_and_orbax(run, adapted, tmp_path):
-    """Exported it is an ordinary model; from there, and from weights in our own format, a run may adapt it again."""
+    """The exported model is an ordinary model without adapters.
+
+    A run can adapt it again, from the published folder and from weights in our own format.
+    """
     convert(adapted, tmp_path / "published", "huggingface")
     convert(adapted, tmp_path / "weights", "orbax")
     assert "lora" not in json.loads((tmp_path / "published" / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit by bit on any mesh; damage is found, named and stepped over."""
+"""Tests that checkpoints are restored bitwise on any mesh, and that damaged ones are reported and skipped."""
 
 import os
 import resource
@@ -38,7 +38,7 @@ def state(config, one_device):
 
 @pytest.fixture
 def open_checkpoints(one_device):
-    """Opens the checkpoints of a workdir; closes them in the end."""
+    """Returns open_one(folder, **settings), which opens the checkpoints of a workdir until the test ends."""
     opened = []
 
     def open_one(folder, **settings):
@@ -55,12 +55,12 @@ def open_checkpoints(one_device):
 
 
 def at(state: TrainState, step: int) -> TrainState:
-    """Another state, which belongs to `step` and to no other."""
+    """Returns a state that is different for each `step`."""
     return TrainState(jnp.full_like(state.step, step), jax.tree.map(lambda x: x + step, state.params), state.opt_state)
 
 
 def same(a, b) -> bool:
-    """Whether two trees are equal bit by bit, wherever they are."""
+    """Returns whether two trees are bitwise equal, on any devices."""
     a, b = jax.device_get((a, b))
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
         x.dtype == y.dtype and x.tobytes() == y.tobytes()
@@ -70,7 +70,7 @@ def same(a, b) -> bool:
 
 @pytest.fixture(scope="module")
 def two_saved(state, one_device, tmp_path_factory):
-    """A workdir with checkpoints 1 and 2; copy it before changing anything."""
+    """Returns a workdir with checkpoints 1 and 2. Copy it before you change anything."""
     folder = tmp_path_factory.mktemp("saved")
     with jax.set_mesh(one_device):
         saved = checkpoint.Checkpoints(folder, CheckpointConfig(every=1, keep=3))
@@ -115,7 +115,7 @@ def test_a_sharded_state_is_saved_whole(config, folder, state, make_mesh, one_de
 
 
 def test_donating_what_is_being_saved_does_no_harm(tmp_path, one_device, open_checkpoints):
-    # 64 MiB of noise are still being written when the next step has long taken the buffers.
+    # The array has 64 MiB, so it is still being written when the next step takes its buffer.
     x = jax.random.normal(jax.random.key(0), (1 << 24,))
     wanted = np.array(x)
     saved = open_checkpoints(tmp_path)
@@ -132,7 +132,7 @@ def test_donating_what_is_being_saved_does_no_harm(tmp_path, one_device, open_ch
 def test_the_record_is_that_of_the_moment(config, state, tmp_path, one_device, open_checkpoints):
     saved, record = open_checkpoints(tmp_path), {"window": {"sums": [1.0, 2.0]}}
     saved.save(at(state, 1), record)
-    record["window"]["sums"][0] = 7.0  # the loop goes on adding while files are written
+    record["window"]["sums"][0] = 7.0  # as the loop does while the files are being written
     saved.wait()
     assert saved.restore(config, one_device, pytest.fail)[1]["window"] == {"sums": [1.0, 2.0]}
 
@@ -150,7 +150,7 @@ def test_a_step_is_saved_once(state, folder, open_checkpoints):
     before = (folder / "checkpoints" / "2" / "run" / "metadata").stat().st_mtime_ns
     saved.save(at(state, 2), {"window": "another"})
     saved.save(at(state, 3), {})
-    saved.save(at(state, 3), {})  # while it is being written
+    saved.save(at(state, 3), {})  # while checkpoint 3 is being written
     saved.wait()
     assert saved.steps() == [1, 2, 3]
     assert (folder / "checkpoints" / "2" / "run" / "metadata").stat().st_mtime_ns == before
@@ -254,7 +254,7 @@ def test_a_disk_that_takes_no_more(config, state, folder, one_device, open_check
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "Traceback" not in capfd.readouterr().err
-    # Nothing older was removed on behalf of a checkpoint that never came to be.
+    # No older checkpoint was removed, because the new one was never completed.
     assert before <= listing(folder)
     again = open_checkpoints(folder, keep=1)
     assert same(again.restore(config, one_device, pytest.fail)[0], at(state, 2))

@@ -1,4 +1,4 @@
-"""Wrong types and impossible combinations are found, and each message names its setting."""
+"""Tests that wrong types and impossible combinations are found, and that each message names the setting."""
 
 import types
 
@@ -54,8 +54,8 @@ def test_wrong_type(name, value):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("optimizer.peak_learning_rate", 1),  # an int is accepted for a float
-        ("optimizer.schedule", [[0, 0.0], [0.5, 1]]),  # lists, as JSON gives them
+        ("optimizer.peak_learning_rate", 1),  # a setting of type float accepts an int
+        ("optimizer.schedule", [[0, 0.0], [0.5, 1]]),  # lists instead of tuples, as JSON has them
         ("data.weights", [1, 2.5]), ("model.mask_id", 3), ("model.mask_id", None), ("init_step", None),
         ("seed", 2**32 - 1), ("validation.rows", 0), ("sampling.gen_length", 0), ("optimizer.clip_norm", 0.0),
         ("diffusion.random_length_every", 0), ("compute.unroll", 0), ("checkpoint.permanent_every", 5000),
@@ -146,7 +146,7 @@ def test_ids_come_from_the_tokenizer():
     assert (model.vocab_size, model.token_count, model.mask_id, model.bos_id, model.eos_id, model.eot_id) == (
         128, 100, 99, 1, 2, None
     )  # fmt: skip
-    resolve_ids(model, tokenizer())  # what is resolved agrees with its own source
+    resolve_ids(model, tokenizer())  # the resolved ids agree with the tokenizer that they come from
     larger = ModelConfig(vocab_size=256, mask_id=99)
     resolve_ids(larger, tokenizer())
     assert larger.vocab_size == 256

@@ -1,4 +1,4 @@
-"""Workdirs, full disks, steps that are not finite, and what the loop leaves behind."""
+"""Tests workdirs that do not fit, full disks, non-finite steps, profiles, and what a run leaves behind."""
 
 import contextlib
 import json
@@ -39,16 +39,16 @@ def test_text_prepared_in_the_workdir(run, corpus, tmp_path):
         with pytest.raises(UserError, match=message):
             run(folder, **{**base, **settings, "steps": 3})
     assert workdir.steps_in(folder) == before
-    # The tokenizer it was trained with is the same one by another name.
+    # data.tokenizer may be another path, if it leads to the tokenizer that the run was trained with.
     with pytest.raises(UserError, match="there is no tokenizer at"):
         run(folder, **base, data__tokenizer=str(tmp_path / "nowhere"))
     assert run(folder, **base, data__tokenizer=str(folder / "tokenizer")) == 0
-    # Where the set itself is gone, another text is not prepared only to be refused.
+    # If the prepared set is gone, another text is refused before it is prepared.
     shutil.rmtree(folder / "data")
     with pytest.raises(UserError, match="config.data.input is .*other.jsonl, but .* was trained on .*corpus.jsonl"):
         run(folder, **{**base, "data__input": str(other)})
     assert not (folder / "data").exists()
-    assert run(folder, **base) == 0  # the same text gives the same set
+    assert run(folder, **base) == 0  # preparing the same text again gives the same set
 
 
 def test_before_the_first_checkpoint_nothing_binds(run, tmp_path, prepared, corpus):
@@ -76,7 +76,7 @@ def test_checkpoints_without_a_config(run, copy):
         run(folder)
 
 
-# One owner, a place to write
+# A workdir has one owner and must be writable
 
 
 def test_a_second_process_is_refused(run, reference, prepared, tmp_path):
@@ -105,9 +105,9 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_later(run, reference, tmp_path,
     folder, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill_disk():
-        while workdir.steps_in(folder) != [5, 10]:  # that one is still being written
+        while workdir.steps_in(folder) != [5, 10]:  # until checkpoint 10 is complete
             time.sleep(0.01)
-        # Small enough for no checkpoint, large enough for metrics.jsonl.
+        # The limit is too small for a checkpoint and large enough for metrics.jsonl.
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
 
     try:
@@ -122,12 +122,15 @@ def test_a_full_disk_ends_the_run_and_it_goes_on_later(run, reference, tmp_path,
     assert_same_run(folder, reference)
 
 
-# Not finite
+# Steps that are not finite
 
 
 @contextlib.contextmanager
 def poisoned(first: int, last: int):
-    """The loss of steps first..last (counted from 1) is NaN: their rows say so by an impossible length."""
+    """Makes the loss of the steps first..last, counted from 1, NaN while the context is active.
+
+    The rows of these steps are marked with an impossible length.
+    """
     place, step, pretrain = meshes.place_batch, loop.Loop._step, forward.OBJECTIVES["pretrain"]
     now = []
 
@@ -161,14 +164,14 @@ def test_steps_that_are_not_finite_end_the_run(run, tmp_path, capfd):
     assert [(r["step"], r["skipped"]) for r in tiny.records(tmp_path) if "skipped" in r] == [
         (3, 0), (6, 0), (9, 2), (12, 3)
     ]  # fmt: skip
-    assert tiny.records(tmp_path)[-1]["loss"] is None  # not a step of the window was finite
+    assert tiny.records(tmp_path)[-1]["loss"] is None  # no step since the last log line was finite
     assert workdir.steps_in(tmp_path) == [2, 4, 6, 8, 10, 12]
     seven = {name: value for name, value in state_of(tmp_path, 8).items() if name != ".step"}
     for step in (10, 12):
         for name, value in state_of(tmp_path, step).items():
             assert np.isfinite(value).all()
             assert name == ".step" or value.tobytes() == seven[name].tobytes()
-    # The count goes on over a restart.
+    # The count of skipped steps continues after a restart.
     assert record_of(tmp_path, 12)["skipped_in_a_row"] == 5
     with poisoned(8, 99):
         assert run(tmp_path, **settings) == entry_point.FAILURE
@@ -189,7 +192,7 @@ def test_an_absurd_learning_rate_leaves_nothing_but_finite_numbers(run, tmp_path
         assert all(np.isfinite(value).all() for value in state_of(tmp_path, step).values())
 
 
-# Between host and device
+# Transfers between host and device
 
 
 def test_nothing_crosses_unasked(run, tmp_path, monkeypatch):
@@ -224,11 +227,11 @@ def test_the_host_stays_one_step_behind(run, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "make_train_step", make_noting)
     monkeypatch.setattr(loop.metrics, "fetch", note_fetch)
     assert run(tmp_path, logging__every=1, validation__rows=0, sampling__every=0, checkpoint__every=5) == 0
-    # Step s is looked at once s + 1 is under way, but for those that end in a checkpoint.
+    # The metrics of step s are fetched after step s + 1 was dispatched, except for steps that save a checkpoint.
     assert looks == [s if s % 5 == 0 else s + 1 for s in range(1, 21)]
 
 
-# Profile
+# Profiles
 
 
 @pytest.mark.parametrize("stop, first, count", [(None, 3, 2), (None, 18, 9), (5, 3, 9)])

@@ -1,4 +1,4 @@
-"""The owner of a workdir: one run at a time, a record of every start, and the tokenizer."""
+"""Tests that a workdir has one owner at a time, and that it gets a record of every start and the tokenizer."""
 
 import dataclasses
 import fcntl
@@ -23,7 +23,7 @@ def test_only_one_owner(tmp_path):
 
 
 def test_the_lock_ends_with_its_process(tmp_path):
-    """Even by kill -9: nothing to clean up by hand."""
+    """The lock is released even if its process is killed with kill -9, so nobody has to clean up by hand."""
     program = (
         "import fcntl, sys, time\n"
         "lock = open(sys.argv[1], 'a'); fcntl.flock(lock, fcntl.LOCK_EX); print('locked', flush=True); time.sleep(600)"
@@ -81,13 +81,13 @@ def test_tokenizer_is_copied_whole_or_not_at_all(tmp_path):
     source, run = tmp_path / "source", tmp_path / "run"
     source.mkdir(), run.mkdir()
     (source / "tokenizer.model").write_bytes(b"abc")
-    (run / "tokenizer.tmp").mkdir()  # left by one that was killed
+    (run / "tokenizer.tmp").mkdir()  # left by a start that was killed
     (run / "tokenizer.tmp" / "half").write_bytes(b"a")
     ownership.keep_tokenizer(run, source)
     assert [p.name for p in run.iterdir()] == ["tokenizer"]
     assert [(p.name, p.read_bytes()) for p in (run / "tokenizer").iterdir()] == [("tokenizer.model", b"abc")]
     kept = (run / "tokenizer").stat().st_ino
-    ownership.keep_tokenizer(run, source)  # once is enough
+    ownership.keep_tokenizer(run, source)  # does not copy it a second time
     assert (run / "tokenizer").stat().st_ino == kept
     (source / "tokenizer.model").write_bytes(b"other")
     ownership.keep_tokenizer(run, source)

@@ -1,4 +1,4 @@
-"""Runs killed, stopped and damaged go on as if nothing had been; on another mesh, too."""
+"""Tests that a run that was killed, stopped or damaged continues exactly as if nothing had happened, on any mesh."""
 
 import contextlib
 import os
@@ -73,19 +73,19 @@ def test_a_finished_run_is_finished(run, copy, reference, capfd):
     assert run(folder, checkpoint__keep=5) == 0
     assert "is finished: nothing to train up to step 20" in capfd.readouterr().err
     assert_same_run(folder, reference)
-    assert run(folder, steps=22) == 0  # and goes on when asked to
+    assert run(folder, steps=22) == 0  # with more steps the run continues
     assert tiny.records(folder)[-1]["step"] == 22 and workdir.steps_in(folder) == [20, 22]
 
 
 def test_what_was_logged_is_the_mean_since_the_last_line(run, tmp_path, reference):
-    # Resumed in the middle of a window, the line holds the steps before the stop too.
+    # A logged loss is the mean over all steps since the last log line, also over those before a checkpoint was saved.
     every = tmp_path / "every"
     assert run(every, logging__every=1) == 0
     losses = {record["step"]: record["loss"] for record in tiny.records(every)}
     for record in tiny.records(reference):
         if record["step"] in (3, 6, 9, 12, 15, 18):
             assert record["loss"] == sum(losses[record["step"] - i] for i in (2, 1, 0)) / 3
-    assert record_of(reference, 5)["window"]["steps"] == 2  # steps 4 and 5
+    assert record_of(reference, 5)["window"]["steps"] == 2  # checkpoint 5 has the sums of steps 4 and 5
 
 
 # SIGTERM
@@ -113,7 +113,7 @@ def test_sigterm_to_a_process(prepared, tmp_path):
     folder = tmp_path / "run"
     flags = ["-m", "llada_jax.train", *tiny.command(folder, f"data.path={prepared}", "steps=1000000")]
     process = tiny.start(flags)
-    wait_for(process, "compiling the train step")  # nothing to save yet: it is gone at once
+    wait_for(process, "compiling the train step")  # there is nothing to save yet, so SIGTERM ends the process at once
     process.terminate()
     process.communicate()
     assert process.returncode == -signal.SIGTERM and workdir.steps_in(folder) == []
@@ -147,13 +147,13 @@ def test_another_mesh_sees_the_same_rows_and_the_same_noise(run, reference, tmp_
     assert first_rows.keys() == {"0", "5", "10", "15"}
     for step in (5, 10, 15, 20):
         ours, theirs = record_of(folder, step)["window"], record_of(reference, step)["window"]
-        for exact in ("steps", "tokens", "bucket_tokens", "skipped"):  # masked tokens by mask ratio: rows and noise
+        for exact in ("steps", "tokens", "bucket_tokens", "skipped"):  # these depend on the rows and the noise alone
             assert ours[exact] == theirs[exact], (step, exact)
     for ours, theirs in zip(tiny.records(folder), tiny.records(reference), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (ours["step"], name)
-    for step in (5, 10, 15):  # decoded by a run that starts there on one device
+    for step in (5, 10, 15):  # a run on one device that resumes there shows the same first row
         shutil.copytree(reference, tmp_path / str(step))
         for later in workdir.steps_in(reference):
             if later > step:
@@ -173,7 +173,7 @@ def test_the_first_step_on_another_mesh(run, tmp_path, reference, devices, setti
     assert there["loss"] == pytest.approx(here["loss"], rel=1e-5)
 
 
-# Damage, retention
+# Damage and retention
 
 
 def test_after_damage_the_run_goes_on_from_the_checkpoint_before(run, copy, reference, capfd):

@@ -1,4 +1,4 @@
-"""What a run may start from, and what it may change when it goes on."""
+"""Tests what a run can start from, and what may change when a run is resumed."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ def test_a_branch_goes_on_where_its_parent_was(run, reference, tmp_path):
     ours = {record["step"]: record for record in tiny.records(folder)}
     theirs = {record["step"]: record for record in tiny.records(reference)}
     assert ours.keys() == {12, 14, 15, 18, 20}
-    for step in (14, 15, 18, 20):  # the first line has only the steps since the branch
+    for step in (14, 15, 18, 20):  # the line of step 12 covers only the steps since the branch
         assert ours[step] == theirs[step]
     assert state_of(folder).keys() == state_of(reference).keys()
     assert all(value.tobytes() == state_of(reference)[name].tobytes() for name, value in state_of(folder).items())
@@ -36,7 +36,7 @@ def test_a_branch_may_have_another_learning_rate_and_more_steps(run, reference, 
     with when_done(19, terminate):
         assert run(folder, **settings) == entry_point.PREEMPTED
     shutil.rmtree(folder / "checkpoints" / "15", ignore_errors=True)
-    assert run(folder, **settings) == 0  # resumed from its own checkpoint, not branched anew
+    assert run(folder, **settings) == 0  # resumes from its own checkpoint instead of branching again
     assert f"resuming {folder} at step 19" in capfd.readouterr().err
     rates = {r["step"]: r["learning_rate"] for r in tiny.records(folder) if "learning_rate" in r}
     assert rates == pytest.approx({18: 1e-4 * 6 / 24, 21: 1e-4 * 3 / 24, 24: 0.0})
@@ -56,7 +56,7 @@ def test_weights_only(run, reference, tmp_path):
 
 
 def publish(source: Path, target: Path, **changes) -> None:
-    """Writes the model of a workdir as a published folder; the config then says something else of it."""
+    """Writes the model of a workdir as a published folder, and then changes fields of its config.json."""
     convert(source, target, "huggingface")
     fields = json.loads((target / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(fields))
@@ -74,7 +74,11 @@ def test_a_published_folder(run, reference, tmp_path, capfd):
 
 
 def test_what_is_tuned_from_a_published_folder_keeps_what_is_its_own(run, reference, tmp_path):
-    """Its config fields, code and licence come back, from a run, from one that goes on from it, and through orbax."""
+    """Exporting gives back the folder's own config fields, code and licence.
+
+    This holds for a run that starts from the folder, for a run that starts from that run, and for weights in our own
+    format.
+    """
     own = {"something": [1], "max_sequence_length": 64, "auto_map": {"AutoModel": "code.Model"}, "pad_token_id": 5}
     publish(reference, tmp_path / "published", **own)
     fields = json.loads((tmp_path / "published" / "config.json").read_text())
@@ -97,7 +101,7 @@ def test_what_is_tuned_from_a_published_folder_keeps_what_is_its_own(run, refere
 
 
 def test_weights_alone(run, reference, tmp_path, capfd):
-    """What convert writes in our own format: weights to start from, but no run to go on with."""
+    """Weights in our own format, as `convert` writes them: a run can start from them, but cannot be resumed there."""
     weights = tmp_path / "weights"
     convert(reference, weights, "orbax", step=10)
     settings = {"optimizer__peak_learning_rate": 0.0, "steps": 1}
@@ -147,7 +151,7 @@ def test_sources_that_do_not_fit(run, reference, tmp_path):
     publish(reference, tmp_path / "published", mask_token_id=7)
     cases = [
         ({"init_from": str(tmp_path / "nowhere")}, "config.init_from=.*nowhere is not a folder"),
-        ({"init_from": str(tmp_path)}, "config.init_from=.* has no model: neither checkpoints/"),
+        ({"init_from": str(tmp_path)}, "config.init_from=.* has no model: it has neither checkpoints/"),
         ({"init_from": str(tmp_path / "empty")}, "has no checkpoint yet"),
         ({"init_from": str(reference), "init_step": 11}, "no checkpoint of step 11; it has 5, 10, 15, 20"),
         ({"init_from": str(reference), "model__layers": 3}, "config.model.layers is 3, but .* was trained with 2"),
@@ -166,7 +170,7 @@ def test_sources_that_do_not_fit(run, reference, tmp_path):
         assert workdir.steps_in(tmp_path / f"run_{i}") == []
 
 
-# Refused and allowed changes
+# Changes that a resume refuses and allows
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Where a run begins: what is decided, what must agree, and what may differ."""
+"""Tests how the beginning of a run is decided, and which settings must agree with its source or may differ."""
 
 import dataclasses
 import json
@@ -77,7 +77,7 @@ def test_data_and_tokenizer_stay_what_they_are(name):
         UserError, match=rf"^the {name} differs from that of runs/old .*: take another --workdir, or set it back$"
     ):
         check(Config(), IDENTITY | {name: ["other"]})
-    with pytest.raises(UserError, match=rf"^the {name} differs"):  # an old record that does not have it
+    with pytest.raises(UserError, match=rf"^the {name} differs"):  # an old record may lack this entry
         check(Config(), before={k: v for k, v in IDENTITY.items() if k != name})
 
 
@@ -87,7 +87,7 @@ def test_nothing_changed():
 
 @pytest.mark.parametrize("name", ["init_from", "init_step", "init_weights_only"])
 def test_only_a_branch_may_have_another_origin(name):
-    """A run that goes on keeps its init_from; a branch necessarily has another one than its parent."""
+    """A resumed run keeps its init_from, but the init_from of a branch necessarily differs from that of its parent."""
     value = {"init_from": "runs/x", "init_step": 3, "init_weights_only": True}[name]
     with pytest.raises(UserError, match=rf"config\.{name} is .*, but runs/old was started with"):
         check(changed(name, value))
@@ -95,7 +95,10 @@ def test_only_a_branch_may_have_another_origin(name):
 
 
 def test_before_there_is_data_only_settings_are_compared():
-    """What the tokenizer decides is taken as the source has it, and differences are found hours earlier."""
+    """Without data, `check` compares the settings and takes from the source what the tokenizer would decide.
+
+    This finds a difference before the data is prepared, which may take hours.
+    """
     model = ModelConfig(vocab_size=512, mask_id=500, token_count=501)
     begin = Start(Kind.BRANCHED, "runs/old", 3, Config(model=model), IDENTITY)
     assert begin.check(Config()) == {}
@@ -112,7 +115,7 @@ def test_the_architecture_of_the_source():
     assert begin.architecture(ModelConfig(layers=0)) == found
     lora = LoraConfig(rank=4)
     assert begin.architecture(ModelConfig(layers=0, lora=lora)) == dataclasses.replace(found, lora=lora)
-    assert begin.architecture(ModelConfig(layers=3)).layers == 3  # `check` tells that it does not fit
+    assert begin.architecture(ModelConfig(layers=3)).layers == 3  # `check` reports that it does not fit
     with pytest.raises(UserError, match="config.model.width is 32, but config.model.layers=0 takes .* of folder"):
         begin.architecture(ModelConfig(layers=0, width=32))
 
@@ -126,7 +129,7 @@ def init_from(folder, **settings) -> Config:
 
 
 def test_every_beginning(reference, tmp_path):
-    """Each kind of beginning by what there is on the disk, with and without adapters; no array is read for it."""
+    """The files on the disk and the settings decide the kind of beginning, without reading an array."""
     assert start.decide(tiny.get_config(), tmp_path / "new").kind is Kind.NEW
 
     resumed = start.decide(tiny.get_config(), reference)

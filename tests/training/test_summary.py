@@ -1,4 +1,4 @@
-"""What a person reads: the first batch as the train step saw it, samples, yardsticks on known bytes."""
+"""Tests what a run prints: the first row as the train step sees it, the samples, the yardsticks and the report."""
 
 import lzma
 import math
@@ -16,7 +16,7 @@ from llada_jax.training import samples, summary
 
 
 class Letters:
-    """A tokenizer of single letters: 0..25 are a..z, 26 EOS, 27 BOS, 28 MASK."""
+    """A tokenizer of single letters: ids 0..25 are a..z, 26 is EOS, 27 is BOS, and 28 is MASK."""
 
     mask_id, bos_id, eos_id = 28, 27, 26
 
@@ -54,7 +54,10 @@ def test_first_batch_is_what_the_step_sees(make_mesh, sizes):
 
 
 def test_yardsticks_on_known_bytes():
-    """8 letters equally often are 3 bits each; what lies beyond a row's length does not count; xz -9 as it is."""
+    """Eight equally frequent letters take 3 bits each, and xz -9 gives its size for the same text.
+
+    Tokens beyond the length of a row do not count.
+    """
     tokens = np.stack([np.arange(16) % 8, np.r_[np.arange(8), np.full(8, 9)]]).astype(np.int32)
     rows = HeldOut(tokens, np.array([16, 8], np.int32), np.zeros(2, np.int32), np.array([16, 8], np.int64))
     marks = summary.yardsticks(rows, Letters())
@@ -83,7 +86,10 @@ def test_show_samples():
 
 
 def test_sample_texts(toy, make_mesh, monkeypatch):
-    """A prompt with [MASK] is filled in, any other continued; both texts are whole; the same seed, the same text."""
+    """A prompt with [MASK] is filled in, and any other prompt is continued.
+
+    Both results contain the prompt. The key depends on the seed alone.
+    """
     asked = []
 
     def complete(model, tokenizer, prompts, options, key):

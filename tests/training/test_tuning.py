@@ -1,4 +1,4 @@
-"""Instruction tuning: a pre-trained run learns to answer, by the same trainer, with all that it promises."""
+"""Tests instruction tuning: a pre-trained model learns to answer, with the same trainer and the same guarantees."""
 
 import json
 import random
@@ -29,7 +29,7 @@ SETTINGS = {
 
 
 def lines(count: int) -> list[dict]:
-    """Conversations of one to three turns that all answer alike."""
+    """Returns conversations of one to three turns, in which every answer repeats a word of the message."""
     words, pick = ["fox", "child", "river", "engine"], random.Random(0)
     result = []
     for i in range(count):
@@ -58,7 +58,7 @@ def chat_set(chats, reference, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tuned(run, reference, chat_set, tmp_path_factory):
-    """A tuning that nothing disturbed. Not to be changed."""
+    """Returns the workdir of an uninterrupted tuning run. Do not change it."""
     folder = tmp_path_factory.mktemp("tuned") / "run"
     assert run(folder, **SETTINGS, data__path=chat_set, init_from=str(reference)) == entry_point.FINISHED
     return folder
@@ -70,12 +70,12 @@ def validations(folder) -> dict[int, float]:
 
 
 def test_the_answers_become_likely(tuned, reference, chat_set):
-    """The bound on held-out answers before the first step is that of the base model; it falls by much."""
+    """The bound on held-out answers starts at the value of the base model and falls to less than half of it."""
     bounds = validations(tuned)
     assert list(bounds) == [0, 7, 14, 21, 28, 30]
     assert bounds[30] < 0.5 * bounds[0]
     config, _ = workdir.read_config(tuned)
-    assert config.model == workdir.read_config(reference)[0].model  # layers=0: the architecture is that of the base
+    assert config.model == workdir.read_config(reference)[0].model  # layers=0 takes the architecture of the base model
     rows = held_out_answers([chat_set], config.validation.rows, 64, config.model.vocab_size)
     assert bounds[0] == pytest.approx(np.log(config.model.vocab_size), rel=0.5)
     assert (rows.prompt_N > 0).all()
@@ -94,10 +94,13 @@ def test_stopped_and_resumed_it_is_the_same(run, tuned, reference, chat_set, tmp
 
 
 def test_on_another_mesh_it_is_the_same_run(run, tuned, reference, chat_set, tmp_path):
-    """Rows and noise are; losses but for rounding. With micro-batches, too: their EOS goes to the longest of all."""
+    """Rows and noise are the same on another mesh and with micro-batches, so the losses differ only by rounding.
+
+    In micro-batches, too, rows are filled up with EOS to the length of the longest row of the whole batch.
+    """
     folder = tmp_path / "run"
     settings = {**SETTINGS, "data__path": chat_set, "init_from": str(reference), "steps": 12}
-    settings["optimizer__schedule"] = ((0, 0.0), (6, 1.0), (24, 1.0), (30, 0.1))  # the same in steps
+    settings["optimizer__schedule"] = ((0, 0.0), (6, 1.0), (24, 1.0), (30, 0.1))  # the positions are steps
     assert run(folder, devices=4, **settings, mesh__tensor=2, accumulation=2, logging__every=1) == entry_point.FINISHED
     plain = tmp_path / "plain"
     assert run(plain, **settings, logging__every=1) == entry_point.FINISHED
@@ -137,7 +140,7 @@ def test_mistakes(run, reference, chat_set, tmp_path, settings, words):
 
 
 def test_the_chat_template_is_that_of_the_model(run, reference, chats, tmp_path):
-    """What a model learns to answer to is what it will be asked with."""
+    """A model must be tuned with the chat template that it will be prompted with later."""
     other = tmp_path / "other"
     shutil.copytree(reference / "tokenizer", other)
     (other / "chat_template.jinja").write_text(
