@@ -110,12 +110,12 @@ class Start:
         if sets and not self.resumes:
             self._check_template(sets)
         if self.kind is Kind.WEIGHTS:
-            check_fits(self.config.model, model, self.source)
             tokenizer = self.identity.get("tokenizer")
             if sets and tokenizer is not None and tokenizer != identity["tokenizer"]:
                 raise UserError(
                     f"the tokenizer differs from that of {self.source}: prepare the data with that tokenizer"
                 )
+            check_fits(self.config.model, model, self.source)
             return {}
         return self._check_same_run(dataclasses.replace(config, model=model), identity)
 
@@ -211,7 +211,9 @@ def _look(config: Config, folder: Path) -> Start:
     if workdir.is_workdir(source, "config.init_from="):
         return _from_workdir(config, source, workdir.choose_step(source, config.init_step))
     if config.init_step is not None:
-        raise UserError(f"config.init_step={config.init_step}: {source} is a published folder, it has no steps")
+        raise UserError(
+            f"config.init_step={config.init_step}: {source} is a published folder and has no steps: leave init_step out"
+        )
     tokenizer = find_tokenizer(source)
     return Start(
         Kind.WEIGHTS,
@@ -225,8 +227,8 @@ def _look(config: Config, folder: Path) -> Start:
 def _resumed(folder: Path, steps: list[int]) -> Start:
     if weights.weights_record(folder, steps[-1]):
         raise UserError(
-            f"{folder} holds weights alone, no run that could go on: take another --workdir, and start from them with "
-            f"--config.init_from={folder}"
+            f"{folder} holds only weights, not a run that can be resumed: take another --workdir, and start from them "
+            f"with --config.init_from={folder}"
         )
     if not (folder / "config.json").exists():
         raise UserError(f"{folder} has checkpoints but no config.json, so it cannot be resumed: take another --workdir")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from absl import flags, logging
 from ml_collections import config_flags
-from paths import ROOT
+from paths import PYTHONPATH
 
 from llada_jax.cli import entry_point
 from llada_jax.config import Config, UserError
@@ -33,7 +33,7 @@ BAD = {
 
 
 def start(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "JAX_PLATFORMS": "cpu"}
     return subprocess.run(
         [sys.executable, "-m", "llada_jax.train", *arguments],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=300,

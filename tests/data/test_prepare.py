@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from paths import ROOT
+from paths import PYTHONPATH, ROOT
 
 from llada_jax.config import UserError
 from llada_jax.data.manifest import load_manifest
@@ -313,7 +313,7 @@ def test_from_a_script_without_a_main_guard(tmp_path, tokenizer_folder):
         f"m = prepare([{source!r}], 'set', tokenizer={tokenizer_folder!r}, sequence_length=64, workers=2)\n"
         "print(m.train.rows)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 60}
     result = subprocess.run([sys.executable, str(script)], **run)
     assert (result.returncode, result.stderr) == (0, "")

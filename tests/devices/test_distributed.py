@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tiny
 from jax._src.clusters import cloud_tpu_cluster
-from paths import SUPPORT
+from paths import PYTHONPATH, SUPPORT
 
 from llada_jax.config import UserError
 from llada_jax.data.prepare.prepare_chat import prepare_chat
@@ -60,7 +60,7 @@ def launch(local):
         flags = ["--processes=2", f"--devices={devices}", f"--patience={GONE}", "--"]
         lines: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PYTHONPATH", str(tiny.ROOT))
+            patch.setenv("PYTHONPATH", PYTHONPATH)
             patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
             patch.setattr(local, "print", lambda *line, **_: lines.append(*line), raising=False)
             job = local.Job(local.parse([*flags, *command]))
@@ -336,7 +336,7 @@ def test_slurm_processes_find_each_other(local):
     processes = []
     for index in ("0", "1"):
         environment = {**os.environ, **SLURM, "SLURM_PROCID": index, "SLURM_LOCALID": index}
-        environment |= {"JAX_COORDINATOR_PORT": port, "PYTHONPATH": str(tiny.ROOT)}
+        environment |= {"JAX_COORDINATOR_PORT": port, "PYTHONPATH": PYTHONPATH}
         processes.append(
             subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
         )

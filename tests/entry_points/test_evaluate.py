@@ -17,7 +17,7 @@ import lm_eval
 import pytest
 import safetensors.numpy as safetensors
 import tiny
-from paths import SUPPORT
+from paths import PYTHONPATH, SUPPORT
 
 from llada_jax.config import UserError
 from llada_jax.evaluation import harness, run
@@ -152,7 +152,7 @@ def test_two_processes(place, whole, tmp_path):
     command = [sys.executable, "-m", "llada_jax.evaluate", *flags(place, output, "choice"), "--fsdp=2"]
     command.append(f"--cache={tmp_path}/cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(tiny.ROOT))
+        patch.setenv("PYTHONPATH", PYTHONPATH)
         patch.setattr(local, "print", lambda *line, **_: lines.append(*line), raising=False)
         started = local.Job(local.parse(["--processes=2", "--devices=4", "--patience=60", "--", *command]))
         hanging = threading.Timer(200, started.send, (signal.SIGKILL,))

@@ -4,11 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from paths import ROOT
+from paths import PYTHONPATH, ROOT
 
 
 def run(*arguments, cwd=ROOT):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     command = [sys.executable, "-m", "llada_jax.prepare", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from paths import PARITY
+from paths import PARITY, PYTHONPATH
 from published_folders import rename_to_llama, tensors_of
 from safetensors.numpy import load_file, save_file
 
@@ -315,7 +315,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path, kill):
         "tensor_files._write_rows = stop; entry_point.run(convert.main)"
     )
     arguments = [f"--input={PARITY / 'mha'}", "--format=huggingface", f"--output={tmp_path / 'out'}"]
-    environment = dict(os.environ, PYTHONPATH=str(PARITY.parent.parent))
+    environment = dict(os.environ, PYTHONPATH=PYTHONPATH)
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
@@ -335,7 +335,7 @@ def test_a_kill_leaves_nothing_under_the_name(tmp_path, kill):
 def test_the_command(tmp_path):
     command = [sys.executable, "-m", "llada_jax.convert", f"--input={PARITY / 'mha'}", f"--output={tmp_path / 'out'}"]
     command += ["--format=huggingface"]
-    environment = dict(os.environ, PYTHONPATH=str(PARITY.parent.parent))
+    environment = dict(os.environ, PYTHONPATH=PYTHONPATH)
     done = subprocess.run([*command, "--shard_gb=nan"], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2 and "--shard_gb=nan: a positive number" in done.stderr, done.stderr
     command += ["--shard_gb=0.0002"]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from paths import ROOT, SUPPORT
+from paths import PYTHONPATH, ROOT, SUPPORT
 
 from llada_jax.config import Config
 
@@ -47,7 +47,7 @@ def command(workdir: Path, *overrides: str) -> list[str]:
 
 def start(arguments: list[str], devices: int = 1, **options) -> subprocess.Popen:
     """Starts `python ARGUMENTS` as a process of its own, with one device by default; its stderr is a pipe of text."""
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(SUPPORT)]))
+    environment = dict(os.environ, PYTHONPATH=PYTHONPATH)
     # These processes share compiled programs only through the cache on disk, so it keeps even quick compilations.
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"

@@ -32,7 +32,7 @@ def test_text_prepared_in_the_workdir(run, corpus, tmp_path):
         ({"data__input": str(other)}, "config.data.input is .*other.jsonl, but .* was prepared with .*corpus.jsonl"),
         ({"data__train_tokenizer": 300}, "config.data.train_tokenizer is 300, but .* was prepared with 320"),
         ({"data__validation_fraction": 0.1}, "config.data.validation_fraction is 0.1, but .* prepared with 0.02"),
-        ({"sequence_length": 64}, "config.sequence_length is 64, but .* was prepared with 32"),
+        ({"sequence_length": 64}, "config.sequence_length is 64, but .* was trained with 32: take another --workdir"),
     ]
     before = workdir.steps_in(folder)
     for settings, message in cases:

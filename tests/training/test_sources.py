@@ -112,7 +112,7 @@ def test_weights_alone(run, reference, tmp_path, capfd):
     for name, value in ours.items():
         if name.startswith(".params"):
             assert value.tobytes() == theirs[name].tobytes(), name
-    with pytest.raises(UserError, match="holds weights alone, no run that could go on: take another --workdir"):
+    with pytest.raises(UserError, match="holds only weights, not a run that can be resumed: take another --workdir"):
         run(weights)
     assert workdir.steps_in(weights) == [10]
 
@@ -162,7 +162,7 @@ def test_sources_that_do_not_fit(run, reference, tmp_path):
         ),
         ({"init_from": str(reference), "init_step": 10, "steps": 8}, "is at step 10, beyond config.steps=8"),
         ({"init_from": str(tmp_path / "published")}, r"config.model.mask_id is \d+, but .* has 7: its weights do"),
-        ({"init_from": str(tmp_path / "published"), "init_step": 3}, "is a published folder, it has no steps"),
+        ({"init_from": str(tmp_path / "published"), "init_step": 3}, "is a published folder and has no steps"),
     ]
     for i, (settings, message) in enumerate(cases):
         with pytest.raises(UserError, match=message):

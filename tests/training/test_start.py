@@ -147,13 +147,13 @@ def test_every_beginning(reference, tmp_path):
     convert(reference, tmp_path / "orbax", "orbax")
     written = start.decide(init_from(tmp_path / "orbax"), tmp_path / "new")
     assert (written.kind, written.step) == (Kind.WEIGHTS, 20)
-    with pytest.raises(UserError, match="holds weights alone, no run that could go on"):
+    with pytest.raises(UserError, match="holds only weights, not a run that can be resumed"):
         start.decide(tiny.get_config(), tmp_path / "orbax")
 
     published = start.decide(init_from(PARITY / "gqa"), tmp_path / "new")
     assert (published.kind, published.step) == (Kind.WEIGHTS, None)
     assert published.config.model == huggingface.inspect(PARITY / "gqa").config
-    with pytest.raises(UserError, match="config.init_step=3: .* is a published folder, it has no steps"):
+    with pytest.raises(UserError, match="config.init_step=3: .* is a published folder and has no steps"):
         start.decide(init_from(PARITY / "gqa", init_step=3), tmp_path / "new")
     with pytest.raises(UserError, match="config.init_from=.*missing is not a folder"):
         start.decide(init_from(tmp_path / "missing"), tmp_path / "new")

@@ -69,7 +69,11 @@ def publish(folder: Path, target: Path, manifest: Manifest) -> None:
         os.fsync(file.fileno())
     (folder / outputs.LOCK_FILE).unlink()
     outputs.sync(folder)
-    outputs.publish(folder, target)
+    try:
+        outputs.publish(folder, target)
+    except UserError:
+        refuse_existing(target)  # says more if it is another prepared set
+        raise
 
 
 class Progress:
