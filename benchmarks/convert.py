@@ -39,10 +39,10 @@ def generate(folder: Path, size: str, tied: bool, shard_bytes: int) -> None:
     import numpy as np
 
     from llada_jax.config import ModelConfig
-    from llada_jax.formats import published, tensor_files
+    from llada_jax.formats import published, tensor_files, tensor_names
 
     config = ModelConfig(**SIZES[size], tied_embeddings=tied, mask_id=1, eos_id=2)
-    shapes, random = published.expected_tensors(config), np.random.default_rng(0)
+    shapes, random = tensor_names.expected_tensors(config), np.random.default_rng(0)
 
     def make(name: str) -> np.ndarray:
         return random.standard_normal(shapes[name], np.float32).astype(ml_dtypes.bfloat16)
@@ -94,10 +94,10 @@ def measure(folder: Path, load_dtype: str, save_dtype: str) -> dict:
     import jax.numpy as jnp
 
     from llada_jax.devices import mesh
-    from llada_jax.formats import huggingface, published
+    from llada_jax.formats import huggingface, tensor_names
 
     config = huggingface.inspect(folder).config
-    tensors = published.expected_tensors(config).values()
+    tensors = tensor_names.expected_tensors(config).values()
     largest = max(rows[0] * (rows[1] if len(rows) == 2 else 1) for rows in tensors) * 2
     with jax.set_mesh(mesh.one_device_mesh()):
         jax.block_until_ready(jnp.zeros(8) + 1)

@@ -22,7 +22,7 @@ from llada_jax.devices.hardware import compiler_options
 from llada_jax.model import lora
 from llada_jax.model.compute import resolve_compute
 from llada_jax.model.transformer import Transformer, abstract_model, split
-from llada_jax.training import metrics
+from llada_jax.training import flops as flops_count
 from llada_jax.training.step import make_state, make_train_step
 
 _CASES = flags.DEFINE_list("cases", ["cpu"], "Cases to measure: cpu, cpu_lora, quickstart, 150m, 1b, 8b, 8b_lora.")
@@ -153,10 +153,10 @@ def measure(name: str, config: Config, steps: int) -> dict:
                 jax.block_until_ready((state, values))
     compile_seconds, timed = seconds[0], np.array(seconds[2:])
     tokens = config.batch_size * config.sequence_length
-    flops = metrics.flops_per_token(config.model, config.sequence_length) * tokens
-    full = metrics.flops_per_token(config.model, config.sequence_length, head_share=1.0) * tokens
+    flops = flops_count.flops_per_token(config.model, config.sequence_length) * tokens
+    full = flops_count.flops_per_token(config.model, config.sequence_length, head_share=1.0) * tokens
     device = jax.devices()[0]
-    peak, memory = metrics.peak_flops(device.device_kind), device.memory_stats() or {}
+    peak, memory = flops_count.peak_flops(device.device_kind), device.memory_stats() or {}
     return {
         "benchmark": "train_step",
         "case": name,

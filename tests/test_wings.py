@@ -42,6 +42,14 @@ def test_every_wing_and_entry_point_has_its_place_in_the_order():
     assert named == there
 
 
+def test_the_map_in_the_readme_names_every_room():
+    text = (ROOT / "README.md").read_text()
+    rows = {row.split("|")[2].strip(" `/"): row for row in text.splitlines() if row.startswith("| ")}
+    for wing in WINGS:
+        rooms = {file.name for file in (PACKAGE / wing).glob("*.py")} - {"__init__.py"}
+        assert {room for room in rooms if f"`{room}`" not in rows[wing]} == set()
+
+
 def test_no_file_is_too_long_to_be_understood_in_one_sitting():
     long = {file.name: lines for file in PACKAGE.rglob("*.py") if (lines := file.read_text().count("\n")) > 400}
     assert not long

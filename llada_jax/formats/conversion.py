@@ -13,7 +13,7 @@ from llada_jax.cli.outputs import check_folder, whole_folder
 from llada_jax.config import Config, UserError
 from llada_jax.devices import mesh as meshes
 from llada_jax.diffusion.forward import is_chat
-from llada_jax.formats import huggingface, published, tensor_files, weights, workdir
+from llada_jax.formats import huggingface, published, tensor_files, tensor_names, weights, workdir
 from llada_jax.formats.arrays import SaveFailed
 from llada_jax.formats.companions import companion_files, put_files
 from llada_jax.formats.published import CONFIG, as_json
@@ -83,7 +83,7 @@ def convert(
     choices = {
         "format": (form, FORMATS),
         "dtype": (dtype, (None, "float32", "bfloat16")),
-        "naming": (naming, (None, *published.NAMINGS)),
+        "naming": (naming, (None, *tensor_names.NAMINGS)),
     }
     for name, (value, known) in choices.items():
         if value not in known:
@@ -190,7 +190,7 @@ def _write_published(
         files = {huggingface.GENERATION_CONFIG: as_json(_generation_config(model, fields))}
         if tokenizer is not None:
             files |= _tokenizer_files(source.tokenizer, tokenizer)
-    pairs = zip(*(published.published_tensors(model.config, each) for each in (source.naming, naming)), strict=True)
+    pairs = zip(*(tensor_names.published_tensors(model.config, each) for each in (source.naming, naming)), strict=True)
     dtypes = {new.name: source.dtypes[old.name] for old, new in pairs if old.name in source.dtypes}
     huggingface.save_model(
         model,

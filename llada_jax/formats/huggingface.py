@@ -24,10 +24,11 @@ from jax.sharding import PartitionSpec as P
 from llada_jax.cli.outputs import check_folder, whole_folder
 from llada_jax.config import ComputeConfig, ModelConfig, UserError
 from llada_jax.devices import distributed, mesh
-from llada_jax.formats import published, tensor_files
+from llada_jax.formats import published, tensor_files, tensor_names
 from llada_jax.formats.companions import put_files
-from llada_jax.formats.published import CONFIG, PublishedTensor, as_json, model_config, published_tensors, read_json
+from llada_jax.formats.published import CONFIG, as_json, model_config, read_json
 from llada_jax.formats.tensor_files import Folder
+from llada_jax.formats.tensor_names import PublishedTensor, published_tensors
 from llada_jax.model.transformer import Transformer, abstract_model, merge, split
 
 GENERATION_CONFIG = "generation_config.json"
@@ -61,8 +62,8 @@ def opened(directory: str | os.PathLike) -> Iterator[tuple[Published, Folder]]:
     config = model_config(fields, str(directory / CONFIG))
     with contextlib.ExitStack() as files:
         folder = Folder(directory, files)
-        naming = "llama" if published.LLAMA["embedding"] in folder else "llada"
-        folder.check(published.expected_tensors(config, naming))
+        naming = "llama" if tensor_names.LLAMA["embedding"] in folder else "llada"
+        folder.check(tensor_names.expected_tensors(config, naming))
         dtypes = folder.dtypes()
         dtype = "bfloat16" if set(dtypes.values()) == {"bfloat16"} else "float32"
         yield Published(config, fields, naming, dtype, dtypes), folder
@@ -244,8 +245,8 @@ def save_model(
     dtype = jnp.dtype(model.embedding[...].dtype if dtype is None else dtype)
     if dtype.name not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype.name}: choose float32 or bfloat16")
-    if naming not in published.NAMINGS:
-        raise UserError(f"naming={naming!r}: choose {' or '.join(published.NAMINGS)}")
+    if naming not in tensor_names.NAMINGS:
+        raise UserError(f"naming={naming!r}: choose {' or '.join(tensor_names.NAMINGS)}")
     if shard_bytes < 1:
         raise UserError(f"shard_bytes={shard_bytes}: it must be at least 1")
     tensors = {tensor.name: tensor for tensor in published_tensors(model.config, naming)}
@@ -303,7 +304,7 @@ def _fields(model: ModelConfig, original: Mapping[str, Any] | None, naming: str,
         return dict(original)
     # `original` was written for the other naming. Drop the names that only the other naming uses, and the fields that
     # say which code reads the tensors, because they would be wrong in the new folder.
-    (other,) = published.NAMINGS.keys() - {naming}
+    (other,) = tensor_names.NAMINGS.keys() - {naming}
     misleading = published.own_names(other) | {"architectures", "auto_map", "model_type", "vocab_size", "token_count"}
     kept = {name: value for name, value in original.items() if name not in misleading and value is not None}
     nulls = {name: None for name, value in original.items() if name not in misleading and value is None}

@@ -21,7 +21,7 @@ from llada_jax.model import lora
 from llada_jax.model.compute import resolve_compute
 from llada_jax.model.transformer import abstract_model, parameter_count, split
 from llada_jax.planning import collectives, topology
-from llada_jax.training import config_check, metrics
+from llada_jax.training import config_check, flops
 from llada_jax.training.step import make_state, make_train_step
 
 COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
@@ -148,8 +148,8 @@ def costs(config: Config, hardware: topology.Topology, text: str) -> dict:
     """
     chip, chips = hardware.chip, len(hardware.devices)
     tokens = config.batch_size * config.sequence_length
-    per_token = metrics.flops_per_token(config.model, config.sequence_length)
-    executed = per_token + metrics.recomputed_flops_per_token(config.model, config.sequence_length, config.compute)
+    per_token = flops.flops_per_token(config.model, config.sequence_length)
+    executed = per_token + flops.recomputed_flops_per_token(config.model, config.sequence_length, config.compute)
     found = collectives.collectives(text, chips, hardware.slices, unknown_trips=loss_turns(config, chips))
     floors = {
         "compute": executed * tokens / chips / chip.peak_flops,
@@ -160,7 +160,7 @@ def costs(config: Config, hardware: topology.Topology, text: str) -> dict:
     hours = config.steps * seconds / 3600
     return {
         "flops_per_token": per_token,
-        "flops_per_token_full_head": metrics.flops_per_token(config.model, config.sequence_length, head_share=1.0),
+        "flops_per_token_full_head": flops.flops_per_token(config.model, config.sequence_length, head_share=1.0),
         "flops_per_step": per_token * tokens,
         "executed_flops_per_step": executed * tokens,
         "collectives": collectives.totals(found),

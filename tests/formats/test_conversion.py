@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import llada_jax
 from llada_jax.config import Config, ModelConfig, UserError
-from llada_jax.formats import arrays, huggingface, published, tensor_files, workdir
+from llada_jax.formats import arrays, huggingface, published, tensor_files, tensor_names, workdir
 from llada_jax.formats.conversion import convert
 from llada_jax.formats.workdir import write_config
 from llada_jax.model.transformer import split
@@ -129,7 +129,7 @@ def test_another_dtype_and_naming(tmp_path):
     assert fields["max_position_embeddings"] == 256 and "d_model" not in fields
     assert "architectures" not in fields and fields["model_type"] == "llama"
     assert set(tensors_of(tmp_path / "back")) == set(
-        published.expected_tensors(published.model_config(fields), "llama")
+        tensor_names.expected_tensors(published.model_config(fields), "llama")
     )
     convert(tmp_path / "back", tmp_path / "again", "huggingface", naming="llada", dtype="float32")
     fields = json.loads((tmp_path / "again" / "config.json").read_text())

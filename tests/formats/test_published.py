@@ -8,7 +8,7 @@ from paths import LLADA_8B, ROOT
 from published_folders import change_config, read
 
 from llada_jax.config import UserError
-from llada_jax.formats import huggingface, published, tensor_files
+from llada_jax.formats import huggingface, published, tensor_files, tensor_names
 
 FORMAT = ROOT.parent / "shared" / "llada_format"
 
@@ -24,12 +24,12 @@ def test_the_load_of_the_published_8b_is_planned():
     """A load reads exactly the tensors in the index of LLaDA-8B, and their shapes add up to the size in the index."""
     config = published.model_config(LLADA_8B_FIELDS)
     assert (config.mask_id, config.eos_id, config.token_count, config.vocab_size) == (126336, 126081, None, 126464)
-    expected = published.expected_tensors(config)
+    expected = tensor_names.expected_tensors(config)
     names = [f"model.transformer.blocks.{i}.{name}.weight" for i in range(32) for name in IN_A_LAYER]
     assert sorted(expected) == sorted(names + OUTSIDE) and len(expected) == 291
     assert sum(2 * math.prod(shape) for shape in expected.values()) == TOTAL_SIZE
     assert expected["model.transformer.blocks.31.ff_out.weight"] == (4096, 12288)
-    llama = published.expected_tensors(config, "llama")
+    llama = tensor_names.expected_tensors(config, "llama")
     assert sorted(llama.values()) == sorted(expected.values()) and llama["lm_head.weight"] == (126464, 4096)
     assert published.model_config(LLADA_8B_FIELDS | {"vocab_size": 126349}).token_count == 126349
     assert published.model_config(LLADA_8B_FIELDS | {"n_kv_heads": None, "multi_query_attention": True}).kv_heads == 1
@@ -41,7 +41,7 @@ def test_the_load_of_the_published_8b_is_planned():
 def test_the_published_8b_itself():
     assert json.loads((FORMAT / "config.json").read_text()) == LLADA_8B_FIELDS
     index = json.loads((FORMAT / tensor_files.INDEX).read_text())
-    assert set(published.expected_tensors(published.model_config(LLADA_8B_FIELDS))) == set(index["weight_map"])
+    assert set(tensor_names.expected_tensors(published.model_config(LLADA_8B_FIELDS))) == set(index["weight_map"])
     assert index["metadata"]["total_size"] == TOTAL_SIZE
 
 

@@ -13,7 +13,7 @@ from llada_jax.devices import mesh
 from llada_jax.model import lora
 from llada_jax.model.transformer import MATRICES, abstract_model, initialise, merge, parameter_count, split
 from llada_jax.planning import estimate
-from llada_jax.training import metrics
+from llada_jax.training import flops
 from llada_jax.training.config_check import validate
 from llada_jax.training.step import make_state, make_train_step
 
@@ -265,7 +265,7 @@ def test_no_gradient_of_a_frozen_matrix_is_computed(make_mesh):
         with jax.set_mesh(make_mesh()):
             lowered = estimate.lower(config, make_mesh())
         counted.append(lowered.compile().cost_analysis()["flops"])
-        told.append(128 * metrics.flops_per_token(config.model, 16, head_share=1.0))
+        told.append(128 * flops.flops_per_token(config.model, 16, head_share=1.0))
     saved = told[0] - told[1]
     gradients = 2 * 128 * (2 * (64 * 64 * 3 + 3 * 64 * 128) + 64 * 256)
     assert saved == pytest.approx(gradients - 6 * 128 * lora.adapter_count(config.model))

@@ -17,7 +17,7 @@ from paths import ROOT
 from llada_jax.config import Config, UserError
 from llada_jax.devices import hardware, mesh
 from llada_jax.planning import estimate, topology
-from llada_jax.training import metrics
+from llada_jax.training import flops
 
 needs_tpu_compiler = pytest.mark.skipif(
     not topology.installed("v5e"), reason='the TPU compiler is not installed: pip install "jax[tpu]"'
@@ -61,7 +61,7 @@ def test_plan_of_a_small_model_on_tpu():
     arguments = 12 * record["parameters"] / 4
     assert arguments < record["argument_bytes"] < 1.1 * arguments
     assert record["argument_bytes"] < record["peak_bytes"] < record["memory_bytes"]
-    assert record["flops_per_step"] == metrics.flops_per_token(small().model, 256) * 16 * 256
+    assert record["flops_per_step"] == flops.flops_per_token(small().model, 256) * 16 * 256
     # The least that fsdp moves in bf16: in each of two micro-batches, the weights of all layers twice (forward and
     # backward) and the head once. Every chip receives the three quarters that it does not hold.
     layers = 3 * (4 * 256 * 256 + 3 * 256 * 512)

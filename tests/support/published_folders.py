@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from safetensors.numpy import load_file, save_file
 
-from llada_jax.formats import huggingface, published, tensor_files
+from llada_jax.formats import huggingface, published, tensor_files, tensor_names
 
 
 def read(directory, mesh, dtype=jnp.float32):
@@ -48,7 +48,7 @@ def tensors_of(folder):
 
 def rename_to_llama(config, tensors):
     """Returns the fields and tensors of the same model under Llama's names."""
-    pairs = [(published.LLADA[name], published.LLAMA[name]) for name in published.LLADA]
+    pairs = [(tensor_names.LLADA[name], tensor_names.LLAMA[name]) for name in tensor_names.LLADA]
     names = {old.format(i): new.format(i) for old, new in pairs for i in range(config["n_layers"])}
     fields = {new: config[old] for old, new in (pair for pair in published.FIELDS.values() if len(pair) == 2)}
     fields |= {name: config[name] for name in ("rms_norm_eps", "rope_theta", "mask_token_id", "torch_dtype")}

@@ -10,7 +10,7 @@ import pytest
 from llada_jax.config import ComputeConfig, LoggingConfig, ModelConfig, UserError
 from llada_jax.devices import distributed, mesh
 from llada_jax.model.transformer import abstract_model, merge, split
-from llada_jax.training import metrics
+from llada_jax.training import flops, metrics
 from llada_jax.training.metrics import Speed, Window, Writer
 
 EIGHT = ModelConfig(vocab_size=126464)
@@ -87,10 +87,10 @@ def test_flops_of_the_paper():
 
     Applying it to the masked positions only saves half of the head's FLOPs on average.
     """
-    assert metrics.flops_per_token(EIGHT, 4096, head_share=1.0) == pytest.approx(51.4e9, rel=2e-3)
-    assert metrics.flops_per_token(EIGHT, 4096, head_share=1.0) * 4096 == pytest.approx(210.6e12, rel=1e-3)
+    assert flops.flops_per_token(EIGHT, 4096, head_share=1.0) == pytest.approx(51.4e9, rel=2e-3)
+    assert flops.flops_per_token(EIGHT, 4096, head_share=1.0) * 4096 == pytest.approx(210.6e12, rel=1e-3)
     half = 0.5 * 6 * 4096 * 126464
-    assert metrics.flops_per_token(EIGHT, 4096) == metrics.flops_per_token(EIGHT, 4096, 1.0) - half
+    assert flops.flops_per_token(EIGHT, 4096) == flops.flops_per_token(EIGHT, 4096, 1.0) - half
 
 
 def test_flops_by_hand():
@@ -100,7 +100,7 @@ def test_flops_by_hand():
     """
     model = ModelConfig(layers=3, width=8, heads=4, kv_heads=2, feed_forward=10, vocab_size=32)
     matmul = 3 * (2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 10)
-    assert metrics.flops_per_token(model, 16, 1.0) == 6 * (matmul + 8 * 32) + 3 * 3 * 2 * 2 * 16 * 8
+    assert flops.flops_per_token(model, 16, 1.0) == 6 * (matmul + 8 * 32) + 3 * 3 * 2 * 2 * 16 * 8
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_flops_by_hand():
     ],
 )  # fmt: skip
 def test_peak_flops(kind, peak):
-    assert metrics.peak_flops(kind) == peak
+    assert flops.peak_flops(kind) == peak
 
 
 class Clock:
@@ -132,7 +132,7 @@ def test_speed_and_mfu(monkeypatch):
     assert got["step_seconds"] == pytest.approx(2) and got["tokens_per_second"] == pytest.approx(10_000)
     assert got["tokens_per_second_per_device"] == pytest.approx(10_000 / jax.device_count())
     assert got["seconds_left"] == pytest.approx(40)
-    assert got["mfu"] == pytest.approx(1e4 * metrics.flops_per_token(EIGHT, 4096) / 4 / 459e12)
+    assert got["mfu"] == pytest.approx(1e4 * flops.flops_per_token(EIGHT, 4096) / 4 / 459e12)
     assert got["mfu_full_head"] == pytest.approx(1e4 * 51.4e9 / 4 / 459e12, rel=2e-3)
     clock.now += 1
     assert speed.summary(1, 500, 0)["tokens_per_second"] == pytest.approx(500)  # counts only since the last call
@@ -272,8 +272,8 @@ def test_recomputed_flops_are_what_the_compiler_counts(remat):
             return jax.jit(jax.grad(loss)).lower(params, tokens).compile().cost_analysis()["flops"] / length
 
     compute = ComputeConfig(remat=remat, attention="reference")
-    expected = metrics.recomputed_flops_per_token(config, length, compute)
+    expected = flops.recomputed_flops_per_token(config, length, compute)
     extra = counted(remat) - counted("none")
-    assert abs(extra - expected) < 0.06 * metrics.flops_per_token(config, length, head_share=0) / 3
-    again = metrics.recomputed_flops_per_token(config, length, ComputeConfig(remat=remat, attention="splash"))
+    assert abs(extra - expected) < 0.06 * flops.flops_per_token(config, length, head_share=0) / 3
+    again = flops.recomputed_flops_per_token(config, length, ComputeConfig(remat=remat, attention="splash"))
     assert again - expected == 2 * 2 * length * 256  # The backward pass of splash computes the scores once more.
