@@ -77,9 +77,14 @@ def _from_published(path: Path, dtype: jnp.dtype) -> tuple[Transformer, Tokenize
     return model, tokenizer
 
 
-def load_with_tokenizer(path: str | Path, step: int | None = None) -> tuple[Transformer, Tokenizer]:
-    """Loads a model as `load` does. Raises UserError if the folder has no tokenizer."""
-    model, tokenizer = load(path, step=step)
+def load_with_tokenizer(
+    path: str | Path,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+    step: int | None = None,
+) -> tuple[Transformer, Tokenizer]:
+    """Loads a model as `load` does. Raises UserError also if the folder has no tokenizer."""
+    model, tokenizer = load(path, mesh, dtype, step)
     if tokenizer is None:
-        raise UserError(f"{path} has no tokenizer: put its tokenizer.json or tokenizer.model there")
+        raise UserError(f"{path} has no tokenizer: put its tokenizer.json or tokenizer.model into this folder")
     return model, tokenizer

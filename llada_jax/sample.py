@@ -37,7 +37,7 @@ _SHOW = flags.DEFINE_boolean("show", False, "Draw in the terminal how the text a
 def main() -> None:
     """Samples as the flags say. Mistakes that can be found without the model are reported before it is loaded."""
     settings = sampler_flags.given()
-    key = jax.random.key(settings.pop("seed", 0))
+    seed = settings.pop("seed", 0)
     options = Options(**settings)
     check_settings(options.sampler(0, DEFAULTS.gen_length if options.gen_length is None else options.gen_length))
     if _BATCH_SIZE.value < 1:
@@ -52,7 +52,7 @@ def main() -> None:
         raise UserError(f"--output={output}: there is no folder {output.absolute().parent}; create it first")
 
     model, tokenizer = load_with_tokenizer(model_flags.model(), step=model_flags.STEP.value)
-    texts = [record["prompt"] for record in records]
+    texts, key = [record["prompt"] for record in records], jax.random.key(seed)
     shown = _SHOW.value and terminal.can_draw(sys.stderr)
     if shown:
         completions = complete_drawn(model, tokenizer, texts, options, key)

@@ -237,6 +237,18 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
     return [row for first, last in sorted(slices) for row in range(first, last)]
 
 
+@contextlib.contextmanager
+def without_devices():
+    """Enters a mesh for `jax.eval_shape` alone. It needs no device and starts no backend, whatever mesh is in use.
+
+    In a run of several processes a backend starts only when all of them start it, so that one process alone must not.
+    """
+    current = jax.sharding.get_abstract_mesh()
+    size = 1 if current.empty else current.size  # JAX lets no inner mesh have another size
+    with jax.sharding.use_abstract_mesh(abstract_mesh((size, 1, 1))):
+        yield
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def cast(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns the array in another dtype, computed on the devices that hold it and with the same sharding."""

@@ -113,12 +113,12 @@ class LLaDA(TemplateLM):
         if source is None:
             raise UserError("pretrained=DIR is missing: pass a training workdir, or a folder with a published model")
         if isinstance(source, str | Path):
-            self.model, self.tokenizer = loading.load(source, mesh, dtype, step)
+            self.model, self.tokenizer = loading.load_with_tokenizer(source, mesh, dtype, step)
             self.max_length = workdir.trained_length(source) if max_length is None else max_length
         else:
+            if tokenizer is None:
+                raise UserError("tokenizer is missing: give the model's tokenizer together with the model")
             self.model, self.tokenizer, self.max_length = source, tokenizer, max_length
-        if self.tokenizer is None:
-            raise UserError(f"{source} has no tokenizer: put its tokenizer.json or tokenizer.model into the folder")
         self.batch_size = BATCH_SIZE if batch_size in (None, "auto") else int(batch_size)
         if self.batch_size < 1 or mc_samples < 1 or (self.max_length or 1) < 1:
             raise UserError(

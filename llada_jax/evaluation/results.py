@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llada_jax import __version__
-from llada_jax.formats import workdir
+from llada_jax.formats import published, workdir
 
 _PACKAGES = ("jax", "jaxlib", "flax", "lm_eval", "datasets", "tokenizers", "sentencepiece", "numpy")
 
@@ -36,7 +36,7 @@ def identify(path: str, step: int | None = None) -> dict[str, Any]:
     else:
         found = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
         weights = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]).encode()
-    return record | {"config": digest(_content(folder / "config.json")), "weights": digest(weights)}
+    return record | {"config": digest(_content(folder / published.CONFIG)), "weights": digest(weights)}
 
 
 def _content(path: Path) -> bytes:

@@ -122,9 +122,7 @@ def run(job: Evaluation) -> int:
     # Process 0 chooses the checkpoint for all, because a running training may save a newer one at any time.
     identity = distributed.first_decides("model", lambda: identify(job.model, job.step))
     step = job.step if identity["step"] is None else identity["step"]
-    model, tokenizer = loading.load(job.model, devices, job.dtype, step)
-    if tokenizer is None:
-        raise UserError(f"{job.model} has no tokenizer: put its tokenizer.json or tokenizer.model into this folder")
+    model, tokenizer = loading.load_with_tokenizer(job.model, devices, job.dtype, step)
     identity |= {"dtype": model.compute.dtype, "tokenizer": tokenizer.sha256}
     results: dict[str, Any] = {"results": {}, "n-shot": {}}
     batch_size = job.batch_size or 8 * devices.shape["data"] * devices.shape["fsdp"]

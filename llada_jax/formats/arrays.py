@@ -66,17 +66,19 @@ def save_args(step: int, tree: dict, record: dict) -> ocp.args.Composite:
 
 
 @contextlib.contextmanager
-def save_errors(directory: Path) -> Iterator[None]:
-    """Turns any exception of the block, which writes checkpoints to `directory`, into SaveFailed."""
+def save_errors(directory: Path, remedy: str = "") -> Iterator[None]:
+    """Turns any exception of the block, which writes checkpoints to `directory`, into SaveFailed.
+
+    Args:
+      directory: The folder of the checkpoints.
+      remedy: What the message says at its end about what to do.
+    """
     try:
         yield
     except SaveFailed:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds, often from a background thread
-        raise SaveFailed(
-            f"a checkpoint could not be written to {directory}: {one_line(error)}; "
-            f"the same command continues from the newest complete checkpoint"
-        ) from error
+        raise SaveFailed(f"a checkpoint could not be written to {directory}: {one_line(error)}{remedy}") from error
 
 
 def read_record(path: Path) -> dict:

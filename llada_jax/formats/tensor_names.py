@@ -5,8 +5,6 @@ Nothing in this module reads a tensor; `huggingface.py` does that.
 
 import dataclasses
 
-import jax
-
 from llada_jax.config import ComputeConfig, ModelConfig
 from llada_jax.devices import mesh
 from llada_jax.model.transformer import abstract_model, split
@@ -55,7 +53,7 @@ def published_tensors(config: ModelConfig, naming: str) -> list[PublishedTensor]
       config: The architecture.
       naming: The naming of the tensors, "llada" or "llama".
     """
-    with jax.set_mesh(mesh.one_device_mesh()):  # the shapes are the same for any mesh in use
+    with mesh.without_devices():
         params = split(abstract_model(config, ComputeConfig()))[1]
     names, blocks = NAMINGS[naming], params.pop("blocks")
     inner = {name: _published_shape(name, target.shape[1:]) for name, target in blocks.items()}

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from llada_jax.config import Config, LoraConfig, UserError
 from llada_jax.devices import distributed
 from llada_jax.devices.mesh import cast
-from llada_jax.formats import arrays, workdir
+from llada_jax.formats import arrays, published, workdir
 from llada_jax.formats.orbax_errors import quiet
 from llada_jax.model import lora
 from llada_jax.model.transformer import Transformer, abstract_model, merge, split
@@ -57,10 +57,12 @@ def save_weights(folder: str | os.PathLike, step: int, params: dict, record: dic
     quiet()
     directory = Path(folder).absolute() / workdir.CHECKPOINTS
     dtype = jax.tree.leaves(params)[0].dtype.name
-    with arrays.save_errors(directory), ocp.CheckpointManager(directory) as manager:
+    manager = ocp.CheckpointManager(directory)
+    with arrays.save_errors(directory):
         args = arrays.save_args(step, {"params": params}, {**record, "weights_only": True, "dtype": dtype})
         manager.save(step, args=args)
-        manager.wait_until_finished()
+        # Only on success: after a signal or a failure nothing waits for the files that are still being written.
+        manager.close()
 
 
 def load_params(folder: str | os.PathLike, step: int | None, config: Config, mesh: Mesh, dtype: Any = None) -> dict:
@@ -135,7 +137,7 @@ def load_model(folder: str | os.PathLike, step: int | None, mesh: Mesh, dtype: A
 
 def _adapters(folder: str | os.PathLike) -> LoraConfig:
     """Returns the adapters that the checkpoints of a workdir hold: none if there is no config.json."""
-    if not (Path(folder) / "config.json").exists():
+    if not (Path(folder) / published.CONFIG).exists():
         return LoraConfig()
     return workdir.read_config(folder)[0].model.lora
 

@@ -270,6 +270,6 @@ def initialise(config: ModelConfig, compute: ComputeConfig, key: jax.Array) -> T
 
 def parameter_count(config: ModelConfig) -> int:
     """Returns the number of parameters of a model, without allocating any parameters."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh((1, 1, 1))):
+    with mesh.without_devices():
         leaves = jax.tree.leaves(abstract_model(config, ComputeConfig()))
     return sum(leaf.size for leaf in leaves)

@@ -22,6 +22,8 @@ from llada_jax.formats.arrays import Damaged
 from llada_jax.formats.orbax_errors import quiet
 from llada_jax.training.step import TrainState, make_state
 
+_REMEDY = "; the same command continues from the newest complete checkpoint"
+
 
 def _as_dict(state: TrainState) -> dict:
     # The names in the files must not depend on the class TrainState.
@@ -74,26 +76,26 @@ class Checkpoints:
           SaveFailed: If the state is not finite, or if the previous save failed.
         """
         step = int(state.step)
-        with arrays.save_errors(self.directory):
+        with arrays.save_errors(self.directory, _REMEDY):
             if distributed.first_decides("saved already", lambda: step in self._manager.all_steps()):
                 return
             self._manager.save(step, args=arrays.save_args(step, _as_dict(state), record))
 
     def check(self) -> None:
         """Raises SaveFailed if the save in the background has failed by now."""
-        with arrays.save_errors(self.directory):
+        with arrays.save_errors(self.directory, _REMEDY):
             if not self._manager.is_saving_in_progress():
                 # This returns at once. The manager's own check_for_errors misses some failures.
                 self._manager.wait_until_finished()
 
     def wait(self) -> None:
         """Waits until every started save is on the disk. Raises SaveFailed if one cannot be written."""
-        with arrays.save_errors(self.directory):
+        with arrays.save_errors(self.directory, _REMEDY):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits as `wait` does, and then frees what the manager holds."""
-        with arrays.save_errors(self.directory):
+        with arrays.save_errors(self.directory, _REMEDY):
             self._manager.close()
 
     def restore(self, config: Config, mesh: Mesh, report: Callable[[str], None]) -> tuple[TrainState, dict]:

@@ -21,11 +21,11 @@ from llada_jax.data.sets import PreparedSets
 from llada_jax.devices import distributed
 from llada_jax.devices.distributed import log
 from llada_jax.diffusion.forward import is_chat
-from llada_jax.formats import huggingface, weights, workdir
+from llada_jax.formats import huggingface, published, weights, workdir
 from llada_jax.model import lora
 from llada_jax.model.transformer import split
 from llada_jax.text.agreement import template_hash
-from llada_jax.text.tokenizer import find_tokenizer
+from llada_jax.text.tokenizer import Tokenizer, find_tokenizer
 from llada_jax.training.checkpoint import Checkpoints, load_state
 from llada_jax.training.config_check import check_architecture
 from llada_jax.training.step import TrainState, make_state
@@ -199,7 +199,19 @@ def decide(config: Config, folder: Path) -> Start:
     """
     record = distributed.first_decides("start", lambda: dataclasses.asdict(_look(config, folder)))
     known = record["config"] and configs.from_dict(record["config"])
-    return Start(**record | {"kind": Kind(record["kind"]), "config": known})
+    begin = Start(**record | {"kind": Kind(record["kind"]), "config": known})
+    if begin.source and not begin.resumes and distributed.index():
+        _check_seen(begin)
+    return begin
+
+
+def _check_seen(begin: Start) -> None:
+    """Raises UserError unless this process, too, sees the source: its arrays are read hours later."""
+    source = Path(begin.source)
+    if workdir.is_workdir(source, f"process {distributed.index()}: config.init_from="):
+        workdir.choose_step(source, begin.step)
+    else:
+        published.read_json(source / published.CONFIG)
 
 
 def _look(config: Config, folder: Path) -> Start:
@@ -220,7 +232,7 @@ def _look(config: Config, folder: Path) -> Start:
         config.init_from,
         config=Config(model=huggingface.inspect(source).config),
         identity={"tokenizer": tokenizer and tokenizer.sha256},
-        template_sha256=template_hash(tokenizer) if tokenizer and is_chat(config) else None,
+        template_sha256=_template(config, tokenizer or find_tokenizer(source / workdir.TOKENIZER)),
     )
 
 
@@ -230,7 +242,7 @@ def _resumed(folder: Path, steps: list[int]) -> Start:
             f"{folder} holds only weights, not a run that can be resumed: take another --workdir, and start from them "
             f"with --config.init_from={folder}"
         )
-    if not (folder / "config.json").exists():
+    if not (folder / published.CONFIG).exists():
         raise UserError(f"{folder} has checkpoints but no config.json, so it cannot be resumed: take another --workdir")
     stored, identity = workdir.read_config(folder)
     return Start(Kind.RESUMED, str(folder), config=stored, identity=identity)
@@ -240,15 +252,19 @@ def _from_workdir(config: Config, source: Path, step: int) -> Start:
     parent, identity = workdir.read_config(source)
     adapts_anew = config.model.lora.rank > 0 and parent.model.lora.rank == 0
     alone = config.init_weights_only or adapts_anew or weights.weights_record(source, step) is not None
-    tokenizer = find_tokenizer(source / workdir.TOKENIZER) if is_chat(config) else None
     return Start(
         Kind.WEIGHTS if alone else Kind.BRANCHED,
         config.init_from,
         step,
         parent,
         identity,
-        template_hash(tokenizer) if tokenizer else None,
+        _template(config, find_tokenizer(source / workdir.TOKENIZER)),
     )
+
+
+def _template(config: Config, tokenizer: Tokenizer | None) -> str | None:
+    """Returns the hash of the chat template of the model to tune; None if no conversations are learned."""
+    return template_hash(tokenizer) if tokenizer and is_chat(config) else None
 
 
 def _filled(wanted: ModelConfig, found: ModelConfig) -> ModelConfig:

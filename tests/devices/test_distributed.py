@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tiny
 from jax._src.clusters import cloud_tpu_cluster
-from paths import PYTHONPATH, SUPPORT
+from paths import PARITY, PYTHONPATH, SUPPORT
 
 from llada_jax.config import UserError
 from llada_jax.data.prepare.prepare_chat import prepare_chat
@@ -283,9 +283,19 @@ sys.exit(distributed.run(main, settings, flags["coordinator_address"], int(flags
 """
 
 
+BEGIN = (
+    "import tiny; from pathlib import Path; from llada_jax.training import start\n"
+    "    config = tiny.get_config(); config.init_from = 'gqa'; os.chdir({} if index() else {!r})\n"
+    "    begin = start.decide(config, Path('nowhere')); print(begin.kind, len(__import__('jax').devices()))"
+)
+
+
 @pytest.mark.parametrize(
     "body, codes, said",
     [
+        # Process 0 looks at a published folder for all, and only then do the devices start, in all processes together.
+        (BEGIN.format(repr(str(PARITY)), str(PARITY)), [0, 0], "[0] weights 2\n[1] weights 2\n"),
+        (BEGIN.format("'/'", str(PARITY)), [2, 2], "error: process 1: config.init_from=gqa is not a folder"),
         (
             "decided = distributed.first_decides('x', lambda: [index(), None, 'a'])\n"
             "    print(decided, distributed.first_problem('x', ['late', None][1 - index()]))\n"

@@ -315,7 +315,7 @@ def test_an_interruption_loses_one_portion(monkeypatch, loaded, tasks, tmp_path)
 def test_arguments(folder, loaded, tmp_path):
     for arguments, words in (
         ({}, "pretrained=DIR is missing"),
-        ({"pretrained": loaded[0]}, "has no tokenizer"),
+        ({"pretrained": loaded[0]}, "tokenizer is missing: give the model's tokenizer"),
         ({"pretrained": bench.PARITY / "gqa"}, "has no tokenizer"),
         ({"model": str(folder), "mc_samples": 0}, "mc_samples=0"),
         ({"model": str(tmp_path / "none")}, "is not a folder"),

@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import types
 
 import pytest
 import tiny
-from paths import PARITY
+from paths import PARITY, PYTHONPATH
 
 from llada_jax.config import Config, LoraConfig, ModelConfig, UserError, leaves
 from llada_jax.data.sets import PreparedSets
@@ -157,3 +160,21 @@ def test_every_beginning(reference, tmp_path):
         start.decide(init_from(PARITY / "gqa", init_step=3), tmp_path / "new")
     with pytest.raises(UserError, match="config.init_from=.*missing is not a folder"):
         start.decide(init_from(tmp_path / "missing"), tmp_path / "new")
+
+
+def test_deciding_starts_no_backend():
+    """A process of several that starts a backend waits for all others, and they wait for its decision."""
+    program = f"""
+import sys, tiny
+from pathlib import Path
+from jax._src import xla_bridge
+from llada_jax.training import start
+config = tiny.get_config()
+config.init_from = {str(PARITY / "gqa")!r}
+assert start.decide(config, Path("nowhere")).config.model.vocab_size == 512
+assert not xla_bridge._backends
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": PYTHONPATH}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
