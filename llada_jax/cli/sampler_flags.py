@@ -9,8 +9,8 @@ _FLAGS = (
     flags.DEFINE_integer(
         "gen_length",
         None,
-        "The number of tokens to generate; for chat, that of the longest answer. Default: 64 for sample (0 if the prompt "
-        "has [MASK] in it), 128 for chat, and for evaluate the number that the task sets, or 256.",
+        "The number of tokens to generate; for chat, that of the longest answer. Default: 64 for sample (0 if the "
+        "prompt has [MASK] in it), 128 for chat, and for evaluate the number that the task sets, or 256.",
     ),
     flags.DEFINE_integer("block_length", None, "Tokens per block; blocks are filled from left to right. Default: 32."),
     flags.DEFINE_float("temperature", None, "0 always takes the most probable token. Default: 0, or the task's own."),
