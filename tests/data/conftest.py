@@ -1,12 +1,12 @@
 """Makes small texts for the tests, and a tokenizer that is trained on them."""
 
 import gzip
-import io
 import json
 import random
 from pathlib import Path
 
 import pytest
+from prefixing import train_prefixing
 
 from llada_jax.data.manifest import TOKENIZER_FOLDER, Manifest
 from llada_jax.data.rows import decode_row
@@ -70,19 +70,5 @@ def tokenizer_folder(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def prefixing_model(tmp_path_factory) -> str:
     """Returns the path of a SentencePiece model that puts a space before every text, as most published models do."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(story(i) for i in range(1000, 1100)),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
     path = tmp_path_factory.mktemp("prefixing") / "prefixing.model"
-    path.write_bytes(model.getvalue())
-    return str(path)
+    return str(train_prefixing((story(i) for i in range(1000, 1100)), path))

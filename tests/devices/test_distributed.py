@@ -20,6 +20,7 @@ import pytest
 import tiny
 from jax._src.clusters import cloud_tpu_cluster
 from paths import PARITY, PYTHONPATH, SUPPORT
+from runs import train_on
 
 from llada_jax.config import UserError
 from llada_jax.data.prepare.prepare_chat import prepare_chat
@@ -28,7 +29,6 @@ from llada_jax.devices import distributed
 from llada_jax.devices import mesh as meshes
 from llada_jax.formats import workdir
 from llada_jax.training import checkpoint
-from llada_jax.training.run import train
 
 GONE = 60  # seconds from the end of one process until the launcher kills those that are left: none may be left by then
 ALL = 300  # seconds until a start of the processes that does not end is killed
@@ -104,12 +104,7 @@ def alone(prepared):
         config.data.path = prepared
         config.distributed.heartbeat_timeout, config.logging.every, config.checkpoint.keep = 10, 2, 9
 
-        def first_devices(mesh_config):
-            return meshes.mesh_over(meshes.axis_sizes(mesh_config, devices), jax.devices()[:devices])
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(meshes, "make_mesh", first_devices)
-            return train(config, folder)
+        return train_on(devices, config, folder)
 
     return start
 

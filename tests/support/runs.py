@@ -12,9 +12,22 @@ import numpy as np
 import pytest
 import tiny
 
+from llada_jax.config import Config
 from llada_jax.devices import mesh as meshes
 from llada_jax.formats import workdir
 from llada_jax.training import checkpoint, loop
+from llada_jax.training.run import train
+
+
+def train_on(devices: int, config: Config, folder: Path) -> int:
+    """Trains in this process on its first `devices` devices, and returns the exit code."""
+
+    def first_devices(mesh_config):
+        return meshes.mesh_over(meshes.axis_sizes(mesh_config, devices), jax.devices()[:devices])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meshes, "make_mesh", first_devices)
+        return train(config, folder)
 
 
 def state_of(folder: Path, step: int | None = None) -> dict[str, np.ndarray]:

@@ -1,13 +1,12 @@
 """Tokenizers: exact round trips, control tokens, published folders, and training."""
 
-import io
 import json
 import random
 
 import numpy as np
 import pytest
-import sentencepiece
 import tokenizers
+from prefixing import train_prefixing
 
 from llada_jax.config import UserError
 from llada_jax.text import tokenizer as tokenizer_module
@@ -56,19 +55,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prefixing(tmp_path_factory):
     """Returns a tokenizer of SentencePiece's usual kind, which puts a space in front of every text."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line.strip() for line in LINES),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    path = tmp_path_factory.mktemp("prefixing") / "some.model"
-    path.write_bytes(model.getvalue())
+    path = train_prefixing((line.strip() for line in LINES), tmp_path_factory.mktemp("prefixing") / "some.model")
     return load_tokenizer(path)
 
 

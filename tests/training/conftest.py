@@ -4,15 +4,13 @@ import shutil
 import time
 from pathlib import Path
 
-import jax
 import pytest
 import tiny
+from runs import train_on
 
 from llada_jax.cli import entry_point
 from llada_jax.data.prepare.prepare_text import prepare
-from llada_jax.devices import mesh as meshes
 from llada_jax.formats import workdir
-from llada_jax.training.run import train
 
 
 @pytest.fixture(scope="session")
@@ -45,12 +43,7 @@ def run(prepared):
             assert hasattr(node, leaf)
             setattr(node, leaf, value)
 
-        def first_devices(mesh_config):
-            return meshes.mesh_over(meshes.axis_sizes(mesh_config, devices), jax.devices()[:devices])
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(meshes, "make_mesh", first_devices)
-            return train(config, folder)
+        return train_on(devices, config, folder)
 
     return run_it
 
