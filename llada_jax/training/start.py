@@ -25,7 +25,7 @@ from llada_jax.formats import huggingface, published, weights, workdir
 from llada_jax.model import lora
 from llada_jax.model.transformer import split
 from llada_jax.text.agreement import template_hash
-from llada_jax.text.tokenizer import Tokenizer, find_tokenizer
+from llada_jax.text.tokenizer import find_tokenizer
 from llada_jax.training.checkpoint import Checkpoints, load_state
 from llada_jax.training.config_check import check_architecture
 from llada_jax.training.step import TrainState, make_state
@@ -232,7 +232,7 @@ def _look(config: Config, folder: Path) -> Start:
         config.init_from,
         config=Config(model=huggingface.inspect(source).config),
         identity={"tokenizer": tokenizer and tokenizer.sha256},
-        template_sha256=_template(config, tokenizer or find_tokenizer(source / workdir.TOKENIZER)),
+        template_sha256=_template(config, source),
     )
 
 
@@ -258,13 +258,16 @@ def _from_workdir(config: Config, source: Path, step: int) -> Start:
         step,
         parent,
         identity,
-        _template(config, find_tokenizer(source / workdir.TOKENIZER)),
+        _template(config, source),
     )
 
 
-def _template(config: Config, tokenizer: Tokenizer | None) -> str | None:
+def _template(config: Config, source: Path) -> str | None:
     """Returns the hash of the chat template of the model to tune; None if no conversations are learned."""
-    return template_hash(tokenizer) if tokenizer and is_chat(config) else None
+    if not is_chat(config):
+        return None
+    tokenizer = find_tokenizer(source) or find_tokenizer(source / workdir.TOKENIZER)
+    return tokenizer and template_hash(tokenizer)
 
 
 def _filled(wanted: ModelConfig, found: ModelConfig) -> ModelConfig:
