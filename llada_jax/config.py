@@ -223,13 +223,12 @@ class SamplerConfig:
 
 @dataclasses.dataclass(slots=True)
 class SamplingConfig:
-    """The samples that are written during training."""
+    """The samples that are written during training. The settings of the sampler mean the same as in SamplerConfig."""
 
     every: int = 1000  # steps between samples; 0 = only at the end of the run
     # One sample is written for each prompt; () = no samples. A prompt that contains [MASK] is filled in; any other
     # prompt is continued. For objectives on conversations, each prompt is a message of the user and gets an answer.
     prompts: tuple[str, ...] = ("",)
-    # As in SamplerConfig:
     steps: int = 64  # the number of reverse steps in all, shared between the blocks
     gen_length: int = 64  # the number of MASK tokens appended to a prompt that is not filled in
     block_length: int = 32  # the number of MASK tokens per block

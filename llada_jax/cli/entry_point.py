@@ -1,23 +1,30 @@
 """What the entry points share: they parse flags, report mistakes in one clear line, and exit with a code."""
 
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 from absl import app, flags, logging
 
-from llada_jax.cli import compilation_cache
+from llada_jax.cli import compilation_cache, config_help, spelling
 from llada_jax.config import Config, UserError
 
 FINISHED, FAILURE, USER_ERROR, INTERRUPTED, PREEMPTED = 0, 1, 2, 130, 143
+_HELP = ("h", "?", "help", "helpshort", "helpfull")
 
 
 def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> None:
     """Parses absl flags, calls `main` and exits with the code that it returns.
 
     A wrong flag, a config file that raises an exception, or a `UserError` leads to one line on stderr and exit code 2;
-    Ctrl-C leads to exit code 130. Any other exception keeps its traceback (exit code 1). --help prints the flags of the
-    entry point.
+    Ctrl-C leads to exit code 130. Any other exception keeps its traceback (exit code 1).
+
+    --help (-h) prints the docstring and the flags of the entry point and, if it has a --config flag, all settings. With
+    --config=FILE it also shows the values of that file. --helpshort leaves out the settings, and --helpfull adds the
+    flags of all imported modules.
 
     Args:
       main: The entry point. It returns the exit code; None means 0.
@@ -27,9 +34,11 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
     # Do not log while flags are parsed: ml_collections would warn of mistakes that are reported below in one line.
     logging.set_verbosity(logging.FATAL)
     argv = list(sys.argv if argv is None else argv)
-    if {"--help", "-h"} & set(argv[1:]):
-        app.usage(shorthelp=True, writeto_stdout=True, exitcode=FINISHED)
     try:
+        asked = [word for word in _before_dashes(argv[1:]) if word.startswith("-") and word.lstrip("-") in _HELP]
+        if asked:
+            _print_help(argv[1:], asked[0].lstrip("-"))
+            sys.exit(FINISHED)
         # Parsing the --config flag executes the config file, so mistakes in that file raise their exceptions here.
         rest = flags.FLAGS(argv)
         if logging.get_verbosity() == logging.FATAL:  # --verbosity was not given
@@ -44,10 +53,16 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
+        if isinstance(error, flags.UnrecognizedFlagError):
+            _fail(_about_unknown_flag(error))
         if isinstance(error, flags.Error) and "Traceback" not in str(error):
             _fail(str(error))
         if not any(_is_parsing(frame) for frame in _frames(error)):
             raise
+        if not isinstance(error, OSError) and any(map(_is_override, _frames(error))):
+            message = spelling.misspelt(argv[1:], plain_flags=flags.FLAGS)
+            if message:
+                _fail(message)
         _fail(f"--config: {_explain(error)}")
 
 
@@ -60,20 +75,77 @@ def config_of(holder: flags.FlagHolder) -> Config:
     Raises:
       UserError: If the flag or its file is missing, or if get_config() does not return a Config.
     """
-    config = holder.value
-    if isinstance(config, Config):
-        return config
+    if isinstance(holder.value, Config):
+        return holder.value
     flag = flags.FLAGS[holder.name]
     if not flag.present:
         raise UserError("--config=FILE is missing: pass a config file, e.g. --config=configs/quickstart.py")
+    return _checked(holder.value, flag.config_filename)
+
+
+def _checked(config: Any, file: str) -> Config:
+    """Returns the value of a --config flag. Raises UserError if the file is missing or does not return a Config."""
+    if isinstance(config, Config):
+        return config
     try:
         # If ml_collections could not read the file, the value is a stand-in that raises the reason when it is used.
         _ = config.steps
     except OSError as error:
-        raise UserError(f"--config={flag.config_filename}: {error.__cause__}") from None
+        raise UserError(f"--config={file}: {error.__cause__}") from None
     except AttributeError:
         pass
     raise UserError("get_config() in the --config file must return a llada_jax.config.Config")
+
+
+def _print_help(arguments: Sequence[str], kind: str) -> None:
+    """Prints what --help, --helpshort or --helpfull show."""
+    text = ""
+    if kind != "helpshort" and _has_config():
+        # A width of less than 60 would leave comments too little room, and long lines are hard to read.
+        width = min(max(shutil.get_terminal_size().columns, 60 if sys.stdout.isatty() else 80), 120)
+        text = "\n" + config_help.render(width, *_given_config(arguments))
+    try:
+        app.usage(shorthelp=kind != "helpfull", writeto_stdout=True)
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        # The reader has gone, as in `--help | head`. Without this, Python would complain when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _has_config() -> bool:
+    """Returns whether the entry point has a --config flag that holds a config tree."""
+    return "config" in flags.FLAGS and flags.FLAGS["config"].flag_type() == "config object"
+
+
+def _given_config(arguments: Sequence[str]) -> tuple[Config | None, str]:
+    """Returns the config of the file that --config=FILE names in the command line, and FILE; (None, "") without it."""
+    file = ""
+    for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name in ("--config", "-config"):
+            file = value if equals else following
+    if not file:
+        return None, ""
+    try:
+        return _checked(flags.FLAGS["config"].parser.parse(file), file), file
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config: {_explain(error)}") from error
+
+
+def _before_dashes(arguments: Sequence[str]) -> Sequence[str]:
+    """Returns the arguments in front of "--", behind which there are no flags."""
+    return arguments[: arguments.index("--")] if "--" in arguments else arguments
+
+
+def _about_unknown_flag(error: flags.UnrecognizedFlagError) -> str:
+    if not _has_config() or "Did you mean" in str(error):
+        return str(error)
+    if error.flagname.startswith("config."):
+        return f"--config=FILE is missing: pass a config file in front of --{error.flagname}"
+    meant = spelling.unknown_flag(error.flagname)
+    return f"{error}; {meant}" if meant else str(error)
 
 
 def print_error(message: str) -> None:
@@ -99,6 +171,11 @@ def _is_parsing(frame: FrameType) -> bool:
     return frame.f_code.co_name == "__call__" and "absl" in frame.f_code.co_filename
 
 
+def _is_override(frame: FrameType) -> bool:
+    """Returns whether the frame looks up the setting of a flag --config.NAME."""
+    return frame.f_globals.get("__name__") == "ml_collections.config_flags.config_path"
+
+
 def _explain(error: BaseException) -> str:
     """Returns what went wrong in a config file, with the file and the line."""
     # absl and ml_collections wrap some errors in others whose text contains a traceback.
@@ -113,4 +190,7 @@ def _explain(error: BaseException) -> str:
         if module.split(".")[0] not in machinery:
             place = f" ({traceback.tb_frame.f_code.co_filename}, line {traceback.tb_lineno})"
         traceback = traceback.tb_next
-    return f"{type(error).__name__}: {text}{place}" if place else text
+    if not place:
+        return text
+    meant = spelling.mistaken_attribute(text) if isinstance(error, AttributeError | TypeError) else None
+    return f"{type(error).__name__}: {text}{f'; {meant}' if meant else ''}{place}"

@@ -1,34 +1,87 @@
-"""The flags that set how tokens are generated. Each command has its own defaults, so the flags themselves have none."""
+"""The flags that set how tokens are generated. Each command has its own defaults, so the flags themselves have none.
 
+Their help names the defaults of the command that is running.
+"""
+
+import sys
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
+# What a command does if a flag is not given, by flag. A flag that is missing here has the default of _SAME.
+DEFAULTS = {
+    "sample": {"gen_length": "64, or 0 if the prompt has [MASK] in it", "temperature": "0"},
+    "chat": {"gen_length": "128", "temperature": "0"},
+    "evaluate": {
+        "steps": "one for each token",
+        "gen_length": "the number of the recipe or the task, or 256; 28 for --tasks=reversal",
+        "block_length": "the recipe's, or 32",
+        "temperature": "the task's own, or 0",
+        "cfg_scale": "the recipe's, or 0",
+        "logits_eos_inf": "the recipe's, or false",
+        "confidence_eos_eot_inf": "the recipe's, or false",
+    },
+}
+_SAME = {
+    "steps": "one for each token",
+    "block_length": "32",
+    "remasking": "low_confidence",
+    "cfg_scale": "0",
+    "logits_eos_inf": "false",
+    "confidence_eos_eot_inf": "false",
+    "seed": "0",
+}
+_MEANINGS = {
+    "steps": "The number of reverse steps.",
+    "gen_length": "The number of tokens to generate.",
+    "block_length": "Tokens per block; blocks are filled from left to right.",
+    "temperature": "The scale of the noise; 0 always takes the most probable token.",
+    "remasking": "Which predictions are kept: low_confidence (the most confident ones) or random.",
+    "cfg_scale": "Guidance towards the prompt (Eq. 16), which doubles the time; 0 is no guidance.",
+    "logits_eos_inf": "Never choose EOS, so that all of gen_length becomes text.",
+    "confidence_eos_eot_inf": "Keep EOS and end of turn only where nothing else can be kept.",
+    "seed": "The seed of the noise: the same seed, settings and prompts give the same texts.",
+}
+
+
+def describe(name: str, command: str) -> str:
+    """Returns the help of a flag.
+
+    Args:
+      name: The name of the flag.
+      command: The name of the entry point, for example "sample". The help names a default only if this is a key of
+        DEFAULTS.
+    """
+    meaning = _MEANINGS[name]
+    if name == "gen_length" and command == "chat":
+        meaning = "The largest number of tokens in an answer."
+    if command not in DEFAULTS:
+        return meaning
+    return f"{meaning} Default: {(_SAME | DEFAULTS[command])[name]}."
+
+
+def _command() -> str:
+    """Returns the name of the entry point that this process runs, which is the name of its main module."""
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    return spec.name.rpartition(".")[2] if spec else Path(getattr(main, "__file__", None) or "").stem
+
+
+def _help(name: str) -> str:
+    return describe(name, _command())
+
+
 _FLAGS = (
-    flags.DEFINE_integer("steps", None, "The number of reverse steps. Default: one for each token."),
-    flags.DEFINE_integer(
-        "gen_length",
-        None,
-        "The number of tokens to generate; for chat, that of the longest answer. Default: 64 for sample (0 if the "
-        "prompt has [MASK] in it), 128 for chat, and for evaluate the number that the task sets, or 256.",
-    ),
-    flags.DEFINE_integer("block_length", None, "Tokens per block; blocks are filled from left to right. Default: 32."),
-    flags.DEFINE_float("temperature", None, "0 always takes the most probable token. Default: 0, or the task's own."),
-    flags.DEFINE_string(
-        "remasking", None, "Which predictions are kept: low_confidence (the default: the most confident) or random."
-    ),
-    flags.DEFINE_float("cfg_scale", None, "Guidance towards the prompt (Eq. 16), which doubles the time. Default: 0."),
-    flags.DEFINE_boolean("logits_eos_inf", None, "Never choose EOS, so that all of gen_length becomes text."),
-    flags.DEFINE_boolean(
-        "confidence_eos_eot_inf", None, "Keep EOS and end of turn only where nothing else can be kept."
-    ),
-    flags.DEFINE_integer(
-        "seed",
-        None,
-        "The seed of the noise: the same seed, settings and prompts give the same texts. Default: 0.",
-        lower_bound=0,
-        upper_bound=2**32 - 1,
-    ),
+    flags.DEFINE_integer("steps", None, _help("steps")),
+    flags.DEFINE_integer("gen_length", None, _help("gen_length")),
+    flags.DEFINE_integer("block_length", None, _help("block_length")),
+    flags.DEFINE_float("temperature", None, _help("temperature")),
+    flags.DEFINE_string("remasking", None, _help("remasking")),
+    flags.DEFINE_float("cfg_scale", None, _help("cfg_scale")),
+    flags.DEFINE_boolean("logits_eos_inf", None, _help("logits_eos_inf")),
+    flags.DEFINE_boolean("confidence_eos_eot_inf", None, _help("confidence_eos_eot_inf")),
+    flags.DEFINE_integer("seed", None, _help("seed"), lower_bound=0, upper_bound=2**32 - 1),
 )
 
 

@@ -23,8 +23,16 @@ def get_config():
 BAD = {
     "name.py": ("def get_config():\n    return Confg(steps=3)\n", "NameError: name 'Confg' is not defined", 2),
     "import.py": ("import no_such_module_here\n", "No module named 'no_such_module_here'", 1),
-    "attribute.py": (GOOD.replace("c.data.input", "c.optimizer.lr"), "has no attribute 'lr'", 5),
-    "argument.py": (GOOD.replace("steps=3", "stepz=3"), "unexpected keyword argument 'stepz'", 4),
+    "attribute.py": (
+        GOOD.replace("c.data.input", "c.optimizer.lr"),
+        "has no attribute 'lr'; did you mean config.optimizer.peak_learning_rate? (",
+        5,
+    ),
+    "argument.py": (
+        GOOD.replace("steps=3", "stepz=3"),
+        "unexpected keyword argument 'stepz'; did you mean config.steps? (",
+        4,
+    ),
     "value.py": ("def get_config():\n    x = 1\n    return int('boom')\n", "'boom'", 3),
     "key.py": ("def get_config():\n    return {}['which']\n", "KeyError: which", 2),
     "zero.py": ("def get_config():\n    return 1 / 0\n", "division by zero", 2),
@@ -43,7 +51,10 @@ def start(*arguments: str, folder: Path) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--config=good.py", "--config.optimizer.lr=1", "--workdir=w"], "lr"),
+        (
+            ["--config=good.py", "--config.optimizer.lr=1", "--workdir=w"],
+            "--config.optimizer.lr: there is no such setting; did you mean --config.optimizer.peak_learning_rate?",
+        ),
         (["--config=good.py", "--config.model.heads=3", "--workdir=w"], "config.model.heads=3"),
     ],
 )
@@ -55,12 +66,6 @@ def test_the_real_command(tmp_path, arguments, named):
     assert len(result.stderr.splitlines()) == 1 and result.stderr.startswith("error: ")
     assert named in result.stderr
     assert not (tmp_path / "w").exists()
-
-
-def test_help_lists_the_flags(tmp_path):
-    result = start("--help", folder=tmp_path)
-    assert result.returncode == 0 and result.stderr == ""
-    assert "--config" in result.stdout and "--workdir" in result.stdout
 
 
 @pytest.fixture
@@ -114,19 +119,31 @@ def test_overrides_arrive_with_their_types(run):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--config=good.py", "--config.stepz=1"], "stepz"),
-        (["--config=good.py", "--config.model.layer=1"], "layer"),
+        (
+            ["--config=good.py", "--config.stepz=1"],
+            "--config.stepz: there is no such setting; did you mean --config.st",
+        ),
+        (["--config=good.py", "--config.model.layer=1"], "did you mean --config.model.layers?"),
+        (["--config=good.py", "--config.steps=2", "--noconfig.reprot"], "did you mean --config.report?"),
+        (["--config=good.py", "--config.batch-size=2"], "did you mean --config.batch_size?"),
+        (["--config=good.py", "--config.steps.x=2"], "did you mean --config.steps?"),
+        (["--config=good.py", "--config.optimiser.lr=2"], "did you mean --config.optimizer.peak_learning_rate?"),
+        (["--config=good.py", "--config.model.lora.dropout=1"], "config.model.lora has the settings rank, alpha, tar"),
+        (["--config=good.py", "--config.workdir=w"], "did you mean --workdir?"),
         (["--config=good.py", "--config.steps=abc"], "--config.steps=abc"),
         (["--config=good.py", "--config.steps=1.5"], "--config.steps=1.5"),
         (["--config=good.py", "--config.optimizer.beta1=x"], "--config.optimizer.beta1=x"),
         (["--config=good.py", "--config.report=maybe"], "--config.report=maybe"),
         (["--config=good.py", "--config.model=3"], "--config.model=3"),
-        (["--config=good.py", "--confg.steps=3"], "confg"),
-        (["--config=good.py", "--wrokdir=w"], "wrokdir"),
+        (["--config=good.py", "--confg.steps=3"], "'confg.steps'; did you mean --config.steps?"),
+        (["--config=good.py", "--steps=3"], "'steps'; did you mean --config.steps?"),
+        (["--config=good.py", "--wrokdir=w"], "'wrokdir'. Did you mean: workdir ?"),
+        (["--config.steps=3"], "--config=FILE is missing: pass a config file in front of --config.steps"),
         (["--config=good.py", "extra"], "'extra'"),
         (["--workdir=w"], "--config=FILE is missing"),
         (["--config=missing.py"], "missing.py"),
         (["--config=missing.py", "--config.steps=3"], "missing.py"),
+        (["--config=missing.py", "--config.stepz=3"], "missing.py"),
         (["--config=good.py:variant"], "get_config()"),
     ],
 )
@@ -144,6 +161,33 @@ def test_mistake_in_a_config_file(run, name):
     assert code == 2 and out == "" and len(errors) == 1
     assert errors[0].startswith("error: --config: ") and message in errors[0] and "Traceback" not in errors[0]
     assert errors[0].endswith(f"{name}, line {line})")
+
+
+def test_help_shows_the_values_of_a_config_file(run):
+    code, out, errors = run("--config", "zero.py", "--config=good.py", "--config.steps=5", "--help")
+    assert (code, errors) == (0, []) and not run.seen
+    assert "--config.steps (int, 3 in good.py, default 1000)" in out
+    code, out, errors = run("--help")
+    assert (code, errors) == (0, []) and "--config.steps (int, default 1000)" in out and "good.py" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--help", "--config=missing.py"], "error: --config=missing.py: "),
+        (["--config", "zero.py", "--help"], "error: --config: ZeroDivisionError: division by zero ("),
+        (["--config=none.py", "-h"], "error: get_config() in the --config file must return a llada_jax.config.Config"),
+    ],
+)
+def test_help_with_a_config_file_that_cannot_be_shown(run, tmp_path, arguments, message):
+    (tmp_path / "none.py").write_text("def get_config():\n    return {}\n")
+    code, out, errors = run(*arguments)
+    assert (code, out, len(errors)) == (2, "", 1) and errors[0].startswith(message)
+
+
+def test_there_is_no_help_behind_two_dashes(run):
+    code, _, errors = run("--config=good.py", "--", "--help")
+    assert code == 2 and errors == ["error: unexpected argument '--help': pass every setting as a flag, --name=value"]
 
 
 @pytest.mark.parametrize("text", ["def get_config():\n    return {'steps': 3}\n", "def get_config():\n    pass\n"])
