@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 from paths import PARITY
 
 import llada_jax
@@ -37,7 +38,9 @@ def published(request):
 def test_logits_are_those_of_the_reference(published):
     model, cases = published
     assert model.embedding[...].dtype == jnp.float32  # the default on CPU
-    np.testing.assert_allclose(model(cases["tokens"].astype(np.int32)), cases["logits"], atol=1e-4)
+    # The weights of these models are so large that the scores of attention are of size 4.
+    tolerance = rounding.of_logits(model.config, cases["tokens"].shape[1], score=4)
+    rounding.assert_close(model(cases["tokens"].astype(np.int32)), cases["logits"], tolerance)
 
 
 def test_mesh_and_dtype(make_mesh):

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+import rounding
 import tiny
 from jax._src.clusters import cloud_tpu_cluster
 from paths import PARITY, PYTHONPATH, SUPPORT
@@ -61,7 +62,6 @@ def launch(local):
         lines: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", PYTHONPATH)
-            patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
             patch.setattr(local, "print", lambda *line, **_: lines.append(*line), raising=False)
             job = local.Job(local.parse([*flags, *command]))
             hanging = threading.Timer(ALL, job.send, (signal.SIGKILL,))
@@ -139,12 +139,12 @@ def window_of(folder: Path, step: int) -> dict:
 def assert_equal_within_tolerance(folder: Path, other: Path, first: int = 0) -> None:
     """Checks that two runs are equal after step `first`: rows and noise exactly, losses within a tolerance.
 
-    This is what "equal" means everywhere in this project for runs on different meshes.
+    This is what "equal" means everywhere in this project for runs on different meshes, see `rounding.LATER_STEPS`.
     """
     ours, theirs = ([r for r in tiny.records(f) if r["step"] > first] for f in (folder, other))
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     for record, wanted in zip(ours, theirs, strict=True):
-        assert record == pytest.approx(wanted, rel=1e-3), record["step"]
+        assert record == pytest.approx(wanted, rel=rounding.LATER_STEPS), record["step"]
     for step in (s for s in (5, 15) if s > first):
         # The number of tokens, and of masked tokens by mask ratio, would differ with other rows or other noise.
         for exact in ("tokens", "bucket_tokens"):
@@ -156,7 +156,7 @@ def test_the_losses_of_one_process_with_as_many_devices(whole, alone, tmp_path):
     assert_equal_within_tolerance(whole[0], tmp_path)
     ours, theirs = tiny.records(whole[0])[0], tiny.records(tmp_path)[0]
     assert ours["step"] == 2  # the loss of two steps from the same weights: the first learning rate is 0
-    assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=rounding.FIRST_STEP)
 
 
 def test_each_process_reads_only_its_rows(whole):
@@ -166,6 +166,7 @@ def test_each_process_reads_only_its_rows(whole):
         assert all(json.loads(which) == rows for _, which in read)
 
 
+@pytest.mark.slow
 def test_conversations_have_the_same_length_everywhere(launch, prepared, tmp_path):
     """Conversations are padded to the longest row of all processes, although no process reads the rows of all.
 
@@ -185,7 +186,7 @@ def test_conversations_have_the_same_length_everywhere(launch, prepared, tmp_pat
     errors = process.communicate()[1]
     assert process.returncode == 0, errors
     ours, theirs = ([r for r in tiny.records(tmp_path / name) if "loss" in r] for name in ("two", "one"))
-    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=1e-3)
+    assert [r["loss"] for r in ours] == pytest.approx([r["loss"] for r in theirs], rel=rounding.LATER_STEPS)
 
 
 def test_only_one_process_writes_and_speaks(whole):
@@ -198,6 +199,7 @@ def test_only_one_process_writes_and_speaks(whole):
     assert len((whole[0] / "starts.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_any_death_is_the_death_of_all_and_the_run_goes_on(several, whole, tmp_path):
     folder = tmp_path / "run"
 
@@ -228,7 +230,7 @@ def test_any_death_is_the_death_of_all_and_the_run_goes_on(several, whole, tmp_p
     assert (folder / "samples.txt").read_text() == (whole[0] / "samples.txt").read_text()
 
 
-@pytest.mark.parametrize("devices", [8, 4])
+@pytest.mark.parametrize("devices", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_one_process_continues_what_two_began(whole, alone, tmp_path, devices):
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)

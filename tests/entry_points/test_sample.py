@@ -73,9 +73,9 @@ def test_text_ends_at_eos_and_infilling_keeps_the_rest(loaded):
     ids = tokenizer.encode("x = 1\n")
     prompt = text_completion.Prompt(np.asarray(ids, np.int32), 0, 4)
     tokens_T = np.array([*ids, *tokenizer.encode("ab"), tokenizer.eos_id, *tokenizer.encode("cd")])
-    assert text_completion.finished_text(tokens_T, prompt, model, tokenizer) == "ab"
-    tokens_T[-len(tokenizer.encode("cd")) - 1] = model.config.eos_id
-    assert text_completion.finished_text(tokens_T, prompt, model, tokenizer) == "ab"
+    for end in (tokenizer.eos_id, tokenizer.eot_id, model.config.eos_id, model.config.eot_id):
+        tokens_T[-len(tokenizer.encode("cd")) - 1] = end
+        assert text_completion.finished_text(tokens_T, prompt, model, tokenizer) == "ab"
     filled = text_completion.Prompt(np.asarray([*ids, tokenizer.eos_id, *ids], np.int32), 1, 1)
     tokens_T = np.array([*filled.ids_T, tokenizer.eos_id])
     assert text_completion.finished_text(tokens_T, filled, model, tokenizer) == "x = 1\nx = 1\n"

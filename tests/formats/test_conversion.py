@@ -204,9 +204,11 @@ def test_a_model_trained_here(trained, tmp_path):
     assert {int(i) for i in tokens} == {i for i, _ in tokenizer.roles.values()}
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation["eos_token_id"] == tokenizer.eos_id
-    convert(trained, tmp_path / "first", "huggingface", step=0)
+    convert(trained, tmp_path / "first", "huggingface", step=0, dtype="bfloat16")
     first, _ = llada_jax.load(tmp_path / "first")
     np.testing.assert_array_equal(first.final_norm[...] + 3, ours.final_norm[...])
+    assert json.loads((tmp_path / "first" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert {tensor.dtype.name for tensor in tensors_of(tmp_path / "first").values()} == {"bfloat16"}
 
 
 def test_a_complete_config_has_every_field_of_the_published_one():

@@ -1,11 +1,14 @@
 """Tests that a model with low-rank adapters equals the model with W + alpha / r A B, and that only they are trained."""
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rounding
 from jax.sharding import PartitionSpec as P
 
 from llada_jax.config import ComputeConfig, Config, LoraConfig, ModelConfig, OptimizerConfig, UserError
@@ -22,17 +25,21 @@ CONFIG = ModelConfig(layers=2, width=32, heads=8, kv_heads=4, feed_forward=48, v
 SOME = dataclasses.replace(CONFIG, lora=LoraConfig(rank=2, alpha=1.0, targets=("v_proj", "ff_out")))
 COMPUTE = ComputeConfig(dtype="float32", query_chunk=4, unroll=1)
 B, T = 8, 10
+# Both the adapters and the merged matrices, whose gradients are multiplied by the adapters, have the sums of a model.
+# The loss is a mean of squares, which have twice the relative error.
+LOSS, GRADIENT = 2 * 2 * rounding.of_nll(CONFIG, T, B * T), 2 * rounding.of_gradient(CONFIG, T, B * T)
 
 
 def spec_of(x) -> P:
     return P() if x.sharding is None else x.sharding.spec
 
 
-def params_of(config, seed=1):
+@functools.cache
+def params_of(config):
     """Returns parameters as arrays on the host. The matrices B are not zero, as after some training."""
     with jax.set_mesh(mesh.one_device_mesh()):
-        params = jax.device_get(split(initialise(config, COMPUTE, jax.random.key(seed)))[1])
-    rng = np.random.default_rng(seed)
+        params = jax.device_get(split(initialise(config, COMPUTE, jax.random.key(1)))[1])
+    rng = np.random.default_rng(1)
     noise = lambda path, x: rng.normal(size=x.shape).astype(np.float32) * 0.1  # noqa: E731
     change = lambda path, x: noise(path, x) if path[-1].key.endswith("_b") else x  # noqa: E731
     return jax.tree_util.tree_map_with_path(change, params)
@@ -101,7 +108,7 @@ def test_loss_and_gradient_are_those_of_the_enumerated_model(make_mesh, expected
     params, loss, whole = expected(config)
     compute = dataclasses.replace(COMPUTE, attention=attention, remat=remat)
     found, gradient = loss_and_gradient(config, compute, params, make_mesh(*sizes))
-    assert found == pytest.approx(loss, rel=1e-5)
+    assert found == pytest.approx(loss, rel=LOSS)
     scale = config.lora.alpha / config.lora.rank
     for name in config.lora.targets:
         inputs = len(MATRICES[name][0])
@@ -113,10 +120,10 @@ def test_loss_and_gradient_are_those_of_the_enumerated_model(make_mesh, expected
             db = scale * np.tensordot(a, dw, axes=(range(inputs), range(inputs)))
             for part, wanted in (("a", da), ("b", db)):
                 got = gradient["blocks"][f"{name}_{part}"][layer]
-                np.testing.assert_allclose(got, wanted, rtol=2e-3, atol=2e-5 * np.abs(wanted).max() + 1e-9)
+                rounding.assert_close(got, wanted, GRADIENT)
                 assert np.abs(wanted).max() > 1e-5
     # The gradient of the embedding is right too, so that nothing is lost on the way back through the adapted layers.
-    np.testing.assert_allclose(gradient["embedding"], whole["embedding"], rtol=2e-3, atol=2e-5)
+    rounding.assert_close(gradient["embedding"], whole["embedding"], GRADIENT)
 
 
 def test_the_start_is_exactly_the_base(make_mesh, rng):
@@ -142,7 +149,9 @@ def test_initial_sigmas(make_mesh):
         a, b = blocks[f"{name}_a"], blocks[f"{name}_b"]
         sigma = (512 if name == "ff_out" else 128) ** -0.5
         assert a.dtype == b.dtype == np.float32 and a.shape[-1] == b.shape[1] == 16
-        assert a.std() == pytest.approx(0.98658 * sigma, rel=0.03) and np.abs(a).max() <= 3 * sigma * (1 + 1e-6)
+        # The standard deviation of n random numbers is off by about 1 / sqrt(2 n), 1.6 % for the smallest matrix.
+        assert a.std() == pytest.approx(0.98658 * sigma, rel=0.03)
+        assert np.abs(a).max() <= 3 * sigma * (1 + rounding.of_chain(roundings=2))
         assert not b.any()
     assert len({x.ravel()[:64].tobytes() for name, x in blocks.items() if name.endswith("_a")}) == 7
     assert lora.adapter_count(config) == sum(x.size for x in blocks.values())
@@ -170,8 +179,12 @@ def test_merge(make_mesh, sizes, dtype):
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True):
         assert x.dtype == dtype
         exact = path[-1].key not in SOME.lora.targets and dtype == jnp.float32
-        tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-5 if dtype == jnp.float32 else 2**-8, "atol": 1e-7}
-        np.testing.assert_allclose(np.asarray(x, np.float32), y, **tolerance)
+        # A sum over the rank, two products, and the sum with W; in bfloat16 the result is rounded once more.
+        tolerance = 0.0 if exact else rounding.of_chain(SOME.lora.rank, roundings=3)
+        if dtype == jnp.bfloat16:
+            np.testing.assert_allclose(np.asarray(x, np.float32), y, rtol=rounding.BF16_EPS / 2, atol=tolerance)
+        else:
+            rounding.assert_close(np.asarray(x, np.float32), y, tolerance)
 
 
 def test_partition_and_combine_are_inverse(make_mesh):
@@ -203,13 +216,24 @@ def batch_of(step: int) -> dict[str, np.ndarray]:
     return {"tokens": ((rng.integers(0, 60, B)[:, None] + np.arange(T)) % 60).astype(np.int32), "length": length}
 
 
+@functools.cache
+def beginning(model: ModelConfig):
+    """Returns the first state and the frozen weights of `run_of(model=model)`, as arrays on the host."""
+    with jax.set_mesh(mesh.one_device_mesh()):
+        state = jax.device_get(make_state(run_of(model=model)))
+    return state, lora.partition(params_of(model))[1]
+
+
 def trained(config, device_mesh, steps, dtype=jnp.float32):
     """Trains and returns the metrics of each step, the last state, and the frozen weights before and after."""
+    first, base = beginning(config.model)
+    before = jax.tree.map(lambda x: np.array(x, dtype), base)
     with jax.set_mesh(device_mesh):
-        state = make_state(config)
-        base = split(initialise(lora.plain(config.model), config.compute, jax.random.key(7)))[1]
-        frozen = jax.tree.map(lambda x: x.astype(dtype), base)
-        before = jax.tree.map(np.array, frozen)
+        # Copy the arrays: the step donates its state, and a device may share the host's memory.
+        place = lambda s, x: jax.device_put(np.array(x), spec_of(s))  # noqa: E731
+        state = jax.tree.map(place, jax.eval_shape(lambda: make_state(config)), first)
+        abstract = split(abstract_model(lora.plain(config.model), config.compute))[1]
+        frozen = jax.tree.map(place, abstract, before)
         step = make_train_step(config, split(abstract_model(config.model, config.compute))[0])
         history = []
         for i in range(steps):
@@ -223,10 +247,9 @@ def on_one_device(make_mesh):
     return trained(run_of(), make_mesh(), 8)
 
 
-def test_only_adapters_are_trained_and_have_moments(make_mesh, on_one_device):
+def test_only_adapters_are_trained_and_have_moments(on_one_device):
     _, state, before, after = on_one_device
-    with jax.set_mesh(make_mesh()):
-        first = jax.device_get(make_state(run_of()).params)
+    first = beginning(CONFIG)[0].params
     for old, new in zip(jax.tree.leaves(first), jax.tree.leaves(state.params), strict=True):
         assert np.abs(np.asarray(new) - old).max() > 1e-3
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
@@ -241,18 +264,20 @@ def test_only_adapters_are_trained_and_have_moments(make_mesh, on_one_device):
 
 def test_losses_on_another_mesh_and_in_micro_batches(make_mesh, on_one_device):
     one, other = on_one_device[0], trained(run_of(accumulation=2), make_mesh(2, 2, 2), 8)[0]
-    assert other[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-5)
+    assert other[0]["loss"] == pytest.approx(one[0]["loss"], rel=rounding.FIRST_STEP)
     for a, b in zip(other, one, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["loss"] == pytest.approx(b["loss"], rel=rounding.LATER_STEPS)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=rounding.LATER_STEPS)
 
 
 def test_frozen_weights_in_the_compute_dtype_change_nothing(make_mesh):
     """The frozen weights are rounded to the compute dtype in any case, when they are used."""
-    config = run_of()
+    config = run_of(model=SOME)
     config.compute.dtype = "bfloat16"
     whole, rounded = (trained(config, make_mesh(), 2, dtype)[0] for dtype in (jnp.float32, jnp.bfloat16))
-    assert [x["loss"] for x in whole] == pytest.approx([x["loss"] for x in rounded], rel=1e-6)
+    # The bfloat16 numbers are the same; only the mean of the losses over all tokens may be summed in another order.
+    mean = rounding.of_chain(B * T, roundings=rounding.FUNCTION)
+    assert [x["loss"] for x in whole] == pytest.approx([x["loss"] for x in rounded], rel=mean)
 
 
 def test_no_gradient_of_a_frozen_matrix_is_computed(make_mesh):
@@ -277,9 +302,10 @@ def test_plan_of_a_step_with_adapters(make_mesh):
     """The arguments are frozen weights in the compute dtype, and fp32 adapters with two moments of each."""
     config = run_of(compute=ComputeConfig(dtype="bfloat16", attention="xla"))
     with jax.set_mesh(make_mesh()):
-        memory = estimate.lower(config, make_mesh()).compile().memory_analysis()
+        arguments = jax.tree.leaves(estimate.lower(config, make_mesh()).args_info)
+    size = sum(math.prod(argument.shape) * argument.dtype.itemsize for argument in arguments)
     least = 2 * parameter_count(lora.plain(CONFIG)) + 12 * lora.adapter_count(CONFIG)
-    assert least < memory.argument_size_in_bytes < least + 1024 + 4 * B * (T + 2)
+    assert least < size < least + 1024 + 4 * B * (T + 2)
 
 
 # Tests of the configuration.

@@ -9,6 +9,7 @@ import os
 import runpy
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -40,15 +41,19 @@ def small(**changes) -> Config:
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
-    """Sets up JAX as `python -m llada_jax.plan` does, without the tests' high matmul precision.
+    """Sets up JAX as `python -m llada_jax.plan` does: all optimizations, and not the tests' high matmul precision.
 
     That precision is not meant for bfloat16 kernels.
     """
     topology.prepare_environment()
-    jax.config.update("jax_enable_compilation_cache", False)
-    with jax.default_matmul_precision("default"):
+    with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("default"):
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "false")  # for the processes that the tests start
+        few = jax.config.jax_disable_most_optimizations
+        jax.config.update("jax_enable_compilation_cache", False)
+        jax.config.update("jax_disable_most_optimizations", False)
         yield
-    jax.config.update("jax_enable_compilation_cache", True)
+        jax.config.update("jax_enable_compilation_cache", True)
+        jax.config.update("jax_disable_most_optimizations", few)
 
 
 @needs_tpu_compiler
@@ -120,6 +125,21 @@ def test_compiler_options_are_known_to_the_compiler(name):
     jax.jit(lambda x: x + 1, compiler_options=options).lower(x).compile()
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         jax.jit(lambda x: x + 1, compiler_options=options | {"xla_no_such_option": True}).lower(x).compile()
+
+
+def test_temporaries_need_memory_too(monkeypatch):
+    """A run fits if what the chip holds at the peak fits, not only the arguments of the step. No compiler is needed."""
+    memory = types.SimpleNamespace(argument_size_in_bytes=10 * hardware.GIB, temp_size_in_bytes=5 * hardware.GIB)
+    step = types.SimpleNamespace(memory_analysis=lambda: memory, as_text=lambda: "")
+    there = topology.Topology(hardware.chip_named("v5e"), 1, jax.devices())  # with 16 GiB each
+    monkeypatch.setattr(topology, "describe", lambda _: there)
+    monkeypatch.setitem(estimate.COMPILERS, jax.default_backend(), "jaxlib")
+    monkeypatch.setattr(estimate, "lower", lambda *_: types.SimpleNamespace(compile=lambda: step))
+    for peak, fits in ((15, True), (17, False)):
+        memory.peak_memory_in_bytes = peak * hardware.GIB
+        record, _ = estimate.plan(small(), "v5e:2x4")
+        assert record["fits"] == fits
+        assert fits or record["why"] == "the peak is 17.0 GiB, but only 16.0 GiB are usable"
 
 
 def test_turns_of_the_loss_are_those_of_a_device():

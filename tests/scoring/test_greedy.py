@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import rounding
 
 from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig, UserError
 from llada_jax.model.transformer import initialise
@@ -59,7 +60,10 @@ def changed(requests):
 
 
 def plain_greedy(model, prompt, length, scale):
-    """Generates in numpy, one token per step, the most confident one first, on a canvas padded to 32 tokens."""
+    """Generates in numpy, one token per step, the most confident one first, on a canvas padded to 32 tokens.
+
+    No choice may be closer than the rounding of logits, because it could go the other way on another machine.
+    """
     n = len(prompt)
     canvas = np.zeros(32, np.int32)
     canvas[: n + length] = [*prompt, *[MASK] * length]
@@ -73,6 +77,9 @@ def plain_greedy(model, prompt, length, scale):
         score = np.where((canvas == MASK) & (np.arange(32) >= n) & real, probability.max(axis=-1), -2.0)
         best = score.argmax()
         canvas[best] = probability[best].argmax()
+        off = 2 * (2 * scale + 1) * rounding.of_logits(SIZES, 32) * rounding.size(logits)
+        token, position = (np.sort(x)[-2:] for x in (probability[best], score))
+        assert np.log(token[1] / token[0]) > off and (position[0] < 0 or np.log(position[1] / position[0]) > 2 * off)
     return canvas[n : n + length]
 
 

@@ -1,8 +1,13 @@
-"""The sampler in plain numpy: it works on one row and one position at a time, with logits of the whole canvas."""
+"""The sampler in plain numpy: it works on one row and one position at a time, with logits of the whole canvas.
+
+A choice between two tokens or two positions that is closer than the rounding of logits could go the other way on
+another machine. `row` raises an AssertionError if a test depends on such a choice.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rounding
 
 from llada_jax.config import SamplerConfig
 
@@ -46,14 +51,16 @@ def row(model, prompt_T, real_T, config: SamplerConfig, key) -> np.ndarray:
     todo = [i for i in range(len(canvas)) if canvas[i] == mask_id and real[i]]
     given = canvas != mask_id
     blocks = [todo[i : i + config.block_length] for i in range(0, len(todo), config.block_length)]
+    # A choice compares two logits. A guided logit is (w + 1) times a logit minus w times another one.
+    margin = 2 * (2 * config.cfg_scale + 1) * rounding.of_logits(model.config, len(canvas))
     for block, step, count in schedule(len(todo), config.steps, config.block_length):
         before = [i for done in blocks[:block] for i in done if i >= len(prompt_T)]
         if config.stop_at_end and set(canvas[before].tolist()) & set(ends):
             canvas[[i for i in todo if canvas[i] == mask_id]] = config.eos_id
             break
         logits_TV = logits_of(model, canvas, real, given, config.cfg_scale)
-        step_key = jax.random.fold_in(jax.random.fold_in(key, block), step)
-        candidates = []
+        step_key, margins = jax.random.fold_in(jax.random.fold_in(key, block), step), {}
+        off, candidates = margin * rounding.size(logits_TV), []
         for index, position in enumerate(blocks[block]):
             if canvas[position] != mask_id:
                 continue
@@ -66,6 +73,7 @@ def row(model, prompt_T, real_T, config: SamplerConfig, key) -> np.ndarray:
                 noisy += config.temperature * gumbel(draw_key, size)
             noisy[[mask_id, *range(model.config.token_count or size, size)]] = -np.inf
             token = int(noisy.argmax())
+            margins[position] = noisy[token] - np.partition(noisy, -2)[-2]
             if config.confidence_eos_eot_inf:
                 logits[ends] = -np.inf
             score = np.exp(logits[token]) / np.exp(logits).sum()
@@ -74,8 +82,14 @@ def row(model, prompt_T, real_T, config: SamplerConfig, key) -> np.ndarray:
             if config.confidence_eos_eot_inf and token in ends:
                 score = -1.0
             candidates.append((-score, position, token))
-        for _, position, token in sorted(candidates)[:count]:
+        chosen, left = sorted(candidates)[:count], sorted(candidates)[count:]
+        for _, position, token in chosen:
             canvas[position] = token
+            assert margins[position] > off, f"two tokens at position {position} are as likely as each other"
+        if left and left[0][0] < 0:
+            # The logarithm of a probability is a logit minus the logarithm of a sum, which has the same error.
+            gap = np.log(chosen[-1][0] / left[0][0])
+            assert gap > 2 * off, f"positions {chosen[-1][1]} and {left[0][1]} are as sure as each other"
     return canvas
 
 

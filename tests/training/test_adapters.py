@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import rounding
 import tiny
 from runs import assert_same_run, state_of, terminate, when_done
 
@@ -87,7 +88,8 @@ def test_what_is_loaded_is_the_merged_model(adapted):
         assert np.abs(np.asarray(base(tokens)) - unmerged).max() > 1e-2  # the adapters change the model
     loaded = llada_jax.load(adapted)[0]
     assert config.model.lora.rank == 4 and loaded.config == lora.plain(config.model)
-    np.testing.assert_allclose(logits_of(adapted), unmerged, rtol=1e-5, atol=1e-5)
+    # The merged matrices are rounded, and the adapters on their own add a sum to each sum of the model.
+    rounding.assert_close(logits_of(adapted), unmerged, 2 * rounding.of_logits(config.model, 24))
 
 
 def test_interrupted_without_its_source_and_resumed_it_is_the_same(run, adapted, source, tmp_path):
@@ -104,14 +106,17 @@ def test_interrupted_without_its_source_and_resumed_it_is_the_same(run, adapted,
     assert same(base_of(folder), base_of(adapted))
 
 
+@pytest.mark.slow
 def test_resumed_on_another_mesh(run, adapted, copy_of_adapted, source):
     shutil.rmtree(copy_of_adapted / "checkpoints" / "10")
     settings = {"mesh__fsdp": 2, "mesh__tensor": 2, "accumulation": 2, "init_from": str(source)}
     assert run(copy_of_adapted, 4, **SETTINGS, **settings) == 0
     for ours, theirs in zip(tiny.records(copy_of_adapted), tiny.records(adapted), strict=True):
         assert ours["step"] == theirs["step"]
-        assert ours.get("loss", 0.0) == pytest.approx(theirs.get("loss", 0.0), rel=1e-3)
-    np.testing.assert_allclose(logits_of(copy_of_adapted), logits_of(adapted), rtol=1e-2, atol=1e-2)
+        assert ours.get("loss", 0.0) == pytest.approx(theirs.get("loss", 0.0), rel=rounding.LATER_STEPS)
+    # Not the largest difference: a parameter whose gradient is nearly zero may take a step the other way.
+    ours, theirs = logits_of(copy_of_adapted), logits_of(adapted)
+    rounding.assert_within(rounding.size(ours - theirs), 0, rounding.LATER_STEPS * rounding.size(theirs))
 
 
 def test_killed_while_the_weights_are_written_nothing_is_lost(run, adapted, source, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import signal
 import time
 
 import pytest
+import rounding
 import tiny
 from paths import SUPPORT
 from runs import assert_same_run, record_of, terminate, wait_for, when_done
@@ -40,6 +41,7 @@ def test_killed_at_chosen_moments_the_run_is_the_same(outside, corpus, tmp_path)
     assert not [name for name in left if "tmp" in name or "preparing" in name]
 
 
+@pytest.mark.slow
 def test_killed_three_times_at_random_the_run_is_the_same(outside, corpus, tmp_path):
     folder, delays = tmp_path / "run", []
     shutil.copytree(outside[0] / "data", folder / "data")
@@ -129,22 +131,20 @@ def test_sigterm_to_a_process(prepared, tmp_path):
 
 # Other meshes
 
+# The tests share these settings, and thereby their compiled programs.
+ON_FOUR = {"mesh__fsdp": 2, "mesh__tensor": 2}
+ON_EIGHT = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "accumulation": 2}
+
 
 def test_another_mesh_sees_the_same_rows_and_the_same_noise(run, reference, tmp_path, capfd):
     folder = tmp_path / "run"
     first_rows = {}
-    stages = [
-        (5, 1, {}),
-        (10, 4, {"mesh__fsdp": 2, "mesh__tensor": 2}),
-        (15, 8, {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "accumulation": 2}),
-        (20, 4, {"mesh__fsdp": 4, "accumulation": 2}),
-    ]
-    for stop, devices, settings in stages:
+    for stop, devices, settings in ((5, 1, {}), (10, 4, ON_FOUR), (20, 8, ON_EIGHT)):
         with when_done(stop, terminate) if stop < 20 else contextlib.nullcontext():
             code = run(folder, devices, checkpoint__keep=5, **settings)
         assert code == (entry_point.PREEMPTED if stop < 20 else 0)
         first_rows |= dict(re.findall(r"first row of step (\d+): (.*\n.*\n.*\n)", capfd.readouterr().err))
-    assert first_rows.keys() == {"0", "5", "10", "15"}
+    assert first_rows.keys() == {"0", "5", "10"}
     for step in (5, 10, 15, 20):
         ours, theirs = record_of(folder, step)["window"], record_of(reference, step)["window"]
         for exact in ("steps", "tokens", "bucket_tokens", "skipped"):  # these depend on the rows and the noise alone
@@ -152,8 +152,8 @@ def test_another_mesh_sees_the_same_rows_and_the_same_noise(run, reference, tmp_
     for ours, theirs in zip(tiny.records(folder), tiny.records(reference), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-3), (ours["step"], name)
-    for step in (5, 10, 15):  # a run on one device that resumes there shows the same first row
+            assert ours[name] == pytest.approx(theirs[name], rel=rounding.LATER_STEPS), (ours["step"], name)
+    for step in (5, 10):  # a run on one device that resumes there shows the same first row
         shutil.copytree(reference, tmp_path / str(step))
         for later in workdir.steps_in(reference):
             if later > step:
@@ -164,13 +164,13 @@ def test_another_mesh_sees_the_same_rows_and_the_same_noise(run, reference, tmp_
         assert found[str(step)] == first_rows[str(step)]
 
 
-@pytest.mark.parametrize("devices, settings", [(8, {"mesh__tensor": 4}), (2, {"accumulation": 4})])
+@pytest.mark.parametrize("devices, settings", [(4, ON_FOUR), (8, ON_EIGHT)])
 def test_the_first_step_on_another_mesh(run, tmp_path, reference, devices, settings):
     folders = tmp_path / "here", tmp_path / "there"
     assert run(folders[0], steps=1, validation__rows=0) == 0
     assert run(folders[1], devices, steps=1, validation__rows=0, **settings) == 0
     (here,), (there,) = map(tiny.records, folders)
-    assert there["loss"] == pytest.approx(here["loss"], rel=1e-5)
+    assert there["loss"] == pytest.approx(here["loss"], rel=rounding.FIRST_STEP)
 
 
 # Damage and retention

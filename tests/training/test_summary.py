@@ -85,6 +85,19 @@ def test_show_samples():
     assert shown == "infilling of 'ab__d':\n  | abccd\ncompletion of 'def ':\n  | def f():\n  |   pass"
 
 
+def test_samples_up_to_the_step_of_a_resume_are_kept(tmp_path):
+    """A run writes the samples of a step before its checkpoint, so they stay if it resumes there."""
+    path = tmp_path / "samples.txt"
+    samples.drop_samples(path, 5)
+    assert not path.exists()
+    for step in (5, 10, 15):
+        samples.append_samples(path, step, samples.show_samples([("a", f"a\n--- step 1\n{step}")]))
+    text = path.read_text()
+    samples.drop_samples(path, 10)
+    assert path.read_text() == text[: text.index("--- step 15")] and text.count("--- step 1\n") == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["samples.txt"]
+
+
 def test_sample_texts(toy, make_mesh, monkeypatch):
     """A prompt with [MASK] is filled in, and any other prompt is continued.
 

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import rounding
 import tiny
 from runs import assert_same_run, terminate, when_done
 
@@ -77,6 +78,7 @@ def test_the_answers_become_likely(tuned, reference, chat_set):
     config, _ = workdir.read_config(tuned)
     assert config.model == workdir.read_config(reference)[0].model  # layers=0 takes the architecture of the base model
     rows = held_out_answers([chat_set], config.validation.rows, 64, config.model.vocab_size)
+    # The base model has hardly learned anything: it is about as good as a guess.
     assert bounds[0] == pytest.approx(np.log(config.model.vocab_size), rel=0.5)
     assert (rows.prompt_N > 0).all()
     samples = (tuned / "samples.txt").read_text()
@@ -105,8 +107,8 @@ def test_on_another_mesh_it_is_the_same_run(run, tuned, reference, chat_set, tmp
     plain = tmp_path / "plain"
     assert run(plain, **settings, logging__every=1) == entry_point.FINISHED
     losses = [[r["loss"] for r in tiny.records(f) if "loss" in r] for f in (folder, plain)]
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
-    np.testing.assert_allclose(*losses, rtol=1e-3)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=rounding.FIRST_STEP)
+    np.testing.assert_allclose(*losses, rtol=rounding.LATER_STEPS)
 
 
 def test_prepared_on_first_use_with_the_tokenizer_of_the_base(run, reference, chats, tmp_path, capsys):
