@@ -90,10 +90,16 @@ def choose(
     """
     noisy_BCV = jnp.where(allowed_V, logits_BCV if noise_BCV is None else logits_BCV + noise_BCV, -jnp.inf)
     # Among equal logits the lowest id wins. jnp.argmax gives the same result, but takes six times as long on a CPU. The
-    # barrier makes XLA compute the noisy logits only once; computed twice, equal values might differ in the last bit.
+    # barrier asks XLA to compute the noisy logits only once, which it may ignore. Computed twice, equal values can
+    # differ in their last bits because of the logarithms in the noise, and then no value would be equal to the maximum;
+    # so with noise, a value within rounding of the maximum is good enough.
     noisy_BCV = jax.lax.optimization_barrier(noisy_BCV)
     vocabulary, best_BC = jnp.arange(logits_BCV.shape[-1]), jnp.max(noisy_BCV, axis=-1)
-    is_best_BCV = noisy_BCV == best_BC[..., None]
+    if noise_BCV is None:
+        enough_BC = best_BC
+    else:
+        enough_BC = best_BC - 2.0**-20 * (jnp.abs(best_BC) + jnp.max(jnp.abs(noise_BCV), axis=-1))
+    is_best_BCV = noisy_BCV >= enough_BC[..., None]
     token_BC = jnp.min(jnp.where(is_best_BCV, vocabulary, len(vocabulary) - 1), axis=-1)
     if unsure_V is not None:
         logits_BCV = jnp.where(unsure_V, -jnp.inf, logits_BCV)
