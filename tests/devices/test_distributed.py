@@ -244,7 +244,7 @@ def test_one_process_continues_what_two_began(whole, alone, tmp_path, devices):
 @pytest.mark.parametrize(
     "point, override, message",
     [
-        ("nothing", "nonsense=1", "nonsense"),
+        pytest.param("nothing", "nonsense=1", "nonsense", marks=pytest.mark.slow),
         ("nothing", "mesh.fsdp=3", "takes 3 devices, but there are 8"),
         ("other", "steps=20", "process 1 (of 2): config.seed is 5, but in process 0 it is 0: start all processes with"),
         ("busy", "steps=20", "is in use by another process"),

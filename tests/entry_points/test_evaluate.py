@@ -147,6 +147,7 @@ def test_killed_and_continued(monkeypatch, place, whole, tmp_path):
     assert asked == [("loglikelihood", 2)], "results are not reused with other settings"
 
 
+@pytest.mark.slow
 def test_two_processes(place, whole, tmp_path):
     spec = importlib.util.spec_from_file_location("local", tiny.ROOT / "launch" / "local.py")
     local = importlib.util.module_from_spec(spec)

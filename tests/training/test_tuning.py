@@ -95,6 +95,7 @@ def test_stopped_and_resumed_it_is_the_same(run, tuned, reference, chat_set, tmp
     assert_same_run(folder, tuned)
 
 
+@pytest.mark.slow
 def test_on_another_mesh_it_is_the_same_run(run, tuned, reference, chat_set, tmp_path):
     """Rows and noise are the same on another mesh and with micro-batches, so the losses differ only by rounding.
 
