@@ -19,7 +19,7 @@ FAULTS = (
         "llada_jax/sampling/remasking.py",
         old="return jnp.maximum(share_B + (block_B < extra_B), 1)",
         new="return jnp.maximum(share_B + (block_B <= extra_B), 1)",
-        harm="If the blocks do not divide the steps, one block takes a step too many and leaves a MASK to the end.",
+        harm="One block plans a step that it never takes, so a MASK can stay in the finished text.",
         tests=("sampling/test_remasking.py::test_schedule_is_the_plain_one",),
     ),
     Fault(
@@ -46,7 +46,7 @@ FAULTS = (
         "llada_jax/sampling/sampler.py",
         old="jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.fold_in)(rows.key_B, block_B), inner_B)",
         new="jax.vmap(jax.random.fold_in)(rows.key_B, inner_B)",
-        harm="Every block of a sampled text draws with the same noise, so the text repeats itself.",
+        harm="Every block of a sampled text draws with the same noise, so the blocks are not independent draws.",
         tests=(_SAMPLER + "test_generate_is_the_plain_sampler[sampled]",),
     ),
     Fault(

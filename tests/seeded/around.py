@@ -82,7 +82,7 @@ FAULTS = (
         "llada_jax/data/read/chat.py",
         old='"length": np.full(len(rows), longest, np.int32)',
         new='"length": np.full(len(rows), tokens_BT.shape[1], np.int32)',
-        harm="Tuning learns from padding beyond the longest row of the batch, so answers become too short.",
+        harm="Tuning learns from padding beyond the longest row of the batch, so EOS counts for too much.",
         tests=("data/test_chat.py::test_answers_are_padded_with_eos_to_the_longest_of_the_global_batch",),
     ),
     Fault(

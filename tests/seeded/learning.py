@@ -58,7 +58,7 @@ FAULTS = (
         "llada_jax/diffusion/cross_entropy.py",
         old='jnp.einsum("cd,dv->cv", h_CD, head_DV, preferred_element_type=jnp.float32)',
         new='jnp.einsum("cd,dv->cv", h_CD, head_DV).astype(jnp.float32)',
-        harm="On accelerators the logits are rounded to bfloat16 before the softmax, so losses are off by percents.",
+        harm="On accelerators the logits are rounded to bfloat16 before the softmax, and all losses with them.",
         tests=("diffusion/test_cross_entropy.py::test_logits_are_fp32_for_bfloat16_inputs",),
     ),
     # model
@@ -122,7 +122,7 @@ FAULTS = (
         "llada_jax/model/transformer.py",
         old="x_fp32 = x.astype(jnp.float32)\n",
         new="x_fp32 = x\n",
-        harm="On accelerators RMSNorm is computed in bfloat16, and training becomes unstable.",
+        harm="On accelerators RMSNorm is computed in bfloat16, although it must be fp32 there too.",
         tests=("model/test_transformer.py::test_rms_norm_casts_back_before_the_weight",),
     ),
     Fault(
@@ -130,7 +130,7 @@ FAULTS = (
         "llada_jax/model/transformer.py",
         old="x_BTD = table_VD[jnp.where(here, ids_BT - first, 0)] * here[..., None]",
         new="x_BTD = table_VD.astype(dtype)[jnp.where(here, ids_BT - first, 0)] * here[..., None]",
-        harm="The gradients of all masked positions are summed in bfloat16, where most of them are lost.",
+        harm="The gradients of all masked positions are summed in bfloat16, where most of a long sum is lost.",
         tests=("model/test_transformer.py::test_gradients_of_a_frequent_token_are_summed_in_fp32",),
     ),
     # devices
@@ -139,7 +139,7 @@ FAULTS = (
         "llada_jax/devices/mesh.py",
         old='"up_proj": P("fsdp", "tensor"),  # DF',
         new='"up_proj": P(None, "tensor"),  # DF',
-        harm="Every device holds all of one matrix with its moments, so a model that was planned to fit does not fit.",
+        harm="Every device holds all of one matrix with its moments, so it may not fit where it should.",
         tests=("model/test_transformer.py::test_abstract_model_states_shapes_and_shardings",),
     ),
     Fault(
@@ -186,7 +186,7 @@ FAULTS = (
         "llada_jax/training/optimizer.py",
         old='lambda path, _: not path[-1].key.endswith("norm"), params)',
         new="lambda path, _: True, params)",
-        harm="Weight decay pulls the weights of norms to zero, and long runs get worse for no visible reason.",
+        harm="Weight decay pulls the weights of norms towards zero, although they set a scale and no direction.",
         tests=("training/test_optimizer.py::test_decay_is_for_matrices",),
     ),
     Fault(
