@@ -91,6 +91,7 @@ class Copy:
     def pytest(self, node_ids: Sequence[str], seconds: float) -> Outcome:
         """Runs tests of the copy, for at most this many seconds."""
         command = [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-p", "no:cacheprovider"]
+        command += ["-m", "not plans"]  # slow tests catch faults too
         started = time.monotonic()
         process = subprocess.Popen(
             [*command, f"--basetemp={self.folder}.tmp", *node_ids],

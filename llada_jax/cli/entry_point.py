@@ -55,6 +55,8 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
     except Exception as error:
         if isinstance(error, flags.UnrecognizedFlagError):
             _fail(_about_unknown_flag(error))
+        if isinstance(error, flags.IllegalFlagValueError) and (message := spelling.section_with_a_value(argv[1:])):
+            _fail(message)
         if isinstance(error, flags.Error) and "Traceback" not in str(error):
             _fail(str(error))
         if not any(_is_parsing(frame) for frame in _frames(error)):

@@ -55,6 +55,10 @@ _OTHER_NAMES = {
 }
 
 
+# What users of other trainers call the flag --workdir.
+_WORKDIR_NAMES = {"output_dir", "out_dir", "save_dir", "log_dir", "logdir", "checkpoint_dir", "ckpt_dir", "run_dir"}
+
+
 def misspelt(arguments: Iterable[str], plain_flags: Iterable[str] = ()) -> str | None:
     """Returns a message about the first argument --config.NAME whose NAME is no setting, or None if there is none.
 
@@ -69,8 +73,18 @@ def misspelt(arguments: Iterable[str], plain_flags: Iterable[str] = ()) -> str |
         match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
         if match and match[1] not in known:
             name = match[1]
-            meant = f"did you mean --{name}?" if name in plain_flags else suggestion(name, "--config.")
+            flag = "workdir" if name.rpartition(".")[2] in _WORKDIR_NAMES else name
+            meant = f"did you mean --{flag}?" if flag in plain_flags else suggestion(name, "--config.")
             return f"--config.{name}: there is no such setting; {meant}"
+    return None
+
+
+def section_with_a_value(arguments: Iterable[str]) -> str | None:
+    """Returns a message about the first argument --config.NAME=VALUE whose NAME is a section, or None."""
+    for argument in arguments:
+        match = re.match(r"--?config\.([^=]+)=", argument)
+        if match and match[1] in sections():
+            return f"--config.{match[1]} is a section and has no value of its own; {_contents(match[1])}"
     return None
 
 
@@ -94,6 +108,8 @@ def unknown_flag(name: str) -> str | None:
     Args:
       name: The name of the flag, for example "steps" or "confg.steps".
     """
+    if name in _WORKDIR_NAMES:
+        return "did you mean --workdir?"
     first, _, rest = name.partition(".")
     found = nearest(rest if rest and _ratio(first, "config") >= 0.7 else name)
     return _did_you_mean(found, "--config.") if found and found[0] not in sections() else None
@@ -114,6 +130,11 @@ def suggestion(name: str, prefix: str) -> str:
         return _did_you_mean(found, prefix)
     while section not in sections():
         section = section.rpartition(".")[0]
+    return _contents(section)
+
+
+def _contents(section: str) -> str:
+    """Returns the words that tell which settings and sections a section has."""
     hints = typing.get_type_hints(sections()[section])
     text = f"{f'config.{section}'.rstrip('.')} has the settings "
     text += ", ".join(field for field, hint in hints.items() if not dataclasses.is_dataclass(hint))

@@ -220,7 +220,7 @@ def test_two_processes_give_the_same_scores(toy, whole):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    environment = os.environ | {"XLA_FLAGS": tiny.xla_flags(2)}
+    environment = os.environ | {"XLA_FLAGS": tiny.xla_flags(2), "JAX_PLATFORMS": "cpu"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TWO_PROCESSES, port, str(process), *text],
