@@ -114,8 +114,10 @@ def test_tpu_pod_is_requested_anew_after_preemption(pod):
     it = pod("wait 0")
     run = it.run("run")
     until(lambda: it.starts() == [1])
-    os.kill(int(lines(it.workers[0] / "pid")[0]), signal.SIGTERM)  # A machine's shutdown sends it too.
+    training = int(lines(it.workers[0] / "pid")[0])
+    # The state changes first. Otherwise the script may see the end of the training on a pod that is still active.
     (it.folder / "states").write_text("SUSPENDING\nSUSPENDED\n")
+    os.kill(training, signal.SIGTERM)  # A machine's shutdown sends it too.
     assert run.wait(120) == 0
     assert it.verbs("create", "delete") == ["create", "delete", "create"]
     assert it.starts() == [2]
