@@ -100,7 +100,16 @@ RULES: list[tuple[str, dict[str, str], list[str]]] = [
         {"--tasks": "gsm8k_local", "--num_fewshot": "1"},
         ["--tasks=gsm8k_local", "--include_path=benchmarks/eval", "--num_fewshot=1"],
     ),
-    (r"-m llada_jax\.plan", {}, SMALL_MODEL),
+    # Splash needs heads of 128; a plan for the topology on the page itself would take minutes.
+    (
+        r"-m llada_jax\.plan",
+        {"--topology": "v5p:2x2x1"},
+        [
+            "--config.mesh.fsdp=4", "--config.batch_size=8", "--config.accumulation=1", "--config.sequence_length=128",
+            "--config.compute.loss_chunk=128", "--config.model.layers=1", "--config.model.width=128",
+            "--config.model.heads=1", "--config.model.kv_heads=1", "--config.model.feed_forward=128",
+        ],
+    ),
     (r"benchmarks/tuning\.py", {"--rows": "4", "--samples": "1", "--answers": "1"}, []),
 ]  # fmt: skip
 
