@@ -11,7 +11,6 @@ first EOS on are not drawn.
 """
 
 import dataclasses
-import os
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from llada_jax.cli import entry_point, model_flags, sampler_flags
+from llada_jax.cli import entry_point, model_flags, outputs, sampler_flags
 from llada_jax.config import UserError
 from llada_jax.loading import load_with_tokenizer
 from llada_jax.sampling.sampler import denoise_steps
@@ -219,11 +218,8 @@ def main() -> None:
     pieces = lay_out(ids, steps, tokenizer)
     if not last or not pieces:
         raise UserError("nothing was filled in: take another prompt or a larger --gen_length")
-    temporary = output.with_name(f"{output.name}.tmp")
-    temporary.write_text(
-        picture(pieces, last, harmless(tokenizer.decode(ids, skip_special=True)), _SECONDS.value), encoding="utf-8"
-    )
-    os.replace(temporary, output)
+    text = harmless(tokenizer.decode(ids, skip_special=True))
+    outputs.write_text(output, picture(pieces, last, text, _SECONDS.value))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Hooks of mkdocs: the table of settings, the page of results, formulas, and links to files outside docs/.
 
-The pages also read well without the hooks, for example on a site that shows the repository's files.
+Without the hooks, for example on a site that shows the repository's files, the pages lack only what is generated: the
+tables of settings, the reference, and the results, which are in benchmarks/RESULTS.md.
 """
 
 import html

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +22,6 @@ PROGRAMS = [
     "ssh-add", "tail", "tensorboard", "mkdocs", "wandb", "nvidia-smi",
 ]  # fmt: skip
 WORDS = "the a small quiet green tired fox engine child river walked sang ate and but never always home".split()
-TEMPLATE = (
-    "{% for message in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + message['role'] + "
-    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
-)
-SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 
 
 def environment(scratch: Path, script: Path) -> dict[str, str]:
@@ -90,42 +85,17 @@ def _write_lines(path: Path, records: list[dict]) -> None:
 
 
 def _write_published(folder: Path) -> None:
-    """Writes a folder in the published format: two layers of random weights, and a tokenizer with LLaDA's tokens."""
-    import numpy as np
+    """Writes a folder in the published format: three layers of random weights, and a tokenizer with LLaDA's tokens."""
+    sys.path.append(str(ROOT / "tests" / "support"))
+    import chat_folders  # here, because each call of a stand-in imports this module
     import tokenizers
-    from safetensors.numpy import save_file
 
-    folder.mkdir()
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = byte_level, tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=360, initial_alphabet=byte_level.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS) + " user assistant"] * 3, trainer)
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    texts = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1], "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(texts))
-
-    width, layers, feed_forward, vocabulary = 64, 2, 128, 512
-    config = json.loads((ROOT / "tests/parity/mha/config.json").read_text())
-    config |= {"d_model": width, "n_layers": layers, "n_heads": 4, "n_kv_heads": 4, "mlp_hidden_size": feed_forward}
-    config |= {"eos_token_id": tokenizer.token_to_id(SPECIAL[1]), "pad_token_id": tokenizer.token_to_id(SPECIAL[1])}
-    config |= {"mask_token_id": tokenizer.token_to_id(SPECIAL[2]), "vocab_size": vocabulary}
-    (folder / "config.json").write_text(json.dumps(config | {"embedding_size": vocabulary}))
-    shapes = {"wte": (vocabulary, width), "ff_out": (vocabulary, width), "ln_f": (width,)}
-    for i in range(layers):
-        shapes |= {f"blocks.{i}.{name}_proj": (width, width) for name in "qkv"}
-        shapes |= {f"blocks.{i}.attn_out": (width, width), f"blocks.{i}.ff_out": (width, feed_forward)}
-        shapes |= {f"blocks.{i}.{name}_proj": (feed_forward, width) for name in ("ff", "up")}
-        shapes |= {f"blocks.{i}.{name}_norm": (width,) for name in ("attn", "ff")}
-    noise = np.random.default_rng(0)
-    tensors = {
-        f"model.transformer.{name}.weight": noise.normal(0, 0.1, shape).astype(np.float32) + (len(shape) == 1)
-        for name, shape in shapes.items()
-    }
-    save_file({name: tensor.astype(np.float32) for name, tensor in tensors.items()}, folder / "model.safetensors")
+    shutil.copytree(ROOT / "tests/parity/gqa", folder, ignore=shutil.ignore_patterns("*.npz"))
+    chat_folders.make_folder(folder, chat_folders.PUBLISHED)
+    id_of = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).token_to_id
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"eos_token_id": id_of("<|endoftext|>"), "pad_token_id": id_of("<|endoftext|>")}
+    (folder / "config.json").write_text(json.dumps(config | {"mask_token_id": id_of("<|mdm_mask|>")}))
 
 
 def note(what: str) -> None:

@@ -63,10 +63,6 @@ class Copy:
                 folder.mkdir(exist_ok=True)
                 shutil.copyfile(ROOT / name, folder / name)
         self._environment = dict(os.environ, PYTHONPATH=str(folder))
-        # As in conftest.py: most of the time would go into compiling.
-        self._environment.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
-        cache = Path(tempfile.gettempdir()) / "llada_jax_test_cache"
-        self._environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 
     def imported(self) -> Path:
         """Returns the file that `import llada_jax` finds in the processes of this copy."""
@@ -228,8 +224,8 @@ def run(faults: Sequence[Fault], options: argparse.Namespace, folder: Path) -> i
     copies: queue.Queue[Copy] = queue.Queue()
     for number in range(min(options.jobs, len(faults))):
         copies.put(copy := Copy(folder / str(number)))
-        print(f"the tests import {copy.imported()}", flush=True)
-        if copy.imported() != copy.folder / "llada_jax" / "__init__.py":
+        print(f"the tests import {(imported := copy.imported())}", flush=True)
+        if imported != copy.folder / "llada_jax" / "__init__.py":
             print(f"they must import {copy.folder}: nothing was tried")
             return 1
     if options.check or not options.no_baseline:

@@ -146,7 +146,7 @@ def _about_unknown_flag(error: flags.UnrecognizedFlagError) -> str:
         return str(error)
     if error.flagname.startswith("config."):
         return f"--config=FILE is missing: pass a config file in front of --{error.flagname}"
-    meant = spelling.unknown_flag(error.flagname)
+    meant = spelling.unknown_flag(error.flagname, flags.FLAGS)
     return f"{error}; {meant}" if meant else str(error)
 
 

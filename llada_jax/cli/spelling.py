@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 
 from llada_jax.cli.config_help import sections
 from llada_jax.config import Config, leaves
@@ -59,20 +59,16 @@ _OTHER_NAMES = {
 _WORKDIR_NAMES = {"output_dir", "out_dir", "save_dir", "log_dir", "logdir", "checkpoint_dir", "ckpt_dir", "run_dir"}
 
 
-def misspelt(arguments: Iterable[str], plain_flags: Iterable[str] = ()) -> str | None:
+def misspelt(arguments: Iterable[str], plain_flags: Container[str] = ()) -> str | None:
     """Returns a message about the first argument --config.NAME whose NAME is no setting, or None if there is none.
 
     Args:
       arguments: The command line.
       plain_flags: The names of the other flags of the command.
     """
-    known, plain_flags = {name for name, _ in leaves(Config())} | set(sections()), set(plain_flags)
-    for argument in arguments:
-        if argument == "--":
-            break
-        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
-        if match and match[1] not in known:
-            name = match[1]
+    known = {name for name, _ in leaves(Config())} | set(sections())
+    for name in _named(arguments):
+        if name not in known:
             flag = "workdir" if name.rpartition(".")[2] in _WORKDIR_NAMES else name
             meant = f"did you mean --{flag}?" if flag in plain_flags else suggestion(name, "--config.")
             return f"--config.{name}: there is no such setting; {meant}"
@@ -80,12 +76,20 @@ def misspelt(arguments: Iterable[str], plain_flags: Iterable[str] = ()) -> str |
 
 
 def section_with_a_value(arguments: Iterable[str]) -> str | None:
-    """Returns a message about the first argument --config.NAME=VALUE whose NAME is a section, or None."""
-    for argument in arguments:
-        match = re.match(r"--?config\.([^=]+)=", argument)
-        if match and match[1] in sections():
-            return f"--config.{match[1]} is a section and has no value of its own; {_contents(match[1])}"
+    """Returns a message about the first argument --config.NAME whose NAME is a section, or None."""
+    for name in _named(arguments):
+        if name and name in sections():
+            return f"--config.{name} is a section and has no value of its own; {_contents(name)}"
     return None
+
+
+def _named(arguments: Iterable[str]) -> Iterator[str]:
+    """Yields the NAME of each argument --config.NAME or --noconfig.NAME in front of "--"."""
+    for argument in arguments:
+        if argument == "--":
+            return
+        if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+            yield match[1]
 
 
 def mistaken_attribute(message: str) -> str | None:
@@ -102,13 +106,14 @@ def mistaken_attribute(message: str) -> str | None:
     return None
 
 
-def unknown_flag(name: str) -> str | None:
-    """Returns the words that tell which setting may be meant by a flag that does not exist, or None.
+def unknown_flag(name: str, plain_flags: Container[str] = ()) -> str | None:
+    """Returns the words that tell which setting or flag may be meant by a flag that does not exist, or None.
 
     Args:
       name: The name of the flag, for example "steps" or "confg.steps".
+      plain_flags: The names of the flags that the command has.
     """
-    if name in _WORKDIR_NAMES:
+    if name in _WORKDIR_NAMES and "workdir" in plain_flags:
         return "did you mean --workdir?"
     first, _, rest = name.partition(".")
     found = nearest(rest if rest and _ratio(first, "config") >= 0.7 else name)

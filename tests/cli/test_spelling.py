@@ -127,3 +127,14 @@ def test_misspelt_finds_the_first_flag_that_is_no_setting():
 )
 def test_unknown_flag(flag, words):
     assert spelling.unknown_flag(flag) == words
+
+
+def test_workdir_is_meant_only_where_there_is_such_a_flag():
+    assert spelling.unknown_flag("output_dir", ["workdir"]) == "did you mean --workdir?"
+    assert "workdir" not in (spelling.unknown_flag("output_dir") or "")
+
+
+def test_section_with_a_value():
+    text = spelling.section_with_a_value(["--config.steps=3", "--config.optimizer=adamw"])
+    assert text.startswith("--config.optimizer is a section and has no value of its own; config.optimizer has the sett")
+    assert spelling.section_with_a_value(["--config.steps=3", "--", "--config.optimizer=adamw"]) is None
