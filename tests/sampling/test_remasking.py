@@ -81,7 +81,13 @@ def test_rare_noise_is_there(on_one_device):
     10^5 tokens such noise decides one draw in a hundred.
     """
     bounds = (10.0, 16.0, 18.0)
-    draw = jax.jit(lambda key: jnp.stack([jnp.sum(gumbel(key, 2**20) > x, dtype=jnp.int32) for x in bounds]))
+    # These 10^8 draws take longer than compiling them well (see conftest.py).
+    optimized = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    optimized["xla_backend_extra_options"] = ""
+    draw = jax.jit(
+        lambda key: jnp.stack([jnp.sum(gumbel(key, 2**20) > x, dtype=jnp.int32) for x in bounds]),
+        compiler_options=optimized,
+    )
     many, few, very_few = np.sum([draw(jax.random.split(jax.random.key(i), (1, 8))) for i in range(16)], axis=0)
     drawn = 2**27
     assert abs(many / (drawn * -np.expm1(-np.exp(-10.0))) - 1) < 0.05  # 6,093 expected, 4 sigma
