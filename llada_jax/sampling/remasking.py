@@ -86,7 +86,8 @@ def choose(
 
     Returns:
       The tokens, int32 (B, C), and their probabilities, fp32 (B, C). The probabilities are those at temperature 1,
-      whatever the temperature of the draw is.
+      whatever the temperature of the draw is. A probability is NaN if a logit of its position is NaN or inf; the token
+      then means nothing.
     """
     noisy_BCV = jnp.where(allowed_V, logits_BCV if noise_BCV is None else logits_BCV + noise_BCV, -jnp.inf)
     # Among equal logits the lowest id wins. jnp.argmax gives the same result, but takes six times as long on a CPU. The
@@ -109,7 +110,10 @@ def choose(
     # Near 1, where ranks are decided, exp(logit - max) / sum is exact to the last bit; exp(logit - logsumexp) is not.
     max_BC = jnp.max(logits_BCV, axis=-1)
     sum_BC = jnp.sum(jnp.exp(logits_BCV - max_BC[..., None]), axis=-1)
-    return token_BC.astype(jnp.int32), jnp.exp(chosen_BC - max_BC) / sum_BC
+    probability_BC = jnp.exp(chosen_BC - max_BC) / sum_BC
+    # A logit that is not finite makes the maximum or the sum NaN, but not if it belongs to a token of unsure_V.
+    probability_BC = jnp.where(jnp.isfinite(best_BC), probability_BC, jnp.nan)
+    return token_BC.astype(jnp.int32), probability_BC
 
 
 def low_confidence(probability_BC: jax.Array, key_BC: jax.Array) -> jax.Array:

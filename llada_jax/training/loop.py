@@ -12,7 +12,7 @@ import jax
 
 from llada_jax import config as configs
 from llada_jax.cli import entry_point
-from llada_jax.config import ComputeConfig, Config
+from llada_jax.config import ComputeConfig, Config, NonFinite
 from llada_jax.data.read.pipeline import Data
 from llada_jax.data.rows import HeldOut
 from llada_jax.devices import distributed, mesh
@@ -27,10 +27,6 @@ from llada_jax.text.tokenizer import Tokenizer
 from llada_jax.training import metrics, samples, summary
 from llada_jax.training.checkpoint import Checkpoints
 from llada_jax.training.step import TrainState, make_train_step
-
-
-class NonFinite(Exception):
-    """Raised if the loss or the gradients were not finite in too many steps in a row."""
 
 
 class Loop:
@@ -86,6 +82,8 @@ class Loop:
         profile = config.profile
         if profile.steps and profile.first_step < self.first_step:
             log(f"no profile: config.profile.first_step={profile.first_step} lies before step {self.first_step}")
+        elif profile.steps and profile.first_step >= config.steps:
+            log(f"no profile: config.profile.first_step={profile.first_step} is not below config.steps={config.steps}")
 
     def run(self, state: TrainState, data: Data) -> int:
         """Trains up to config.steps, and finishes everything that is being written.
@@ -98,7 +96,8 @@ class Loop:
           FINISHED, or PREEMPTED if the run was saved after SIGTERM.
 
         Raises:
-          NonFinite: After optimizer.max_nonfinite steps in a row whose loss or gradients were not finite.
+          NonFinite: After optimizer.max_nonfinite steps in a row whose loss or gradients were not finite, or if the
+            model's output is not finite in a validation or a sample.
           SaveFailed: If a checkpoint could not be written.
           UserError: If a row of the data is damaged.
         """

@@ -214,9 +214,16 @@ def _start_wandb(project: str, workdir: Path, run_config: dict):
         ) from None
     # Keep the id of the W&B run in the workdir, so that a resumed run continues the same W&B run.
     id_file = workdir / "wandb_id"
-    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
-    id_file.write_text(run_id)
-    return wandb.init(project=project, id=run_id, resume="allow", dir=str(workdir), config=run_config)
+    known = id_file.read_text().strip() if id_file.exists() else ""
+    try:
+        run = wandb.init(project=project, id=known or None, resume="allow", dir=str(workdir), config=run_config)
+    except Exception as error:  # wandb has its own exceptions for a missing key, no network, and a bad name
+        raise UserError(
+            f"config.logging.wandb_project={project}: {' '.join(str(error).split())[:300]}; "
+            "with WANDB_MODE=offline the metrics stay in the workdir"
+        ) from error
+    id_file.write_text(run.id)
+    return run
 
 
 def drop_after(path: Path, step: int) -> None:
