@@ -126,8 +126,8 @@ class Chat:
             "/load": self._load,
             "/help": self._help,
         }
-        # Input that is not text is replaced, and output that the encoding of stdout lacks is written as escapes. Neither
-        # may end the program.
+        # Neither input that is not text nor output that the encoding of stdout lacks may end the program: the former is
+        # replaced, the latter is written as escapes.
         sys.stdin.reconfigure(errors="replace", newline=None)  # None accepts the line ends of any system
         sys.stdout.reconfigure(errors="backslashreplace")
 

@@ -90,14 +90,13 @@ def _predict(
     logits_BCV = model.logits(h_BCD)
     vocabulary = jnp.arange(model.config.vocab_size)
     allowed_V = (vocabulary != config.mask_id) & (vocabulary < (model.config.token_count or model.config.vocab_size))
-    if config.logits_eos_inf:
-        logits_BCV = jnp.where(vocabulary == config.eos_id, -jnp.inf, logits_BCV)
+    absent_V = vocabulary == config.eos_id if config.logits_eos_inf else None
     unsure_V = _is_end(vocabulary, config) if config.confidence_eos_eot_inf else None
     key_BC2 = jax.vmap(jax.vmap(jax.random.split))(key_BC)
     noise_BCV = None
     if config.temperature:
         noise_BCV = temperature * gumbel(key_BC2[:, :, 0], model.config.vocab_size)
-    token_BC, probability_BC = choose(logits_BCV, noise_BCV, allowed_V, unsure_V)
+    token_BC, probability_BC = choose(logits_BCV, noise_BCV, allowed_V, unsure_V, absent_V)
     score_BC = REMASKING[config.remasking](probability_BC, key_BC2[:, :, 1])
     if config.confidence_eos_eot_inf:  # below every score of any strategy
         score_BC = jnp.where(_is_end(token_BC, config), -1.0, score_BC)

@@ -109,7 +109,7 @@ def test_sample_texts(toy, make_mesh, monkeypatch):
         asked.append((prompts, options, key))
         return ["whole text" if options.gen_length == 0 else " more"]
 
-    monkeypatch.setattr(samples, "complete", complete)
+    monkeypatch.setattr(samples, "complete_ids", complete)
     config = SamplingConfig(prompts=("a [MASK] b", "start"), steps=3, gen_length=9, block_length=4, temperature=0.5)
     graphdef, params = split(toy.model)
     texts = samples.sample_texts(graphdef, params, Letters(), config, seed=2)
