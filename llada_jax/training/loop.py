@@ -6,6 +6,8 @@ samples, a checkpoint). A checkpoint therefore is never ahead of metrics.jsonl, 
 were not read.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -247,15 +249,16 @@ class Loop:
 
     def _validate(self, state: TrainState) -> dict:
         config = self.config
-        values = bound.validate(
-            self.graphdef,
-            lora.combine(state.params, self.frozen),
-            self.held_out,
-            config.validation,
-            batch_size=config.batch_size // config.accumulation,
-            chunk=config.compute.loss_chunk,
-            mask_id=config.model.mask_id,
-        )
+        with self._named("validation"):
+            values = bound.validate(
+                self.graphdef,
+                lora.combine(state.params, self.frozen),
+                self.held_out,
+                config.validation,
+                batch_size=config.batch_size // config.accumulation,
+                chunk=config.compute.loss_chunk,
+                mask_id=config.model.mask_id,
+            )
         self.bits_per_byte = values["bits_per_byte"]
         log(
             f"step {self.done}  validation {values['nats_per_token']:.4f} nats/token  "
@@ -268,14 +271,23 @@ class Loop:
             return
         chat = is_chat(self.config)
         params = lora.combine(state.params, self.frozen)
-        found = samples.sample_texts(
-            self.graphdef, params, self.tokenizer, self.config.sampling, self.config.seed, chat
-        )
+        with self._named("samples"):
+            found = samples.sample_texts(
+                self.graphdef, params, self.tokenizer, self.config.sampling, self.config.seed, chat
+            )
         text = samples.show_samples(found, chat)
         log(f"samples at step {self.done}:\n{text}")
         if distributed.index() == 0:
             samples.append_samples(self.folder / "samples.txt", self.done, text)
             self.writer.text(self.done, "samples", text)
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Adds to the message of `NonFinite` where in the run it was raised."""
+        try:
+            yield
+        except NonFinite as error:
+            raise NonFinite(f"{what} at step {self.done}: {error}") from error
 
     def _profile(self, state: TrainState) -> None:
         profile = self.config.profile
