@@ -1,11 +1,32 @@
 """The standard streams of a command: what cannot be printed neither ends in a traceback nor is lost without a word."""
 
 import contextlib
+import io
 import os
 import sys
 from typing import TextIO
 
 from llada_jax.config import UserError
+
+
+class _Stdout(io.TextIOWrapper):
+    """A stdout that remembers why it could not be written: the exception that print raises does not say where."""
+
+    failed: OSError | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            self.failed = error
+            raise
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            self.failed = error
+            raise
 
 
 def prepare() -> None:
@@ -21,6 +42,9 @@ def prepare() -> None:
     if sys.stderr is None:
         # print(..., file=None) would write to stdout.
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if type(sys.stdout) is io.TextIOWrapper and sys.stdout is sys.__stdout__:
+        same = {name: getattr(sys.stdout, name) for name in ("encoding", "line_buffering", "write_through")}
+        sys.stdout = sys.__stdout__ = _Stdout(sys.stdout.detach(), **same)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # a stand-in for a stream
             stream.reconfigure(errors="backslashreplace")
@@ -47,17 +71,19 @@ def require_stdout(remedy: str) -> None:
 
 
 def failed_stdout() -> OSError | None:
-    """Brings what was printed to its reader. Returns the error if that is impossible, or None.
+    """Brings what was printed to its reader. Returns the error if that is or was impossible, or None.
 
     After an error, further output is dropped: Python would complain of it when it closes stdout.
     """
+    failed = getattr(sys.stdout, "failed", None)
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
+        failed = failed or error
+    if failed is not None:
         drop(sys.stdout)
-        return error
-    return None
+    return failed
 
 
 def drop(stream: TextIO) -> None:

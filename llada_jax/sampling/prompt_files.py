@@ -25,7 +25,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             json.dumps(record, allow_nan=False)  # what JSON cannot hold could not be written again
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number} is not JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise UserError(f'{path}:{number} must be an object with a text "prompt"')

@@ -208,7 +208,8 @@ class Screen:
 
     def _writable(self, text: Spans) -> Spans:
         """Returns the text with escapes, such as \\u2192, for the characters that the terminal's encoding lacks."""
-        encoding = self._stream.encoding or "ascii"
+        if not (encoding := self._stream.encoding):  # a stand-in for a terminal
+            return text
         return [(part.encode(encoding, "backslashreplace").decode(encoding), style) for part, style in text]
 
     def _erased(self) -> str:

@@ -34,7 +34,7 @@ def command(main: str, shell: str = "", **environment) -> subprocess.CompletedPr
     ],
 )
 def test_no_text_is_lost_in_another_encoding(environment, written):
-    done = command(f"print({TEXT!r})\nprint({TEXT!r}, file=sys.stderr)", **environment)
+    done = command(f"print({TEXT!a})\nprint({TEXT!a}, file=sys.stderr)", **environment)
     assert (done.returncode, done.stdout.rstrip(b"\n")) == (0, written), done.stderr
     assert done.stderr.rstrip(b"\n") == written
 

@@ -122,6 +122,7 @@ class Rows:
 
     def __getitem__(self, index: int) -> Row | Pair:
         decode = decode_pair if self.manifest.chat else decode_row
+        index = int(index)
         shard = bisect.bisect_right(self._ends, index)
         if not 0 <= index < self._len:
             raise IndexError(index)
