@@ -164,7 +164,7 @@ def run(job: Evaluation) -> int:
         print(table(results))
         if broken:
             some = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
-            distributed.log(f"{len(broken)} numbers are not finite, and null in {job.output}: {some}")
+            distributed.log(f"{job.output}: numbers that are not finite are written as null ({len(broken)}): {some}")
     return 0
 
 

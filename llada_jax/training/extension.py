@@ -38,7 +38,7 @@ def effects(before: Config, now: Config, step: int) -> list[str]:
     if high > _JUMP * low and before.steps != now.steps and same_peak and _has_fractions(new):
         line += (
             f"; to go on without this jump, give the positions in steps: --config.optimizer.schedule="
-            f'"{_in_steps(old, before.steps)}", with further points after step {step} as you like'
+            f"'{_in_steps(old, before.steps)}', with further points after step {step} as you like"
         )
     lines = [line]
     if not any(rate_at(new, now.steps, s) for s in _corners(new, now.steps, step)):
@@ -60,7 +60,8 @@ def _has_fractions(config: OptimizerConfig) -> bool:
 
 def _in_steps(config: OptimizerConfig, steps: int) -> str:
     """Returns a schedule as a flag takes it, with every position in steps."""
-    return "(" + "".join(f"({round(at)},{factor:g})," for at, factor in schedule_points(config, steps)) + ")"
+    points = [f"({round(at)}, {factor:g})" for at, factor in schedule_points(config, steps)]
+    return f"({', '.join(points)}{',' if len(points) == 1 else ''})"
 
 
 def _corners(config: OptimizerConfig, steps: int, step: int) -> list[int]:

@@ -24,7 +24,7 @@ def test_a_jump_is_told_and_how_to_avoid_it():
     (line,) = effects(run(20, FRACTIONS), run(40, FRACTIONS), 20)
     assert line.startswith("the learning rate of step 21 changes from 3.00e-04 to 2.00e-03; ")
     assert "config.optimizer.weight_decay) changes from 3.00e-05 to 2.00e-04; " in line
-    assert '--config.optimizer.schedule="((0,0),(4,1),(18,1),(20,0.15),)"' in line and "\n" not in line
+    assert "--config.optimizer.schedule='((0, 0), (4, 1), (18, 1), (20, 0.15))'" in line and "\n" not in line
     # The schedule that the line proposes keeps the rate.
     assert rate_at(run(40, ((0, 0), (4, 1), (18, 1), (20, 0.15))).optimizer, 40, 20) == pytest.approx(3e-4)
 
