@@ -1,0 +1,97 @@
+"""Runs the optional packages that a training run works with, offline: wandb, TensorBoard's reader, matplotlib."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from paths import PYTHONPATH, ROOT
+
+from llada_jax.config import Config, LoggingConfig, UserError
+from llada_jax.training.metrics import Writer
+
+QUIET = LoggingConfig(tensorboard=False)
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    module = pytest.importorskip("wandb", reason="wandb is not installed: pip install 'llada_jax[wandb]'")
+    for name in ("WANDB_DIR", "WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_ENTITY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"MODE": "offline", "SILENT": "true", "CACHE_DIR": tmp_path, "CONFIG_DIR": tmp_path}.items():
+        monkeypatch.setenv(f"WANDB_{name}", str(value))
+    return module
+
+
+def history(folder) -> list[dict]:
+    """Returns what an offline run of wandb has kept, one dict for each step."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    found = []
+    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        store = DataStore()
+        store.open_for_scan(str(file))
+        while content := store.scan_data():
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            if items := record.history.item:
+                found.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+    return found
+
+
+def test_wandb_gets_every_record_and_continues_its_run(wandb, tmp_path):
+    """The run keeps its id over restarts, and numbers that are not finite are left out."""
+    logging = dataclasses.replace(QUIET, wandb_project="trial")
+    for first, step in ((0, 10), (10, 20)):
+        writer = Writer(tmp_path, logging, first, dataclasses.asdict(Config()))
+        writer.write(step, {"loss": step / 7, "grad_norm": math.nan, "tokens": 3})
+        writer.close()
+        (number,) = {(tmp_path / "wandb_id").read_text()}
+    kept = [{name: x for name, x in record.items() if not name.startswith("_")} for record in history(tmp_path)]
+    assert kept == [{"loss": 10 / 7, "tokens": 3}, {"loss": 20 / 7, "tokens": 3}]
+    files = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert len(files) == 2 and {file.name for file in files} == {f"run-{number}.wandb"}
+
+
+def test_what_wandb_refuses_is_one_line(wandb, tmp_path):
+    logging = dataclasses.replace(QUIET, wandb_project="no/such#name")
+    with pytest.raises(UserError, match=r"^config.logging.wandb_project=no/such#name: .*WANDB_MODE=offline") as error:
+        Writer(tmp_path, logging, 0, {})
+    assert "\n" not in str(error.value)
+
+
+def test_tensorboard_reads_what_a_run_writes(tmp_path):
+    """Events beyond the step that a run resumes at disappear, as they do from metrics.jsonl."""
+    reason = "tensorboard is not installed"
+    module = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason=reason)
+    for first, steps in ((0, (10, 20, 30)), (20, (30, 40))):
+        writer = Writer(tmp_path, LoggingConfig(), first, {})
+        for step in steps:
+            writer.write(step, {"loss": step / 8 + first, "name": "x", "grad_norm": math.inf})
+            writer.text(step, "samples", f"sample {step} é")
+        writer.close()
+    found = module.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert found.Tags()["scalars"] == ["loss"]
+    assert [(e.step, e.value) for e in found.Scalars("loss")] == [(10, 1.25), (20, 2.5), (30, 23.75), (40, 25.0)]
+    (tag,) = found.Tags()["tensors"]
+    texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in found.Tensors(tag)]
+    assert texts == [(step, f"```\nsample {step} é\n```") for step in (10, 20, 30, 40)]
+
+
+def test_matplotlib_draws_the_curves(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install 'llada_jax[plots]'")
+    rows = [
+        {"model": "m", "set": "sets/a", "step": step, "nats_per_token": 3 - step / 9, "stops": 0.5, "in_format": 0.2}
+        for step in (0, 5)
+    ]
+    (tmp_path / "tuning.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, "benchmarks/curves.py", "--input=~/tuning.jsonl", "--output=~/tuning.svg"]
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "HOME": str(tmp_path), "MPLCONFIGDIR": str(tmp_path / "m")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tuning.svg").read_text().startswith("<?xml")
