@@ -22,7 +22,10 @@ def expanded(path: str | os.PathLike) -> str:
       UserError: If there is no home folder of this name. Without this, a folder called ~USER would be made.
     """
     path = os.fspath(path)
-    found = os.path.expanduser(path) if path.startswith("~") else path
+    try:
+        found = os.path.expanduser(path) if path.startswith("~") else path
+    except ValueError:  # a name that no user can have, for example with a NUL in it
+        found = path
     if found.startswith("~"):
         name = path.split("/")[0]
         raise UserError(f"{path}: there is no home folder {name}; write ./{path} if the name really begins with ~")

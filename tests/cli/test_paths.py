@@ -6,6 +6,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from paths import PYTHONPATH, ROOT
 
 from llada_jax.cli import compilation_cache, config_help, paths
@@ -36,14 +38,26 @@ def home(tmp_path, monkeypatch):
     ("given", "wanted"),
     [
         ("~/a/b", "HOME/a/b"), ("~", "HOME"), ("a/~/b", "a/~/b"), ("a~", "a~"), ("", ""), ("/x", "/x"),
-        ("./~/x", "./~/x"), ("~root/x", "/root/x"), ("gs://b/~x", "gs://b/~x"), ("$HOME/x", "$HOME/x"),
+        ("./~/x", "./~/x"), ("~root/x", "/root/x"), ("gs://b/~x", "gs://b/~x"), ("$X/x", "$X/x"),
     ],
 )  # fmt: skip
 def test_expanded(home, given, wanted):
-    assert paths.expanded(given) == wanted.replace("HOME", str(home))
+    assert paths.expanded(given) == wanted.replace("HOME/", f"{home}/") if wanted != "HOME" else str(home)
 
 
-@pytest.mark.parametrize("path", ["~nobody_of_this_name/x", "~backup.txt", "~$doc"])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(max_size=8) | st.text("~/. a$", max_size=8))
+def test_any_text(path):
+    """The result never begins with ~, and only what begins with ~ changes."""
+    try:
+        found = paths.expanded(path)
+    except UserError as error:
+        assert path.startswith("~") and str(error).startswith(f"{path}: there is no home folder ~")
+        return
+    assert not found.startswith("~") and (found == path or path.startswith("~"))
+
+
+@pytest.mark.parametrize("path", ["~nobody_of_this_name/x", "~backup.txt", "~$doc", "~\0", "~\ud800/x"])
 def test_a_home_folder_that_does_not_exist_is_refused(path, tmp_path, monkeypatch):
     """A folder with such a name would be made otherwise."""
     monkeypatch.chdir(tmp_path)
