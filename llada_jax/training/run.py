@@ -25,7 +25,7 @@ from llada_jax.model import lora
 from llada_jax.model.compute import resolve_compute
 from llada_jax.model.transformer import parameter_count
 from llada_jax.text.agreement import resolve_ids
-from llada_jax.training import config_check, extension, ownership, samples, start
+from llada_jax.training import config_check, extension, metrics, ownership, samples, start
 from llada_jax.training.checkpoint import Checkpoints
 from llada_jax.training.loop import Loop
 
@@ -77,6 +77,9 @@ def _run(config: Config, folder: Path) -> int:
     begin = start.decide(config, folder)
     config.model = begin.architecture(config.model)
     begin.check(config)
+
+    if config.logging.wandb_project and distributed.index() == 0:
+        metrics.check_wandb(config.logging.wandb_project)
 
     # Check that the devices suit the model and the batch.
     device_mesh = mesh.make_mesh(config.mesh)

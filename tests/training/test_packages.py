@@ -4,14 +4,17 @@ import dataclasses
 import json
 import math
 import os
+import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from paths import PYTHONPATH, ROOT
 
 from llada_jax.config import Config, LoggingConfig, UserError
-from llada_jax.training.metrics import Writer
+from llada_jax.data import sets as prepared
+from llada_jax.training.metrics import Writer, check_wandb
 
 QUIET = LoggingConfig(tensorboard=False)
 
@@ -26,16 +29,28 @@ def wandb(monkeypatch, tmp_path):
     return module
 
 
+def records_of(content: bytes) -> Iterator[bytes]:
+    """Yields the records of a .wandb file: after a header of 7 bytes, a log as LevelDB writes it."""
+    place, record = 7, b""
+    while place + 7 <= len(content):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield record
+            record = b""
+
+
 def history(folder) -> list[dict]:
-    """Returns what an offline run of wandb has kept, one dict for each step."""
+    """Returns what the offline runs of wandb have kept, one dict for each step."""
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     found = []
     for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(file))
-        while content := store.scan_data():
+        for content in records_of(file.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(content)
             if items := record.history.item:
@@ -59,9 +74,20 @@ def test_wandb_gets_every_record_and_continues_its_run(wandb, tmp_path):
 
 def test_what_wandb_refuses_is_one_line(wandb, tmp_path):
     logging = dataclasses.replace(QUIET, wandb_project="no/such#name")
-    with pytest.raises(UserError, match=r"^config.logging.wandb_project=no/such#name: .*WANDB_MODE=offline") as error:
-        Writer(tmp_path, logging, 0, {})
-    assert "\n" not in str(error.value)
+    for start in (lambda: check_wandb("no/such#name"), lambda: Writer(tmp_path, logging, 0, {})):
+        with pytest.raises(UserError, match=r"^config.logging.wandb_project=no/such#name: .*MODE=offline") as error:
+            start()
+        assert "\n" not in str(error.value)
+    check_wandb("trial")
+
+
+def test_a_missing_key_of_wandb_is_found_before_the_data_is_prepared(wandb, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(prepared, "find_sets", lambda *_: pytest.fail("the data is prepared"))
+    with pytest.raises(UserError, match=r"^config.logging.wandb_project=trial: .*WANDB_MODE=offline"):
+        run(tmp_path / "run", logging__wandb_project="trial")
 
 
 def test_tensorboard_reads_what_a_run_writes(tmp_path):
