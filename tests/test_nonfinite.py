@@ -80,6 +80,10 @@ def test_no_score_is_computed(broken, toy, make_mesh):
         score(toy.model)
         with pytest.raises(NonFinite, match=WORDS):
             score(broken)
+    # A logit of -inf makes the sum of a softmax smaller, and nothing else.
+    with jax.set_mesh(mesh.one_device_mesh()), pytest.raises(NonFinite, match=WORDS):
+        negative = spoiled(toy.model, "head", (3, 7), -np.inf)
+        log_likelihoods(negative, requests, samples=4, key=jax.random.key(0))
     rows = HeldOut(toy.x_0[None], np.array([6], np.int32), np.array([0], np.int32), np.array([9]))
     with jax.set_mesh(mesh.one_device_mesh()), pytest.raises(NonFinite, match=WORDS):
         bound.validate(*split(broken), rows, ValidationConfig(), batch_size=1, chunk=64, mask_id=15)

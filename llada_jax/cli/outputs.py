@@ -43,6 +43,8 @@ def check_file(path: str | os.PathLike, flag: str = "output") -> Path:
             raise UserError(f"--{flag}={path} is a folder; pass the name of a file")
         if not found.absolute().parent.is_dir():
             raise UserError(f"--{flag}={path}: there is no folder {found.absolute().parent}; create it first")
+        if _is_special(found):
+            return found
         with tempfile.NamedTemporaryFile(dir=found.absolute().parent, prefix=f".{found.name}."):
             pass
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -50,14 +52,22 @@ def check_file(path: str | os.PathLike, flag: str = "output") -> Path:
     return found
 
 
+def _is_special(path: Path) -> bool:
+    """Returns whether a path names a device or a pipe, such as /dev/null, which must not be replaced by a file."""
+    return path.exists() and not path.is_file()
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file (UTF-8), whole or not at all.
+    """Writes a text file (UTF-8), whole or not at all. A device or a pipe is written to, not replaced.
 
     Raises:
       UserError: If the file, which the flag --output names, cannot be written.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if _is_special(path):
+            path.write_text(text, encoding="utf-8")
+            return
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:

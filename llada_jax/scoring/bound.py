@@ -75,12 +75,15 @@ def masked_nats(
       mask_id: The id of MASK.
 
     Returns:
-      fp32 nats (B,), replicated on every device.
+      fp32 nats (B,), replicated on every device. They are not finite if the output of the model is not.
     """
     weight_BT = jnp.where(mask_BT, weight_B[:, None], 0.0)
     h_BTD = trunk(jnp.where(mask_BT, mask_id, tokens_BT))
-    _, nll_BT = linear_cross_entropy(h_BTD, model.head_weight(), tokens_BT, weight_BT, chunk)
-    return jax.reshard((nll_BT * weight_BT).sum(axis=1), P(None))
+    head = model.head_weight()
+    _, nll_BT = linear_cross_entropy(h_BTD, head, tokens_BT, weight_BT, chunk)
+    nats_B = jax.reshard((nll_BT * weight_BT).sum(axis=1), P(None))
+    # A logit of -inf takes no part in the sum of a softmax, so it would go unseen.
+    return jnp.where(jnp.isfinite(head).all(), nats_B, jnp.nan)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "chunk", "mask_id"))

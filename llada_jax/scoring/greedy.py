@@ -150,6 +150,6 @@ def _steps(
         done, match_B, open_BT, _ = carry
         return (done < stop) & jnp.any(match_B & open_BT.any(axis=1))
 
-    start = jnp.int32(0), batch["answer"] > 0, batch["open"], jnp.ones_like(batch["answer"], bool)
+    start = jnp.int32(0), batch["answer"] > 0, batch["open"], batch["answer"] >= 0
     _, match_B, open_BT, finite_B = jax.lax.while_loop(undecided, step, start)
     return jax.reshard(match_B, P(None)), jax.reshard(open_BT, P(None, None)), jax.reshard(finite_B, P(None))
