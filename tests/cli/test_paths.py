@@ -119,7 +119,8 @@ def test_a_real_command_writes_to_the_home_folder(home, tmp_path):
     (home / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
     place = tmp_path / "place"
     place.mkdir()
-    flags = ["--input=~/text.txt", "--output=~/sets/a", "--train_tokenizer=300", "--sequence_length=32", "--workers=1"]
+    flags = ["--input=~/text.txt", "--output=~/sets/a", "--train_tokenizer=300", "--sequence_length=32"]
+    flags += ["--workers=1", "--validation_fraction=0"]
     done = subprocess.run(
         [sys.executable, "-m", "llada_jax.prepare", *flags], cwd=place, capture_output=True, text=True, check=False,
         env=os.environ | {"HOME": str(home), "PYTHONPATH": PYTHONPATH},

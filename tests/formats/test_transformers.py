@@ -28,7 +28,10 @@ def published(folder: Path, kind: str) -> Path:
     """Writes a published folder with a tokenizer.json, as LLaDA-8B has it, or with a SentencePiece model."""
     folder.mkdir(parents=True)
     if kind == "tokenizer.json":
-        chat_folders.make_folder(folder, chat_folders.PUBLISHED)
+        chat_folders.make_folder(folder)
+        config = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "mask_token": "<|mdm_mask|>"}
+        config |= {"chat_template": chat_folders.PUBLISHED, "tokenizer_class": "PreTrainedTokenizerFast"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
     else:
         train_tokenizer([Path(__file__).read_text()], 400, folder)
     for file in (PARITY / "mha").iterdir():
