@@ -54,10 +54,10 @@ def test_no_logit_goes_unseen(value, token, noise):
     assert np.isfinite(probability[0, 0]) and np.isnan(probability[0, 1])
 
 
-@pytest.mark.parametrize("changes", [{}, {"temperature": 0.7, "remasking": "random"}])
-def test_no_token_is_drawn(broken, toy, changes):
+def test_no_token_is_drawn(broken, toy):
     prompt = np.array([[3, 1, 4], [1, 5, 9]])
-    config = SamplerConfig(steps=4, gen_length=4, block_length=2, **changes)
+    # Confidence is random here, so that nothing but the check itself sees the NaN.
+    config = SamplerConfig(steps=4, gen_length=4, block_length=2, temperature=0.7, remasking="random")
     with pytest.raises(NonFinite, match=WORDS):
         llada_jax.generate(broken, prompt, config, jax.random.key(0))
     llada_jax.generate(toy.model, prompt, config, jax.random.key(0))  # the same compiled program
@@ -65,10 +65,10 @@ def test_no_token_is_drawn(broken, toy, changes):
     assert next(frames)[0].shape == (2, 7)  # before the first step
     with pytest.raises(NonFinite, match=WORDS):
         next(frames)
-    # What is not finite outside the canvas, or where nothing is predicted, does not matter.
-    for name, place in (("embedding", (7,)),):
-        fine = spoiled(toy.model, name, place, np.nan)
-        assert (llada_jax.generate(fine, prompt, config, jax.random.key(0)) != 7).all()
+    # What is not finite but not used does not matter: token 2 is not on the canvas.
+    fine = spoiled(toy.model, "embedding", (2,), np.nan)
+    greedy = SamplerConfig(steps=1, gen_length=1, block_length=1, temperature=0.7, remasking="random")
+    llada_jax.generate(fine, prompt, greedy, jax.random.key(0))
 
 
 def test_no_score_is_computed(broken, toy):

@@ -27,7 +27,6 @@ def command(main: str, shell: str = "", **environment) -> subprocess.CompletedPr
     [
         ({"PYTHONIOENCODING": "ascii"}, rb"a \xe9 \u2192 \u6f22 \U0001f600 z"),
         ({"PYTHONIOENCODING": "latin-1"}, b"a \xe9 \\u2192 \\u6f22 \\U0001f600 z"),
-        ({"PYTHONIOENCODING": "ascii:strict"}, rb"a \xe9 \u2192 \u6f22 \U0001f600 z"),
         ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, rb"a \xe9 \u2192 \u6f22 \U0001f600 z"),
         ({"LC_ALL": "C"}, TEXT.encode()),
         ({"PYTHONIOENCODING": "utf-8"}, TEXT.encode()),
