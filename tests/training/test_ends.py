@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -186,7 +187,9 @@ def test_an_output_that_is_not_finite_ends_the_run(run, tmp_path, capfd, monkeyp
 
     def make_spoiled(*args):
         state = make(*args)
-        head = state.params["head"].at[0, 5].set(jnp.nan)
+        head = np.array(state.params["head"])
+        head[0, 5] = np.nan
+        head = jax.device_put(head, state.params["head"].sharding)
         return dataclasses.replace(state, params=state.params | {"head": head})
 
     monkeypatch.setattr(start, "make_state", make_spoiled)

@@ -7,7 +7,9 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from paths import PYTHONPATH, ROOT
@@ -46,15 +48,18 @@ def records_of(content: bytes) -> Iterator[bytes]:
             record = b""
 
 
-def history(folder) -> list[dict]:
-    """Returns what the offline runs of wandb have kept, one dict for each step."""
+def history(file: Path) -> list[dict]:
+    """Returns what an offline run of wandb has kept, one dict for each step, once wandb has written all of it."""
     from wandb.proto import wandb_internal_pb2
 
-    found = []
-    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+    found, ended, end = [], False, time.monotonic() + 30
+    while not ended:
+        assert time.monotonic() < end, f"{file} has no end"
+        found = []
         for content in records_of(file.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(content)
+            ended |= record.WhichOneof("record_type") == "exit"
             if items := record.history.item:
                 found.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
     return found
@@ -68,9 +73,10 @@ def test_wandb_gets_every_record_and_continues_its_run(wandb, tmp_path):
         writer.write(step, {"loss": step / 7, "grad_norm": math.nan, "tokens": 3})
         writer.close()
         (number,) = {(tmp_path / "wandb_id").read_text()}
-    kept = [{name: x for name, x in record.items() if not name.startswith("_")} for record in history(tmp_path)]
+    files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    found = [record for file in files for record in history(file)]
+    kept = [{name: x for name, x in record.items() if not name.startswith("_")} for record in found]
     assert kept == [{"loss": 10 / 7, "tokens": 3}, {"loss": 20 / 7, "tokens": 3}]
-    files = list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(files) == 2 and {file.name for file in files} == {f"run-{number}.wandb"}
 
 
