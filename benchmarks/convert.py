@@ -15,6 +15,7 @@ with sizes in MiB:
 import argparse
 import contextlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -124,7 +125,11 @@ def main() -> None:
     """Runs each case in a process of its own and prints one line per case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="1b", choices=SIZES, help="size of the model")
-    parser.add_argument("--folder", help="folder to write the models to; default: the system's temporary folder")
+    parser.add_argument(
+        "--folder",
+        type=os.path.expanduser,
+        help="folder to write the models to; default: the system's temporary folder",
+    )
     parser.add_argument("--case", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:

@@ -10,15 +10,14 @@ import json
 from pathlib import Path
 
 import matplotlib
-from absl import app, flags
+
+from llada_jax.cli import entry_point, outputs, paths
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-_INPUTS = flags.DEFINE_multi_string(
-    "input", None, "File of JSON lines from benchmarks/tuning.py; may repeat.", required=True
-)
-_OUTPUT = flags.DEFINE_string("output", None, "Picture to write, an .svg or .png file.", required=True)
+_INPUTS = paths.define_multi("input", None, "File of JSON lines from benchmarks/tuning.py; may repeat.", required=True)
+_OUTPUT = paths.define("output", None, "Picture to write, an .svg or .png file.", required=True)
 
 COLOURS = ("#1f6fb4", "#d9730d", "#2b8a3e", "#8f4ab8")
 GREY = "#888888"  # is readable on light and dark pages
@@ -29,9 +28,11 @@ STYLE = {
 }
 
 
-def main(_) -> None:
+def main() -> None:
     """Draws the picture."""
-    records = [json.loads(line) for name in _INPUTS.value for line in Path(name).read_text().splitlines()]
+    outputs.check_file(_OUTPUT.value)
+    texts = [Path(name).read_text(encoding="utf-8") for name in _INPUTS.value]
+    records = [json.loads(line) for text in texts for line in text.splitlines()]
     base = records[0]["model"]
     names = list(dict.fromkeys(Path(record["set"]).name for record in records))
     with plt.rc_context(STYLE):
@@ -69,4 +70,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    entry_point.run(main)

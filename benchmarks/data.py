@@ -16,10 +16,10 @@ from pathlib import Path
 
 from absl import flags
 
-from llada_jax.cli import entry_point
+from llada_jax.cli import entry_point, paths
 
-_INPUT = flags.DEFINE_multi_string("input", ["stdlib"], "Text to prepare, as for llada_jax.prepare.")
-_TOKENIZER = flags.DEFINE_string(
+_INPUT = paths.define_multi("input", ["stdlib"], "Text to prepare, as for llada_jax.prepare.")
+_TOKENIZER = paths.define(
     "tokenizer", None, "Tokenizer, as for llada_jax.prepare. Default: train a tokenizer with 4,096 tokens."
 )
 _SEQUENCE_LENGTH = flags.DEFINE_integer("sequence_length", 4096, "Tokens per row.")

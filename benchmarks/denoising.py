@@ -11,14 +11,13 @@ first EOS on are not drawn.
 """
 
 import dataclasses
-from pathlib import Path
 from xml.sax.saxutils import escape
 
 import jax
 import numpy as np
 from absl import flags
 
-from llada_jax.cli import entry_point, model_flags, outputs, sampler_flags
+from llada_jax.cli import entry_point, model_flags, outputs, paths, sampler_flags
 from llada_jax.config import UserError
 from llada_jax.loading import load_with_tokenizer
 from llada_jax.sampling.sampler import denoise_steps
@@ -30,7 +29,7 @@ from llada_jax.text.tokenizer import Tokenizer
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(sampler_flags)
 _PROMPT = flags.DEFINE_string("prompt", None, "A text to continue, or to fill in at [MASK].", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "The .svg file to write.", required=True)
+_OUTPUT = paths.define("output", None, "The .svg file to write.", required=True)
 _SECONDS = flags.DEFINE_float("seconds", 6.0, "How long the picture takes from the masks to the next masks.")
 
 # Parts of the whole duration: the masks alone, the reverse steps, then the finished text, and at last the way back.
@@ -208,9 +207,7 @@ def main() -> None:
     seed = settings.pop("seed", 0)
     options = Options(**settings)
     check_settings(options.sampler(0, 64 if options.gen_length is None else options.gen_length))
-    output = Path(_OUTPUT.value)
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output={output}: there is no folder {output.absolute().parent}; create it first")
+    output = outputs.check_file(_OUTPUT.value)
     if _SECONDS.value <= 0:
         raise UserError(f"--seconds={_SECONDS.value}: it must be positive")
     model, tokenizer = load_with_tokenizer(model_flags.model(), step=model_flags.STEP.value)

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import llada_jax
-from llada_jax.config import ComputeConfig, ModelConfig
+from llada_jax.cli.paths import expanded
+from llada_jax.config import ComputeConfig, ModelConfig, NonFinite
 from llada_jax.devices import mesh
 from llada_jax.model.transformer import Transformer, initialise
 from llada_jax.scoring.bound import masked_nats
@@ -146,7 +147,7 @@ def speed(args: argparse.Namespace) -> None:
 
 def variance(args: argparse.Namespace) -> None:
     model, tokenizer = llada_jax.load(args.model)
-    with open(args.text) as file:
+    with open(args.text, encoding="utf-8") as file:
         texts = [tokenizer.encode(json.loads(line)["text"]) for line in file]
     rng = np.random.default_rng(0)
 
@@ -213,7 +214,7 @@ def tell(args: argparse.Namespace, **line) -> None:
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
-    print(json.dumps({"benchmark": "likelihood"} | line | where), flush=True)
+    print(json.dumps({"benchmark": "likelihood"} | line | where, allow_nan=False), flush=True)
 
 
 def main() -> None:
@@ -223,15 +224,20 @@ def main() -> None:
     sizes |= {"texts": 4, "draws": 1024, "estimates": 40}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--model", help="trained model to measure the variance on, instead of measuring the speed")
-    parser.add_argument("--text", help='file with one JSON object {"text": ...} per line, for --model')
+    parser.add_argument(
+        "--model", type=expanded, help="trained model to measure the variance on, instead of measuring the speed"
+    )
+    parser.add_argument("--text", type=expanded, help='file with one JSON object {"text": ...} per line, for --model')
     parser.add_argument(
         "--lengths", default="32:8,32:32,32:96", help="lengths in tokens as PROMPT:ANSWER, separated by commas"
     )
     args = parser.parse_args()
     # This must come before the first computation: XLA starts as many threads as there are cores that it may use.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
-    (variance if args.model else speed)(args)
+    try:
+        (variance if args.model else speed)(args)
+    except NonFinite as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from llada_jax.cli import entry_point
+from llada_jax.cli import entry_point, paths
 from llada_jax.config import Config, UserError
 from llada_jax.devices import mesh
 from llada_jax.devices.hardware import compiler_options
@@ -29,7 +29,7 @@ _CASES = flags.DEFINE_list("cases", ["cpu"], "Cases to measure: cpu, cpu_lora, q
 _ATTENTION = flags.DEFINE_string("attention", None, "Attention kernel. Default: the one chosen for the device.")
 _REMAT = flags.DEFINE_string("remat", None, "Value of config.compute.remat. Default: the case's own.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Number of sequences per step. Default: the case's own.")
-_PROFILE = flags.DEFINE_string("profile", None, "Folder to write a profiler trace of three additional steps to.")
+_PROFILE = paths.define("profile", None, "Folder to write a profiler trace of three additional steps to.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Number of timed steps, after two steps that are not timed.")
 
 

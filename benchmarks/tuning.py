@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from llada_jax.cli import entry_point
+from llada_jax.cli import entry_point, paths
 from llada_jax.config import UserError, ValidationConfig
 from llada_jax.data.manifest import load_manifest
 from llada_jax.data.read.chat import held_out_answers
@@ -42,8 +42,8 @@ from llada_jax.sampling.text_completion import Options, make_batches, make_promp
 from llada_jax.scoring import bound
 from llada_jax.text.tokenizer import Tokenizer
 
-_MODELS = flags.DEFINE_multi_string("model", None, "Training workdirs or published folders.", required=True)
-_SETS = flags.DEFINE_multi_string("set", None, "Folders written by prepare --chat, with held-out rows.", required=True)
+_MODELS = paths.define_multi("model", None, "Training workdirs or published folders.", required=True)
+_SETS = paths.define_multi("set", None, "Folders written by prepare --chat, with held-out rows.", required=True)
 _CHECKPOINTS = flags.DEFINE_list("checkpoints", [], "Steps of the workdirs, or all. Default: each workdir's newest.")
 _ROWS = flags.DEFINE_integer("rows", 256, "Number of held-out answers that the bound is computed for.")
 _SAMPLES = flags.DEFINE_integer("samples", 8, "Number of Monte Carlo samples of the bound per answer.")

@@ -53,6 +53,10 @@ set -euo pipefail
 
 CONFIG=${CONFIG:-configs/8b.py:16xh100-8}
 WORKDIR=${WORKDIR:?set WORKDIR to the folder of the run, on a file system that all nodes share}
+case $WORKDIR in
+  \~/*) WORKDIR=$HOME/${WORKDIR#\~/} ;; # the shell does not replace ~ inside quotation marks
+  \~*) echo "WORKDIR=$WORKDIR: write the whole path of the home folder" >&2 && exit 2 ;;
+esac
 PYTHON=${PYTHON:-python}
 MAX_CRASHES=${MAX_CRASHES:-5}
 STEADY_SECONDS=${STEADY_SECONDS:-3600}

@@ -10,12 +10,11 @@ each message, /again and /edit TEXT, with null if the answer was stopped or is i
 could not be understood or was not answered. Ctrl-C between two answers ends the program with exit code 130.
 """
 
-import os
 import sys
 
 from absl import flags
 
-from llada_jax.cli import entry_point, model_flags, sampler_flags
+from llada_jax.cli import entry_point, model_flags, sampler_flags, streams
 from llada_jax.config import UserError
 from llada_jax.conversation import dialogue
 from llada_jax.conversation.conversation import Conversation, Settings
@@ -34,7 +33,7 @@ _JSON = flags.DEFINE_boolean("json", False, 'Print answers to stdout as lines {"
 
 def main() -> int:
     """Converses as the flags say. Mistakes that can be found without the model are reported before it is loaded."""
-    for name in ("stdin", "stdout", "stderr"):
+    for name in ("stdin", "stdout"):
         if getattr(sys, name) is None:
             raise UserError(f"{name} is closed: a conversation needs it, so start the program with {name} open")
     settings = Settings(**sampler_flags.given()).checked()
@@ -50,9 +49,9 @@ def main() -> int:
         conversation.instruct(_SYSTEM.value)
     try:
         return Chat(conversation, trained_length(folder), path, record, _JSON.value).run()
-    except BrokenPipeError:
-        # The reader of the answers has gone. Without this, Python would complain when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of the answers, or of the notes on stderr, has gone
+        streams.drop(sys.stdout)
+        streams.drop(sys.stderr)
         return entry_point.FAILURE
 
 

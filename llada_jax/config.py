@@ -17,6 +17,20 @@ class UserError(Exception):
     """
 
 
+class NonFinite(Exception):
+    """What a model computes is not finite: NaN or infinite. The message is one line.
+
+    Entry points print the message without a traceback and exit with code 1.
+    """
+
+    def __init__(self, what: str = ""):
+        """Makes the message from `what`. "" means that the output of the model is not finite."""
+        super().__init__(
+            what
+            or "the model's output is not finite (NaN or infinite): its weights are damaged, or too large for its dtype"
+        )
+
+
 @dataclasses.dataclass(unsafe_hash=True, slots=True)
 class LoraConfig:
     """Low-rank adaptation (arXiv 2106.09685): W + alpha / rank A B, where only the adapters A and B are trained."""

@@ -13,12 +13,12 @@ import sys
 import jax
 from absl import flags
 
-from llada_jax.cli import entry_point
+from llada_jax.cli import entry_point, paths
 from llada_jax.config import UserError
 from llada_jax.formats.conversion import FORMATS, convert
 
-_INPUT = flags.DEFINE_string("input", None, "A training workdir, a published folder, or a folder that convert wrote.")
-_OUTPUT = flags.DEFINE_string("output", None, "The folder to write. It must be new or empty.")
+_INPUT = paths.define("input", None, "A training workdir, a published folder, or a folder that convert wrote.")
+_OUTPUT = paths.define("output", None, "The folder to write. It must be new or empty.")
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "The format to write.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint of a workdir. Default: the newest.")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "The dtype of the weights. Default: unchanged.")

@@ -14,7 +14,7 @@ command on each of them.
 
 from absl import flags
 
-from llada_jax.cli import compilation_cache, entry_point, model_flags, process_flags, sampler_flags
+from llada_jax.cli import compilation_cache, entry_point, model_flags, paths, process_flags, sampler_flags
 from llada_jax.config import DistributedConfig, UserError
 from llada_jax.evaluation import recipes
 
@@ -24,8 +24,8 @@ _DTYPE = flags.DEFINE_string(
     "dtype", None, "float32 or bfloat16. Default: float32 on a CPU and bfloat16 on accelerators."
 )
 _TASKS = flags.DEFINE_list("tasks", [], "Tasks, groups or tags of lm_eval, patterns, YAML files, or reversal.")
-_INCLUDE_PATH = flags.DEFINE_multi_string("include_path", [], "A folder with YAML files of tasks. May be repeated.")
-_OUTPUT = flags.DEFINE_string("output", None, "The JSON file for the results. An existing file is replaced.")
+_INCLUDE_PATH = paths.define_multi("include_path", [], "A folder with YAML files of tasks. May be repeated.")
+_OUTPUT = paths.define("output", None, "The JSON file for the results. An existing file is replaced.")
 _RECIPE = flags.DEFINE_string("recipe", None, "Published settings by name (--list), which other flags override.")
 _LIST = flags.DEFINE_boolean("list", False, "List the recipes and end.")
 _SETTINGS = (
@@ -34,12 +34,12 @@ _SETTINGS = (
     flags.DEFINE_integer("mc_samples", None, "Monte Carlo samples of each likelihood. Default: 128."),
 )
 _REST = (
-    flags.DEFINE_string("data", None, 'The couplets for --tasks=reversal: a JSON list of {"first", "second"}.'),
+    paths.define("data", None, 'The couplets for --tasks=reversal: a JSON list of {"first", "second"}.'),
     flags.DEFINE_float("limit", None, "Number of documents per task, or their share if below 1. For trials."),
     flags.DEFINE_boolean("confirm_run_unsafe_code", False, "Allow tasks that run code which the model has written."),
     flags.DEFINE_integer("max_length", None, "Tokens of prompt and answer together. Default: as in training."),
     flags.DEFINE_integer("batch_size", None, "Prompts that are generated at once. Default: 8 per batch shard."),
-    flags.DEFINE_string("cache", None, "The beginning of the paths of files that keep results."),
+    paths.define("cache", None, "The beginning of the paths of files that keep results."),
     flags.DEFINE_boolean("log_samples", False, "Also write every request, its answer and its scores."),
     flags.DEFINE_integer("fsdp", 1, "Devices that share the parameters. Rows are spread over all other devices too."),
     flags.DEFINE_integer("tensor", 1, "Devices that share each matrix product."),
@@ -55,7 +55,7 @@ def main() -> int:
     if not _OUTPUT.value:
         raise UserError("--output=FILE is missing: name the file for the results")
     settings = sampler_flags.given() | {flag.name: flag.value for flag in _SETTINGS if flag.value is not None}
-    tasks = tuple(_TASKS.value)
+    tasks = tuple(map(paths.expanded, _TASKS.value))  # a task may be the path of a YAML file
     if _RECIPE.value is not None:
         if _RECIPE.value not in recipes.RECIPES:
             raise UserError(f"--recipe={_RECIPE.value}: there is no recipe of this name; --list shows all recipes")

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from llada_jax.cli.paths import expanded
 from llada_jax.config import ComputeConfig, UserError
 from llada_jax.devices import mesh as meshes
 from llada_jax.formats import workdir
@@ -25,7 +26,8 @@ def load(
     """Loads the model in a folder and its tokenizer.
 
     Args:
-      path: A training workdir, a published folder (config.json and *.safetensors), or a folder from `convert`.
+      path: A training workdir, a published folder (config.json and *.safetensors), or a folder from `convert`. A
+        leading ~ stands for a home folder.
       mesh: The mesh that the parameters are placed on. None means the mesh in use, or a mesh of one device if none is
         set.
       dtype: The dtype of the parameters and of the computation. None means float32 on a CPU and bfloat16 on
@@ -39,7 +41,7 @@ def load(
     Raises:
       UserError: If there is no model in the folder, or if it cannot be used. The message says why in one line.
     """
-    path = Path(path)
+    path = Path(expanded(path))
     trained_here = workdir.is_workdir(path, "model ")
     if not trained_here and step is not None:
         raise UserError(f"{path} is a published folder: it has no step {step}")

@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax.cli import entry_point
+from llada_jax.cli import entry_point, outputs, paths, streams
 from llada_jax.config import UserError
 from llada_jax.planning import topology
 from llada_jax.planning.estimate import page, plan
@@ -26,7 +26,7 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "Hardware to plan for, [SLICESx]CHIP:SHAPE, e.g. v5p:4x4x8, 2xv5p:4x4x8 or h200:8."
 )
 _JSON = flags.DEFINE_boolean("json", False, "Print the plan as one line of JSON instead of text.")
-_HLO = flags.DEFINE_string("hlo", None, "File to write the text of the compiled program (optimized HLO) to.")
+_HLO = paths.define("hlo", None, "File to write the text of the compiled program (optimized HLO) to.")
 
 
 def main() -> int:
@@ -34,18 +34,19 @@ def main() -> int:
     config = entry_point.config_of(_CONFIG)
     if not _TOPOLOGY.value:
         raise UserError("--topology=CHIP:SHAPE is missing; name the hardware to plan for, e.g. --topology=v5p:4x4x8")
+    hlo = outputs.check_file(_HLO.value, "hlo") if _HLO.value else None
+    streams.require_stdout("start the program with stdout open")
     topology.prepare_environment()
     jax.config.update("jax_platforms", "cpu")
     # Programs compiled for described devices cannot be loaded from the cache again.
     jax.config.update("jax_enable_compilation_cache", False)
     record, text = plan(config, _TOPOLOGY.value)
-    if _HLO.value:
+    if hlo:
         try:
-            with open(_HLO.value, "w", encoding="utf-8") as file:
-                file.write(text)
+            hlo.write_text(text, encoding="utf-8")
         except OSError as error:
             raise UserError(f"--hlo={_HLO.value} cannot be written: {error.strerror}") from None
-    print(json.dumps(record) if _JSON.value else page(record))
+    print(json.dumps(record, allow_nan=False) if _JSON.value else page(record))
     return entry_point.FINISHED if record["fits"] else entry_point.FAILURE
 
 

@@ -9,20 +9,20 @@ import time
 
 from absl import flags
 
-from llada_jax.cli import entry_point
+from llada_jax.cli import entry_point, paths
 from llada_jax.config import UserError
 from llada_jax.data.prepare.answers import RULES
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.data.prepare.summary import chat_summary, text_summary
 
-_INPUT = flags.DEFINE_multi_string(
+_INPUT = paths.define_multi(
     "input",
     None,
     "File or glob to read: .txt or .jsonl (both also compressed as .gz or .xz), or .parquet. The word stdlib stands "
     "for the source files of Python's standard library. The flag may be repeated.",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Folder to write. It must not exist yet, or must be empty.")
+_OUTPUT = paths.define("output", None, "Folder to write. It must not exist yet, or must be empty.")
 _CHAT = flags.DEFINE_boolean(
     "chat",
     False,
@@ -43,7 +43,7 @@ _GROUP_KEY = flags.DEFINE_string(
     "With --chat: name of a key in the lines, for example document. Conversations with the same value under this key "
     "are held out together.",
 )
-_TOKENIZER = flags.DEFINE_string(
+_TOKENIZER = paths.define(
     "tokenizer",
     None,
     "Tokenizer to use: a SentencePiece .model, a tokenizer.json, or a folder with either, such as a model's folder or "

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from llada_jax.cli import entry_point, model_flags, sampler_flags
+from llada_jax.cli import entry_point, model_flags, outputs, paths, sampler_flags, streams
 from llada_jax.config import UserError
 from llada_jax.loading import load_with_tokenizer
 from llada_jax.sampling import terminal
@@ -24,8 +24,8 @@ from llada_jax.sampling.text_completion import DEFAULTS, Options, complete
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(sampler_flags)
 _PROMPT = flags.DEFINE_multi_string("prompt", [], "A text to continue, or to fill in at [MASK]. May be repeated.")
-_PROMPTS = flags.DEFINE_string("prompts", None, 'A JSONL file with one {"prompt": "..."} per line.')
-_OUTPUT = flags.DEFINE_string(
+_PROMPTS = paths.define("prompts", None, 'A JSONL file with one {"prompt": "..."} per line.')
+_OUTPUT = paths.define(
     "output", None, 'A JSONL file that is written instead of stdout: the lines of --prompts with "completion" added.'
 )
 _BATCH_SIZE = flags.DEFINE_integer(
@@ -47,13 +47,15 @@ def main() -> None:
         records += read_records(Path(_PROMPTS.value))
     if not records:
         raise UserError('nothing to complete: give --prompt="..." or --prompts=FILE.jsonl')
-    output = None if _OUTPUT.value is None else Path(_OUTPUT.value)
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UserError(f"--output={output}: there is no folder {output.absolute().parent}; create it first")
+    output = None if _OUTPUT.value is None else outputs.check_file(_OUTPUT.value)
+    if output is None:
+        streams.require_stdout("pass --output=FILE")
 
     model, tokenizer = load_with_tokenizer(model_flags.model(), step=model_flags.STEP.value)
     texts, key = [record["prompt"] for record in records], jax.random.key(seed)
     shown = _SHOW.value and terminal.can_draw(sys.stderr)
+    if _SHOW.value and not shown:
+        print("--show: nothing is drawn, because stderr is not a terminal that can be redrawn", file=sys.stderr)
     if shown:
         completions = complete_drawn(model, tokenizer, texts, options, key)
     else:

@@ -7,14 +7,14 @@ each host.
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax.cli import entry_point, process_flags
+from llada_jax.cli import entry_point, paths, process_flags
 from llada_jax.config import UserError
 from llada_jax.devices import distributed
 from llada_jax.training.config_check import check_distributed
 from llada_jax.training.run import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/quickstart.py")
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = paths.define(
     "workdir", None, "The folder that the checkpoints, metrics and samples of the run are written to."
 )
 flags.adopt_module_key_flags(process_flags)

@@ -83,13 +83,13 @@ def text(**_) -> dict[str, datasets.Dataset]:
     """Returns the texts of the file that LLADA_EVAL_TEXT names, which has one JSON object {"text"} per line."""
     if "LLADA_EVAL_TEXT" not in os.environ:
         raise ValueError('set LLADA_EVAL_TEXT to a .jsonl file with one object {"text"} per line')
-    return {"test": datasets.Dataset.from_list(_lines(Path(os.environ["LLADA_EVAL_TEXT"])))}
+    return {"test": datasets.Dataset.from_list(_lines(Path(os.environ["LLADA_EVAL_TEXT"]).expanduser()))}
 
 
 def _records(name: str) -> list[dict[str, Any]]:
     if "LLADA_EVAL_DATA" not in os.environ:
         raise ValueError(f"set LLADA_EVAL_DATA to the folder that contains {name}")
-    path = Path(os.environ["LLADA_EVAL_DATA"]) / name
+    path = Path(os.environ["LLADA_EVAL_DATA"]).expanduser() / name
     return _lines(path) if path.suffix == ".jsonl" else json.loads(path.read_text(encoding="utf-8"))
 
 

@@ -6,6 +6,8 @@ import platform
 import sys
 from pathlib import Path
 
+from llada_jax.cli import paths
+
 # Only programs that took at least this many seconds to compile are kept. 0 keeps all; a run compiles only few.
 LEAST_COMPILE_TIME = 0.0
 
@@ -37,11 +39,21 @@ def enable() -> None:
     JAX_COMPILATION_CACHE_DIR=DIR selects another folder, and JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
     Nothing happens in a process that has not imported jax. If the folder cannot be written to, one line is printed to
     stderr and programs are not cached.
+
+    Raises:
+      UserError: If JAX_COMPILATION_CACHE_DIR begins with ~USER and there is no such user.
     """
-    if "jax" not in sys.modules or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if given and given.startswith("~"):  # JAX would make a folder called ~
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = paths.expanded(given)
+    if "jax" not in sys.modules:
         return
     import jax
 
+    if given is not None:
+        if jax.config.jax_compilation_cache_dir == given:
+            jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+        return
     if not jax.config.jax_enable_compilation_cache or jax.config.jax_compilation_cache_dir:
         return
     try:

@@ -9,8 +9,8 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from llada_jax.cli import compilation_cache, config_help, spelling
-from llada_jax.config import Config, UserError
+from llada_jax.cli import compilation_cache, config_help, machine_errors, paths, spelling, streams
+from llada_jax.config import Config, NonFinite, UserError
 
 FINISHED, FAILURE, USER_ERROR, INTERRUPTED, PREEMPTED = 0, 1, 2, 130, 143
 _HELP = ("h", "?", "help", "helpshort", "helpfull")
@@ -20,7 +20,9 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
     """Parses absl flags, calls `main` and exits with the code that it returns.
 
     A wrong flag, a config file that raises an exception, or a `UserError` leads to one line on stderr and exit code 2;
-    Ctrl-C leads to exit code 130. Any other exception keeps its traceback (exit code 1).
+    Ctrl-C leads to exit code 130. `NonFinite`, a file that the machine cannot read or write, and a stdout that cannot
+    be written lead to one line and exit code 1; if the reader of stdout has gone, as in `| head`, nothing is said. Any
+    other exception keeps its traceback (exit code 1).
 
     --help (-h) prints the docstring and the flags of the entry point and, if it has a --config flag, all settings. With
     --config=FILE it also shows the values of that file. --helpshort leaves out the settings, and --helpfull adds the
@@ -33,8 +35,9 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
     logging.use_absl_handler()
     # Do not log while flags are parsed: ml_collections would warn of mistakes that are reported below in one line.
     logging.set_verbosity(logging.FATAL)
-    argv = list(sys.argv if argv is None else argv)
+    streams.prepare()
     try:
+        argv = paths.expand_config_flag(sys.argv if argv is None else argv)
         asked = [word for word in _before_dashes(argv[1:]) if word.startswith("-") and word.lstrip("-") in _HELP]
         if asked:
             _print_help(argv[1:], asked[0].lstrip("-"))
@@ -46,13 +49,21 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
         if len(rest) > 1:
             raise UserError(f"unexpected argument {rest[1]!r}: pass every setting as a flag, --name=value")
         compilation_cache.enable()
-        sys.exit(main())
+        code = main()
+        if lost := streams.failed_stdout():
+            _leave_without_stdout(lost)
+        sys.exit(code)
     except UserError as error:
         _fail(str(error))
+    except NonFinite as error:
+        print_error(str(error))
+        sys.exit(FAILURE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except Exception as error:
+        if isinstance(error, OSError) and (lost := streams.failed_stdout()):
+            _leave_without_stdout(lost)
         if isinstance(error, flags.UnrecognizedFlagError):
             _fail(_about_unknown_flag(error))
         if isinstance(error, flags.IllegalFlagValueError) and (message := spelling.section_with_a_value(argv[1:])):
@@ -60,6 +71,9 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
         if isinstance(error, flags.Error) and "Traceback" not in str(error):
             _fail(str(error))
         if not any(_is_parsing(frame) for frame in _frames(error)):
+            if isinstance(error, OSError) and error.errno in machine_errors.MACHINE and error.filename is not None:
+                print_error(f"{error.filename}: {machine_errors.reason(error)}")
+                sys.exit(FAILURE)
             raise
         if not isinstance(error, OSError) and any(map(_is_override, _frames(error))):
             message = spelling.misspelt(argv[1:], plain_flags=flags.FLAGS)
@@ -69,7 +83,7 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> No
 
 
 def config_of(holder: flags.FlagHolder) -> Config:
-    """Returns the config that a parsed --config flag holds.
+    """Returns the config that a parsed --config flag holds. A leading ~ in a setting that is a path is replaced.
 
     Args:
       holder: The flag.
@@ -77,12 +91,12 @@ def config_of(holder: flags.FlagHolder) -> Config:
     Raises:
       UserError: If the flag or its file is missing, or if get_config() does not return a Config.
     """
-    if isinstance(holder.value, Config):
-        return holder.value
     flag = flags.FLAGS[holder.name]
-    if not flag.present:
+    if not isinstance(holder.value, Config) and not flag.present:
         raise UserError("--config=FILE is missing: pass a config file, e.g. --config=configs/quickstart.py")
-    return _checked(holder.value, flag.config_filename)
+    config = _checked(holder.value, flag.config_filename)
+    paths.expand_settings(config)
+    return config
 
 
 def _checked(config: Any, file: str) -> Config:
@@ -104,8 +118,9 @@ def _print_help(arguments: Sequence[str], kind: str) -> None:
     text = ""
     if kind != "helpshort" and _has_config():
         # A width of less than 60 would leave comments too little room, and long lines are hard to read.
-        width = min(max(shutil.get_terminal_size().columns, 60 if sys.stdout.isatty() else 80), 120)
+        width = min(max(shutil.get_terminal_size().columns, 60 if sys.stdout and sys.stdout.isatty() else 80), 120)
         text = "\n" + config_help.render(width, *_given_config(arguments))
+    streams.require_stdout("start the program with stdout open")
     try:
         app.usage(shorthelp=kind != "helpfull", writeto_stdout=True)
         print(text, end="", flush=True)
@@ -158,6 +173,12 @@ def print_error(message: str) -> None:
 def _fail(message: str) -> None:
     print_error(message)
     sys.exit(USER_ERROR)
+
+
+def _leave_without_stdout(lost: OSError) -> None:
+    if not isinstance(lost, BrokenPipeError):
+        print_error(f"stdout cannot be written: {lost.strerror}")
+    sys.exit(FAILURE)
 
 
 def _frames(error: BaseException) -> Iterator[FrameType]:

@@ -2,9 +2,10 @@
 
 from absl import flags
 
+from llada_jax.cli import paths
 from llada_jax.config import UserError
 
-_MODEL = flags.DEFINE_string("model", None, "A training workdir, or a folder with a published model.")
+_MODEL = paths.define("model", None, "A training workdir, or a folder with a published model.")
 STEP = flags.DEFINE_integer("step", None, "The checkpoint of the workdir. Default: the newest.")
 
 

@@ -16,19 +16,58 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from llada_jax.cli import paths
 from llada_jax.config import UserError
 
 LOCK_FILE = ".lock"  # in a temporary folder, locked while the process that writes it lives
 
 
+def check_file(path: str | os.PathLike, flag: str = "output") -> Path:
+    """Checks that a file can be written, before the work whose result it will hold.
+
+    Args:
+      path: The path as the user gave it. A leading ~ stands for a home folder.
+      flag: The name of the flag, for error messages.
+
+    Returns:
+      The path.
+
+    Raises:
+      UserError: If the path is remote or names a folder, or if its folder is missing or cannot be written to.
+    """
+    found = Path(paths.expanded(path))
+    if "://" in os.fspath(path):
+        raise UserError(f"--{flag}={path}: name a file on this machine or on a mounted file system")
+    try:
+        if found.is_dir() or not found.name:
+            raise UserError(f"--{flag}={path} is a folder; pass the name of a file")
+        if not found.absolute().parent.is_dir():
+            raise UserError(f"--{flag}={path}: there is no folder {found.absolute().parent}; create it first")
+        if _is_special(found):
+            return found
+        with tempfile.NamedTemporaryFile(dir=found.absolute().parent, prefix=f".{found.name}."):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UserError(f"--{flag}={path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    return found
+
+
+def _is_special(path: Path) -> bool:
+    """Returns whether a path names a device or a pipe, such as /dev/null, which must not be replaced by a file."""
+    return path.exists() and not path.is_file()
+
+
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file (UTF-8), whole or not at all.
+    """Writes a text file (UTF-8), whole or not at all. A device or a pipe is written to, not replaced.
 
     Raises:
       UserError: If the file, which the flag --output names, cannot be written.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if _is_special(path):
+            path.write_text(text, encoding="utf-8")
+            return
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
@@ -49,7 +88,7 @@ def check_folder(directory: str | os.PathLike) -> Path:
     """
     if not os.fspath(directory) or "://" in os.fspath(directory):
         raise UserError(f"output {os.fspath(directory)!r}: name a local folder to write")
-    target = Path(os.path.realpath(directory))  # a folder cannot be renamed onto a link
+    target = Path(os.path.realpath(paths.expanded(directory)))  # a folder cannot be renamed onto a link
     refuse_existing(target)
     parent = next(folder for folder in target.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):

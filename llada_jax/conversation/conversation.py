@@ -209,6 +209,7 @@ class Conversation:
 
         Raises:
           UserError: If there is no message to answer, or not enough memory.
+          NonFinite: If the output of the model is NaN or infinite.
         """
         before, chat, settings = self.messages, self._asked(), self.settings
         ids = self.tokenizer.encode_chat(chat)

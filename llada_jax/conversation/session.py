@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llada_jax.cli import entry_point
-from llada_jax.config import UserError
+from llada_jax.config import NonFinite, UserError
 from llada_jax.conversation.conversation import Conversation, Frame
 from llada_jax.conversation.dialogue import named_file, read_record, shortened, write_record
 from llada_jax.sampling import terminal
@@ -126,9 +126,10 @@ class Chat:
             "/load": self._load,
             "/help": self._help,
         }
-        # Input and output that the system's encoding cannot represent is replaced, instead of ending the program.
+        # Neither input that is not text nor output that the encoding of stdout lacks may end the program: the former is
+        # replaced, the latter is written as escapes.
         sys.stdin.reconfigure(errors="replace", newline=None)  # None accepts the line ends of any system
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="backslashreplace")
 
     def run(self) -> int:
         """Handles messages and commands until /quit or the end of stdin.
@@ -215,7 +216,7 @@ class Chat:
                 change(message)
             message = self._conversation.last_message()
             self._answer(message)
-        except UserError:
+        except (UserError, NonFinite):
             self._put(message, None)
             raise
 

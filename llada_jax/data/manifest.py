@@ -144,7 +144,7 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
     """
     file = epath.Path(directory) / MANIFEST_FILE
     try:
-        content = file.read_text()
+        content = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{directory} is not a prepared set, because it has no {MANIFEST_FILE}: run python -m llada_jax.prepare"

@@ -32,8 +32,8 @@ import jax
 from jax._src import clusters
 from jax._src.distributed import global_state  # holds the client of the coordinator, for which JAX has no public name
 
-from llada_jax.cli import entry_point
-from llada_jax.config import DistributedConfig, UserError
+from llada_jax.cli import entry_point, streams
+from llada_jax.config import DistributedConfig, NonFinite, UserError
 
 # The timeout of a wait. Preparing text may take hours, and a failing process ends the wait anyway.
 _LONG_MS = 24 * 3600 * 1000
@@ -59,9 +59,16 @@ def index() -> int:
 
 
 def log(message: str) -> None:
-    """Prints a line to stderr in process 0, and does nothing in the other processes."""
+    """Prints a line to stderr in process 0, and does nothing in the other processes.
+
+    A line that nobody can read any more is dropped: a training run must outlive the terminal, or the `tee`, that shows
+    its lines.
+    """
     if index() == 0:
-        print(message, file=sys.stderr, flush=True)
+        try:
+            print(message, file=sys.stderr, flush=True)
+        except OSError:
+            streams.drop(sys.stderr)
 
 
 def first_decides(what: str, decide: Callable[[], Any]) -> Any:
@@ -201,6 +208,10 @@ def _call(main: Callable[[], int]) -> tuple[int, bool]:
         if announce(entry_point.USER_ERROR):
             entry_point.print_error(str(error))
         return entry_point.USER_ERROR, True
+    except NonFinite as error:
+        if announce(entry_point.FAILURE):
+            entry_point.print_error(str(error))
+        return entry_point.FAILURE, True
     except KeyboardInterrupt:
         return entry_point.INTERRUPTED, True
     except SystemExit as error:

@@ -26,12 +26,13 @@ import jax
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from llada_jax import loading
+from llada_jax.cli import paths
 from llada_jax.config import UserError
 from llada_jax.devices import distributed
+from llada_jax.evaluation import generation
 from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.text_completion import Options, complete_ids
@@ -42,11 +43,9 @@ from llada_jax.text.tokenizer import Tokenizer
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
 BATCH_SIZE = 8  # the number of prompts that are completed together
-DEFAULT_GEN_LENGTH = 256  # tokens, if neither the user nor the task sets a length
 LIKELIHOOD_PORTION = 256  # the number of requests that are scored between two writes to the cache
 GENERATION_PORTION = 4  # the number of batches that are generated between two writes to the cache
 _CACHE_PART = 500  # the number of results that are sent to the other processes in one message
-_KNOWN = {"until", "do_sample", "temperature", "max_gen_toks"}
 # Stands in front of each control token that a chat template writes. lm_eval builds a prompt from the template's output
 # and from the texts of documents and examples; only marked control tokens are encoded as control tokens. The mark is a
 # Unicode noncharacter, so it does not occur in texts.
@@ -113,6 +112,7 @@ class LLaDA(TemplateLM):
         if source is None:
             raise UserError("pretrained=DIR is missing: pass a training workdir, or a folder with a published model")
         if isinstance(source, str | Path):
+            source = paths.expanded(source)
             self.model, self.tokenizer = loading.load_with_tokenizer(source, mesh, dtype, step)
             self.max_length = workdir.trained_length(source) if max_length is None else max_length
         else:
@@ -136,6 +136,7 @@ class LLaDA(TemplateLM):
         self._control = self.tokenizer.control_pattern
         self.key = jax.random.key(seed)
         self.ignored: set[str] = set()  # settings of tasks that were already reported as not used
+        self.asked = False  # whether lm_eval has asked for anything yet
 
     # The methods and properties that lm_eval calls.
 
@@ -190,6 +191,7 @@ class LLaDA(TemplateLM):
 
         An empty context is an empty prompt.
         """
+        self.asked = True
         encoded = []
         for context, continuation in (request.args for request in requests):
             pair = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
@@ -216,6 +218,7 @@ class LLaDA(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Returns the log-likelihood in nats of whole texts, scored in windows with the tokens before as the prompt."""
+        self.asked = True
         documents = [self.tok_encode(request.args[0]) for request in requests]
         longest = self.max_length or max(map(len, documents), default=1) or 1
 
@@ -236,13 +239,11 @@ class LLaDA(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Completes the prompts. Each completion is cut at EOS and at the first of its stop strings."""
+        self.asked = True
         prompts, stops, groups, cut = [], [], collections.defaultdict(list), 0
         for i, (context, gen_kwargs) in enumerate(request.args for request in requests):
             options, until = self._generation(gen_kwargs)
             room = None if self.max_length is None else self.max_length - options.gen_length
-            if room is not None and room < 1:
-                raise UserError(f"gen_length={options.gen_length} leaves no room for a prompt: prompt and answer have "
-                                f"at most {self.max_length} tokens (set a larger max_length=N)")  # fmt: skip
             prompt = self.tok_encode(context)
             prompts.append(prompt if room is None else prompt[-room:])
             cut += len(prompts[-1]) < len(prompt)
@@ -303,20 +304,11 @@ class LLaDA(TemplateLM):
 
     def _generation(self, gen_kwargs: dict[str, Any]) -> tuple[Options, list[str]]:
         """Returns the options for a task's generation_kwargs, and its stop strings."""
-        asked = normalize_gen_kwargs(gen_kwargs, DEFAULT_GEN_LENGTH)
-        for name in asked.keys() - _KNOWN - self.ignored:
-            distributed.log(
-                f"a task sets {name}={asked[name]} in generation_kwargs: it is not used, LLaDA has no such setting"
-            )
+        found = generation.interpret(gen_kwargs, self.options, self.gen_length, self.temperature, self.max_length)
+        for name in found.unused.keys() - self.ignored:
+            distributed.log(generation.about_unused(name, found.unused[name]))
             self.ignored.add(name)
-        until = [asked["until"]] if isinstance(asked["until"], str) else asked["until"]
-        temperature = asked.get("temperature") or 0.0
-        options = dataclasses.replace(
-            self.options,
-            gen_length=asked["max_gen_toks"] if self.gen_length is None else self.gen_length,
-            temperature=float(temperature if self.temperature is None else self.temperature),
-        )
-        return options, [stop for stop in until if stop]
+        return found.options, found.until
 
     def _in_portions(
         self,

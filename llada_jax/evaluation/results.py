@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,33 @@ def versions() -> dict[str, str]:
     return found
 
 
-def plain(value: Any) -> Any:
-    """Converts a value from a task's config that JSON cannot represent."""
-    return value.item() if isinstance(value, np.generic) else str(value)
+def as_json(results: dict[str, Any]) -> tuple[str, list[str]]:
+    """Returns results as the text of a JSON file, and the places of the numbers that JSON cannot represent.
+
+    NaN and infinite numbers become null. Keys, and values from a task's config, of a type that JSON does not have
+    become texts. Every text can be written, also one that no encoding allows (half a surrogate pair).
+    """
+    broken: list[str] = []
+
+    def plain(value: Any, place: str) -> Any:
+        if isinstance(value, np.generic):
+            value = value.item()
+        if isinstance(value, float) and not math.isfinite(value):
+            broken.append(place)
+            return None
+        if isinstance(value, dict):
+            return {str(key): plain(item, f"{place}/{key}".lstrip("/")) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item, f"{place}/{i}") for i, item in enumerate(value)]
+        return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+    content = plain(results, "")
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    return text + "\n", broken
 
 
 def table(results: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ first one writes results and shows progress.
 import contextlib
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -17,20 +18,22 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from llada_jax import __version__, loading
-from llada_jax.cli.outputs import write_text
-from llada_jax.config import MeshConfig, UserError
+from llada_jax.cli import paths
+from llada_jax.cli.outputs import check_file, write_text
+from llada_jax.config import MeshConfig, NonFinite, UserError
 from llada_jax.devices import distributed, mesh
 from llada_jax.evaluation import reversal, tasks
-from llada_jax.evaluation.results import digest, identify, plain, table, versions
+from llada_jax.evaluation.results import as_json, digest, identify, table, versions
 from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling.settings import check_settings
+from llada_jax.sampling.settings import check_settings, resolve
 from llada_jax.sampling.text_completion import Options
 from llada_jax.text.tokenizer import Tokenizer
 
@@ -101,7 +104,9 @@ def run(job: Evaluation) -> int:
       The exit code 0.
 
     Raises:
-      UserError: If `check` finds a mistake, or if a task, the couplets or the model cannot be loaded.
+      UserError: If `check` finds a mistake, or if a task, the couplets or the model cannot be loaded or do not go
+        together. All this is found before anything is computed.
+      NonFinite: If the output of the model, or a perplexity, is not finite.
     """
     started, date = time.monotonic(), datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     distributed.check_same(
@@ -113,10 +118,11 @@ def run(job: Evaluation) -> int:
     names = [name for name in job.tasks if name != REVERSAL]
     couplets = reversal.read_couplets(job.data) if REVERSAL in job.tasks else []
     couplets = couplets[: _count(job.limit, len(couplets))]
-    found = None
+    found, unused = None, {}
     if names:
         _prepare_lm_eval()
-        found = tasks.load(names, job.include_path, job.num_fewshot, job.confirm_run_unsafe_code)
+        check_generation = functools.partial(_check_generation, job, unused)
+        found = tasks.load(names, job.include_path, job.num_fewshot, job.confirm_run_unsafe_code, check_generation)
 
     devices = mesh.make_mesh(MeshConfig(data=-1, fsdp=job.fsdp, tensor=job.tensor))
     # Process 0 chooses the checkpoint for all, because a running training may save a newer one at any time.
@@ -124,10 +130,11 @@ def run(job: Evaluation) -> int:
     step = job.step if identity["step"] is None else identity["step"]
     model, tokenizer = loading.load_with_tokenizer(job.model, devices, job.dtype, step)
     identity |= {"dtype": model.compute.dtype, "tokenizer": tokenizer.sha256}
+    _check_model(job, model, tokenizer)
     results: dict[str, Any] = {"results": {}, "n-shot": {}}
     batch_size = job.batch_size or 8 * devices.shape["data"] * devices.shape["fsdp"]
     if found:
-        results = _harness(job, identity, model, tokenizer, batch_size, *found)
+        results = _harness(job, identity, model, tokenizer, batch_size, unused, *found)
     if couplets:
         samples: dict[str, list] = {}
         figures = reversal.evaluate(
@@ -152,9 +159,12 @@ def run(job: Evaluation) -> int:
         "seconds": round(time.monotonic() - started, 1),
     }
     if distributed.index() == 0:
-        text = json.dumps(results, indent=2, ensure_ascii=False, default=plain)
-        write_text(Path(job.output), text + "\n")
+        text, broken = as_json(results)
+        write_text(Path(paths.expanded(job.output)), text)
         print(table(results))
+        if broken:
+            some = ", ".join(broken[:3]) + (", ..." if len(broken) > 3 else "")
+            distributed.log(f"{job.output}: numbers that are not finite are written as null ({len(broken)}): {some}")
     return 0
 
 
@@ -171,7 +181,7 @@ def check(job: Evaluation) -> None:
     for name, least in (("mc_samples", 1), ("max_length", 1), ("batch_size", 1), ("num_fewshot", 0)):
         if (value := getattr(job, name)) is not None and value < least:
             raise UserError(f"--{name}={value}: it must be at least {least}")
-    if job.limit is not None and (job.limit <= 0 or (job.limit >= 1 and job.limit != int(job.limit))):
+    if job.limit is not None and (not 0 < job.limit < math.inf or (job.limit >= 1 and job.limit != int(job.limit))):
         raise UserError(f"--limit={job.limit}: pass a whole number of documents, or a share of them between 0 and 1")
     options = job.options()
     check_settings(options.sampler(0, 1 if options.gen_length is None else options.gen_length))
@@ -181,22 +191,39 @@ def check(job: Evaluation) -> None:
 
 def _check_places(job: Evaluation) -> None:
     """Raises UserError unless --output and --cache can be written. Creates the folder of --cache."""
-    output = Path(job.output).absolute()
-    flag, path = "output", output
-    try:
-        if not output.parent.is_dir():
-            raise UserError(f"--output={job.output}: there is no folder {output.parent}; create it first")
-        if output.is_dir():
-            raise UserError(f"--output={job.output} is a folder; pass the name of a file")
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
-        if job.cache is not None:
-            flag, path = "cache", Path(job.cache).absolute()
+    check_file(job.output)
+    if job.cache is not None:
+        path = Path(paths.expanded(job.cache)).absolute()
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
                 pass
-    except OSError as error:
-        raise UserError(f"--{flag}={getattr(job, flag)} cannot be written: {error.strerror}") from None
+        except OSError as error:
+            raise UserError(f"--cache={job.cache} cannot be written: {error.strerror}") from None
+
+
+def _check_generation(job: Evaluation, unused: dict[str, Any], gen_kwargs: dict[str, Any]) -> None:
+    """Raises UserError if generation_kwargs are impossible. Tells, and puts into `unused`, what of them is not used."""
+    from llada_jax.evaluation import generation
+
+    longest = workdir.trained_length(job.model) if job.max_length is None else job.max_length
+    found = generation.interpret(gen_kwargs, job.options(), job.gen_length, job.temperature, longest)
+    for name in found.unused.keys() - unused.keys():
+        distributed.log(generation.about_unused(name, found.unused[name]))
+    unused.update(found.unused)
+
+
+def _check_model(job: Evaluation, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Raises UserError if the model cannot be evaluated with these settings."""
+    options = job.options()
+    resolve(options.sampler(0, 1 if options.gen_length is None else options.gen_length), model)
+    if job.apply_chat_template:
+        highest = max(tokenizer.encode_chat([{"role": "user", "content": "?"}]))
+        if highest >= model.config.vocab_size:
+            raise UserError(
+                f"--apply_chat_template: the chat template needs token {highest}, but the model's vocabulary is "
+                f"{model.config.vocab_size}: this model cannot converse"
+            )
 
 
 def _count(limit: float | None, total: int) -> int:
@@ -220,6 +247,7 @@ def _harness(
     model: Transformer,
     tokenizer: Tokenizer,
     batch_size: int,
+    unused: dict[str, Any],
     manager: Any,
     loaded: list,
 ) -> dict[str, Any]:
@@ -232,14 +260,16 @@ def _harness(
     if settings["max_length"] is None:
         settings["max_length"] = workdir.trained_length(job.model)
     lm = harness.LLaDA(model, tokenizer, batch_size=batch_size, **settings)
+    lm.ignored |= unused.keys()
     if distributed.index() == 0:
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as elsewhere:
         cache = None
         if job.cache is not None:
             # lm_eval identifies a result only by its request, so each model and set of settings needs its own file.
-            cache = f"{job.cache}-{_fingerprint(job, identity)}" if distributed.index() == 0 else f"{elsewhere}/cache"
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is reserved for the table
+            cache = f"{paths.expanded(job.cache)}-{_fingerprint(job, identity)}"
+            cache = cache if distributed.index() == 0 else f"{elsewhere}/cache"
+        with contextlib.redirect_stdout(sys.stderr), _errors_of_tasks(job, lm):  # stdout is reserved for the table
             results = lm_eval.simple_evaluate(
                 model=lm,
                 tasks=loaded,
@@ -254,6 +284,24 @@ def _harness(
     results = results or {"results": {}, "n-shot": {}}  # lm_eval returns None if LOCAL_RANK is not 0
     names = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
     return {name: results[name] for name in (*names, "samples") if name in results}
+
+
+@contextlib.contextmanager
+def _errors_of_tasks(job: Evaluation, lm: Any) -> Iterator[None]:
+    """Names the reason in one line if a task fails before it has asked the model, or if a perplexity is too large."""
+    try:
+        yield
+    except (UserError, NonFinite):
+        raise
+    except OverflowError as error:
+        raise NonFinite(
+            f"--tasks={','.join(job.tasks)}: a metric, most likely a perplexity, is too large: {error}"
+        ) from error
+    except Exception as error:
+        if lm.asked:
+            raise
+        names = ",".join(job.tasks)
+        raise UserError(f"--tasks={names}: {tasks.reason(error, names)}") from error
 
 
 def _fingerprint(job: Evaluation, identity: dict[str, Any]) -> str:

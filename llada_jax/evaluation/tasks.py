@@ -1,19 +1,27 @@
 """Finds tasks of lm_eval and tries them before a model is loaded, with a one-line message for any mistake in them."""
 
 import contextlib
+import copy
 import difflib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from llada_jax.config import UserError
 from llada_jax.devices import distributed
 
+# What stands in for the result of a request when the metrics of a task are tried, by the kind of the request.
+_STAND_INS = {"loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0, "generate_until": ""}
+
 
 def load(
-    names: Sequence[str], include_path: Sequence[str] = (), num_fewshot: int | None = None, unsafe: bool = False
+    names: Sequence[str],
+    include_path: Sequence[str] = (),
+    num_fewshot: int | None = None,
+    unsafe: bool = False,
+    check_generation: Callable[[dict[str, Any]], None] = lambda gen_kwargs: None,
 ) -> tuple[Any, list]:
     """Loads tasks and their data.
 
@@ -22,12 +30,14 @@ def load(
       include_path: Folders with YAML files of tasks, in addition to the tasks of lm_eval.
       num_fewshot: The number of examples in front of each question. None means the number that the task sets.
       unsafe: Whether tasks may run code that the model has written.
+      check_generation: A function that raises UserError if it is called with generation_kwargs that are impossible.
 
     Returns:
       lm_eval's TaskManager, and a list with lm_eval's Task and Group objects for these names.
 
     Raises:
-      UserError: If a task does not exist, its data is missing, it cannot be built, or it is not allowed to run.
+      UserError: If a task does not exist, its data is missing, it cannot be built, its metrics cannot be computed, its
+        generation_kwargs are impossible, or it is not allowed to run.
     """
     from lm_eval.tasks import TaskManager
 
@@ -42,10 +52,11 @@ def load(
                 _set_examples(task, num_fewshot)
                 with contextlib.redirect_stderr(io.StringIO()):  # hides progress bars over a single document
                     task.build_all_requests(limit=1)  # tries the task's templates on its first document
+                _try_requests(task, check_generation)
         except UserError:
             raise
         except Exception as error:  # a task can run any code, so any exception points to a mistake in the task
-            raise UserError(f"--tasks={name}: {_reason(error, name)}") from error
+            raise UserError(f"--tasks={name}: {reason(error, name)}") from error
         children = {child for group in found["groups"].values() for child in group.child_names}
         roots = [group for group in found["groups"].values() if group.name not in children]
         loaded += roots or found["tasks"].values()
@@ -92,7 +103,7 @@ def _matching(name: str, manager: Any, include_path: Sequence[str]) -> list[str]
     raise UserError(f"--tasks={name}: there is no such task {where}{hint}")
 
 
-def _reason(error: Exception, task: str) -> str:
+def reason(error: Exception, task: str) -> str:
     """Returns the reason why a task could not be loaded, and what to do about it."""
     text = " ".join(f"{error or type(error).__name__}".split())[:300]
     if isinstance(error, ConnectionError) or any(word in text for word in ("offline", " Hub")):
@@ -121,3 +132,41 @@ def _check(task: Any, unsafe: bool) -> None:
     for metric, aggregation in task.aggregation().items():
         if not callable(aggregation):
             raise UserError(f"--tasks={name}: the metric {metric} names an aggregation that lm_eval does not have")
+    own = callable(task.get_config("process_results"))
+    for metric, function in getattr(task, "_metric_fn_list", {}).items():
+        if function is None and not own:
+            raise UserError(f"--tasks={name}: there is no metric {metric} in lm_eval, nor in the library evaluate here")
+
+
+def _try_requests(task: Any, check_generation: Callable[[dict[str, Any]], None]) -> None:
+    """Tries what comes after the model has answered, with the requests of the task's first document.
+
+    Raises:
+      UserError: If the generation_kwargs are impossible, if a metric needs a package or a file that is not here, or if
+        a metric is one that lm_eval does not compute for this kind of task.
+    """
+    name, requests = task.config.task, list(task.instances or ())
+    if not requests or any(request.request_type not in _STAND_INS for request in requests):
+        return
+    for request in requests:
+        if request.request_type == "generate_until":
+            try:
+                check_generation(request.args[1])
+            except UserError as error:
+                raise UserError(f"--tasks={name}: {error}") from None
+    results = [_STAND_INS[request.request_type] for request in requests]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            figures = task.process_results(copy.deepcopy(requests[0].doc), results)
+            for metric, value in figures.items():
+                if aggregation := task.aggregation().get(metric):
+                    aggregation([value])
+    except Exception as error:
+        # Any other exception may only mean that the stand-in is no possible result, or that one result is too few.
+        if isinstance(error, ImportError | OSError) or type(error) is LookupError:  # LookupError: data of nltk
+            raise UserError(f"--tasks={name}: its metrics cannot be computed: {reason(error, name)}") from error
+        return
+    if not callable(task.get_config("process_results")) and task.OUTPUT_TYPE != "generate_until":
+        for metric in task.aggregation():
+            if metric not in figures:
+                raise UserError(f"--tasks={name}: lm_eval does not compute {metric} for output_type {task.OUTPUT_TYPE}")

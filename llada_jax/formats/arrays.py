@@ -21,6 +21,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from llada_jax.cli.machine_errors import machine_error
 from llada_jax.config import UserError
 from llada_jax.devices import distributed
 from llada_jax.formats.fingerprint import fingerprint
@@ -101,6 +102,7 @@ def read(path: Path, target: dict, partial: bool = True) -> tuple[dict, dict]:
 
     Raises:
       Damaged: In all processes, if one of them cannot read its part or if an array is not what was saved.
+      OSError: If the machine does not let this process read its part, for example because of too many open files.
     """
     tree, record, problem = None, {}, None
     try:
@@ -109,6 +111,8 @@ def read(path: Path, target: dict, partial: bool = True) -> tuple[dict, dict]:
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # most likely there is not enough memory, which is not a fault of the files
     except Exception as error:  # Orbax and TensorStore raise many kinds
+        if failed := machine_error(error, path):
+            raise failed from error  # a run must not put such a checkpoint aside
         problem = one_line(error)
     # A checkpoint that is damaged for one process must count as damaged for all, or the processes would take different
     # actions.

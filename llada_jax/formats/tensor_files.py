@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from llada_jax.cli.machine_errors import machine_error, reason
 from llada_jax.config import UserError
 from llada_jax.formats.published import CONFIG, read_json
 
@@ -109,8 +110,15 @@ def _open(path: Path, files: contextlib.ExitStack, named: str) -> Any:
     if not path.is_file():
         raise UserError(f"{path} is not a file")
     try:
+        with path.open("rb"):  # safe_open reports every reason why a file cannot be opened as a missing file
+            pass
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from error
+    try:
         return files.enter_context(safe_open(path, framework="numpy"))
     except (SafetensorError, OSError) as error:
+        if failed := machine_error(error, path):
+            raise UserError(f"{path} cannot be read: {reason(failed)}") from error
         raise UserError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 

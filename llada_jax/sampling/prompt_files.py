@@ -24,7 +24,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+            json.dumps(record, allow_nan=False)  # what JSON cannot hold could not be written again
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number} is not JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise UserError(f'{path}:{number} must be an object with a text "prompt"')
@@ -34,4 +35,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def write_records(path: Path, records: list[dict[str, Any]]) -> None:
     """Writes objects as the lines of a JSONL file, whole or not at all."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    write_text(path, "".join(map(_line, records)))
+
+
+def _line(record: dict[str, Any]) -> str:
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which only an escape of JSON can represent
+        line = json.dumps(record, allow_nan=False) + "\n"
+    return line

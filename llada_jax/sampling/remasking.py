@@ -74,20 +74,29 @@ def gumbel(key_BC: jax.Array, vocab_size: int) -> jax.Array:
 
 
 def choose(
-    logits_BCV: jax.Array, noise_BCV: jax.Array | None, allowed_V: jax.Array, unsure_V: jax.Array | None = None
+    logits_BCV: jax.Array,
+    noise_BCV: jax.Array | None,
+    allowed_V: jax.Array,
+    unsure_V: jax.Array | None = None,
+    absent_V: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Draws one token per position by the Gumbel-max trick, and returns the tokens with their probabilities.
 
     Args:
-      logits_BCV: fp32 logits, -inf for tokens that are impossible.
+      logits_BCV: fp32 logits.
       noise_BCV: fp32 Gumbel noise times the temperature. With None the most probable tokens are chosen.
       allowed_V: bool, True for tokens that may be chosen. The other tokens still count in the softmax.
       unsure_V: bool, True for tokens that may be chosen but do not count in the softmax: their probability is 0.
+      absent_V: bool, True for tokens that are not chosen and do not count in the softmax, as if their logits were -inf.
 
     Returns:
       The tokens, int32 (B, C), and their probabilities, fp32 (B, C). The probabilities are those at temperature 1,
-      whatever the temperature of the draw is.
+      whatever the temperature of the draw is. A probability is NaN if any logit of its position is NaN or infinite; the
+      token then means nothing.
     """
+    given_BCV = logits_BCV
+    if absent_V is not None:
+        logits_BCV = jnp.where(absent_V, -jnp.inf, logits_BCV)
     noisy_BCV = jnp.where(allowed_V, logits_BCV if noise_BCV is None else logits_BCV + noise_BCV, -jnp.inf)
     # Among equal logits the lowest id wins. jnp.argmax gives the same result, but takes six times as long on a CPU. The
     # barrier asks XLA to compute the noisy logits only once, which it may ignore. Computed twice, equal values can
@@ -108,8 +117,9 @@ def choose(
     chosen_BC = jnp.sum(jnp.where(is_token_BCV, logits_BCV, 0.0), axis=-1)
     # Near 1, where ranks are decided, exp(logit - max) / sum is exact to the last bit; exp(logit - logsumexp) is not.
     max_BC = jnp.max(logits_BCV, axis=-1)
-    sum_BC = jnp.sum(jnp.exp(logits_BCV - max_BC[..., None]), axis=-1)
-    return token_BC.astype(jnp.int32), jnp.exp(chosen_BC - max_BC) / sum_BC
+    # A logit that is not finite must not go unseen. Tested in the same pass over the vocabulary, it costs no time.
+    exp_BCV = jnp.where(jnp.isfinite(given_BCV), jnp.exp(logits_BCV - max_BC[..., None]), jnp.nan)
+    return token_BC.astype(jnp.int32), jnp.exp(chosen_BC - max_BC) / jnp.sum(exp_BCV, axis=-1)
 
 
 def low_confidence(probability_BC: jax.Array, key_BC: jax.Array) -> jax.Array:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.config import SamplerConfig, UserError
+from llada_jax.config import NonFinite, SamplerConfig, UserError
 from llada_jax.devices import mesh
 from llada_jax.model.compute import compute_dtype
 from llada_jax.model.transformer import Transformer
@@ -82,23 +82,25 @@ def _predict(
     temperature: jax.Array,
     config: SamplerConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the predicted tokens, int32 (B, C), and their scores, fp32 (B, C), at some positions of the canvas."""
+    """Returns the predicted tokens, int32 (B, C), and their scores, fp32 (B, C), at some positions of the canvas.
+
+    A score is NaN if the logits at its position are not finite.
+    """
     h_BCD = _take(h_BTD, position_BC[:, :, None])
     logits_BCV = model.logits(h_BCD)
     vocabulary = jnp.arange(model.config.vocab_size)
     allowed_V = (vocabulary != config.mask_id) & (vocabulary < (model.config.token_count or model.config.vocab_size))
-    if config.logits_eos_inf:
-        logits_BCV = jnp.where(vocabulary == config.eos_id, -jnp.inf, logits_BCV)
+    absent_V = vocabulary == config.eos_id if config.logits_eos_inf else None
     unsure_V = _is_end(vocabulary, config) if config.confidence_eos_eot_inf else None
     key_BC2 = jax.vmap(jax.vmap(jax.random.split))(key_BC)
     noise_BCV = None
     if config.temperature:
         noise_BCV = temperature * gumbel(key_BC2[:, :, 0], model.config.vocab_size)
-    token_BC, probability_BC = choose(logits_BCV, noise_BCV, allowed_V, unsure_V)
+    token_BC, probability_BC = choose(logits_BCV, noise_BCV, allowed_V, unsure_V, absent_V)
     score_BC = REMASKING[config.remasking](probability_BC, key_BC2[:, :, 1])
     if config.confidence_eos_eot_inf:  # below every score of any strategy
         score_BC = jnp.where(_is_end(token_BC, config), -1.0, score_BC)
-    return token_BC, score_BC
+    return token_BC, jnp.where(jnp.isnan(probability_BC), jnp.nan, score_BC)
 
 
 def _plan(
@@ -123,8 +125,8 @@ def _reverse_step(
     step: jax.Array,
     dials: Dials,
     config: SamplerConfig,
-) -> jax.Array:
-    """Returns the canvas after one more reverse step of every row."""
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the canvas after one more reverse step of every row, and bool (), whether all predictions were finite."""
     block_B, inner_B, count_B, _ = _plan(rows, tokens_BT, step, dials.steps, config)
     batch, length = tokens_BT.shape
     # At least 2, because JAX cannot tell how a slice of shape (1, 1) is split. Slots beyond the block are not masked.
@@ -166,15 +168,15 @@ def _reverse_step(
         chunks = -(-jnp.max(jnp.sum(masked_BK, axis=1, dtype=jnp.int32)) // chunk)
         token_BK, score_BK = jax.lax.fori_loop(0, chunks, predict_chunk, predicted)
 
+    finite = ~jnp.any(jnp.isnan(score_BK) & masked_BK)
     # The sort is stable, so among equal scores the lowest position stays. Slots that are not masked always come last.
     best_BK = jnp.argsort(jnp.where(masked_BK, -score_BK, jnp.inf), axis=1, stable=True)
     token_BK, position_BK = (_take(x, best_BK) for x in (token_BK, position_BK))
     # Only the best count_B predictions are kept. The others get the position `length`, outside the canvas: dropped.
     position_BK = jnp.where(jnp.arange(width) < count_B[:, None], position_BK, length)
     write = jax.vmap(lambda row_T, at_K, new_K: row_T.at[at_K].set(new_K, mode="drop"))
-    return jax.shard_map(write, in_specs=(mesh.TOKENS_BT,) * 3, out_specs=mesh.TOKENS_BT)(
-        tokens_BT, position_BK, token_BK
-    )
+    write = jax.shard_map(write, in_specs=(mesh.TOKENS_BT,) * 3, out_specs=mesh.TOKENS_BT)
+    return write(tokens_BT, position_BK, token_BK), finite
 
 
 def _roll(tokens_BT: jax.Array, shift_B: jax.Array) -> jax.Array:
@@ -192,12 +194,13 @@ def denoise(
     stop: jax.Array,
     dials: Dials,
     config: SamplerConfig,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Runs reverse steps from `step` up to `stop` or to the end.
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Runs reverse steps from `step` up to `stop` or to the end, or until the model's output is not finite.
 
     Returns:
-      The canvas, int32 (B, T), replicated on every device; the number of steps done by now; and the total number of
-      steps, as far as it is known by now (stop_at_end can lower it later).
+      The canvas, int32 (B, T), replicated on every device; the number of steps done by now; the total number of steps,
+      as far as it is known by now (stop_at_end can lower it later); and bool (), whether the output of the model was
+      finite wherever a token was predicted from it. If not, the canvas means nothing.
     """
     # Cast the weights here, once. Otherwise every step would cast the fp32 master weights again.
     model = jax.tree.map(lambda p: p.astype(compute_dtype(model.compute)), model)
@@ -207,16 +210,18 @@ def denoise(
         return jnp.max(_plan(rows, tokens_BT, step, dials.steps, config)[3])
 
     def advance(carry):
-        step, _, tokens_BT = carry
-        tokens_BT = _reverse_step(model, rows, tokens_BT, step, dials, config)
-        return step + 1, steps_in_all(step + 1, tokens_BT), tokens_BT
+        step, _, tokens_BT, _ = carry
+        tokens_BT, finite = _reverse_step(model, rows, tokens_BT, step, dials, config)
+        return step + 1, steps_in_all(step + 1, tokens_BT), tokens_BT, finite
 
-    step, total, tokens_BT = jax.lax.while_loop(
-        lambda carry: carry[0] < jnp.minimum(stop, carry[1]), advance, (step, steps_in_all(step, tokens_BT), tokens_BT)
+    step, total, tokens_BT, finite = jax.lax.while_loop(
+        lambda carry: carry[3] & (carry[0] < jnp.minimum(stop, carry[1])),
+        advance,
+        (step, steps_in_all(step, tokens_BT), tokens_BT, jnp.bool_(True)),
     )
     if config.stop_at_end:
         tokens_BT = _fill_with_end(rows, tokens_BT, step, dials, config)
-    return jax.reshard(_roll(tokens_BT, -rows.shift_B), P(None, None)), step, total
+    return jax.reshard(_roll(tokens_BT, -rows.shift_B), P(None, None)), step, total, finite
 
 
 def _fill_with_end(rows: Rows, tokens_BT: jax.Array, step: jax.Array, dials: Dials, config: SamplerConfig) -> jax.Array:
@@ -312,13 +317,18 @@ def generate(
 
     Raises:
       UserError: If a setting is impossible, an id is outside the vocabulary, or shapes do not match.
+      NonFinite: If the output of the model is NaN or infinite where a token is predicted from it.
     """
     config = resolve(config, model)
     with mesh.mesh_of(model.embedding[...]):
         rows, tokens_BT = _start(model, prompt_BT, config, key, prompt_mask_BT)
         if tokens_BT.shape[1]:
             dials, static = _arguments(config)
-            tokens_BT, _, _ = denoise(model, rows, tokens_BT, _scalar(0), _scalar(TO_THE_END), dials, config=static)
+            tokens_BT, _, _, finite = denoise(
+                model, rows, tokens_BT, _scalar(0), _scalar(TO_THE_END), dials, config=static
+            )
+            if not finite:
+                raise NonFinite
         return jax.lax.slice_in_dim(tokens_BT, 0, len(prompt_BT))
 
 
@@ -348,9 +358,11 @@ def denoise_steps(
     while done < total:
         # Enter the mesh for each step separately, because the consumer's own code runs between two steps.
         with mesh.mesh_of(model.embedding[...]):
-            tokens_BT, step, all_steps = denoise(
+            tokens_BT, step, all_steps, finite = denoise(
                 model, rows, tokens_BT, _scalar(done), _scalar(done + 1), dials, config=static
             )
+        if not finite:
+            raise NonFinite
         before_BT, shown_BT = shown_BT, np.asarray(tokens_BT)[:batch]
         done, total = int(step), int(all_steps)
         if done:

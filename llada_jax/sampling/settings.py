@@ -9,6 +9,7 @@ from llada_jax.config import SamplerConfig, UserError
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.remasking import REMASKING
 
+LARGEST = 1e30  # a temperature or guidance scale; noise and logits times this number are still finite in float32
 TO_THE_END = np.iinfo(np.int32).max
 
 
@@ -20,6 +21,8 @@ def check_settings(config: SamplerConfig) -> SamplerConfig:
     for name, none in (("temperature", "greedy"), ("cfg_scale", "no guidance")):
         if not 0 <= getattr(config, name) < math.inf:
             raise UserError(f"{name}={getattr(config, name)}: it must be 0 ({none}) or a positive number")
+        if getattr(config, name) > LARGEST:
+            raise UserError(f"{name}={getattr(config, name)}: it must be at most {LARGEST:g}, or float32 overflows")
     if config.remasking not in REMASKING:
         raise UserError(f"remasking={config.remasking!r}: choose one of {', '.join(REMASKING)}")
     return config

@@ -193,6 +193,7 @@ class Screen:
         columns, rows = self._size()
         # Leave the last column free, because terminals differ in what they do after a character there.
         columns, rows = max(columns, 10) - 1, max(rows, 4) - 1
+        text = self._writable(text)
         lines = list(visible(lay_out(text, columns), rows - 1)) + lay_out([(status, "status")], columns)[:1]
         time.sleep(max(0.0, self._last + FRAME_SECONDS - time.monotonic()))
         self._last = time.monotonic()
@@ -201,8 +202,15 @@ class Screen:
 
     def finish(self, text: Spans) -> None:
         """Replaces the drawing by the whole text, however long it is."""
-        self._write(self._erased() + "".join(painted(line) + "\n" for line in lay_out(text, 1 << 30)))
+        lines = lay_out(self._writable(text), 1 << 30)
+        self._write(self._erased() + "".join(painted(line) + "\n" for line in lines))
         self._drawn = []
+
+    def _writable(self, text: Spans) -> Spans:
+        """Returns the text with escapes, such as \\u2192, for the characters that the terminal's encoding lacks."""
+        if not (encoding := self._stream.encoding):  # a stand-in for a terminal
+            return text
+        return [(part.encode(encoding, "backslashreplace").decode(encoding), style) for part, style in text]
 
     def _erased(self) -> str:
         """Returns the codes that erase what is drawn."""

@@ -63,11 +63,19 @@ def encode_prompt(text: str, model: Transformer, tokenizer: Tokenizer, options: 
 
 
 def make_prompt(ids: Sequence[int], model: Transformer, tokenizer: Tokenizer, options: Options) -> Prompt:
-    """Makes a prompt from the tokenizer's ids. Raises UserError if the model does not say which token is MASK."""
+    """Makes a prompt from the tokenizer's ids.
+
+    Raises:
+      UserError: If the model does not say which token is MASK, or if its vocabulary lacks a token of the prompt.
+    """
     mask_id = model.config.mask_id
     if mask_id is None:
         raise UserError("the model does not say which token is MASK: set mask_id in its ModelConfig")
     ids = [mask_id if i == tokenizer.mask_id else i for i in map(int, ids)]
+    if ids and not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
+        raise UserError(
+            f"a prompt has ids from {min(ids)} to {max(ids)}, but the model's vocabulary is {model.config.vocab_size}"
+        )
     masks = ids.count(mask_id)
     gen_length = options.gen_length
     if gen_length is None:

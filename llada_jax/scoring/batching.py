@@ -17,6 +17,7 @@ from llada_jax.config import ModelConfig, UserError
 from llada_jax.devices import mesh
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.guidance import guided_trunk
+from llada_jax.sampling.settings import LARGEST
 
 SHORTEST = 16  # tokens; every padded length is a multiple of this, and long rows are padded to larger multiples
 # The number of tokens of a batch on each device, enough to keep it busy. A CPU needs few, and its caches are small.
@@ -96,6 +97,8 @@ def check_settings(cfg_scale: float, batch_size: int | None) -> None:
     """Raises UserError if the guidance scale or the batch size is out of range."""
     if not 0 <= cfg_scale < math.inf:
         raise UserError(f"cfg_scale={cfg_scale}: it must be 0 (no guidance) or a positive number")
+    if cfg_scale > LARGEST:
+        raise UserError(f"cfg_scale={cfg_scale}: it must be at most {LARGEST:g}, or float32 overflows")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size={batch_size}: it must be at least 1")
 

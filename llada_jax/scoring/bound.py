@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.config import ValidationConfig
+from llada_jax.config import NonFinite, ValidationConfig
 from llada_jax.data.rows import HeldOut
 from llada_jax.devices import mesh
 from llada_jax.diffusion.cross_entropy import linear_cross_entropy
@@ -75,12 +75,15 @@ def masked_nats(
       mask_id: The id of MASK.
 
     Returns:
-      fp32 nats (B,), replicated on every device.
+      fp32 nats (B,), replicated on every device. They are not finite if the output of the model is not.
     """
     weight_BT = jnp.where(mask_BT, weight_B[:, None], 0.0)
     h_BTD = trunk(jnp.where(mask_BT, mask_id, tokens_BT))
-    _, nll_BT = linear_cross_entropy(h_BTD, model.head_weight(), tokens_BT, weight_BT, chunk)
-    return jax.reshard((nll_BT * weight_BT).sum(axis=1), P(None))
+    head = model.head_weight()
+    _, nll_BT = linear_cross_entropy(h_BTD, head, tokens_BT, weight_BT, chunk)
+    nats_B = jax.reshard((nll_BT * weight_BT).sum(axis=1), P(None))
+    # A logit of -inf takes no part in the sum of a softmax, so it would go unseen.
+    return jnp.where(jnp.isfinite(head).all(), nats_B, jnp.nan)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "chunk", "mask_id"))
@@ -149,6 +152,9 @@ def validate(
     Returns:
       The figures nats_per_token (EOS counts as a token, the tokens of the prompt do not count), perplexity, and
       bits_per_byte (EOS has no bytes).
+
+    Raises:
+      NonFinite: If the output of the model is NaN or infinite where a token is masked.
     """
     tokens_NT, length_N, prompt_N, bytes_N = rows
     count, total, mesh_ = len(tokens_NT), 0.0, jax.sharding.get_mesh()
@@ -163,6 +169,8 @@ def validate(
             batch = mesh.place_batch({**batch, "row": row.astype(np.int32)}, mesh_, batch_size)
             nats_B = bound(graphdef, params, *batch.values(), key, chunk=chunk, mask_id=mask_id)
             total += float(np.asarray(nats_B, np.float64)[: count - first].sum())
+            if not math.isfinite(total):
+                raise NonFinite
     tokens = int((length_N - prompt_N).sum())
     nats = total / config.samples / tokens
     return {

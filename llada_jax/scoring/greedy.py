@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from llada_jax.config import NonFinite
 from llada_jax.devices import mesh
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.remasking import choose
@@ -52,6 +53,7 @@ def greedy_matches(
 
     Raises:
       UserError: If a request has ids outside the vocabulary or MASK in its answer, or if a setting is out of range.
+      NonFinite: If the output of the model is NaN or infinite where a token is masked.
     """
     checked = check_requests(requests, model.config)
     check_settings(cfg_scale, batch_size)
@@ -74,7 +76,9 @@ def greedy_matches(
         while len(pending_N):
             stop, waiting = jax.device_put(np.int32(steps), P()), []
             compute = functools.partial(_steps, model, scale, stop, guided=cfg_scale > 0)
-            for rows_B, (match_B, open_BT) in in_batches(checked, pending_N, columns, compute, batch_size):
+            for rows_B, (match_B, open_BT, finite_B) in in_batches(checked, pending_N, columns, compute, batch_size):
+                if not finite_B.all():
+                    raise NonFinite
                 for i, match, open_T in zip(pending_N[rows_B].tolist(), match_B, open_BT, strict=True):
                     match_R[i] = match
                     open_R[i] = open_T[len(checked[i].prompt_T) : checked[i].length]
@@ -90,7 +94,7 @@ def greedy_matches(
 @functools.partial(jax.jit, static_argnames="guided")
 def _steps(
     model: Transformer, scale: jax.Array, stop: jax.Array, batch: dict[str, jax.Array], *, guided: bool
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Takes up to `stop` reverse steps, and fewer if all rows are decided earlier.
 
     Args:
@@ -101,8 +105,8 @@ def _steps(
       guided: Whether to apply classifier-free guidance.
 
     Returns:
-      bool (B,), True if no token of the row has differed so far, and bool (B, T), True where a token is still masked.
-      Both are replicated on every device.
+      bool (B,), True if no token of the row has differed so far; bool (B, T), True where a token is still masked; and
+      bool (B,), True if the output of the model was finite at all masked tokens. All are replicated on every device.
     """
     tokens_BT, config = batch["tokens"], model.config
     length = tokens_BT.shape[1]
@@ -114,7 +118,7 @@ def _steps(
     chunk = min(SHORTEST, 2 ** (fitting.bit_length() - 1))
 
     def step(carry):
-        done, match_B, open_BT = carry
+        done, match_B, open_BT, finite_B = carry
         h_BTD = hidden(model, jnp.where(open_BT, config.mask_id, tokens_BT), batch, scale, guided)
         # Put the masked positions first, in ascending order: chunks without any masked position are not computed.
         order_BT = jnp.argsort(~open_BT, axis=1, stable=True)
@@ -133,17 +137,19 @@ def _steps(
 
         # argmax takes the first of several equal values, which here is the one at the lowest position.
         masked_BT, wanted_BT = (jnp.take_along_axis(x, order_BT, axis=1) for x in (open_BT, tokens_BT))
+        finite_B &= ~jnp.any(masked_BT & jnp.isnan(probability_BT), axis=1)
         best_B = jnp.argmax(jnp.where(masked_BT, probability_BT, -jnp.inf), axis=1)
         is_best_BT = jnp.arange(length) == best_B[:, None]
         right_B = jnp.any(is_best_BT & (token_BT == wanted_BT), axis=1)
         position_B = jnp.sum(jnp.where(is_best_BT, order_BT, 0), axis=1)
         match_B &= right_B | ~open_BT.any(axis=1)
-        return done + 1, match_B, open_BT & ((jnp.arange(length) != position_B[:, None]) | ~right_B[:, None])
+        open_BT = open_BT & ((jnp.arange(length) != position_B[:, None]) | ~right_B[:, None])
+        return done + 1, match_B, open_BT, finite_B
 
     def undecided(carry):
-        done, match_B, open_BT = carry
+        done, match_B, open_BT, _ = carry
         return (done < stop) & jnp.any(match_B & open_BT.any(axis=1))
 
-    start = jnp.int32(0), batch["answer"] > 0, batch["open"]
-    _, match_B, open_BT = jax.lax.while_loop(undecided, step, start)
-    return jax.reshard(match_B, P(None)), jax.reshard(open_BT, P(None, None))
+    start = jnp.int32(0), batch["answer"] > 0, batch["open"], batch["answer"] >= 0
+    _, match_B, open_BT, finite_B = jax.lax.while_loop(undecided, step, start)
+    return jax.reshard(match_B, P(None)), jax.reshard(open_BT, P(None, None)), jax.reshard(finite_B, P(None))

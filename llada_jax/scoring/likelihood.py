@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.config import UserError
+from llada_jax.config import NonFinite, UserError
 from llada_jax.devices import mesh
 from llada_jax.diffusion.forward import unit_interval
 from llada_jax.model.transformer import Transformer
@@ -97,6 +97,7 @@ def log_likelihoods(
 
     Raises:
       UserError: If a request has ids outside the vocabulary or MASK in its answer, or if a setting is out of range.
+      NonFinite: If the output of the model is NaN or infinite where a token is masked.
     """
     checked = check_requests(requests, model.config)
     check_settings(cfg_scale, batch_size)
@@ -182,6 +183,8 @@ def _draw(model, requests, rows_R, samples_R, key, cfg_scale, batch_size, report
             _row_values, model, key_data, scale, kind=jax.random.key_impl(key), guided=cfg_scale > 0
         )
         for rows_B, got_B in in_batches(requests, request_N, columns, compute, batch_size):
+            if not np.isfinite(got_B).all():
+                raise NonFinite
             value_N[rows_B] = got_B
             np.subtract.at(left_R, request_N[rows_B], 1)
             report(int(np.count_nonzero(left_R <= 0)))

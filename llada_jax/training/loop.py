@@ -6,13 +6,15 @@ samples, a checkpoint). A checkpoint therefore is never ahead of metrics.jsonl, 
 were not read.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 from llada_jax import config as configs
 from llada_jax.cli import entry_point
-from llada_jax.config import ComputeConfig, Config
+from llada_jax.config import ComputeConfig, Config, NonFinite
 from llada_jax.data.read.pipeline import Data
 from llada_jax.data.rows import HeldOut
 from llada_jax.devices import distributed, mesh
@@ -27,10 +29,6 @@ from llada_jax.text.tokenizer import Tokenizer
 from llada_jax.training import metrics, samples, summary
 from llada_jax.training.checkpoint import Checkpoints
 from llada_jax.training.step import TrainState, make_train_step
-
-
-class NonFinite(Exception):
-    """Raised if the loss or the gradients were not finite in too many steps in a row."""
 
 
 class Loop:
@@ -86,6 +84,8 @@ class Loop:
         profile = config.profile
         if profile.steps and profile.first_step < self.first_step:
             log(f"no profile: config.profile.first_step={profile.first_step} lies before step {self.first_step}")
+        elif profile.steps and profile.first_step >= config.steps:
+            log(f"no profile: config.profile.first_step={profile.first_step} is not below config.steps={config.steps}")
 
     def run(self, state: TrainState, data: Data) -> int:
         """Trains up to config.steps, and finishes everything that is being written.
@@ -98,7 +98,8 @@ class Loop:
           FINISHED, or PREEMPTED if the run was saved after SIGTERM.
 
         Raises:
-          NonFinite: After optimizer.max_nonfinite steps in a row whose loss or gradients were not finite.
+          NonFinite: After optimizer.max_nonfinite steps in a row whose loss or gradients were not finite, or if the
+            model's output is not finite in a validation or a sample.
           SaveFailed: If a checkpoint could not be written.
           UserError: If a row of the data is damaged.
         """
@@ -248,15 +249,16 @@ class Loop:
 
     def _validate(self, state: TrainState) -> dict:
         config = self.config
-        values = bound.validate(
-            self.graphdef,
-            lora.combine(state.params, self.frozen),
-            self.held_out,
-            config.validation,
-            batch_size=config.batch_size // config.accumulation,
-            chunk=config.compute.loss_chunk,
-            mask_id=config.model.mask_id,
-        )
+        with self._named("validation"):
+            values = bound.validate(
+                self.graphdef,
+                lora.combine(state.params, self.frozen),
+                self.held_out,
+                config.validation,
+                batch_size=config.batch_size // config.accumulation,
+                chunk=config.compute.loss_chunk,
+                mask_id=config.model.mask_id,
+            )
         self.bits_per_byte = values["bits_per_byte"]
         log(
             f"step {self.done}  validation {values['nats_per_token']:.4f} nats/token  "
@@ -269,14 +271,23 @@ class Loop:
             return
         chat = is_chat(self.config)
         params = lora.combine(state.params, self.frozen)
-        found = samples.sample_texts(
-            self.graphdef, params, self.tokenizer, self.config.sampling, self.config.seed, chat
-        )
+        with self._named("samples"):
+            found = samples.sample_texts(
+                self.graphdef, params, self.tokenizer, self.config.sampling, self.config.seed, chat
+            )
         text = samples.show_samples(found, chat)
         log(f"samples at step {self.done}:\n{text}")
         if distributed.index() == 0:
             samples.append_samples(self.folder / "samples.txt", self.done, text)
             self.writer.text(self.done, "samples", text)
+
+    @contextlib.contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Adds to the message of `NonFinite` where in the run it was raised."""
+        try:
+            yield
+        except NonFinite as error:
+            raise NonFinite(f"{what} at step {self.done}: {error}") from error
 
     def _profile(self, state: TrainState) -> None:
         profile = self.config.profile

@@ -1,11 +1,13 @@
 """Measures a training run and writes its metrics: losses, speed, FLOPs and MFU."""
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -205,18 +207,43 @@ class _Board:
         self._file.close()
 
 
-def _start_wandb(project: str, workdir: Path, run_config: dict):
+def check_wandb(project: str) -> None:
+    """Raises UserError if Weights & Biases would not take the metrics of a run.
+
+    Without this, a missing key would be found only after the data is prepared, which can take hours.
+    """
+    with _wandb(project) as wandb:
+        wandb.Settings(project=project)
+        if os.environ.get("WANDB_MODE", "online") == "online":
+            wandb.login()
+
+
+@contextlib.contextmanager
+def _wandb(project: str) -> Iterator[ModuleType]:
+    """Yields the module wandb. Whatever it raises in the block becomes a UserError of one line."""
     try:
         import wandb
     except ImportError:
         raise UserError(
             "config.logging.wandb_project needs the package wandb: pip install 'llada_jax[wandb]'"
         ) from None
+    try:
+        yield wandb
+    except Exception as error:  # wandb has its own exceptions for a missing key, no network, and a bad name
+        raise UserError(
+            f"config.logging.wandb_project={project}: {' '.join(str(error).split())[:300]}; "
+            "with WANDB_MODE=offline the metrics stay in the workdir"
+        ) from error
+
+
+def _start_wandb(project: str, workdir: Path, run_config: dict):
     # Keep the id of the W&B run in the workdir, so that a resumed run continues the same W&B run.
     id_file = workdir / "wandb_id"
-    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
-    id_file.write_text(run_id)
-    return wandb.init(project=project, id=run_id, resume="allow", dir=str(workdir), config=run_config)
+    known = id_file.read_text().strip() if id_file.exists() else ""
+    with _wandb(project) as wandb:
+        run = wandb.init(project=project, id=known or None, resume="allow", dir=str(workdir), config=run_config)
+    id_file.write_text(run.id)
+    return run
 
 
 def drop_after(path: Path, step: int) -> None:

@@ -4,6 +4,7 @@ The train step combines the two. They are separate because a skipped step must s
 must not change Adam's moments and bias correction: the schedule counts the steps of the run, Adam counts updates.
 """
 
+import bisect
 import math
 from collections.abc import Callable
 
@@ -55,6 +56,21 @@ def schedule_points(config: OptimizerConfig, steps: int) -> list[tuple[float, fl
             "config.optimizer.schedule is empty: write at least one point; ((0, 1.0),) is a constant learning rate"
         )
     return points
+
+
+def rate_at(config: OptimizerConfig, steps: int, step: int) -> float:
+    """Returns the learning rate of a step, as `make_schedule` computes it, without a device.
+
+    Args:
+      config: The configuration of the optimizer.
+      steps: Number of steps of the run.
+      step: The step; 0 is the first.
+    """
+    points = schedule_points(config, steps)
+    right = min(max(bisect.bisect_left([at for at, _ in points], step + 1), 1), len(points) - 1)
+    (start, first), (end, last) = points[max(right - 1, 0)], points[right]
+    share = min(max((step + 1 - start) / max(end - start, 1e-6), 0.0), 1.0)
+    return config.peak_learning_rate * (first + share * (last - first))
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:

@@ -23,8 +23,11 @@ from etils import epath
 from llada_jax import config as configs
 from llada_jax.config import Config, UserError
 from llada_jax.devices import distributed
-from llada_jax.formats.workdir import TOKENIZER
+from llada_jax.formats.published import CONFIG
+from llada_jax.formats.workdir import CHECKPOINTS, FROZEN, PUBLISHED_FILES, TOKENIZER
 
+_FILES = ("metrics.jsonl", "samples.txt", "starts.jsonl", "wandb_id", CONFIG)
+_FOLDERS = ("tensorboard", "profile", "data", "wandb", CHECKPOINTS, FROZEN, PUBLISHED_FILES, TOKENIZER)
 _SHARED_SECONDS = 20  # how long a network file system may take to show one host what another has written
 
 
@@ -53,6 +56,10 @@ def _own(workdir: Path, owned: contextlib.ExitStack) -> str:
         lock = owned.enter_context((workdir / "lock").open("a"))
     except OSError as error:
         raise UserError(f"--workdir={workdir} cannot be written: {error.strerror}") from None
+    for names, kind, wrong in ((_FILES, "folder", Path.is_dir), (_FOLDERS, "file", Path.is_file)):
+        for name in names:
+            if wrong(workdir / name):  # otherwise the run would fail when it first writes there
+                raise UserError(f"--workdir={workdir} has a {kind} called {name}, which a run needs: remove it")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

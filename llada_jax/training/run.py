@@ -5,7 +5,6 @@ because preparing text can take hours. The data comes before the state, because 
 comes before the first compilation.
 """
 
-import errno
 import os
 import sys
 from pathlib import Path
@@ -13,8 +12,8 @@ from pathlib import Path
 import jax
 
 from llada_jax import config as configs
-from llada_jax.cli import entry_point
-from llada_jax.config import ComputeConfig, Config, UserError
+from llada_jax.cli import entry_point, machine_errors, paths
+from llada_jax.config import ComputeConfig, Config, NonFinite, UserError
 from llada_jax.data import sets as prepared
 from llada_jax.devices import distributed, mesh
 from llada_jax.devices.distributed import log
@@ -26,11 +25,9 @@ from llada_jax.model import lora
 from llada_jax.model.compute import resolve_compute
 from llada_jax.model.transformer import parameter_count
 from llada_jax.text.agreement import resolve_ids
-from llada_jax.training import config_check, ownership, start
+from llada_jax.training import config_check, extension, metrics, ownership, samples, start
 from llada_jax.training.checkpoint import Checkpoints
-from llada_jax.training.loop import Loop, NonFinite
-
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+from llada_jax.training.loop import Loop
 
 
 def train(config: Config, folder: str | os.PathLike) -> int:
@@ -42,16 +39,17 @@ def train(config: Config, folder: str | os.PathLike) -> int:
       folder: The workdir of the run, which is created if needed.
 
     Returns:
-      The exit code: 0 if the run is finished, 1 if it stopped because of non-finite steps or a disk that cannot be
-      written, 143 if it was saved after SIGTERM.
+      The exit code: 0 if the run is finished, 1 if it stopped because of values that are not finite or of files that
+      the machine cannot read or write, 143 if it was saved after SIGTERM.
 
     Raises:
       UserError: If the user made a mistake, which is found before any training, or if a row of the data is damaged.
     """
+    paths.expand_settings(config)
     config_check.validate(config)
     if "://" in os.fspath(folder):
         raise UserError(f"--workdir={folder}: a local or mounted folder is needed")
-    folder = Path(folder)
+    folder = Path(paths.expanded(folder))
     distributed.check_same(
         "config", configs.to_dict(config), lambda first: _difference(config, configs.from_dict(first))
     )
@@ -61,9 +59,9 @@ def train(config: Config, folder: str | os.PathLike) -> int:
         except (NonFinite, SaveFailed) as error:
             reason = str(error)
         except OSError as error:
-            if error.errno not in _DISK_ERRORS:
+            if error.errno not in machine_errors.MACHINE:
                 raise
-            reason = f"{error.filename or folder} cannot be written or read: {error.strerror}"
+            reason = f"{error.filename or folder} cannot be written or read: {machine_errors.reason(error)}"
     if distributed.announce(entry_point.FAILURE):
         print(f"stopped: {reason}", file=sys.stderr, flush=True)
     return entry_point.FAILURE
@@ -80,6 +78,9 @@ def _run(config: Config, folder: Path) -> int:
     config.model = begin.architecture(config.model)
     begin.check(config)
 
+    if config.logging.wandb_project and distributed.index() == 0:
+        metrics.check_wandb(config.logging.wandb_project)
+
     # Check that the devices suit the model and the batch.
     device_mesh = mesh.make_mesh(config.mesh)
     compute = _check_devices(config, device_mesh)
@@ -88,6 +89,7 @@ def _run(config: Config, folder: Path) -> int:
     sets = prepared.find_sets(config, folder, begin.earlier)
     resolve_ids(config.model, sets.tokenizer)
     mesh.check_model(config.model, tuple(device_mesh.shape.values()))
+    samples.check_prompts(sets.tokenizer, config, is_chat(config))
     data, held_out = _open_data(config, sets)
     identity = sets.identity(config)
     distributed.check_same(
@@ -102,13 +104,16 @@ def _run(config: Config, folder: Path) -> int:
         # Make the state that the first step is computed from.
         saved = Checkpoints(folder, config.checkpoint)
         state, frozen, record = begin.first_state(config, device_mesh, compute.dtype, saved)
-        for name, (before, after) in changed.items() if begin.resumes else ():
-            log(f"  config.{name}: {before} -> {after}")
         first_step = int(state.step)
         if first_step > config.steps:
             raise UserError(
                 f"{begin.source} is at step {first_step}, beyond config.steps={config.steps}: set more steps"
             )
+        for name, (before, after) in changed.items():
+            if begin.resumes or extension.told(name):
+                log(f"  config.{name}: {before} -> {after}")
+        for line in extension.effects(begin.config, config, first_step) if changed else ():
+            log(f"  {line}")
 
         # Fill the workdir first, so that no checkpoint is ever without the files that explain it.
         if not begin.resumes:

@@ -1,15 +1,14 @@
 """Samples from fixed prompts that a run writes on the way, and the file that keeps them."""
 
-import dataclasses
 import re
 from pathlib import Path
 
 import jax
 from flax import nnx
 
-from llada_jax.config import SamplingConfig
+from llada_jax.config import Config, SamplingConfig, UserError
 from llada_jax.model.transformer import merge
-from llada_jax.sampling.text_completion import Options, complete, complete_ids
+from llada_jax.sampling.text_completion import Options, complete_ids
 from llada_jax.text.tokenizer import MASK_LITERAL, Tokenizer
 from llada_jax.training.summary import cut
 
@@ -30,20 +29,45 @@ def sample_texts(
     Returns:
       A pair for each prompt: the prompt and the whole text, or, if `chat`, the message and the answer.
     """
-    options = Options(steps=config.steps, block_length=config.block_length, temperature=config.temperature)
     texts = []
     for prompt in config.prompts:
-        if chat:
-            ids = tokenizer.encode_chat([{"role": "user", "content": prompt}])
-            one = dataclasses.replace(options, gen_length=config.gen_length)
-            (text,) = complete_ids(merge(graphdef, params), tokenizer, [ids], one, jax.random.key(seed))
-            texts.append((prompt, text))
-            continue
-        fills = MASK_LITERAL in prompt
-        one = dataclasses.replace(options, gen_length=0 if fills else config.gen_length)
-        (text,) = complete(merge(graphdef, params), tokenizer, [prompt], one, jax.random.key(seed))
-        texts.append((prompt, text if fills else prompt + text))
+        fills = MASK_LITERAL in prompt and not chat
+        options = Options(
+            steps=config.steps,
+            block_length=config.block_length,
+            temperature=config.temperature,
+            gen_length=0 if fills else config.gen_length,
+        )
+        ids = _encoded(prompt, tokenizer, chat)
+        (text,) = complete_ids(merge(graphdef, params), tokenizer, [ids], options, jax.random.key(seed))
+        texts.append((prompt, text if fills or chat else prompt + text))
     return texts
+
+
+def check_prompts(tokenizer: Tokenizer, config: Config, chat: bool = False) -> None:
+    """Raises UserError if the first sample, hours after the start of the run, would fail.
+
+    Args:
+      tokenizer: Encodes the prompts.
+      config: The configuration of the run, with the vocabulary of the model filled in.
+      chat: Whether the prompts are messages of a user.
+    """
+    for prompt in config.sampling.prompts:
+        named = f"config.sampling.prompts: {cut(prompt, 40)!r}"
+        try:
+            ids = _encoded(prompt, tokenizer, chat)
+        except (UserError, ValueError, TypeError) as error:  # the last two: half of a surrogate pair
+            raise UserError(f"{named} cannot be encoded: {error}") from None
+        if max(ids, default=0) >= config.model.vocab_size:
+            raise UserError(
+                f"{named} has the token {max(ids)}, but config.model.vocab_size is {config.model.vocab_size}"
+            )
+
+
+def _encoded(prompt: str, tokenizer: Tokenizer, chat: bool) -> list[int]:
+    if chat:
+        return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    return tokenizer.encode(prompt, special=True)
 
 
 def show_samples(samples: list[tuple[str, str]], chat: bool = False) -> str:

@@ -1,8 +1,10 @@
 """Tests that a text file is written whole or not at all; tests/data/test_output.py does the same for folders."""
 
+import os
+
 import pytest
 
-from llada_jax.cli.outputs import write_text
+from llada_jax.cli.outputs import check_file, write_text
 from llada_jax.config import UserError
 
 
@@ -16,3 +18,31 @@ def test_a_failure_leaves_the_file_that_was_there(tmp_path):
         write_text(tmp_path / "no" / "results.json", "new")
     write_text(path, "new")
     assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert check_file(tmp_path / "pipe") == tmp_path / "pipe"
+    write_text(tmp_path / "pipe", "x")
+    assert os.read(reader, 9) == b"x" and [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    os.close(reader)
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        (".", "--output=. is a folder; pass the name of a file"),
+        ("none/x", "--output=none/x: there is no folder /.*/none; create it first"),
+        ("gs://bucket/x", "--output=gs://bucket/x: name a file on this machine"),
+        ("x" * 300, "--output=x+ cannot be written: File name too long"),
+        ("a\0b", "--output=a.b cannot be written: .*null"),
+        ("file/x", "--output=file/x: there is no folder"),
+    ],
+)
+def test_what_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch, path, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=words):
+        check_file(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

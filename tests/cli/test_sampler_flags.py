@@ -40,10 +40,10 @@ def test_the_defaults_are_those_of_the_commands():
 
 
 def test_the_defaults_of_evaluate():
-    harness = pytest.importorskip("llada_jax.evaluation.harness", reason="needs lm_eval")
+    generation = pytest.importorskip("llada_jax.evaluation.generation", reason="needs lm_eval")
     from llada_jax.evaluation import reversal
 
-    assert f"or {harness.DEFAULT_GEN_LENGTH}; {reversal.GEN_LENGTH} for" in default("gen_length", "evaluate")
+    assert f"or {generation.DEFAULT_GEN_LENGTH}; {reversal.GEN_LENGTH} for" in default("gen_length", "evaluate")
     assert default("block_length", "evaluate").endswith(f"or {Options().block_length}")
 
 

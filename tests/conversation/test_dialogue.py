@@ -1,8 +1,11 @@
 import json
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from llada_jax.config import UserError
+from llada_jax.conversation.conversation import Settings
 from llada_jax.conversation.dialogue import named_file, read_record, shortened, write_record
 
 
@@ -95,3 +98,49 @@ def test_what_cannot_be_a_file_is_said(text, words):
 def test_no_error_repeats_all_of_a_long_text():
     assert shortened("x" * 100) == "x" * 100
     assert shortened("a" * 500 + "b" * 500) == "a" * 48 + "..." + "b" * 49
+
+
+DIALOGUES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "user", "assistant", "tool", 3])},
+        optional={"content": st.text(st.characters(), max_size=5) | st.none() | st.floats(), "more": st.floats()},
+    ),
+    max_size=4,
+)
+CONTENTS = st.one_of(
+    st.binary(max_size=30),
+    st.builds(lambda messages: json.dumps({"messages": messages}).encode(), DIALOGUES),
+    st.builds(lambda messages: b"\xef\xbb\xbf" + json.dumps({"messages": messages, "x": 1}).encode(), DIALOGUES),
+    st.sampled_from([b"[" * 100_000, b'{"messages": []}', b'{"messages": [], "score": NaN}',
+                     b'{"messages": [], "x": 1e999}', b'{"messages": [], "x": "\\ud800"}', b"\x00"]),
+)  # fmt: skip
+
+
+@settings(max_examples=80, deadline=None)
+@given(CONTENTS)
+@example(b'{"messages": [], "score": NaN}')
+@example(b"[" * 100_000)
+def test_any_file_is_a_conversation_or_refused_in_one_line(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.json"
+    path.write_bytes(content)
+    try:
+        record = read_record(path)
+    except UserError as error:
+        assert "\n" not in str(error) and "any.json" in str(error)
+        return
+    written = path.with_name("again.json")
+    written.unlink(missing_ok=True)
+    write_record(written, record)
+    text = written.read_text(encoding="utf-8")
+    assert "NaN" not in text.replace('"NaN"', "") and read_record(written) == record
+
+
+@given(st.sampled_from([*Settings().described(), "nothing"]), st.text(max_size=6) | st.floats().map(str))
+@settings(max_examples=80, deadline=None)
+def test_any_value_of_a_setting_is_taken_or_refused_in_one_line(name, text):
+    try:
+        changed = Settings().changed(name, text)
+    except UserError as error:
+        assert "\n" not in str(error).replace(text, "")
+        return
+    assert changed == changed.checked()

@@ -146,5 +146,8 @@ def test_what_is_wrong_with_a_remote_set(bucket, tmp_path, monkeypatch):
 
 def test_without_gcsfs(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for name in Bucket.protocol:
+        monkeypatch.delitem(_registry, name, raising=False)  # it is there if gcsfs was used before
+    backend._FileSystemSpecBackend._get_filesystem.cache_clear()
     with pytest.raises(UserError, match=r"gs://bucket/set: .*pip install 'llada_jax\[gcs\]'"):
         local_copy("gs://bucket/set", str(tmp_path))

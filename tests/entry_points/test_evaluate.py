@@ -21,7 +21,7 @@ import safetensors.numpy as safetensors
 import tiny
 from paths import PYTHONPATH, SUPPORT
 
-from llada_jax.config import ModelConfig, UserError
+from llada_jax.config import ModelConfig, NonFinite, UserError
 from llada_jax.evaluation import harness, run
 from llada_jax.evaluation.results import identify
 from llada_jax.evaluation.results import table as table_of
@@ -263,6 +263,43 @@ def test_what_other_processes_leave_alone(monkeypatch, capsys, place, tmp_path):
     assert capsys.readouterr() == ("", "") and os.environ["TQDM_DISABLE"] == "1"
 
 
+def test_a_model_whose_output_is_not_finite(place, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(place / "model", folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = safetensors.load_file(file)
+    name = next(name for name in tensors if "ff_out" in name or "down_proj" in name)
+    tensors[name][0, 0] = math.nan
+    safetensors.save_file(tensors, file, {"format": "pt"})
+    for tasks in ("cloze", "sums", "reversal"):
+        cache = tmp_path / "cache" / tasks
+        asked = dataclasses.replace(job(place, tmp_path / "out.json", tasks, cache=str(cache)), model=str(folder))
+        with pytest.raises(NonFinite, match="the model's output is not finite"):
+            run.run(asked)
+        for kept in cache.parent.glob("*.db"):
+            with sqlite3.connect(kept) as database:
+                assert database.execute("select count(*) from unnamed").fetchone() == (0,)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_figure_that_is_not_finite_is_null_and_told(monkeypatch, capsys, place, tmp_path):
+    results = {"results": {"choice": {"alias": "choice", "mcc,none": math.nan, "acc,none": 1.0}}, "n-shot": {}}
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **_: results)
+    assert run.run(job(place, tmp_path / "out.json", "choice")) == 0
+    text = (tmp_path / "out.json").read_text()
+    assert "NaN" not in text and json.loads(text)["results"]["choice"]["mcc,none"] is None
+    out, err = capsys.readouterr()
+    assert re.search(r"choice +none +mcc +nan", out)
+    assert "out.json: numbers that are not finite are written as null (1): results/choice/mcc,none\n" in err
+
+
+def test_a_perplexity_that_no_float_can_hold(monkeypatch, place, tmp_path):
+    """exp(-log-likelihood / words) of a text without spaces, for example."""
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **_: math.exp(1000))
+    with pytest.raises(NonFinite, match="^--tasks=choice: a metric, most likely a perplexity, is too large"):
+        run.run(job(place, tmp_path / "out.json", "choice"))
+
+
 def test_a_limit_is_a_number_or_a_share():
     assert [run._count(limit, 9) for limit in (None, 4.0, 20.0, 0.5, 0.01)] == [9, 4, 20, 5, 1]
 
@@ -284,6 +321,15 @@ def test_a_limit_is_a_number_or_a_share():
         ({"output": "x" * 300}, "--output=x+ cannot be written: File name too long"),
         ({"cache": "file/cache"}, "--cache=file/cache cannot be written: File exists"),
         ({"limit": 1.5}, "--limit=1.5"),
+        ({"limit": math.nan}, "--limit=nan"),
+        ({"limit": math.inf}, "--limit=inf"),
+        ({"output": "."}, "--output=. is a folder"),
+        ({"tasks": "choice,long"}, "--tasks=long: gen_length=300 leaves no room for a prompt"),
+        ({"tasks": "sums", "gen_length": 300}, "--tasks=sums: gen_length=300 leaves no room for a prompt"),
+        ({"tasks": "stops"}, r"--tasks=stops: generation_kwargs: until=\[5\] must be a text"),
+        ({"tasks": "unknown"}, "--tasks=unknown: there is no metric rouge99 in lm_eval"),
+        ({"tasks": "uncomputed"}, "--tasks=uncomputed: lm_eval does not compute bleu for output_type multiple_choice"),
+        ({"tasks": "package"}, "--tasks=package: its metrics cannot be computed: No module named 'nowhere_at_all'"),
         ({"steps": 0}, "steps=0"),
         ({"mc_samples": 0}, "--mc_samples=0"),
         ({"include_path": ("none",)}, "--include_path=none is not a folder"),
@@ -297,7 +343,19 @@ def test_a_mistake_is_told_before_the_model_is_loaded(monkeypatch, place, tmp_pa
     folder = bench.write_tasks(tmp_path / "tasks")
     base = json.loads((folder / "choice.yaml").read_text())
     metrics = {"metric_list": [{"metric": "acc", "aggregation": "middle", "higher_is_better": True}]}
+    sums = {"metric": "rouge99", "aggregation": "mean", "higher_is_better": True}
+    generates = json.loads((folder / "sums.yaml").read_text())
     for name, changes in (
+        ("long", {"generation_kwargs": {"max_gen_toks": 300}}),
+        ("stops", {"generation_kwargs": {"until": [5]}}),
+        ("unknown", {"metric_list": [sums]}),
+    ):
+        (folder / f"{name}.yaml").write_text(json.dumps(generates | {"task": name} | changes))
+    (folder / "late.py").write_text("def results(doc, results):\n    import nowhere_at_all\n")
+    late = (folder / "sums.yaml").read_text().replace('"task": "sums"', '"task": "package"')
+    (folder / "package.yaml").write_text(late[:-1] + ', "process_results": !function late.results}')
+    for name, changes in (
+        ("uncomputed", {"metric_list": [sums | {"metric": "bleu", "aggregation": "bleu"}]}),
         ("gone", {"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}),
         ("columns", {"doc_to_choice": "{{nothing[0]}}"}),
         ("remote", {"dataset_path": "someone/something", "dataset_kwargs": {}}),

@@ -2,12 +2,14 @@ import dataclasses
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy as safetensors
 from paths import PARITY
 
 import llada_jax
@@ -121,11 +123,24 @@ def test_show_draws_in_a_terminal_and_leaves_stdout_clean(model_folder, loaded):
     assert "░" * 6 in text and "step 6, 6 of 6 tokens" in text and text.endswith("\x1b[?25h")
 
 
+def test_weights_that_are_not_finite(model_folder, tmp_path):
+    folder, output = tmp_path / "model", tmp_path / "out.jsonl"
+    shutil.copytree(model_folder, folder)
+    tensors = safetensors.load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if "ff_out" in name or "down_proj" in name)
+    tensors[name][0, 0] = np.nan
+    safetensors.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    done = run(f"--model={folder}", "--prompt=a", f"--output={output}", "--gen_length=4", "--block_length=4")
+    assert (done.returncode, done.stdout) == (1, "") and not output.exists()
+    assert done.stderr.startswith("error: the model's output is not finite") and done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--model=MODEL"], "nothing to complete"),
         ([f"--model={PARITY / 'mha'}", "--prompt=a"], "has no tokenizer"),
+        (["--model=MODEL", "--prompt=a", "--output=MODEL"], "is a folder; pass the name of a file"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(model_folder, arguments, words):

@@ -1,7 +1,10 @@
 """Tests that published folders are read and written exactly, and that damaged ones are refused."""
 
+import errno
 import json
+import os
 import socket
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +82,20 @@ def test_bfloat16_and_float32(make_mesh, folder):
     widened = read(folder, make_mesh())
     assert widened.embedding[...].dtype == jnp.float32
     same(widened, jax.tree.map(lambda p: p.astype(jnp.float32), rounded))
+
+
+def test_an_error_of_the_machine_is_no_damage(make_mesh, folder, monkeypatch):
+    split_shards(folder)
+    opened = Path.open
+
+    def fail(path, *arguments, **options):
+        if path.suffix == ".safetensors":
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(UserError, match=r"\.safetensors cannot be read: Too many open files; allow this program more"):
+        read(folder, make_mesh())
 
 
 def test_damaged_folders_are_named(make_mesh, folder):

@@ -5,6 +5,8 @@ import os
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llada_jax.sampling import terminal
 
@@ -55,7 +57,8 @@ def test_a_frame_replaces_the_one_before():
         screen.draw([("d", "new")], "step 2")
         assert stream.getvalue().lstrip("\0").startswith("\x1b[4F\x1b[J\x1b[0m\x1b[30;42md\x1b[0m\n")
         screen.finish([("done é", "text")])
-    assert stream.getvalue().endswith("\x1b[2F\x1b[Jdone ?\n\x1b[?25h")
+    # What the encoding lacks is not lost.
+    assert stream.getvalue().endswith("\x1b[2F\x1b[Jdone \\xe9\n\x1b[?25h")
 
 
 @pytest.mark.parametrize(
@@ -95,3 +98,41 @@ def test_lines_broken_anew_by_a_narrower_terminal_are_erased_too(monkeypatch):
         screen.draw([("x", "text")], "status")
         # The drawn lines have 18, 0, 19, 11 and 6 cells, and the terminal now has 9 columns.
         assert stream.getvalue().startswith(f"\x1b[{2 + 1 + 3 + 2 + 1}F\x1b[J")
+
+
+class Window(io.TextIOWrapper):
+    """A terminal of some encoding."""
+
+    def __init__(self, encoding):
+        super().__init__(io.BytesIO(), encoding=encoding, newline="")
+
+    def fileno(self):
+        return 2
+
+    def shown(self) -> str:
+        self.flush()
+        return self.buffer.getvalue().decode(self.encoding)
+
+
+TEXTS = st.lists(st.tuples(st.text(max_size=12), st.sampled_from(sorted(terminal.STYLES))), max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(TEXTS, st.sampled_from(["ascii", "latin-1", "utf-8", "shift_jis"]), st.integers(0, 30), st.integers(0, 9))
+def test_any_text_is_drawn_in_any_terminal(text, encoding, columns, rows):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "get_terminal_size", lambda _: (columns, rows))
+        patch.setattr(terminal, "FRAME_SECONDS", 0)
+        with terminal.Screen(window := Window(encoding)) as screen:
+            screen.draw(text, "status")
+            screen.draw(text[:1], "status")
+            screen.finish(text)
+    assert window.shown().endswith("\x1b[?25h")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_the_finished_text_is_not_lost(encoding):
+    with terminal.Screen(window := Window(encoding)) as screen:
+        screen.finish([("né → 漢", "text")])
+    wanted = {"ascii": r"n\xe9 \u2192 \u6f22", "latin-1": "né \\u2192 \\u6f22", "utf-8": "né → 漢"}[encoding]
+    assert wanted in window.shown()

@@ -1,5 +1,6 @@
 """Tests that checkpoints are restored bitwise on any mesh, and that damaged ones are reported and skipped."""
 
+import errno
 import os
 import resource
 import shutil
@@ -217,6 +218,20 @@ def test_no_memory_is_no_damage(config, folder, one_device, open_checkpoints, mo
     with pytest.raises(jax.errors.JaxRuntimeError):
         saved.restore(config, one_device, pytest.fail)
     assert workdir.steps_in(folder) == [1, 2]
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.EIO, errno.EACCES])
+def test_an_error_of_the_machine_is_no_damage(config, folder, one_device, open_checkpoints, monkeypatch, code):
+    """The newest checkpoint would be put aside otherwise, and the run would continue from an older one."""
+
+    def fail(*_):
+        raise ValueError(f"NOT_FOUND: Error opening: [OS error {code}: {os.strerror(code)}] [source locations]")
+
+    saved = open_checkpoints(folder)
+    monkeypatch.setattr(arrays, "_read_arrays", fail)
+    with pytest.raises(OSError) as error:
+        saved.restore(config, one_device, pytest.fail)
+    assert error.value.errno == code and workdir.steps_in(folder) == [1, 2]
 
 
 def test_unfinished_checkpoints_are_ignored_and_removed(config, state, folder, one_device, open_checkpoints):

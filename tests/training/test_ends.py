@@ -1,6 +1,7 @@
 """Tests workdirs that do not fit, full disks, non-finite steps, profiles, and what a run leaves behind."""
 
 import contextlib
+import dataclasses
 import json
 import resource
 import shutil
@@ -8,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.devices import mesh as meshes
 from llada_jax.diffusion import forward
 from llada_jax.formats import workdir
-from llada_jax.training import loop, metrics
+from llada_jax.training import loop, metrics, start
 
 
 def test_text_prepared_in_the_workdir(run, corpus, tmp_path):
@@ -176,6 +178,28 @@ def test_steps_that_are_not_finite_end_the_run(run, tmp_path, capfd):
     with poisoned(8, 99):
         assert run(tmp_path, **settings) == entry_point.FAILURE
     assert "in 6 steps in a row, up to step 13" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["validation", "samples"])
+def test_an_output_that_is_not_finite_ends_the_run(run, tmp_path, capfd, monkeypatch, what):
+    """The steps with these weights are skipped too, but long before ten of them a validation or a sample is due."""
+    make = start.make_state
+
+    def make_spoiled(*args):
+        state = make(*args)
+        head = np.array(state.params["head"])
+        head[0, 5] = np.nan
+        head = jax.device_put(head, state.params["head"].sharding)
+        return dataclasses.replace(state, params=state.params | {"head": head})
+
+    monkeypatch.setattr(start, "make_state", make_spoiled)
+    rows = 8 if what == "validation" else 0
+    settings = {"validation__rows": rows, "checkpoint__every": 100, "sampling__every": 3 if not rows else 100}
+    assert run(tmp_path, **settings) == entry_point.FAILURE
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("stopped: ")]
+    assert line.startswith(f"stopped: {what} at step {7 if rows else 3}: the model's output is not finite")
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text() and workdir.steps_in(tmp_path) == []
+    assert not (tmp_path / "samples.txt").exists()
 
 
 def test_a_few_steps_that_are_not_finite_are_skipped(run, tmp_path):

@@ -76,6 +76,9 @@ def test_a_finished_run_is_finished(run, copy, reference, capfd):
     assert "is finished: nothing to train up to step 20" in capfd.readouterr().err
     assert_same_run(folder, reference)
     assert run(folder, steps=22) == 0  # with more steps the run continues
+    errors = capfd.readouterr().err
+    assert "  config.steps: 20 -> 22\n" in errors
+    assert "  the learning rate of step 21 stays 3.00e-04; " in errors  # the positions of the schedule are steps
     assert tiny.records(folder)[-1]["step"] == 22 and workdir.steps_in(folder) == [20, 22]
 
 

@@ -35,6 +35,10 @@ def test_a_branch_may_have_another_learning_rate_and_more_steps(run, reference, 
     settings |= {"optimizer__peak_learning_rate": 1e-4, "optimizer__schedule": ((0, 1.0), (24, 0.0))}
     with when_done(19, terminate):
         assert run(folder, **settings) == entry_point.PREEMPTED
+    errors = capfd.readouterr().err
+    assert f"branching from {reference} at step 15" in errors and "  config.steps: 20 -> 24\n" in errors
+    assert "  the learning rate of step 16 changes from 9.75e-04 to 3.33e-05; " in errors
+    assert "config.init_from" not in errors
     shutil.rmtree(folder / "checkpoints" / "15", ignore_errors=True)
     assert run(folder, **settings) == 0  # resumes from its own checkpoint instead of branching again
     assert f"resuming {folder} at step 19" in capfd.readouterr().err
@@ -227,6 +231,7 @@ def test_what_a_resume_may_change(run, copy, capfd):
     errors = capfd.readouterr().err
     for name in settings:
         assert f"  config.{name.replace('__', '.')}: " in errors, name
+    assert "  the learning rate of step 11 changes from 1.82e-03 to 5.00e-04; the weight decay of this step" in errors
     assert workdir.steps_in(folder) == [16]
     written = tiny.records(folder)
     assert [record["step"] for record in written if record["step"] > 10] == [12, 14, 15, 16]

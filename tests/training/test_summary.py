@@ -20,6 +20,9 @@ class Letters:
 
     mask_id, bos_id, eos_id = 28, 27, 26
 
+    def encode(self, text, special=False):
+        return list(text)
+
     def decode(self, ids, skip_special=False, continuation=False):
         special = {26: "<eos>", 27: "<bos>", 28: "[MASK]"}
         return "".join(chr(97 + i) if i < 26 else "" if skip_special else special[i] for i in map(int, ids))
@@ -109,13 +112,13 @@ def test_sample_texts(toy, make_mesh, monkeypatch):
         asked.append((prompts, options, key))
         return ["whole text" if options.gen_length == 0 else " more"]
 
-    monkeypatch.setattr(samples, "complete", complete)
+    monkeypatch.setattr(samples, "complete_ids", complete)
     config = SamplingConfig(prompts=("a [MASK] b", "start"), steps=3, gen_length=9, block_length=4, temperature=0.5)
     graphdef, params = split(toy.model)
     texts = samples.sample_texts(graphdef, params, Letters(), config, seed=2)
     assert texts == [("a [MASK] b", "whole text"), ("start", "start more")]
     (first, options, key), (second, more, _) = asked
-    assert (first, second) == (["a [MASK] b"], ["start"])
+    assert (first, second) == ([list("a [MASK] b")], [list("start")])
     assert (options.gen_length, more.gen_length) == (0, 9)
     assert (options.steps, options.block_length, options.temperature) == (3, 4, 0.5)
     assert key == jax.random.key(2)

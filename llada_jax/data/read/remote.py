@@ -18,7 +18,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -97,21 +97,27 @@ def _missing(shards: list[Shard], folder: Path) -> list[Shard]:
 
 def _copy(source: epath.Path, folder: Path, shard: Shard) -> None:
     temporary, digest = folder / f"{shard.name}.tmp", hashlib.sha256()
-    try:
-        with source.open("rb") as read, temporary.open("wb") as write:
-            while chunk := read.read(_CHUNK):
-                digest.update(chunk)
-                write.write(chunk)
-    except FileNotFoundError as error:
-        raise UserError(f"{source} is missing: copy the whole folder there, or prepare the set again") from error
-    except OSError:
-        raise
-    except Exception as error:  # each remote file system has its own exceptions
-        raise UserError(f"{source} cannot be copied to {folder}: {type(error).__name__}: {error}") from error
+    with temporary.open("wb") as write:
+        for chunk in _chunks(source):
+            digest.update(chunk)
+            write.write(chunk)
     if digest.hexdigest() != shard.sha256:
         temporary.unlink()
         raise UserError(f"{source} is not what the manifest says: copy it there again, or prepare the set again")
     temporary.replace(folder / shard.name)
+
+
+def _chunks(source: epath.Path) -> Iterator[bytes]:
+    """Yields the content of a remote file. Raises UserError if it cannot be read, whatever the file system raises."""
+    try:
+        with source.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                yield chunk
+    except FileNotFoundError as error:
+        raise UserError(f"{source} is missing: copy the whole folder there, or prepare the set again") from error
+    except Exception as error:  # each remote file system has its own exceptions
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{source} cannot be read: {reason}") from error
 
 
 def _copy_tokenizer(source: epath.Path, folder: Path) -> None:

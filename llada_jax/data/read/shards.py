@@ -1,19 +1,91 @@
-"""Opens the shards of prepared sets, and gives random access to their rows."""
+"""Opens the shards of prepared sets, and gives random access to their rows.
 
-from collections.abc import Sequence
+A set may have thousands of shards, more than a process may have open files. Readers are therefore opened when a row of
+theirs is read, and the least recently used ones are closed.
+"""
+
+import bisect
+import collections
+import itertools
+import resource
+import threading
+import weakref
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import grain
+from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 
+from llada_jax.cli import machine_errors
 from llada_jax.config import UserError
 from llada_jax.data.manifest import Manifest, load_manifest
 from llada_jax.data.pairs import Pair, decode_pair
 from llada_jax.data.rows import Row, decode_row
 
 _OPEN_THREADS = 16  # shards checked in parallel when a run starts; on gs:// each check takes a round trip
-_READER_OPTIONS = {"max_parallelism": "0"}  # the fastest setting for random access
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the fastest setting for random access
+_MOST_OPEN = 1024  # readers; each has one open file and an index of its records in memory
+
+
+def most_open() -> int:
+    """Returns how many readers may be open: half of the files that this process may open, but not too many."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_OPEN if limit == resource.RLIM_INFINITY else max(1, min(_MOST_OPEN, limit // 2))
+
+
+class _Readers:
+    """The open readers of all sets of this process, the most recently used ones last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: collections.OrderedDict[tuple[Hashable, int], ArrayRecordReader] = collections.OrderedDict()
+
+    def get(self, owner: Hashable, shard: int, file: str) -> ArrayRecordReader:
+        """Returns the reader of a shard of `owner`, and opens it if needed.
+
+        A reader that is closed to make room is closed only when the last thread that uses it is done with it.
+        """
+        key = owner, shard
+        with self._lock:
+            if reader := self._open.get(key):
+                self._open.move_to_end(key)
+                return reader
+        reader = _opened(file)
+        if reader is None:
+            raise ValueError("it is not an ArrayRecord file")
+        with self._lock:
+            self._open[key] = reader
+            while len(self._open) > most_open():
+                self._open.popitem(last=False)
+        return reader
+
+    def forget(self, owner: Hashable) -> None:
+        """Closes all readers of `owner`."""
+        with self._lock:
+            for key in [key for key in self._open if key[0] == owner]:
+                del self._open[key]
+
+
+_readers = _Readers()
+_owners = itertools.count()
+
+
+def _opened(file: str) -> ArrayRecordReader | None:
+    """Returns a reader of a file, or None if the file is damaged.
+
+    Raises:
+      OSError: If the machine does not let this process read the file.
+      UserError: If the file is missing.
+    """
+    for _ in range(3):
+        reader = ArrayRecordReader(file, _READER_OPTIONS)
+        if reader.ok():
+            return reader
+        # The reader does not say why. If the file can be read now, the reason may have been one that has passed, such
+        # as too many open files.
+        machine_errors.check_readable(file)
+    return None
 
 
 class Rows:
@@ -30,44 +102,46 @@ class Rows:
 
         Raises:
           UserError: If a shard is missing or damaged.
+          OSError: If the machine does not let this process read a shard.
         """
         self.path, self.manifest = path, manifest
         self._vocab_size = vocab_size
         self._shards = manifest.split(split).shards
         self._len = sum(shard.rows for shard in self._shards)
         folder = epath.Path(path)
-        files = [str(folder / shard.name) for shard in self._shards]
-        with ThreadPoolExecutor(_OPEN_THREADS) as executor:
-            for _ in executor.map(_check_shard, files, self._shards):
+        self._files = [str(folder / shard.name) for shard in self._shards]
+        self._ends = list(itertools.accumulate(shard.rows for shard in self._shards))
+        with ThreadPoolExecutor(min(_OPEN_THREADS, most_open())) as executor:
+            for _ in executor.map(_check_shard, self._files, self._shards):
                 pass
-        # If the name contains the number of rows, Grain opens a file only when it is first read.
-        names = [f"{file}[0:{shard.rows}]" for file, shard in zip(files, self._shards, strict=True)]
-        self._records = grain.sources.ArrayRecordDataSource(names, _READER_OPTIONS) if names else []
+        self._owner = next(_owners)
+        weakref.finalize(self, _readers.forget, self._owner)
 
     def __len__(self) -> int:
         return self._len
 
     def __getitem__(self, index: int) -> Row | Pair:
         decode = decode_pair if self.manifest.chat else decode_row
+        index = int(index)
+        shard = bisect.bisect_right(self._ends, index)
+        if not 0 <= index < self._len:
+            raise IndexError(index)
+        file, place = self._files[shard], index - (self._ends[shard] - self._shards[shard].rows)
         try:
-            row = decode(self._records[index], self.manifest.dtype, self.manifest.sequence_length)
+            (record,) = _readers.get(self._owner, shard, file).read([place])
+            row = decode(record, self.manifest.dtype, self.manifest.sequence_length)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{self._place(index)} is damaged: {' '.join(str(error).split())}") from error
+            if failed := machine_errors.machine_error(error, file):
+                raise failed from error
+            machine_errors.check_readable(file)
+            raise UserError(f"{file}, row {place}, is damaged: {' '.join(str(error).split())}") from error
         highest = int(row.tokens.max())
         if highest >= self._vocab_size or int(row.tokens.min()) < 0:
             raise UserError(
-                f"{self._place(index)} holds the token id {highest}, but the model's vocabulary ends at "
+                f"{file}, row {place}, holds the token id {highest}, but the model's vocabulary ends at "
                 f"{self._vocab_size}: the set has another tokenizer, or model.vocab_size is too small"
             )
         return row
-
-    def _place(self, index: int) -> str:
-        """Returns the file and the row in it, with which an error message begins."""
-        for shard in self._shards:
-            if index < shard.rows:
-                return f"{epath.Path(self.path) / shard.name}, row {index},"
-            index -= shard.rows
-        raise IndexError(index)
 
 
 def open_sets(paths: Sequence[str], split: str, sequence_length: int, vocab_size: int, chat: bool) -> list[Rows]:
@@ -112,8 +186,6 @@ def open_sets(paths: Sequence[str], split: str, sequence_length: int, vocab_size
 
 def _check_shard(file: str, shard: Any) -> None:
     """Raises UserError unless the file has the size that the manifest says and can be opened."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
     path = epath.Path(file)
     if not path.exists():
         raise UserError(f"{file} is missing: copy the whole folder, or prepare the set again")
@@ -124,10 +196,11 @@ def _check_shard(file: str, shard: Any) -> None:
             "copy it again, or prepare the set again"
         )
     try:
-        reader = ArrayRecordReader(file, "readahead_buffer_size:0,max_parallelism:0")
-        complete = reader.ok() and reader.num_records() == shard.rows
-        reader.close()
-    except RuntimeError:
+        reader = _opened(file)
+        complete = reader is not None and reader.num_records() == shard.rows
+    except RuntimeError as error:
+        if failed := machine_errors.machine_error(error, file):
+            raise failed from error
         complete = False
     if not complete:
         raise UserError(f"{file} is damaged: copy it again, or prepare the set again")
