@@ -86,6 +86,8 @@ class ChatEncoding:
             answer = found
         else:
             opens = ", which opens a thought" if before.rstrip().endswith("think>") else ""
+            if opens and "enable_thinking" in self._source(variables):
+                opens += ' (a line may say "enable_thinking": false)'
             raise UserError(
                 f"the chat template writes an answer differently from the prompt for it{opens}: use another template"
             )
@@ -110,11 +112,14 @@ class ChatEncoding:
         used = set(text)
         begin, end = (chr(i) for i in itertools.islice((i for i in range(0xE000, 0xF8FF) if chr(i) not in used), 2))
         bounds = dict(zip(chat_template.GENERATION_BOUNDS, (begin, end), strict=True))
-        *_, last = self._chat_text(chat, False, {**(variables or {}), **bounds}).split(begin)
-        marked, _, after = last.partition(end)
-        stop = len(text) - len(after)
-        answer = start + len(text[start:]) - len(text[start:].lstrip())  # where its first letter is
-        if not marked or stop - len(marked) > answer or stop <= start:
+        marked = self._chat_text(chat, False, {**(variables or {}), **bounds})
+        spans = [
+            (found.start() - 2 * i, found.end() - 2 * (i + 1))  # without the bounds, which are characters too
+            for i, found in enumerate(re.finditer(f"{begin}[^{end}]*{end}", marked))
+        ]
+        letter = start + len(text[start:]) - len(text[start:].lstrip())  # where the answer has its first letter
+        first = next((span for span in spans if span[1] > start), None)
+        if first is None or first[0] > letter:
             raise UserError(
                 "the chat template marks with {% generation %} another part of the text than what a model writes after "
                 "the prompt: use another template"
@@ -141,6 +146,8 @@ class ChatEncoding:
     ) -> list[dict[str, Any]]:
         """Returns the messages in the first form that the template takes; see `chat_messages.fitted`."""
         chat_messages.check_chat(messages, variables)
+        if chat_template.takes_only_parts(self._source(variables)):
+            messages = [chat_messages.as_parts(message) for message in messages]
         return chat_messages.fitted(messages, lambda chat: self._chat_text(chat, add_generation_prompt, variables))
 
     def marked_chat(

@@ -87,6 +87,11 @@ def odd_kind(value: Any, depth: int = 0) -> str | None:
     return None if value is None or isinstance(value, str | int | float) else type(value).__name__
 
 
+def as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a message whose content is a list of parts, for templates that take nothing else."""
+    return {**message, "content": [{"type": "text", "text": text_of(message)}]}
+
+
 def text_of(message: Mapping[str, Any]) -> str:
     """Returns the text of a message's content; the texts of several parts follow one another without a separator."""
     content = message.get("content")
@@ -102,7 +107,8 @@ def fitted(messages: Messages, render: Callable[[Messages], str]) -> list[dict[s
     """Returns the messages in the first form that the template takes.
 
     The forms are tried in this order: as they are; with a text in place of a list of parts; with an empty text in place
-    of no content; with the arguments of tool calls as objects in place of JSON, or the other way round.
+    of no content; with the arguments of tool calls as objects in place of JSON, or the other way round; with several of
+    these changes.
 
     Args:
       messages: The messages, which `check_chat` has checked.
@@ -122,7 +128,7 @@ def fitted(messages: Messages, render: Callable[[Messages], str]) -> list[dict[s
         except UserError as error:
             first = first or error
             continue
-        if not _python_in(text, form):
+        if not _raw_in(text, form) and not _nothing_in(text, form, render):
             if _all_parts_in(text, form):
                 return form
             rendered.append(form)
@@ -168,15 +174,23 @@ def _other_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     return dict(call)
 
 
-def _python_in(text: str, form: Messages) -> bool:
-    """Returns whether a rendered text shows a value as Python does, or JSON as a string in JSON."""
-    contents = [message.get("content") for message in form]
-    if any(isinstance(content, list) and str(content) in text for content in contents):
-        return True
-    if any(content is None for content in contents):
-        own = sum(value.count("None") for value in strings_of(form))
-        if text.count("None") > own:
-            return True
+def _nothing_in(text: str, form: Messages, render: Callable[[Messages], str]) -> bool:
+    """Returns whether a rendered text shows a missing content as "None" or "null"."""
+    if all(message.get("content") is not None for message in form):
+        return False
+    try:
+        other = render([_form(message, joined=False, empty=True, arguments=False) for message in form])
+    except UserError:
+        return False
+    return any(text.count(word) > other.count(word) for word in ("None", "null"))
+
+
+def _raw_in(text: str, form: Messages) -> bool:
+    """Returns whether a rendered text shows a list of parts, a Python dict, or JSON as a string in JSON."""
+    for content in (message.get("content") for message in form):
+        if isinstance(content, list) and content:
+            if str(content) in text or json.dumps(content, ensure_ascii=False) in text:
+                return True
     for message in form:
         for call in message.get("tool_calls") or []:
             inner = call["function"] if isinstance(call.get("function"), Mapping) else call
@@ -268,6 +282,8 @@ def after_an_opened_thought(prompt: str, text: str, back: Mapping[int, str], ans
     if content.count(closing) != 1:
         return None
     thought, final = content.removeprefix(opening).split(closing)
+    if opening in thought:
+        return None
     written = plain[len(stem) :]
     place = written.rfind(final.strip()) if final.strip() else -1
     before = written[: max(place, 0)].strip().removeprefix(opening).removesuffix(closing).strip()

@@ -233,6 +233,20 @@ def _of_user(value: Any, change: Callable[[str], str], source: str) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
+def takes_only_parts(source: str) -> bool:
+    """Returns whether a template writes the content of a message only if it is a list of parts, not if it is a text."""
+    probe = "content of a message"
+    for content, wanted in ((probe, False), ([{"type": "text", "text": probe}], True)):
+        try:
+            message = {"role": "user", "content": content}
+            if probe in render(source, {"bos_token": "", "eos_token": ""}, [message], True):
+                return wanted
+        except UserError:
+            continue
+    return False
+
+
+@functools.lru_cache(maxsize=8)
 def _compiled(source: str) -> Any:
     """Compiles a template with the settings and functions that Hugging Face uses."""
     import jinja2
