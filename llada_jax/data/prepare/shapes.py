@@ -25,7 +25,7 @@ from llada_jax.config import UserError
 from llada_jax.data.prepare.json_lines import BOM, repeated_key, shown
 from llada_jax.data.prepare.left_out import BadItem
 from llada_jax.data.prepare.text import valid
-from llada_jax.text.chat_messages import check_chat
+from llada_jax.text.chat_messages import check_chat, text_of
 
 ASSISTANT = "assistant"
 _LISTS = ("messages", "conversations", "conversation")
@@ -155,7 +155,8 @@ class _Line:
     def _of_a_list(self, key: str) -> list[dict[str, Any]]:
         self._read.add(key)
         messages = self._messages(self._all[key])
-        texts = [message["content"] for message in messages if isinstance(message.get("content"), str)]
+        check_chat(messages)
+        texts = [text_of(message) for message in messages]
         for other in ("history", "context", "input", "instruction"):
             value = self._record.get(other)
             if value is not None and not (isinstance(value, str) and any(value.strip() in text for text in texts)):
@@ -226,13 +227,11 @@ class _Line:
             return {"role": ASSISTANT, "content": "", "tool_calls": _calls(value), **rest, **marks}
         return {"role": _ROLES[role.lower()], "content": value, **rest, **marks}
 
-    def unmark(self, messages: Any) -> frozenset[int]:
+    def unmark(self, messages: list[dict[str, Any]]) -> frozenset[int]:
         """Removes the marks from messages, and returns the positions of the answers that are not to be learned."""
         whole = self._learned(self._all, _MARKS_OF_A_LINE, "the line")
         masked = set()
-        for i, message in enumerate(messages if isinstance(messages, list) else []):
-            if not isinstance(message, dict):
-                continue
+        for i, message in enumerate(messages):
             if message.get("train_detail"):
                 raise BadItem(f"message {i}: train_detail: {_NOT_READ['train_detail']}", "unread keys")
             learned = self._learned(message, (*_LEARNED, *_MASKED), f"message {i}")
