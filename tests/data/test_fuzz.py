@@ -22,7 +22,7 @@ from llada_jax.data.prepare.shapes import read_line
 from llada_jax.data.prepare.text import Corpus
 from llada_jax.text.tokenizer import load_tokenizer
 
-FEW = settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 MANY = settings(max_examples=5_000, deadline=None, suppress_health_check=list(HealthCheck))
 
 CHARACTERS = 'abc \n\r\t\0\x1f\x85\u00a0\u00ad\u200b\u2028\u3164\ufeff\ufffd\u00e9\u4e2d\U0001f600{}[]"\\'
@@ -139,7 +139,8 @@ def test_columns(texts, kind, rows, nested):
     table = {"a": pa.StructArray.from_arrays([column], ["b"])} if nested else {"a.b": column}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "a.parquet"
-        pq.write_table(pa.table(table), file, row_group_size=rows)
+        # pyarrow cannot write a part of a column of string views
+        pq.write_table(pa.table(table), file, row_group_size=9 if kind == pa.string_view() else rows)
         corpus = Corpus([str(file)], "a.b", on_error="skip")
         assert [piece.text for piece in corpus] == documents([text for text in valid if text is not None])
         assert corpus.faults._counts.total() == valid.count(None)

@@ -53,8 +53,8 @@ def test_bad_documents_are_left_out_counted_and_listed(tmp_path, texts, tokenize
         ),
         LeftOut(
             "not JSON", 2,
-            (f"{where}, line 1: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)",
-             f"{where}, line 31: not JSON: Expecting value: line 1 column 1 (char 0)"),
+            (f"{where}, line 1: not JSON: Expecting property name enclosed in double quotes at character 2",
+             f"{where}, line 31: not JSON: Expecting value at character 1"),
         ),
         LeftOut("half a character", 1, (f"{where}, line 25: '\\ud800' is not a valid character",)),
         LeftOut("not UTF-8", 1, (f"{where}, line 19: not UTF-8 text: invalid start byte",)),

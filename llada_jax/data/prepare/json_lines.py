@@ -41,7 +41,7 @@ def json_lines(file: Path, stream: Iterable[bytes]) -> Iterator[tuple[str, Any]]
     for number, line in enumerate(stream, start=1):
         where = f"{file}, line {number}"
         try:
-            content = line.decode().lstrip(BOM)
+            content = line.decode().lstrip(BOM).rstrip("\r\n")
             if not content.strip():
                 continue
             yield where, _value(content)
@@ -49,8 +49,8 @@ def json_lines(file: Path, stream: Iterable[bytes]) -> Iterator[tuple[str, Any]]
             yield where, BadItem(f"{where}: not UTF-8 text: {error.reason}", "not UTF-8")
         except RecursionError:
             yield where, BadItem(f"{where}: not JSON that can be read: it is nested too deeply", "not JSON")
-        except ValueError as error:
-            yield where, BadItem(f"{where}: not JSON: {error}", "not JSON")
+        except json.JSONDecodeError as error:
+            yield where, BadItem(f"{where}: not JSON: {error.msg} at character {error.pos + 1}", "not JSON")
 
 
 def _value(content: str) -> Any:

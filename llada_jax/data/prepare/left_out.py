@@ -18,7 +18,8 @@ class BadItem(UserError):
     """
 
     def __init__(self, message: str, kind: str = ""):
-        super().__init__(message)
+        # A line may hold anything. What cannot be printed on one line is written as in a Python string.
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
         self.kind = kind
 
 

@@ -35,7 +35,7 @@ def read_parquet(file: Path, raw: BinaryIO, key: str) -> Iterator[str | BadItem]
         if not _is_text(kind):
             raise UserError(f'{file}: column "{key}" holds {_short(kind)}, not text')
         row = 0
-        for batch in table.iter_batches(batch_size=_ROWS, columns=[".".join(path)], use_threads=False):
+        for batch in _batches(table, ".".join(path)):
             column = batch.column(batch.schema.get_field_index(path[0]))
             for value in _texts(column, path[1:]):
                 row += 1
@@ -52,6 +52,12 @@ def read_parquet(file: Path, raw: BinaryIO, key: str) -> Iterator[str | BadItem]
                     yield text
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} cannot be read as a parquet file: {' '.join(str(error).split())[:300]}") from error
+
+
+def _batches(table: Any, column: str) -> Iterator[Any]:
+    """Yields a column in batches; none spans row groups, whose dictionaries in nested columns pyarrow cannot join."""
+    for group in range(table.num_row_groups):
+        yield from table.iter_batches(batch_size=_ROWS, row_groups=[group], columns=[column], use_threads=False)
 
 
 def _column(file: Path, schema: Any, key: str) -> tuple[list[str], Any]:
