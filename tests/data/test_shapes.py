@@ -202,4 +202,4 @@ def test_keys_that_the_template_passes_over_are_refused(tmp_path, tokenizer_fold
         )
     ):
         with pytest.raises(UserError, match=f"chat.jsonl, line 1: the chat template {words}"):
-            make_set(tmp_path / str(i), tokenizer_folder, [line])
+            make_set(tmp_path / str(i), tokenizer_folder, [line], validation_fraction=0)

@@ -199,6 +199,7 @@ def test_what_the_template_marks_as_generated_is_the_answer(tmp_path):
 CHATS = {
     "text": ([USER, ANSWER], {}),
     "parts": ([PARTS, ANSWER], {}),
+    "only parts": ([PARTS, ANSWER | {"content": [{"type": "text", "text": "Yes."}]}], {}),
     "call": ([USER, call(ARGUMENTS, None), {"role": "tool", "content": "5"}, ANSWER], {"tools": TOOLS}),
     "thought": ([USER, ANSWER | {"reasoning_content": "Snow."}], {"enable_thinking": False}),
 }
@@ -207,14 +208,16 @@ CHATS = {
 @pytest.mark.parametrize(
     ("template", "chats"),
     [
-        (PUBLISHED, ["text"]), (STRINGS, ["text"]), (EITHER, ["text", "parts"]), (ONLY_PARTS, ["parts"]),
+        (PUBLISHED, ["text"]), (STRINGS, ["text"]), (EITHER, ["text", "parts"]), (ONLY_PARTS, ["only parts"]),
         (OBJECTS, ["text", "call"]), (WITH_TOOLS, ["text", "call"]), (THINKS, ["text", "thought"]), (OPENS, ["text"]),
     ],
 )  # fmt: skip
 def test_the_text_is_that_of_transformers(tmp_path, template, chats):
     transformers = pytest.importorskip("transformers")
     folder = make_folder(tmp_path, template)
-    theirs, ours = transformers.PreTrainedTokenizerFast.from_pretrained(folder), load_tokenizer(folder)
+    named = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "chat_template": template}
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **named)
+    ours = load_tokenizer(folder)
     for name in chats:
         messages, variables = CHATS[name]
         for chat, asks in ((messages[:-1], True), (messages, False)):

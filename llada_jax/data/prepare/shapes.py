@@ -225,6 +225,7 @@ class _Line:
         rest = {key: each for key, each in message.items() if key not in ("from", "value", "content", *marks)}
         if role.lower() == "function_call":
             return {"role": ASSISTANT, "content": "", "tool_calls": _calls(value), **rest, **marks}
+        value = value.lstrip(BOM) if isinstance(value, str) else value
         return {"role": _ROLES[role.lower()], "content": value, **rest, **marks}
 
     def unmark(self, messages: list[dict[str, Any]]) -> frozenset[int]:
