@@ -146,7 +146,9 @@ class ChatEncoding:
     ) -> list[dict[str, Any]]:
         """Returns the messages in the first form that the template takes; see `chat_messages.fitted`."""
         chat_messages.check_chat(messages, variables)
-        if chat_template.takes_only_parts(self._source(variables)):
+        source = self._source(variables)
+        messages = [chat_messages.with_thought(each, lambda key: chat_template.names(source, key)) for each in messages]
+        if chat_template.takes_only_parts(source):
             messages = [chat_messages.as_parts(message) for message in messages]
         return chat_messages.fitted(messages, lambda chat: self._chat_text(chat, add_generation_prompt, variables))
 

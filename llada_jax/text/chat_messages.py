@@ -17,7 +17,8 @@ from llada_jax.config import UserError
 Messages = Sequence[Mapping[str, Any]]
 
 # Keys of a message that change what the model sees or learns. If a template passes over them, the chat is refused.
-MEANINGFUL = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "thought", "refusal")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # names of the thought before an answer; a template has one
+MEANINGFUL = (*THOUGHTS, "thought", "tool_calls", "function_call", "refusal")
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _PART_TYPES = ("text", "input_text", "output_text")
 _DEEPEST = 50  # levels of nesting in a value of a message
@@ -90,6 +91,17 @@ def odd_kind(value: Any, depth: int = 0) -> str | None:
 def as_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a message whose content is a list of parts, for templates that take nothing else."""
     return {**message, "content": [{"type": "text", "text": text_of(message)}]}
+
+
+def with_thought(message: Mapping[str, Any], names: Callable[[str], bool]) -> dict[str, Any]:
+    """Returns a message whose thought has the name that the template reads, as well as its own.
+
+    Args:
+      message: The message.
+      names: Whether the template names a key.
+    """
+    thought = next((message[key] for key in THOUGHTS if message.get(key) is not None), None)
+    return {**({key: thought for key in THOUGHTS if names(key)} if thought is not None else {}), **message}
 
 
 def text_of(message: Mapping[str, Any]) -> str:
@@ -236,8 +248,9 @@ def passed_over(
     keys = {key for message in messages for key, value in message.items() if value not in (None, "", [], {})}
     found = []
     for key in sorted(keys - {"role", "content"}):
-        without = [{name: value for name, value in message.items() if name != key} for message in messages]
-        if not names(key) and not _differ(lambda m: render(m, variables), messages, without):
+        same = THOUGHTS if key in THOUGHTS else (key,)
+        without = [{name: value for name, value in message.items() if name not in same} for message in messages]
+        if not any(map(names, same)) and not _differ(lambda m: render(m, variables), messages, without):
             found.append(key)
     for key in variables:
         without = {name: value for name, value in variables.items() if name != key}
@@ -305,8 +318,7 @@ def dropped_thought(answer: Mapping[str, Any], written: str) -> bool:
       written: What the template writes for it.
     """
     content = text_of(answer)
-    keys = ("reasoning_content", "reasoning", "thinking")
-    texts = [answer[key] for key in keys if isinstance(answer.get(key), str)]
+    texts = [answer[key] for key in THOUGHTS if isinstance(answer.get(key), str)]
     texts += [text for _, text in re.findall(r"<(think|thinking|thought|reasoning)>(.*?)</\1>", content, re.DOTALL)]
     if "</think>" in content and "<think>" not in content:
         texts.append(content.split("</think>")[0])

@@ -127,6 +127,7 @@ def test_a_template_of_its_own_for_tools(tmp_path):
         (ANSWER, {"enable_thinking": False}, "<think>\n\n</think>\n\n", "Yes.<|eot_id|>"),
         (ANSWER, {"enable_thinking": True}, "", "<think>\n\n</think>\n\nYes.<|eot_id|>"),
         (ANSWER | {"reasoning_content": "Snow."}, {}, "", "<think>\nSnow.\n</think>\n\nYes.<|eot_id|>"),
+        (ANSWER | {"reasoning": "Snow."}, {}, "", "<think>\nSnow.\n</think>\n\nYes.<|eot_id|>"),
         (ANSWER | {"content": "<think>Snow.</think>Yes."}, {}, "", "<think>\nSnow.\n</think>\n\nYes.<|eot_id|>"),
     ],
 )
@@ -136,6 +137,7 @@ def test_thoughts(tmp_path, answer, variables, prompt_end, learned):
     prompt, text = answer_of(tokenizer, [USER, earlier, USER, answer], variables)
     assert prompt.endswith(f"assistant<|end_header_id|>{prompt_end}") and "What?" not in prompt
     assert text == learned
+    assert tokenizer.unread_in_chat([USER, answer], variables) == []
 
 
 @pytest.mark.parametrize(
@@ -201,6 +203,7 @@ CHATS = {
     "parts": ([PARTS, ANSWER], {}),
     "only parts": ([PARTS, ANSWER | {"content": [{"type": "text", "text": "Yes."}]}], {}),
     "call": ([USER, call(ARGUMENTS, None), {"role": "tool", "content": "5"}, ANSWER], {"tools": TOOLS}),
+    "other thought": ([USER, ANSWER | {"thinking": "Snow."}], {}),
     "thought": ([USER, ANSWER | {"reasoning_content": "Snow."}], {"enable_thinking": False}),
 }
 
@@ -209,7 +212,8 @@ CHATS = {
     ("template", "chats"),
     [
         (PUBLISHED, ["text"]), (STRINGS, ["text"]), (EITHER, ["text", "parts"]), (ONLY_PARTS, ["only parts"]),
-        (OBJECTS, ["text", "call"]), (WITH_TOOLS, ["text", "call"]), (THINKS, ["text", "thought"]), (OPENS, ["text"]),
+        (OBJECTS, ["text", "call"]), (WITH_TOOLS, ["text", "call"]), (OPENS, ["text"]),
+        (THINKS, ["text", "thought", "other thought"]),
     ],
 )  # fmt: skip
 def test_the_text_is_that_of_transformers(tmp_path, template, chats):
