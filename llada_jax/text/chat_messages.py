@@ -129,6 +129,8 @@ def fitted(messages: Messages, render: Callable[[Messages], str]) -> list[dict[s
     Raises:
       UserError: If the template takes none of the forms. It is the error of the first form, if that fails.
     """
+    if all(isinstance(each.get("content"), str) and not each.get("tool_calls") for each in messages):
+        return [dict(message) for message in messages]
     first: UserError | None = None
     forms = list(_forms(messages))
     if len(forms) == 1:

@@ -81,7 +81,8 @@ def test_all_that_is_said_becomes_messages(line, messages):
     [
         ({"weight": 0}, False), ({"weight": 1.0}, True), ({"weight": None}, True), ({"train": False}, False),
         ({"loss": False}, False), ({"loss_mask": 0}, False), ({"mask": True}, False), ({"mask": 0}, True),
-        ({"masked": 1}, False), ({"weight": 1, "mask": False}, True), ({"trainable": False}, False),
+        ({"masked": 1}, False), ({"loss_scale": 0.0}, False), ({"weight": 1, "mask": False}, True),
+        ({"trainable": False}, False),
     ],
 )  # fmt: skip
 def test_marks_of_messages_and_lines(mark, learned):
@@ -90,8 +91,7 @@ def test_marks_of_messages_and_lines(mark, learned):
     assert read.messages == [*EARLIER, *ASKED], "no template sees a mark"
     turns = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That.", **mark}]
     assert said({"conversations": turns}).masked == (frozenset() if learned else {1})
-    if not mark.keys() & {"loss", "loss_mask", "masked"}:  # on a line, they say something else
-        assert said({"messages": [*EARLIER, *ASKED], **mark}).masked == (frozenset() if learned else {1, 3})
+    assert said({"messages": [*EARLIER, *ASKED], **mark}).masked == (frozenset() if learned else {1, 3})
 
 
 def test_a_mark_of_a_message_counts_more_than_that_of_its_line():
@@ -111,8 +111,8 @@ def test_what_a_template_is_told_beside_the_messages():
 
 
 def test_keys_that_say_nothing_are_listed():
-    read = said({"prompt": "What?", "response": "That.", "id": 3, "source": "x", "text": "What? That.", "empty": None})
-    assert read.unread == ["id", "source", "text"]
+    line = {"prompt": "What?", "response": "That.", "id": 3, "text": "What? That.", "empty": None, "loss": 0.5}
+    assert said(line).unread == ["id", "text", "loss"]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,7 @@ def test_keys_that_say_nothing_are_listed():
         ({"prompt": "a", "response": "b", "tools": "look"}, '"tools" must be a list of objects'),
         ({"prompt": "a", "response": "b", "functions": [{}]}, 'write them as "tools"'),
         ({"prompt": "a", "response": "b", "weight": 0.5}, 'the line has "weight": 0.5'),
+        ({"prompt": "a", "response": "b", "loss_mask": [0, 1]}, 'the line has "loss_mask": [0, 1]'),
         ({"messages": [ASKED[0], ASKED[1] | {"weight": 2}]}, 'message 1 has "weight": 2'),
         ({"messages": [ASKED[0], ASKED[1] | {"mask": "yes"}]}, 'message 1 has "mask": "yes"'),
         ({"messages": [ASKED[0], ASKED[1] | {"mask": 1, "train": 1}]}, "contradict each other: train, mask"),

@@ -64,7 +64,7 @@ class Faults:
           UserError: If bad items are not left out.
         """
         if not self._skip:
-            raise UserError(f"{error} (python -m llada_jax.prepare --on_error=skip leaves it out)") from None
+            raise UserError(f"{error}; python -m llada_jax.prepare --on_error=skip leaves it out") from None
         self._counts[error.kind] += 1
         examples = self._examples.setdefault(error.kind, [])
         examples.append((position, str(error)))

@@ -35,9 +35,8 @@ _SYSTEM = ("system", "system_prompt", "system_message")
 # A line with messages and one of these pairs has two conversations.
 _PAIRS = (("prompt", "response"), ("instruction", "output"), ("question", "answer"))
 # Marks that are true, or 1, for what is learned, and marks that are true for what is not.
-_LEARNED = ("weight", "train", "loss", "loss_weight", "loss_mask", "trainable", "train_on_turn")
-_MASKED = ("mask", "masked")
-_MARKS_OF_A_LINE = ("weight", "train", "trainable", "mask")  # "loss" is often a measurement there
+_LEARNED = ("weight", "train", "loss", "loss_weight", "loss_scale", "loss_mask", "trainable", "train_on_turn")
+_MASKED = ("mask", "masked", "ignore_loss")
 _ROLES = {
     "system": "system",
     "human": "user", "user": "user",
@@ -230,12 +229,12 @@ class _Line:
 
     def unmark(self, messages: list[dict[str, Any]]) -> frozenset[int]:
         """Removes the marks from messages, and returns the positions of the answers that are not to be learned."""
-        whole = self._learned(self._all, _MARKS_OF_A_LINE, "the line")
+        whole = self._learned(self._all, "the line")
         masked = set()
         for i, message in enumerate(messages):
             if message.get("train_detail"):
                 raise BadItem(f"message {i}: train_detail: {_NOT_READ['train_detail']}", "unread keys")
-            learned = self._learned(message, (*_LEARNED, *_MASKED), f"message {i}")
+            learned = self._learned(message, f"message {i}")
             for key in (*_LEARNED, *_MASKED):
                 message.pop(key, None)
             if message.get("role") == ASSISTANT:
@@ -245,12 +244,14 @@ class _Line:
                 self._told.append(f"marks to learn a message of the role {message.get('role')!s:.20}")
         return frozenset(masked)
 
-    def _learned(self, of: Mapping[str, Any], marks: Sequence[str], what: str) -> bool | None:
+    def _learned(self, of: Mapping[str, Any], what: str) -> bool | None:
         """Returns whether the marks say that something is learned, or None if there are no marks."""
         found: dict[str, bool] = {}
-        for key in marks:
+        for key in (*_LEARNED, *_MASKED):
             value = of.get(key)
             if of is self._all:
+                if key == "loss" and not isinstance(value, bool):
+                    continue  # a measurement
                 self._read.add(key)
                 if key == "mask" and isinstance(value, str) and _ROLES.get(value.lower()) in ("user", "system"):
                     continue  # names the speaker who is not learned, which is what is always done
