@@ -12,6 +12,7 @@ from absl import flags
 from llada_jax.cli import entry_point, paths
 from llada_jax.config import UserError
 from llada_jax.data.prepare.answers import RULES
+from llada_jax.data.prepare.left_out import LARGEST_SHARE, ON_ERROR
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.data.prepare.summary import chat_summary, text_summary
@@ -26,9 +27,9 @@ _OUTPUT = paths.define("output", None, "Folder to write. It must not exist yet, 
 _CHAT = flags.DEFINE_boolean(
     "chat",
     False,
-    "Read the input as conversations for instruction tuning: .jsonl files (also .gz, .xz) whose lines have the keys "
-    "messages; or prompt and response; or instruction, output and optionally input; or question, answer and optionally "
-    "context.",
+    "Read the input as conversations for instruction tuning: .jsonl files (also .gz, .xz) whose lines have the key "
+    "messages or conversations; or prompt and response; or instruction, output and optionally input; or question, "
+    "answer and optionally context; each with system, history or tools if needed.",
 )
 _TOO_LONG = flags.DEFINE_enum(
     "too_long",
@@ -42,6 +43,14 @@ _GROUP_KEY = flags.DEFINE_string(
     None,
     "With --chat: name of a key in the lines, for example document. Conversations with the same value under this key "
     "are held out together.",
+)
+_ON_ERROR = flags.DEFINE_enum(
+    "on_error",
+    "stop",
+    ON_ERROR,
+    "What to do with a document or conversation that is bad, for example a line that is not JSON. stop ends the "
+    "preparation; skip leaves it out, lists how many there were of each kind, and fails if more than "
+    f"{LARGEST_SHARE:.0%} of all are bad.",
 )
 _TOKENIZER = paths.define(
     "tokenizer",
@@ -64,7 +73,7 @@ _WORKERS = flags.DEFINE_integer(
     "workers", 0, "Number of processes that tokenise; 0 means one per core. The result does not depend on this number."
 )
 _TEXT_KEY = flags.DEFINE_string(
-    "text_key", "text", "Key of the text in a .jsonl file, and name of its column in a .parquet file."
+    "text_key", "text", "Key of the text in a .jsonl file, and name of its column in a .parquet file; a.b is b in a."
 )
 flags.mark_flags_as_required(["input", "output"])
 
@@ -77,6 +86,7 @@ def main() -> None:
         "sequence_length": _SEQUENCE_LENGTH.value,
         "validation_fraction": _VALIDATION_FRACTION.value,
         "workers": _WORKERS.value,
+        "on_error": _ON_ERROR.value,
     }
     if _CHAT.value:
         _refuse("--chat", {"train_tokenizer": _TRAIN_TOKENIZER, "text_key": _TEXT_KEY})

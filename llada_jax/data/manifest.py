@@ -50,6 +50,15 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """Counts the bad documents, or conversations, of one kind that `on_error="skip"` left out."""
+
+    kind: str  # what is wrong with them, for example "not JSON"
+    count: int
+    examples: tuple[str, ...]  # the first of them in the order of the input: file, line and reason
+
+
+@dataclasses.dataclass(frozen=True)
 class Chat:
     """Holds what only the manifest of a set of conversations has; data/pairs.py explains the rows of such a set."""
 
@@ -63,6 +72,7 @@ class Chat:
     empty: int  # number of answers left out because they, or all messages before them, have no text
     train_index: Shard  # the index file of the split; it lies beside the shards
     validation_index: Shard
+    context_only: int = 0  # number of answers that the data marks as not to be learned, and that are only context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +103,19 @@ class Manifest:
     validation: Split
     sources: tuple[Source, ...]
     chat: Chat | None = None  # None for packed text
+    left_out: tuple[LeftOut, ...] = ()  # bad documents or conversations that are not in the set, the largest kind first
     format: int = FORMAT
 
     def to_json(self) -> str:
         """Returns the content of manifest.json."""
         fields = dataclasses.asdict(self)
+        # Sets that were prepared before these fields existed keep their hash.
         if self.chat is None:
-            del fields["chat"]  # sets of text that were prepared before this field existed keep their hash
+            del fields["chat"]
+        elif not self.chat.context_only:
+            del fields["chat"]["context_only"]
+        if not self.left_out:
+            del fields["left_out"]
         return json.dumps(fields, indent=1, sort_keys=True) + "\n"
 
     @property
@@ -160,6 +176,9 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
                 indices = {name: Shard(**chat[name]) for name in ("train_index", "validation_index")}
                 fields["chat"] = Chat(**{**chat, **indices})
             fields["sources"] = tuple(Source(**source) for source in fields["sources"])
+            fields["left_out"] = tuple(
+                LeftOut(**{**kind, "examples": tuple(kind["examples"])}) for kind in fields.get("left_out", ())
+            )
             return Manifest(**fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{file} is damaged: prepare the set again") from error

@@ -95,7 +95,8 @@ def _paths(config: Config, workdir: Path, earlier: Config | None) -> list[str]:
     if is_chat(config):
         chat = prepare_chat(inputs, target, tokenizer=tokenizer, **same).chat
         log(
-            f"answers left out: {chat.dropped:,} too long, {chat.empty:,} empty (llada_jax.prepare --chat can cut them)"
+            f"answers left out: {chat.dropped:,} too long (llada_jax.prepare --chat can cut them), {chat.empty:,} "
+            f"empty, {chat.context_only:,} marked as not to be learned"
         )
     else:
         trained = None if tokenizer else data.train_tokenizer

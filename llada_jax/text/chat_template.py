@@ -13,19 +13,25 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llada_jax.config import UserError
+from llada_jax.text.chat_messages import odd_kind, strings_of
 
 # The files are searched in this order; the first one that has a template is used.
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
 FILES = (*TEMPLATE_FILES, "special_tokens_map.json")
 # The usual roles of messages. Any other role counts as the template's own text only if the template names it.
 _ROLES = frozenset("system user assistant tool function developer observation ipython environment model".split())
+# Values of a key "type" that count as the template's own text too, because templates choose by them what they write.
+_TYPES = frozenset({"text", "function", "object", "string"})
+GENERATION = re.compile(r"\{%[-+]?\s*generation\b")  # finds the tag that marks what a model writes
+# Variables of the template that stand at the beginning and at the end of the body of that tag.
+GENERATION_BOUNDS = ("generation_begins_here", "generation_ends_here")
 _MARKS = range(0xF0000, 0x10FFFE)  # private-use characters, which hardly any text contains
 
 
-def find_source(files: Mapping[str, bytes]) -> str | None:
+def find_source(files: Mapping[str, bytes], name_of: str = "default") -> str | None:
     """Returns the chat template in a tokenizer's files, or None if they have none.
 
-    If a file has several named templates, this is the one named "default".
+    If a file has several named templates, this is the one named `name_of`. An unnamed template is the default.
 
     Raises:
       UserError: If a file cannot be read, or its chat template is not a string. The message names the file.
@@ -40,7 +46,9 @@ def find_source(files: Mapping[str, bytes]) -> str | None:
             raise UserError(f"{name} cannot be read: {error}") from error
         if isinstance(found, list):
             named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
-            found = named.get("default", named)
+            found = named.get(name_of, named if name_of == "default" else None)
+        elif name_of != "default":
+            found = None
         if found is not None and not isinstance(found, str):
             raise UserError(f"{name}: chat_template must be a string, or a list of templates with one named default")
         if found is not None:
@@ -110,19 +118,8 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
                 raise UserError(
                     f'message {i} of the chat needs a "{key}" that is a string, not {message.get(key)!r:.100}'
                 )
-        if (kind := _odd_kind(dict(message))) is not None:
+        if (kind := odd_kind(dict(message))) is not None:
             raise UserError(f"message {i} of the chat contains a {kind}: use only values that JSON can hold")
-
-
-def _odd_kind(value: Any) -> str | None:
-    """Returns the name of a type in a message that JSON does not have, or None if there is none."""
-    if isinstance(value, Mapping):
-        if not all(isinstance(key, str) for key in value):
-            return "key that is not a string"
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return next(filter(None, map(_odd_kind, value)), None)
-    return None if value is None or isinstance(value, str | int | float) else type(value).__name__
 
 
 def render(
@@ -151,9 +148,10 @@ def render(
 
 def render_marked(
     source: str,
-    render_text: Callable[[Sequence[Mapping[str, Any]]], str],
+    render_text: Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any]], str],
     messages: Sequence[Mapping[str, Any]],
     literals: Sequence[str],
+    variables: Mapping[str, Any],
 ) -> tuple[str, dict[int, str]]:
     """Returns the text of a chat in which no control token comes from the messages, not even in part.
 
@@ -167,13 +165,14 @@ def render_marked(
     with all marks.
 
     The usual roles, and the roles and keys that the template itself names, count as the template's own text. They are
-    not marked.
+    not marked. Variables such as the tools come from the user like the messages.
 
     Args:
       source: The Jinja source of the template.
-      render_text: The function that turns messages into text.
+      render_text: The function that turns messages and variables into text.
       messages: The messages from the user.
       literals: The literals of all control tokens.
+      variables: The variables from the user.
 
     Returns:
       The text with marks, and a table with which str.translate turns the marks back into the original characters.
@@ -185,8 +184,8 @@ def render_marked(
     for message in messages:
         if pattern.search(message["role"]):
             raise UserError(f"the role {message['role']!r:.100} contains a control token: use another role")
-    plain = render_text(messages)
-    taken = set(plain).union(*_texts(messages))
+    plain = render_text(messages, variables)
+    taken = set(plain).union(*strings_of([dict(variables), *messages]))
     free = (chr(i) for i in _MARKS if chr(i) not in taken)
     marks = {ord(character): next(free, "") for character in sorted(set().union(*literals))}
     back = {ord(mark): chr(character) for character, mark in marks.items() if mark}
@@ -198,7 +197,8 @@ def render_marked(
     )
     wanted = None  # the control tokens that the template writes when all characters are marked
     for change in changes if len(back) == len(marks) else ():
-        marked = render_text([_marked(message, change, source) for message in messages])
+        chat = [_marked(message, change, source) for message in messages]
+        marked = render_text(chat, {name: _of_user(value, change, source) for name, value in variables.items()})
         found = pattern.findall(marked)
         wanted = found if wanted is None else wanted
         if marked.translate(back) == plain and found == wanted:
@@ -208,35 +208,42 @@ def render_marked(
 
 def _marked(message: Mapping[str, Any], change: Callable[[str], str], source: str) -> dict[str, Any]:
     """Returns the message with the strings in its values and keys changed, except those that are the template's own."""
-    result = {}
-    for key, value in message.items():
-        own_role = key == "role" and (value in _ROLES or _names(source, value))
-        result[key] = value if own_role else _mapped(value, change, lambda name: _names(source, name))
-    return result
+    result = {key: _of_user(value, change, source) for key, value in message.items()}
+    role = message["role"]
+    return result | ({"role": role} if role in _ROLES or names(source, role) else {})
 
 
-def _names(source: str, name: str) -> bool:
+def names(source: str, name: str) -> bool:
     """Returns whether a template names this role or key, in quotes or after a dot."""
     return re.search(rf"""(['"]){re.escape(name)}\1|\.{re.escape(name)}(?!\w)""", source) is not None
 
 
-def _mapped(value: Any, change: Callable[[str], str], own_key: Callable[[str], bool]) -> Any:
-    """Returns the value with all strings in it changed, except the keys that are the template's own."""
+def _of_user(value: Any, change: Callable[[str], str], source: str) -> Any:
+    """Returns the value with all strings in it changed, except the keys and types that are the template's own."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
         return {
-            key if not isinstance(key, str) or own_key(key) else change(key): _mapped(each, change, own_key)
+            key if not isinstance(key, str) or names(source, key) else change(key): each
+            if key == "type" and isinstance(each, str) and (each in _TYPES or names(source, each))
+            else _of_user(each, change, source)
             for key, each in value.items()
         }
-    return [_mapped(each, change, own_key) for each in value] if isinstance(value, list | tuple) else value
+    return [_of_user(each, change, source) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns all strings in the messages, including keys."""
-    found: list[str] = []
-    _mapped([dict(message) for message in messages], lambda text: found.append(text) or text, lambda _: False)
-    return found
+@functools.lru_cache(maxsize=8)
+def takes_only_parts(source: str) -> bool:
+    """Returns whether a template writes the content of a message only if it is a list of parts, not if it is a text."""
+    probe = "content of a message"
+    for content, wanted in ((probe, False), ([{"type": "text", "text": probe}], True)):
+        try:
+            message = {"role": "user", "content": content}
+            if probe in render(source, {"bos_token": "", "eos_token": ""}, [message], True):
+                return wanted
+        except UserError:
+            continue
+    return False
 
 
 @functools.lru_cache(maxsize=8)
@@ -247,13 +254,18 @@ def _compiled(source: str) -> Any:
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %} marks an answer for training tools. Here only its body counts."""
+        """{% generation %} ... {% endgeneration %} marks an answer. The variables at its bounds are usually empty."""
 
         tags = {"generation"}  # noqa: RUF012 (Jinja requires it as a class attribute)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
-            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            begin, end = (
+                jinja2.nodes.Output([jinja2.nodes.Name(name, "load", lineno=line)], lineno=line)
+                for name in GENERATION_BOUNDS
+            )
+            return jinja2.nodes.Scope([begin, *body, end], lineno=line)
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)

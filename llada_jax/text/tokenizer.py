@@ -9,8 +9,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 from etils import epath
@@ -18,11 +17,12 @@ from etils import epath
 from llada_jax.config import UserError
 from llada_jax.text import chat_template
 from llada_jax.text.backends import MASK_LITERAL, NOT_A_TOKEN, ROLES, Backend, HuggingFace, SentencePiece
+from llada_jax.text.chat_encoding import ChatEncoding
 
 VOCAB_MULTIPLE = 128  # vocab_size is a multiple of this, so that it can be split over tensor-parallel devices
 
 
-class Tokenizer:
+class Tokenizer(ChatEncoding):
     """Converts text to ids and back. `load_tokenizer`, `find_tokenizer` and `train_tokenizer` return one.
 
     Attributes:
@@ -48,6 +48,7 @@ class Tokenizer:
         self._backend = backend
         self._chat_files = dict(chat_files or {})
         self.chat_template = chat_template.find_source(self._chat_files)
+        self._tool_template = chat_template.find_source(self._chat_files, "tool_use")
         self._variables = chat_template.special_tokens(self._chat_files, backend.named)
         self.kind = backend.kind
         self.own_size = backend.size
@@ -109,85 +110,6 @@ class Tokenizer:
                 ids += self._backend.encode(true(part), continuation)
                 continuation = True
         return ids
-
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
-        """Returns the text of a chat, written by the folder's chat template or by LLaDA's own.
-
-        LLaDA's template writes BOS; then for each message <|start_header_id|>ROLE<|end_header_id|>, two newlines, the
-        trimmed content and <|eot_id|>; then the header of the assistant's answer.
-
-        Args:
-          messages: The messages, each {"role": "system" | "user" | "assistant", "content": text}. A message may have
-            further fields for the template to use.
-          add_generation_prompt: Whether the header of an answer follows. If False, and the template always writes that
-            header (as the published template does), the header is removed. A header of another form is not removed.
-
-        Raises:
-          UserError: If a message lacks its role or content, or if the template fails or refuses the messages.
-        """
-        if add_generation_prompt:
-            chat_template.check_messages(messages)
-            return self._chat_text(messages, True)
-        text, back = self.marked_chat(messages, False)
-        return text.translate(back)
-
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Returns the ids of a chat; only the text that the template writes can become control tokens.
-
-        A literal such as "<|eot_id|>" in a message is encoded as ordinary text. All other ids are those of the text
-        from `render_chat`, encoded with special=True. Arguments and errors are those of `render_chat`. In addition,
-        UserError is raised if the template may take a control token from a message.
-        """
-        text, back = self.marked_chat(messages, add_generation_prompt)
-        return self._encode_special(text, False, lambda part: part.translate(back))
-
-    def encode_answer(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
-        """Returns the ids of a chat in two parts: the prompt for its last message, and the last message, the answer.
-
-        The prompt is `encode_chat(messages[:-1])`, to which a model replies. The answer is what the template writes for
-        the last message, including the token that ends it (<|eot_id|> in LLaDA's template).
-
-        Raises:
-          UserError: As in `encode_chat`, and if the template does not write the answer directly after the prompt.
-        """
-        before = self._chat_text(messages[:-1], True)
-        text, back = self.marked_chat(messages, False)
-        if not text.translate(back).startswith(before):
-            raise UserError(
-                "the chat template writes an answer differently from the prompt for it: use another template"
-            )
-        # Each mark stands for one character, so the prompt has the same length with and without marks.
-        answer = text[len(before) :]
-        if answer.rstrip().endswith(tuple(self._special)):  # a line end after it belongs to the next message
-            answer = answer.rstrip()
-        ids = self._encode_special(answer, True, lambda part: part.translate(back))
-        return self.encode_chat(messages[:-1]), ids
-
-    def marked_chat(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool
-    ) -> tuple[str, dict[int, str]]:
-        """Returns a chat as text in which every literal of a control token was written by the template.
-
-        In this text, some characters of the messages are replaced by marks. The second value is the table with which
-        `str.translate` restores them. Arguments and errors are those of `encode_chat`.
-        """
-        chat_template.check_messages(messages)
-        text, back = chat_template.render_marked(
-            self.chat_template or self.default_chat_template,
-            lambda m: self._chat_text(m, add_generation_prompt),
-            messages,
-            [*self._special],
-        )
-        # A header in a message would contain marks, so this header was written by the template.
-        if not add_generation_prompt and text.endswith(self._header):
-            if text.translate(back) == self._chat_text(messages, True):
-                text = text.removesuffix(self._header)
-        return text, back
-
-    def _chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        if self.chat_template is None:
-            return chat_template.render(self.default_chat_template, {}, messages, add_generation_prompt)
-        return chat_template.render(self.chat_template, self._variables, messages, add_generation_prompt)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False, continuation: bool = False) -> str:
         """Returns the text of `ids`. It never raises an error because of an id.

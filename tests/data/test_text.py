@@ -1,3 +1,4 @@
+import codecs
 import gzip
 import json
 import lzma
@@ -7,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llada_jax.config import UserError
+from llada_jax.data.prepare import stdlib
 from llada_jax.data.prepare import text as text_module
 from llada_jax.data.prepare.text import PIECE_CHARACTERS, WHOLE_CHARACTERS, Corpus
 
@@ -138,3 +140,136 @@ def test_inputs_that_are_none(tmp_path):
     assert "is a folder" in one_line_error(tmp_path)
     assert "no input" in one_line_error()
     assert "already given" in one_line_error(tmp_path / "a.txt", tmp_path / "*.txt")
+
+
+BLANK = [" \n\r\n\t", "\ufeff", "\u200b\u2060\n", "\u00ad\u00a0\u3000", "\0\x1f\u2028", "\u2800\u3164", ""]
+
+
+@pytest.mark.parametrize("blank", BLANK)
+def test_a_text_that_says_nothing_is_no_document(tmp_path, monkeypatch, blank):
+    (tmp_path / "a.txt").write_text(blank, newline="")
+    (tmp_path / "b.jsonl").write_bytes(jsonl([blank, "x" + blank]))
+    pq.write_table(pa.table({"text": [blank, blank + "y"]}), tmp_path / "c.parquet")
+    (tmp_path / "d.py").write_text(blank.replace("\0", ""), newline="")
+    monkeypatch.setattr(stdlib, "source_files", lambda: [tmp_path / "d.py"])
+    found = read(tmp_path / "a.txt", tmp_path / "b.jsonl", tmp_path / "c.parquet", "stdlib")
+    assert found == ["x" + blank, (blank + "y").lstrip("\ufeff")]
+
+
+@pytest.mark.parametrize("mark", ["\u200b", "\u200d", "\ufe0f", "\u0301"])
+def test_invisible_characters_within_a_text_stay(tmp_path, mark):
+    (tmp_path / "a.txt").write_text(f"a{mark}b")
+    assert read(tmp_path / "a.txt") == [f"a{mark}b"]
+
+
+def test_blank_pieces_are_no_documents(tmp_path):
+    """Blank pieces of a long file belong to the piece before them; those before the first text are left out."""
+    blank, full = "\n" * PIECE_CHARACTERS, "word " * (PIECE_CHARACTERS // 5)
+    (tmp_path / "a.txt").write_text(blank * 2 + full + blank * 3 + full * 4 + blank * 2)
+    pieces = list(Corpus([str(tmp_path / "a.txt")]))
+    assert "".join(p.text for p in pieces).strip("\n") == (full + blank * 3 + full * 4).rstrip("\n")
+    assert not pieces[0].blank and [p.last for p in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert [p.blank for p in pieces] == [not p.text.strip() for p in pieces] and sum(p.blank for p in pieces) > 2
+    (tmp_path / "a.txt").write_text(blank * 9)
+    (tmp_path / "b.txt").write_text("b")
+    assert read(tmp_path / "a.txt", tmp_path / "b.txt") == ["b"]
+
+
+@pytest.mark.parametrize(
+    "kind", [
+        pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(),
+        pa.dictionary(pa.int32(), pa.string()), pa.dictionary(pa.int8(), pa.large_string()),
+        pa.dictionary(pa.int16(), pa.binary()), "json",
+    ], ids=str,
+)  # fmt: skip
+def test_text_in_each_type_of_arrow(tmp_path, kind):
+    texts = pa.array([*TEXTS, TEXTS[0]])
+    column = pa.ExtensionArray.from_storage(pa.json_(), texts) if kind == "json" else texts.cast(kind)
+    pq.write_table(
+        pa.table({"text": column, "of": pa.StructArray.from_arrays([column], ["it"])}), tmp_path / "a.parquet"
+    )
+    assert read(tmp_path / "a.parquet") == [*TEXTS, TEXTS[0]]
+    assert read(tmp_path / "a.parquet", text_key="of.it") == [*TEXTS, TEXTS[0]]
+
+
+def test_run_end_encoded_text_is_text():
+    """Parquet cannot hold it today, so only the decision and the values are tested."""
+    from llada_jax.data.prepare import parquet
+
+    column = pa.RunEndEncodedArray.from_arrays([2, 3], ["a", "b"])
+    assert parquet._is_text(column.type) and [value.as_py() for value in parquet._texts(column, [])] == ["a", "a", "b"]
+    assert not parquet._is_text(pa.RunEndEncodedArray.from_arrays([2], [1]).type)
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.int64(), pa.float64(), pa.list_(pa.string()), pa.struct([("x", pa.string())]), pa.binary(3), pa.bool_(),
+             pa.timestamp("s"), pa.map_(pa.string(), pa.string()), pa.dictionary(pa.int8(), pa.int32())], ids=str
+)  # fmt: skip
+def test_other_types_are_no_text(tmp_path, kind):
+    pq.write_table(pa.table({"text": pa.array([None], kind)}), tmp_path / "a.parquet")
+    assert "not text" in one_line_error(tmp_path / "a.parquet")
+
+
+def test_columns_in_columns(tmp_path):
+    inner = pa.array([{"b": {"c": "x"}}, None, {"b": None}], pa.struct([("b", pa.struct([("c", pa.string())]))]))
+    pq.write_table(pa.table({"a": inner, "a.b": ["p", "q", "r"]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet", text_key="a.b") == ["p", "q", "r"], "a column of exactly this name comes first"
+    assert "a.parquet, row 2" in one_line_error(tmp_path / "a.parquet", text_key="a.b.c")
+    assert read(tmp_path / "a.parquet", text_key="a.b.c", on_error="skip") == ["x"]
+    assert 'its columns in "a" are b' in one_line_error(tmp_path / "a.parquet", text_key="a.c")
+    (tmp_path / "a.jsonl").write_text('{"a": {"b": "x"}}\n{"a.b": "y", "a": {"b": "no"}}\n')
+    assert read(tmp_path / "a.jsonl", text_key="a.b") == ["x", "y"]
+    assert 'key "a.c"' in one_line_error(tmp_path / "a.jsonl", text_key="a.c")
+
+
+def test_bytes_that_are_no_text_are_named_by_their_row(tmp_path):
+    pq.write_table(pa.table({"text": [b"a", b"caf\xe9"]}), tmp_path / "a.parquet")
+    assert "a.parquet, row 2: not UTF-8 text" in one_line_error(tmp_path / "a.parquet")
+    wrong = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff"))
+    pq.write_table(pa.table({"text": wrong}), tmp_path / "b.parquet")
+    assert "b.parquet, row 1: not UTF-8 text" in one_line_error(tmp_path / "b.parquet")
+
+
+def test_files_that_polars_writes(tmp_path):
+    polars = pytest.importorskip("polars")
+    frame = polars.DataFrame({"text": TEXTS, "meta": [{"body": text} for text in TEXTS]})
+    frame = frame.with_columns(kind=polars.Series(TEXTS, dtype=polars.Categorical))
+    frame.write_parquet(tmp_path / "a.parquet")
+    for key in ("text", "meta.body", "kind"):
+        assert read(tmp_path / "a.parquet", text_key=key) == TEXTS
+
+
+@pytest.mark.parametrize("ending, pack", [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)])
+def test_a_byte_order_mark_is_no_content(tmp_path, ending, pack):
+    lines = b'{"text": "\xef\xbb\xbfa"}\n'
+    (tmp_path / f"a.jsonl{ending}").write_bytes(pack(codecs.BOM_UTF8 + lines + codecs.BOM_UTF8 + lines))
+    (tmp_path / f"b.txt{ending}").write_bytes(pack(codecs.BOM_UTF8 * 2 + b"b"))
+    assert read(tmp_path / f"a.jsonl{ending}", tmp_path / f"b.txt{ending}") == ["a", "a", "b"]
+    pq.write_table(pa.table({"text": ["\ufeffc", "d\ufeff"]}), tmp_path / "c.parquet")
+    assert read(tmp_path / "c.parquet") == ["c", "d\ufeff"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-16-be-bom"])
+def test_other_encodings_are_named(tmp_path, encoding):
+    start = codecs.BOM_UTF16_BE if encoding == "utf-16-be-bom" else b""
+    encoding = encoding.removesuffix("-bom")
+    for name in ("a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.xz"):
+        content = start + '{"text": "caf\u00e9 \u4e2d"}\n'.encode(encoding)
+        pack = {"gz": gzip.compress, "xz": lzma.compress}.get(name.split(".")[-1], bytes)
+        (tmp_path / name).write_bytes(pack(content))
+        assert f"{name} is not UTF-8 text, but looks like UTF-16" in one_line_error(tmp_path / name)
+
+
+def test_what_json_allows_is_read(tmp_path):
+    line = '{"n": %s, "big": 1e999, "not": NaN, "meta": {"x": 1, "x": 2}, "text": "a\\u0000b", "id": 1, "id": 2}\n'
+    (tmp_path / "a.jsonl").write_text(line % ("9" * 5000))
+    assert read(tmp_path / "a.jsonl") == ["a\0b"]
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "text": "b"}\n')
+    assert 'a.jsonl, line 1: the key "text" occurs twice' in one_line_error(tmp_path / "a.jsonl")
+
+
+def test_not_utf8_names_the_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo \xe9 \n")
+    assert "a.txt is not UTF-8 text: invalid continuation byte in line 2" in one_line_error(tmp_path / "a.txt")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\n" * 50_000 + b"\xe2\x82"))
+    assert "unexpected end of data in line 50001" in one_line_error(tmp_path / "a.txt.gz")

@@ -66,6 +66,21 @@ def test_conversations(tmp_path):
         assert result.returncode == 2 and words in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
+def test_bad_lines_are_left_out_on_request(tmp_path):
+    """The command counts bad lines and lists them; `test_mistakes_take_one_line` has the command that stops at them."""
+    source = write_texts(tmp_path / "a.jsonl")
+    with source.open("ab") as file:
+        file.write(b'{"body": null}\n{"body": "\xff"}\n')
+    arguments = (f"--input={source}", "--text_key=body", "--train_tokenizer=300", "--sequence_length=32", "--workers=1")
+    result = run(*arguments, f"--output={tmp_path / 'set'}", "--on_error=skip")
+    assert result.returncode == 0, result.stderr
+    assert f"left out, not UTF-8: 1\n  {source}, line 62: not UTF-8 text: invalid start byte\n" in result.stdout
+    manifest = json.loads((tmp_path / "set" / "manifest.json").read_text())
+    assert [(each["kind"], each["count"]) for each in manifest["left_out"]] == [
+        ('no text under "body"', 1), ("not UTF-8", 1),
+    ]  # fmt: skip
+
+
 def test_mistakes_take_one_line(tmp_path):
     source = write_texts(tmp_path / "a.jsonl")
     output = f"--output={tmp_path / 'set'}"

@@ -9,8 +9,12 @@ template in the tokenizer's folder renders them (LLaDA's own template if the fol
          user; a system message at the beginning stays. If the last turn alone is too long, the answer loses its end,
          and with it its EOS. If even the prompt leaves no room for an answer, the row is left out.
 
-An answer without text, or with no text in any message before it, is left out. The manifest says how many answers were
-dropped, cut and empty.
+An answer without text, or with no text in any message before it, is left out. So is one that the data marks as not to
+be learned; it is still context for later answers. The manifest says how many answers were dropped, cut, empty and
+marked.
+
+Keys that have no effect are listed once, on stderr. A bad line, or a conversation that the chat template refuses, ends
+the preparation, unless `on_error` is "skip"; see data/prepare/left_out.py.
 
 Whole conversations are held out. The hash of the messages before the first answer decides, so that conversations that
 begin alike are in the same split. If there is a group key, the hash of the value under this key decides instead. See
@@ -18,6 +22,8 @@ data/prepare/held_out.py.
 """
 
 import os
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -53,6 +59,7 @@ def prepare_chat(
     validation_fraction: float = 0.02,
     too_long: str = "drop",
     group_key: str | None = None,
+    on_error: str = "stop",
     workers: int = 0,
     shard_rows: int = 0,
     progress: bool = True,
@@ -63,7 +70,7 @@ def prepare_chat(
     on the number of workers.
 
     Args:
-      inputs: .jsonl files (also .gz, .xz) or globs; data/prepare/conversations.py lists the shapes of their lines.
+      inputs: .jsonl files (also .gz, .xz) or globs; data/prepare/shapes.py lists the shapes of their lines.
       output: A local folder that does not exist yet or is empty.
       tokenizer: The tokenizer of the model to tune: the model's folder or workdir, or the file of a tokenizer. It is
         copied into the set.
@@ -72,41 +79,53 @@ def prepare_chat(
       too_long: "drop" or "cut", as the docstring of this module explains.
       group_key: The key that groups conversations: those with the same value under it are in the same split. None means
         that conversations with the same messages before the first answer are in the same split.
+      on_error: What is done with a bad conversation: "stop" raises UserError, "skip" leaves it out and counts it in the
+        manifest.
       workers: The number of processes that tokenise; 0 means one per core.
       shard_rows: The maximum number of rows per shard; 0 means as many as fit into about 256 MiB of ids.
-      progress: Whether to report the progress on stderr.
+      progress: Whether to report the progress, and the keys that have no effect, on stderr.
 
     Returns:
       The manifest of the set.
 
     Raises:
-      UserError: If anything is wrong with the input, the tokenizer, the settings or the output folder.
+      UserError: If anything is wrong with the input, the tokenizer, the settings or the output folder, or if more than
+        a tenth of the conversations are bad although `on_error` is "skip".
     """
     target = check_settings(output, sequence_length, validation_fraction, workers, shard_rows)
     if too_long not in RULES:
         raise UserError(f"too_long={too_long!r}: choose one of {', '.join(RULES)}")
-    conversations = Conversations(inputs, group_key)
+    conversations = Conversations(inputs, group_key, on_error)
     loaded = load_tokenizer(tokenizer)
-    below = held_out_below((each.group for each in conversations), validation_fraction, conversations.inputs)
+    below = held_out_below(_groups(conversations), validation_fraction, conversations.inputs)
     with write_errors(output), temporary_folder(target) as folder:
         loaded.save(folder / TOKENIZER_FOLDER)
         dtype = id_dtype(loaded)
         shard_rows = shard_rows or max(1, SHARD_BYTES // (HEADER_BYTES + sequence_length * np.dtype(dtype).itemsize))
         writers = [PairWriter(folder, name, dtype, shard_rows) for name in SPLITS]
         totals = np.zeros((len(conversations.inputs), 3), np.int64)  # conversations, tokens, bytes
-        dropped = cut = empty = 0
+        counts = np.zeros(4, np.int64)  # answers that were dropped, cut, empty and context only
+        bad, unread = 0, Counter()
         report = Progress(conversations.total_bytes, progress)
         with Pool(folder / TOKENIZER_FOLDER, workers or cores()) as pool, report:
             for batch, encoded in pool.map(_batches(conversations, sequence_length, too_long)):
-                chosen, position = batch.tag
-                _write(encoded, chosen, below, writers, totals)
-                dropped, cut, empty = dropped + encoded.dropped, cut + encoded.cut, empty + encoded.empty
+                for conversation, error in zip(batch.conversations, encoded.bad, strict=True):
+                    if error is not None:
+                        conversations.faults.add(error, conversation.number)
+                        bad += 1
+                _write(encoded, batch.conversations, below, writers, totals)
+                counts += encoded.dropped, encoded.cut, encoded.empty, encoded.context_only
+                unread += encoded.unread
+                position = batch.tag
                 report.update(position, sum(pair.length for pairs in encoded.pairs for pair in pairs))
+        left_out = conversations.faults.checked(conversations.good - bad, "conversations")
+        dropped, cut, empty, context_only = map(int, counts)
         (train, train_index), (validation, validation_index) = (writer.finish() for writer in writers)
         if not train.rows:
             raise UserError(
                 f"no answer is left to train on: {dropped} are too long for sequence_length={sequence_length}, "
-                f"{empty} are empty and {validation.rows} are held out: give more conversations or other settings"
+                f"{empty} are empty, {context_only} are marked as not to be learned and {validation.rows} are held "
+                "out: give more conversations or other settings"
             )
         manifest = Manifest(
             **tokenizer_fields(loaded),
@@ -123,11 +142,22 @@ def prepare_chat(
             ),
             chat=Chat(
                 template_hash(loaded),
-                too_long, group_key, dropped, cut, empty, train_index, validation_index,
+                too_long, group_key, dropped, cut, empty, train_index, validation_index, context_only,
             ),
+            left_out=left_out,
         )  # fmt: skip
         publish(folder, target, manifest)
+    unread += conversations.unread
+    if unread and progress:
+        listed = ", ".join(f"{name} ({count:,})" for name, count in sorted(unread.items()))
+        print(f"without effect, with the number of conversations: {listed}", file=sys.stderr)
     return manifest
+
+
+def _groups(conversations: Conversations) -> Iterator[str]:
+    """Yields the groups of the conversations, and then checks that not too many lines are bad."""
+    yield from (each.group for each in conversations)
+    conversations.faults.checked(conversations.good, "conversations")
 
 
 def _write(
@@ -140,12 +170,11 @@ def _write(
 
 
 def _batches(conversations: Conversations, sequence_length: int, too_long: str) -> Iterator[ChatBatch]:
-    """Yields batches of conversations for the workers; the tag holds (conversations, bytes of the input read)."""
+    """Yields batches of conversations for the workers; the tag is the number of bytes of the input that were read."""
     chosen: list[Conversation] = []
 
     def batch() -> ChatBatch:
-        messages, where = [each.messages for each in chosen], [each.where for each in chosen]
-        return ChatBatch(messages, where, sequence_length, too_long, ([*chosen], conversations.position))
+        return ChatBatch([*chosen], sequence_length, too_long, conversations.position)
 
     for conversation in conversations:
         chosen.append(conversation)

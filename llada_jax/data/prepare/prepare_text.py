@@ -49,6 +49,7 @@ def prepare(
     workers: int = 0,
     shard_rows: int = 0,
     text_key: str = "text",
+    on_error: str = "stop",
     progress: bool = True,
 ) -> Manifest:
     """Prepares a set for training in the folder `output`, which appears only when it is complete.
@@ -68,21 +69,25 @@ def prepare(
       validation_fraction: The share of the documents that is held out; 0 means none.
       workers: The number of processes that tokenise; 0 means one per core.
       shard_rows: The maximum number of rows per shard; 0 means as many as fit into about 256 MiB of ids.
-      text_key: The key of the text in a .jsonl file, and the name of its column in a .parquet file.
+      text_key: The key of the text in a .jsonl file, and the name of its column in a .parquet file. "a.b" stands for b
+        in a.
+      on_error: What is done with a bad document: "stop" raises UserError, "skip" leaves it out and counts it in the
+        manifest. See data/prepare/left_out.py.
       progress: Whether to report the progress on stderr.
 
     Returns:
       The manifest of the set.
 
     Raises:
-      UserError: If anything is wrong with the input, the tokenizer, the settings or the output folder.
+      UserError: If anything is wrong with the input, the tokenizer, the settings or the output folder, or if more than
+        a tenth of the documents are bad although `on_error` is "skip".
     """
     if (tokenizer is None) == (train_tokenizer is None):
         raise UserError("give either tokenizer (a file or folder) or train_tokenizer (a vocabulary size)")
     target = check_settings(output, sequence_length, validation_fraction, workers, shard_rows)
-    corpus = Corpus(inputs, text_key)
+    corpus = Corpus(inputs, text_key, on_error)
     loaded = load_tokenizer(tokenizer) if tokenizer is not None else None
-    below = held_out_below((piece.text for piece in corpus), validation_fraction, corpus.inputs)
+    below = held_out_below(_texts(corpus), validation_fraction, corpus.inputs)
     with write_errors(output), temporary_folder(target) as folder:
         if loaded is None:
             loaded = _train(corpus, below, train_tokenizer, folder / TOKENIZER_FOLDER, progress)
@@ -92,6 +97,7 @@ def prepare(
         shard_rows = shard_rows or max(1, SHARD_BYTES // (8 + sequence_length * np.dtype(dtype).itemsize))
         writers = [SplitWriter(folder, name, sequence_length, dtype, loaded.eos_id, shard_rows) for name in SPLITS]
         sources = _write_rows(corpus, below, folder, writers, workers or cores(), progress)
+        left_out = corpus.faults.checked(corpus.good, "documents")
         train, validation = (writer.finish() for writer in writers)
         if not train.rows:
             raise UserError(
@@ -107,15 +113,23 @@ def prepare(
             train=train,
             validation=validation,
             sources=sources,
+            left_out=left_out,
         )
         publish(folder, target, manifest)
     return manifest
 
 
+def _texts(corpus: Corpus) -> Iterator[str]:
+    """Yields the pieces that say something, and then checks that not too many documents are bad."""
+    yield from (piece.text for piece in corpus if not piece.blank)
+    corpus.faults.checked(corpus.good, "documents")
+
+
 def _train(corpus: Corpus, below: int, size: int, folder: Path, progress: bool) -> Tokenizer:
     if progress:
         print(f"training a tokenizer of {size} tokens", file=sys.stderr)
-    return train_tokenizer((piece.text for piece in corpus if text_hash(piece.text) >= below), size, folder)
+    texts = (piece.text for piece in corpus if not piece.blank and text_hash(piece.text) >= below)
+    return train_tokenizer(texts, size, folder)
 
 
 def _write_rows(
@@ -124,6 +138,7 @@ def _write_rows(
     """Tokenises the corpus, adds the tokens to the writers (train, validation), and returns the counts per input."""
     totals = np.zeros((len(corpus.inputs), 3), np.int64)  # documents, tokens, bytes
     report = Progress(corpus.total_bytes, progress)
+    stretch = 0  # tokens of the current stretch of text
     with Pool(folder / TOKENIZER_FOLDER, workers) as pool, report:
         for batch, tokens in pool.map(_batches(corpus, below)):
             start = 0
@@ -131,8 +146,11 @@ def _write_rows(
                 part = slice(start, start + length)
                 start += length
                 writers[split].add(tokens.ids[part], tokens.bytes[part])
+                stretch += length
+                ends = ends and stretch > 0  # a tokenizer may turn a text into nothing, which is no document
                 if ends:
                     writers[split].end_document()
+                    stretch = 0
                 totals[source] += int(ends), length + int(ends), int(tokens.bytes[part].sum(dtype=np.int64))
             report.update(batch.tag[1], len(tokens.ids))
     return tuple(Source(name, corpus.file_count(i), *map(int, totals[i])) for i, name in enumerate(corpus.inputs))
@@ -161,10 +179,13 @@ def _batches(corpus: Corpus, below: int) -> Iterator[Batch]:
 
 
 def _stretches(corpus: Corpus, below: int) -> Iterator[tuple[Piece, int, bool, bool]]:
-    """Yields (piece, split, whether it continues the piece before it, whether EOS follows); split 1 is validation."""
+    """Yields (piece, split, whether it continues the piece before it, whether EOS follows); split 1 is validation.
+
+    A blank piece is in the split of the piece before it, so that no stretch is blank.
+    """
     waiting: tuple[Piece, int, bool] | None = None
     for piece in corpus:
-        split = int(text_hash(piece.text) < below)
+        split = waiting[1] if piece.blank and waiting else int(text_hash(piece.text) < below)
         continued = False
         if waiting is not None:
             before, before_split, before_continued = waiting

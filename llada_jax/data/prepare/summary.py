@@ -21,6 +21,7 @@ def text_summary(output: str, manifest: Manifest, seconds: float) -> str:
         f"tokens\n"
         f"{tokens:,} tokens, {(train.bytes + validation.bytes) / tokens:.2f} bytes per token, "
         f"vocabulary {manifest.tokenizer_size:,}, {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)\n"
+        f"{_left_out(manifest)}"
         f"next: {_next_command(output, manifest.sequence_length)}"
     )
 
@@ -35,16 +36,27 @@ def chat_summary(output: str, manifest: Manifest, tokenizer: str, seconds: float
       seconds: How long the preparation took, in seconds.
     """
     train, validation, chat = manifest.train, manifest.validation, manifest.chat
+    marked = f"marked as not to be learned: {chat.context_only:,} are context only\n" if chat.context_only else ""
     return (
         f"{output}: {train.rows:,} answers of {train.documents:,} conversations to train on, {validation.rows:,} of "
         f"{validation.documents:,} held out\n"
         f"longer than {manifest.sequence_length:,} tokens: {chat.dropped:,} answers left out, {chat.cut:,} cut; "
         f"without text: {chat.empty:,} left out\n"
+        f"{marked}{_left_out(manifest)}"
         f"{train.tokens + validation.tokens:,} tokens, an epoch is {train.documents:,} rows, {seconds:.1f} s\n"
         f"next: python -m llada_jax.train --config=configs/small_sft.py --workdir=runs/tuned "
         f"--config.init_from={shlex.quote(tokenizer) if os.path.isdir(tokenizer) else 'MODEL'} "
         f"--config.data.path={shlex.quote(output)} --config.sequence_length={manifest.sequence_length}"
     )
+
+
+def _left_out(manifest: Manifest) -> str:
+    """Returns the lines about what was left out because it is bad: each kind with its first examples."""
+    lines = []
+    for kind in manifest.left_out:
+        lines.append(f"left out, {kind.kind}: {kind.count:,}")
+        lines += [f"  {example}" for example in kind.examples]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _next_command(output: str, sequence_length: int) -> str:

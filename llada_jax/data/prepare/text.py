@@ -3,13 +3,16 @@
 A document is a line of a .jsonl file, a row of a .parquet file, or a whole .txt file. A .txt file of more than 65,536
 characters is read in pieces of at most 16,384 characters. It is cut at the ends of lines; a line that is longer is cut
 at a space, and a word that is longer is cut anywhere. The pieces of a file together are exactly its text.
+
+A text without any character that says something (see blank.py) is no document. A byte order mark at the beginning of a
+file or of a text is no content.
 """
 
+import codecs
 import contextlib
 import glob
 import gzip
 import io
-import json
 import lzma
 import os
 import zlib
@@ -19,12 +22,17 @@ from typing import Any, BinaryIO, NamedTuple
 
 from llada_jax.config import UserError
 from llada_jax.data.prepare import stdlib
+from llada_jax.data.prepare.blank import is_blank
+from llada_jax.data.prepare.json_lines import BOM, json_lines, under
+from llada_jax.data.prepare.left_out import BadItem, Faults
+from llada_jax.data.prepare.parquet import read_parquet
 
 WHOLE_CHARACTERS = 65_536  # a .txt file of at most this length is one piece
 PIECE_CHARACTERS = 16_384  # maximum length of a piece of a longer .txt file
 STDLIB = "stdlib"  # the input that stands for the source files of the standard library
 
 _READ_CHARACTERS = 1 << 20
+_START_BYTES = 1024  # number of bytes from which the encoding of a file is told
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = {".gz": gzip.open, ".xz": lzma.open}
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
@@ -36,6 +44,7 @@ class Piece(NamedTuple):
     text: str  # never empty
     source: int  # index into the inputs
     last: bool  # whether it is the last piece of its document
+    blank: bool = False  # whether it says nothing; such a piece always continues the piece before it
 
 
 class Corpus:
@@ -45,23 +54,27 @@ class Corpus:
       inputs: The inputs as the user gave them.
       total_bytes: The size of all files in bytes, as they are stored (compressed files count compressed).
       position: The number of these bytes that the current iteration has read, for a progress bar.
+      faults: The bad documents of the current iteration.
+      good: The number of documents that the current iteration has read and that are not bad.
     """
 
-    def __init__(self, inputs: Sequence[str], text_key: str = "text"):
+    def __init__(self, inputs: Sequence[str], text_key: str = "text", on_error: str = "stop"):
         """Finds the files that the inputs name.
 
         Args:
           inputs: Files, globs or "stdlib".
           text_key: The key of the text in a .jsonl file, and the name of its column in a .parquet file.
+          on_error: What is done with a bad document: "stop" or "skip".
 
         Raises:
           UserError: If an input names no file or an unknown kind of file, or if a file is named twice.
         """
+        self.faults = Faults(on_error)
         self.inputs = tuple(inputs)
         self._text_key = text_key
         self._files = input_files(self.inputs)
         self.total_bytes = sum(file.stat().st_size for _, file in self._files)
-        self.position = 0
+        self.position = self.good = self._items = 0
 
     def file_count(self, source: int) -> int:
         """Returns the number of files that input number `source` stands for."""
@@ -73,31 +86,44 @@ class Corpus:
         Raises:
           UserError: If a part of a file cannot be read. The message names the file and, where it has lines, the line.
         """
+        begun = False  # whether a piece of the current document was yielded
         for source, (text, last) in self._walk():
-            if text:
-                yield Piece(text, source, last)
+            self.good += last
+            text = text if begun else text.lstrip(BOM)
+            blank = is_blank(text)
+            if begun or not blank:  # blank pieces before the first one that says something are left out
+                yield Piece(text, source, last, blank)
+            begun = not last and (begun or not blank)
 
     def _walk(self) -> Iterator[tuple[int, Any]]:
-        """Yields (index of the input, item that `_read` yields) for all files."""
-        finished = 0
+        """Yields (index of the input, item that `_read` yields) for all files and items, except for bad ones."""
+        self.faults.clear()
+        self.good = self._items = finished = 0
         for source, file in self._files:
             for item, position in self._read(source, file):
                 self.position = finished + position
-                yield source, item
+                self._items += 1
+                if isinstance(item, BadItem):
+                    self.faults.add(item, self._items)
+                else:
+                    yield source, item
             finished += file.stat().st_size
         self.position = finished
 
     def _read(self, source: int, file: Path) -> Iterator[tuple[Any, int]]:
-        """Yields ((text, whether it ends its document), number of bytes of the file read so far)."""
+        """Yields ((text, whether it ends its document) or what is wrong with it, bytes of the file read so far)."""
         if self.inputs[source] == STDLIB:
             yield (stdlib.read_source(file), True), 0
             return
         kind, _ = kind_of(file)
         with opened(file) as (raw, stream):
             if kind == ".parquet":
-                pieces = _read_parquet(file, raw, self._text_key)
+                rows = read_parquet(file, raw, self._text_key)
+                pieces = (row if isinstance(row, BadItem) else (row, True) for row in rows)
+            elif kind == ".txt":
+                pieces = _read_txt(file, stream, whole_first=self.faults.skip)
             else:
-                pieces = _read_txt(file, stream) if kind == ".txt" else _read_jsonl(file, stream, self._text_key)
+                pieces = _read_jsonl(file, stream, self._text_key)
             for piece in pieces:
                 yield piece, raw.tell()
 
@@ -162,12 +188,25 @@ def kind_of(file: Path) -> tuple[str, str]:
     return kind, compression
 
 
-def _read_txt(file: Path, stream: BinaryIO) -> Iterator[tuple[str, bool]]:
+def _read_txt(file: Path, stream: BinaryIO, whole_first: bool) -> Iterator[tuple[str, bool] | BadItem]:
+    """Yields the pieces of a file, or what is wrong with it.
+
+    Args:
+      file: The path of the file, for error messages.
+      stream: Its decompressed content.
+      whole_first: Whether the whole file is checked before the first piece, so that a bad file yields no piece.
+    """
+    if other := _other_encoding(stream):
+        yield BadItem(f"{file} {other}", "not UTF-8")
+        return
     reader = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")  # newline="" keeps line ends as they are
     try:
         text = reader.read(WHOLE_CHARACTERS + 1)
         if len(text) <= WHOLE_CHARACTERS:
             yield text, True
+            return
+        if whole_first and (bad := _first_fault(file)):
+            yield bad
             return
         more, text = text, ""
         while more:
@@ -177,7 +216,34 @@ def _read_txt(file: Path, stream: BinaryIO) -> Iterator[tuple[str, bool]]:
             more = reader.read(_READ_CHARACTERS)
         yield text, True
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error.reason}") from error
+        yield _first_fault(file) or BadItem(f"{file} is not UTF-8 text: {error.reason}", "not UTF-8")
+
+
+def _first_fault(file: Path) -> BadItem | None:
+    """Returns what is wrong with the first byte of a .txt file that is not UTF-8, or None if all of it is UTF-8."""
+    decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
+    with opened(file) as (_, stream):
+        while True:
+            chunk = stream.read(_READ_CHARACTERS)
+            try:
+                decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                line += error.object[: error.start].count(b"\n")
+                return BadItem(f"{file} is not UTF-8 text: {error.reason} in line {line}", "not UTF-8")
+            if not chunk:
+                return None
+            line += chunk.count(b"\n")
+
+
+def _other_encoding(stream: BinaryIO) -> str | None:
+    """Returns what is wrong with a file that is UTF-16 or UTF-32, as its first bytes show, or None."""
+    start = stream.peek(_START_BYTES)[:_START_BYTES]
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF32_LE begins with UTF16_LE
+    # In UTF-16, every other byte of a text in Latin letters is 0, and none of the others is.
+    zeros, others = sorted((start[0::2], start[1::2]), key=lambda part: -part.count(0))
+    if start.startswith(marks) or (zeros.count(0) > len(zeros) / 2 and others and not others.count(0)):
+        return "is not UTF-8 text, but looks like UTF-16: convert it, for example with iconv -f UTF-16 -t UTF-8"
+    return None
 
 
 def cut(text: str) -> Iterator[str]:
@@ -193,56 +259,33 @@ def cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _read_jsonl(file: Path, stream: BinaryIO, key: str) -> Iterator[tuple[str, bool]]:
-    for where, record in json_lines(file, stream):
-        if not isinstance(record, dict) or not isinstance(record.get(key), str):
-            raise UserError(f'{where}: there is no text under the key "{key}" (text_key chooses another key)')
-        yield valid(record[key], where), True
+def _read_jsonl(file: Path, stream: BinaryIO, key: str) -> Iterator[tuple[str, bool] | BadItem]:
+    for where, record in records(file, stream):
+        try:
+            if isinstance(record, BadItem):
+                raise record
+            text = under(record, key)
+            if not isinstance(text, str):
+                raise BadItem(
+                    f'{where}: there is no text under the key "{key}" (text_key chooses another key)',
+                    f'no text under "{key}"',
+                )
+            yield valid(text, where), True
+        except BadItem as error:
+            yield error
+        except ValueError as error:
+            yield BadItem(f"{where}: {error}", "a key occurs twice")
 
 
-def json_lines(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
-    """Yields (file and line as a text for messages, value of the line) for each line that is not empty.
+def records(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+    """Yields what `json_lines` yields.
 
     Raises:
-      UserError: If a line is not JSON in UTF-8. The message names the file and the line.
+      UserError: If the file is in another encoding than UTF-8, so that none of its lines can be read.
     """
-    for number, line in enumerate(stream, start=1):
-        where = f"{file}, line {number}"
-        try:
-            content = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            if not content.strip():
-                continue
-            record = json.loads(content)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{where}: not UTF-8 text: {error.reason}") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON: {error}") from error
-        yield where, record
-
-
-def _read_parquet(file: Path, raw: BinaryIO, column: str) -> Iterator[tuple[str, bool]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
-        kinds = {field.name: field.type for field in table.schema_arrow}
-        if column not in kinds:
-            raise UserError(
-                f'{file} has no column "{column}" (text_key chooses another column); its columns are {", ".join(kinds)}'
-            )
-        if not (pa.types.is_string(kinds[column]) or pa.types.is_large_string(kinds[column])):
-            raise UserError(f'{file}: column "{column}" holds {kinds[column]}, not text')
-        row = 0
-        for batch in table.iter_batches(batch_size=64, columns=[column], use_threads=False):
-            for value in batch.column(0):
-                text = value.as_py()
-                row += 1
-                if text is None:
-                    raise UserError(f'{file}, row {row}: there is no text in the column "{column}"')
-                yield text, True
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as a parquet file: {' '.join(str(error).split())}") from error
+    if other := _other_encoding(stream):
+        raise UserError(f"{file} {other}")
+    yield from json_lines(file, stream)
 
 
 def valid(text: str, where: str) -> str:
@@ -251,10 +294,10 @@ def valid(text: str, where: str) -> str:
     JSON can spell half of a surrogate pair, which is not a character and has no form in UTF-8.
 
     Raises:
-      UserError: If a character of the text is not valid. The message begins with `where`.
+      BadItem: If a character of the text is not valid. The message begins with `where`.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {error.object[error.start]!r} is not a valid character") from error
+        raise BadItem(f"{where}: {error.object[error.start]!r} is not a valid character", "half a character") from error
     return text
