@@ -80,7 +80,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8-sig"))
-        json.dumps(record, ensure_ascii=False).encode()
+        json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{shortened(path)} contains half a character (a lone surrogate): remove it") from error
     except (OSError, UnicodeDecodeError) as error:

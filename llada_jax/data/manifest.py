@@ -144,7 +144,7 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
     """
     file = epath.Path(directory) / MANIFEST_FILE
     try:
-        content = file.read_text()
+        content = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{directory} is not a prepared set, because it has no {MANIFEST_FILE}: run python -m llada_jax.prepare"
@@ -161,7 +161,7 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
                 fields["chat"] = Chat(**{**chat, **indices})
             fields["sources"] = tuple(Source(**source) for source in fields["sources"])
             return Manifest(**fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: prepare the set again") from error
     raise UserError(
         f"{file} has format {version}, but this version of llada_jax reads format {FORMAT}: prepare the set again"
