@@ -6,8 +6,6 @@ from typing import Any
 from llada_jax.config import UserError
 
 Ids = tuple[int, ...]
-# Classes of transformers that put BOS in front of a text if the files say nothing.
-_BOS_CLASSES = ("Llama", "CodeLlama", "Gemma", "Cohere")
 
 
 def of_backend(
@@ -40,24 +38,16 @@ def of_backend(
     return front, [*backend.settings, *([["front", list(front)]] if front else [])], notes
 
 
-def of_flags(config: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[Ids, Ids] | None:
-    """Returns the ids in front and behind that add_bos_token and add_eos_token ask for, or None if neither is given.
+def of_flags(config: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[Ids, Ids]:
+    """Returns the ids in front and behind that add_bos_token and add_eos_token ask for.
 
     Args:
       config: The content of tokenizer_config.json.
       ids: The ids of the roles "bos" and "eos", as far as the files name them.
     """
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return None
     sides = (("add_bos_token", "bos"), ("add_eos_token", "eos"))
     front, behind = ((ids[role],) if config.get(flag) and role in ids else () for flag, role in sides)
     return front, behind
-
-
-def of_class(config: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[Ids, Ids]:
-    """Returns the ids in front and behind that a SentencePiece tokenizer gets if the files have no flags for them."""
-    name = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
-    return ((ids["bos"],) if name in _BOS_CLASSES and "bos" in ids else ()), ()
 
 
 def of_post_processor(processor: Any) -> tuple[Ids, Ids]:
@@ -79,11 +69,10 @@ def _of_processor(processor: Any) -> tuple[Ids, Ids]:
     if kind in ("BertProcessing", "RobertaProcessing"):
         return (_checked(processor["cls"][1]),), (_checked(processor["sep"][1]),)
     if kind == "Sequence":
-        front, behind = (), ()
-        for each in processor["processors"]:
-            before, after = _of_processor(each)
-            front, behind = before + front, behind + after
-        return front, behind
+        adding = [sides for sides in map(_of_processor, processor["processors"]) if any(sides)]
+        if len(adding) > 1:  # the library does not support this either
+            raise UserError("tokenizer.json: only one part of its post_processor may add tokens")
+        return adding[0] if adding else ((), ())
     if kind != "TemplateProcessing":
         raise UserError(f"tokenizer.json: its post_processor {kind!r:.100} is not supported")
     sides: list[list[int]] = [[]]

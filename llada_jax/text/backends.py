@@ -43,6 +43,7 @@ class Backend(Protocol):
     absent: Mapping[str, str]  # role -> literal, for the roles whose token the files name, but which has no id yet
     added: Mapping[str, int]  # literal -> id of every token that is found in a text as it stands, control token or not
     found: Mapping[str, AddedToken]  # literal -> how it is found, for the tokens of `added` that have a property
+    searched: Collection[str]  # the literals in `added` that `encode` itself finds if its argument `special` is true
     settings: Sequence[Any]  # what the files beside the tokenizer change about encoding, as JSON values
     notes: Sequence[str]  # lines about what the files say and what is not done
 
@@ -60,7 +61,7 @@ class Backend(Protocol):
           text: The text.
           continuation: Whether it continues earlier text, as above.
           control: Whether it stands directly behind a control token.
-          special: Whether to find control tokens that the normaliser of the tokenizer makes of other text.
+          special: Whether to find the control tokens in `searched`.
         """
 
     def decode(self, ids: Sequence[int], continuation: bool) -> str:
@@ -91,6 +92,9 @@ class SentencePiece:
         prefix, own = config.get("add_prefix_space"), proto.normalizer_spec.add_dummy_prefix
         self.settings = [["add_prefix_space", prefix]] if prefix is not None and prefix != own else []
         proto.normalizer_spec.add_dummy_prefix = own if prefix is None else bool(prefix)
+        # In Llama's newer files, a text has no space in front of it directly behind a control token.
+        self._only_first = config.get("legacy") is False and proto.normalizer_spec.add_dummy_prefix
+        self.settings += [["legacy", False]] if self._only_first else []
         self._first = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         self._strips_space = proto.normalizer_spec.add_dummy_prefix
         self._trims = proto.normalizer_spec.remove_extra_whitespaces
@@ -124,6 +128,7 @@ class SentencePiece:
         self.found = {literal: token for literal, token in marked.items() if token != PLAIN}
         self.settings += sorted([literal, dataclasses.astuple(token)] for literal, token in self.found.items())
         self._plain_pattern = pattern(self._plain)
+        self.searched = ()
         self._config = config
         self._bytes = [
             bytes([int(piece[1:-1], 16)])
@@ -145,9 +150,10 @@ class SentencePiece:
         self._space_ids = space_bytes if all(model.is_byte(i) for i in space_bytes) else []
 
     def around(self, ids: Mapping[str, int]) -> tuple[around.Ids, around.Ids]:
-        return around.of_flags(self._config, ids) or around.of_class(self._config, ids)
+        return around.of_flags(self._config, ids)
 
     def encode(self, text: str, continuation: bool, control: bool = False, special: bool = False) -> list[int]:
+        continuation |= control and self._only_first
         if not self._plain:
             return self._encode_pieces(text, continuation)
         ids: list[int] = []
@@ -251,6 +257,7 @@ class HuggingFace:
         config, special_map = (read_object(self.files.get(name, b"{}"), name) for name in known[1:])
         described = huggingface_files.read(self.files["tokenizer.json"], config, special_map, ROLES)
         self.special, self.added, self.found = described.special, described.added, described.found
+        self.searched = described.searched
         self.settings = described.settings
         self.named = _named_roles(config, special_map, self.special)
         self.absent, lacking = _absent(config, special_map, {*described.vocabulary, *self.added}, self.named)
@@ -270,12 +277,13 @@ class HuggingFace:
         return self._places[place, special]
 
     def around(self, ids: Mapping[str, int]) -> tuple[around.Ids, around.Ids]:
-        found = around.of_flags(self._config, ids)
-        return around.of_post_processor(self._post_processor) if found is None else found
+        # As in today's transformers, the post_processor holds. Older files have only the flags.
+        written = around.of_post_processor(self._post_processor)
+        return tuple(one or other for one, other in zip(written, around.of_flags(self._config, ids), strict=True))
 
     def encode(self, text: str, continuation: bool, control: bool = False, special: bool = False) -> list[int]:
         place = "behind" if control else "later" if continuation else "first"
-        tokenizer = self._at(place, special and self._described.normalizes_special)
+        tokenizer = self._at(place, special)
         return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int], continuation: bool) -> str:

@@ -17,24 +17,24 @@ class Described:
       vocabulary: Piece -> id, as the model of the tokenizer has it.
       added: Literal -> id of every token that is found in a text as it stands.
       special: Literal -> id of every control token; a part of `added`.
+      searched: The literals of the tokens of `added` that the library itself finds in a text.
       found: Literal -> how the token is found, for the tokens of `added` that have a property.
       settings: What the files beside tokenizer.json change about encoding, as JSON values.
       notes: Lines about what the files say and what is not done.
       post_processor: The field of this name.
       byte_level: Whether each character of a piece stands for one byte.
-      normalizes_special: Whether control tokens are looked for in the normalised text.
       library: The tokenizer of the tokenizers library for whole texts.
     """
 
     vocabulary: Mapping[str, int]
     added: Mapping[str, int]
     special: Mapping[str, int]
+    searched: frozenset[str]
     found: Mapping[str, AddedToken]
     settings: list[Any]
     notes: list[str]
     post_processor: Any
     byte_level: bool
-    normalizes_special: bool
     library: Any
     _without_control: Mapping[str, Any]
     _whole: Mapping[str, Any]
@@ -68,7 +68,6 @@ def read(content: bytes, config: Mapping[str, Any], special_map: Mapping[str, An
     fields = json.loads(content)
     vocab = fields["model"]["vocab"]
     vocabulary = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
-    normalizes = fields.get("normalizer") is not None
     named = special_tokens(config, special_map)
     around_text = {i for side in of_post_processor(fields.get("post_processor")) for i in side}
     named |= {piece: None for piece, i in vocabulary.items() if i in around_text} if around_text else {}
@@ -81,7 +80,7 @@ def read(content: bytes, config: Mapping[str, Any], special_map: Mapping[str, An
         # The files may describe a token differently: those beside tokenizer.json are right, except about its id.
         literal, other = token["content"], described.pop(token["content"], {})
         control = bool(token.get("special") or other.get("special")) or literal in reserved
-        records[literal] = _record(literal, token["id"], {**token, **other}, control, normalizes)
+        records[literal] = _record(literal, token["id"], {**token, **other}, control)
         if properties({**token, **other}) != properties(token):
             settings.append([literal, dataclasses.astuple(properties(records[literal]))])
     # A token with a role may stand in the vocabulary alone. A name that no file mentions may also be a piece of text.
@@ -90,9 +89,9 @@ def read(content: bytes, config: Mapping[str, Any], special_map: Mapping[str, An
             source = described.pop(literal, None) or named.get(literal)
             source = source if isinstance(source, dict) else {}
             control = literal in reserved or bool(source.get("special"))
-            records[literal] = _record(literal, vocabulary[literal], source, control, normalizes)
+            records[literal] = _record(literal, vocabulary[literal], source, control)
     more = {
-        literal: _record(literal, source["id"], source, bool(source.get("special")) or literal in reserved, normalizes)
+        literal: _record(literal, source["id"], source, bool(source.get("special")) or literal in reserved)
         for literal, source in sorted(described.items(), key=lambda item: item[1]["id"])
     }
     plain = [literal for literal, record in more.items() if not record["special"]]
@@ -123,20 +122,20 @@ def read(content: bytes, config: Mapping[str, Any], special_map: Mapping[str, An
     return Described(
         vocabulary=vocabulary,
         added=ids,
+        searched=frozenset(tokens.keys() & ids.keys()),
         special={literal: i for literal, i in ids.items() if literal in special},
         found={literal: token for literal, token in found.items() if token != PLAIN},
         settings=settings,
         notes=said,
         post_processor=fields.get("post_processor"),
         byte_level='"ByteLevel"' in kinds,
-        normalizes_special=any(found[literal].normalized for literal in special & found.keys()),
         library=library,
         _without_control=encoding,
         _whole=whole,
     )
 
 
-def _record(literal: str, i: int, source: Mapping[str, Any], special: bool, normalizes: bool) -> dict[str, Any]:
+def _record(literal: str, i: int, source: Mapping[str, Any], special: bool) -> dict[str, Any]:
     """Returns an entry of added_tokens in tokenizer.json.
 
     Args:
@@ -144,11 +143,10 @@ def _record(literal: str, i: int, source: Mapping[str, Any], special: bool, norm
       i: Its id.
       source: What a file says of the token.
       special: Whether it is a control token.
-      normalizes: Whether the tokenizer normalises texts.
     """
     flags = dataclasses.asdict(properties(source))
     # By default the library looks for tokens that are no control tokens in the normalised text.
-    flags["normalized"] = normalizes and bool(source.get("normalized", not special))
+    flags["normalized"] = bool(source.get("normalized", not special))
     return {"id": i, "content": literal, **flags, "special": special}
 
 

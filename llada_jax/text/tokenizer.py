@@ -76,8 +76,9 @@ class Tokenizer:
         self._found = dict(getattr(backend, "found", {}))
         self._found.setdefault(MASK_LITERAL, self._found.get(roles["mask"][1], added_tokens.PLAIN))
         self._added = {**getattr(backend, "added", {}), **self._special}
-        normalized = {literal for literal, token in self._found.items() if token.normalized and literal != MASK_LITERAL}
-        self._pattern = added_tokens.pattern(self._added.keys() - normalized)
+        searched = getattr(backend, "searched", ())
+        searched = {literal for literal in searched if backend.added[literal] == self._added[literal]}
+        self._pattern = added_tokens.pattern(self._added.keys() - searched)
         self.roles = roles
         bos, start_header, end_header, eot = (roles[name][1] for name in ("bos", "start_header", "end_header", "eot"))
         self._header = f"{start_header}assistant{end_header}\n\n"
@@ -139,7 +140,7 @@ class Tokenizer:
           found: The places of the control tokens in the text, in order, and their literals.
           continuation: Whether the text continues earlier text, as in `encode`.
           control: Whether the text stands directly behind a control token.
-          special: Whether to look for more control tokens in the normalised text, if files say that they are there.
+          special: Whether the tokenizer's own control tokens are also looked for in the text between these.
 
         Raises:
           UserError: If the text contains a lone surrogate.
