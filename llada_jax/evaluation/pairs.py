@@ -10,6 +10,7 @@ from llada_jax.text.tokenizer import Tokenizer
 # and from the texts of documents and examples; only marked control tokens are encoded as control tokens. The mark is a
 # Unicode noncharacter, so it does not occur in texts.
 CONTROL = "\ufdd0"
+RULE = 2  # the number of the rule by which prompts and answers are told apart; scores that are kept belong to one rule
 END = CONTROL + CONTROL  # stands behind what a chat template writes: an answer, or its beginning, follows
 
 

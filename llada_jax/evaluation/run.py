@@ -26,7 +26,7 @@ from llada_jax import __version__, loading
 from llada_jax.cli.outputs import write_text
 from llada_jax.config import MeshConfig, UserError
 from llada_jax.devices import distributed, mesh
-from llada_jax.evaluation import reversal, tasks
+from llada_jax.evaluation import pairs, reversal, tasks
 from llada_jax.evaluation.results import digest, identify, plain, table, versions
 from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer
@@ -257,5 +257,5 @@ def _harness(
 
 
 def _fingerprint(job: Evaluation, identity: dict[str, Any]) -> str:
-    content = json.dumps([identity, job.settings(), __version__], sort_keys=True)
+    content = json.dumps([identity, job.settings(), __version__, pairs.RULE], sort_keys=True)
     return digest(content.encode())[:12]
