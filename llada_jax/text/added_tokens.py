@@ -50,8 +50,10 @@ def special_tokens(*sources: Mapping[str, Any]) -> dict[str, Any]:
     for source in sources:
         found += [token for name, token in source.items() if name.endswith("_token")]
         for name in ("additional_special_tokens", "extra_special_tokens"):
-            more = source.get(name) or ()
-            found += more.values() if isinstance(more, dict) and "content" not in more else more
+            more = source.get(name)
+            if isinstance(more, str) or (isinstance(more, dict) and "content" in more):
+                more = [more]
+            found += more.values() if isinstance(more, dict) else more if isinstance(more, list) else ()
     return {content(token): token for token in found if isinstance(content(token), str) and content(token)}
 
 

@@ -67,7 +67,9 @@ def read(content: bytes, config: Mapping[str, Any], special_map: Mapping[str, An
     """
     fields = json.loads(content)
     vocab = fields["model"]["vocab"]
-    vocabulary = vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    vocabulary: Mapping[str, int] = (
+        vocab if isinstance(vocab, dict) else {piece: i for i, (piece, _) in enumerate(vocab)}
+    )
     named = special_tokens(config, special_map)
     around_text = {i for side in of_post_processor(fields.get("post_processor")) for i in side}
     named |= {piece: None for piece, i in vocabulary.items() if i in around_text} if around_text else {}
@@ -112,6 +114,7 @@ def read(content: bytes, config: Mapping[str, Any], special_map: Mapping[str, An
     elif plain:
         shown = ", ".join(map(repr, plain[:5]))
         said.append(f"tokenizer_config.json adds tokens whose ids leave a gap: {shown} are read as text")
+        vocabulary = vocabulary | {literal: more.pop(literal)["id"] for literal in plain}
     ids |= {literal: record["id"] for literal, record in more.items()}
     ids = {literal: i for literal, i in ids.items() if i is not None}  # the library leaves out an empty literal
     for literal, i in ids.items():

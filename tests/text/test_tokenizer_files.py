@@ -219,7 +219,11 @@ def test_ids_that_the_library_does_not_give(tmp_path):
     assert t.encode("a <x>", special=True) == [1, 7] and t.size == 11 and "the id 90" in t.notes[0]
     gap = {"added_tokens_decoder": {"9": {"content": "<y>"}}}
     t = load_tokenizer(tf.write(tmp_path / "b", tf.words(), tokenizer_config=gap))
-    assert "leave a gap: '<y>'" in t.notes[0] and t.encode("<y>") == [0]
+    assert "leave a gap: '<y>'" in t.notes[0] and t.own_size == 10
+    assert t.encode("<y>") == t.encode("<y>", special=True) == [0]
+    odd = {"additional_special_tokens": "ab", "extra_special_tokens": {"content": "a"}}  # no lists
+    t = load_tokenizer(tf.write(tmp_path / "c", tf.words(), tokenizer_config=odd))
+    assert t.encode("a b ab", special=True) == [1, 2, 3] and t.encode("a b ab") == [0, 2, 0]
 
 
 def test_truncation_and_padding_left_in_the_file(tmp_path):
