@@ -19,7 +19,6 @@ class _Start(NamedTuple):
 
     ids: list[int]
     continuation: bool  # whether the plain text continues other text
-    control: bool  # whether the plain text stands directly behind a control token
 
 
 class Encoder:
@@ -71,15 +70,14 @@ class Encoder:
         chat, end, text = string.rpartition(END)
         if not end:
             if self._marked.search(string) is None:
-                return _Start(list(self._tokenizer.prefix) if prefix else [], False, False), string
+                return _Start(list(self._tokenizer.prefix) if prefix else [], False), string
             chat, text = string, ""
         plain, found = "", []
         for i, part in enumerate(self._marked.split(chat)):
             if i % 2:
                 found.append((len(plain), part))
             plain += part
-        control = bool(found) and found[-1][0] + len(found[-1][1]) == len(plain)
-        return _Start(self._tokenizer.encode_found(plain, found), bool(plain), control), text
+        return _Start(self._tokenizer.encode_found(plain, found), bool(plain)), text
 
     def _behind(self, start: _Start, text: str) -> list[int]:
-        return self._tokenizer.encode_found(text, (), start.continuation, start.control)
+        return self._tokenizer.encode(text, continuation=start.continuation)

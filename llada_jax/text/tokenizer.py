@@ -130,7 +130,6 @@ class Tokenizer:
         text: str,
         found: Sequence[tuple[int, str]],
         continuation: bool = False,
-        control: bool = False,
         special: bool = False,
     ) -> list[int]:
         """Returns the ids of a text in which the control tokens are known; other literals are ordinary text.
@@ -139,7 +138,6 @@ class Tokenizer:
           text: Any valid Unicode.
           found: The places of the control tokens in the text, in order, and their literals.
           continuation: Whether the text continues earlier text, as in `encode`.
-          control: Whether the text stands directly behind a control token.
           special: Whether the tokenizer's own control tokens are also looked for in the text between these.
 
         Raises:
@@ -147,6 +145,7 @@ class Tokenizer:
         """
         check_unicode(text, "the text")
         ids: list[int] = []
+        control = False
         for part, literal in added_tokens.cut(text, found, self._found):
             if part:
                 ids += self._backend.encode(part, continuation, control, special)
@@ -210,10 +209,8 @@ class Tokenizer:
         answer = text[len(before) :]
         if answer.rstrip().endswith(tuple(self._special)):  # a line end after it belongs to the next message
             answer = answer.rstrip()
-        asked, marks = self.marked_chat(messages[:-1], True)
-        behind = asked.endswith(tuple(self._special))
-        ids = self.encode_found(answer.translate(back), self._controls(answer), True, behind)
-        return self.encode_found(asked.translate(marks), self._controls(asked)), ids
+        ids = self.encode_found(answer.translate(back), self._controls(answer), continuation=True)
+        return self.encode_chat(messages[:-1]), ids
 
     def marked_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool

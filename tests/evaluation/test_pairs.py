@@ -81,10 +81,8 @@ def test_a_tokenizer_that_puts_bos_in_front(tmp_path):
     assert encoder.text("a b") == tf.library(tmp_path).encode("a b").ids == [16, 5, 1, 3]
     assert encoder.text("a b", prefix=False) == [5, 1, 3] and encoder.text("") == [16]
     assert encoder.pair("a", " b") == ([16, 5], [1, 3]) and encoder.pair("", "ab") == ([16], [6])
-    # A chat has what its template writes, and its answer what the library makes of the whole chat.
-    prompt, ids = encoder.pair(f"a{CONTROL}<x>{END}", "ab")
-    assert prompt + ids == tf.library(tmp_path).encode("a<x>ab", add_special_tokens=False).ids == [5, 17, 6]
-    assert (prompt, ids) == ([5, 17], [6])
+    # A chat has what its template writes, and its answer is the continuation of the chat, as in training.
+    assert encoder.pair(f"a{CONTROL}<x>{END}", "ab") == ([5, 17], t.encode("ab", continuation=True)) == ([5, 17], [4])
 
 
 def test_an_answer_without_any_token_is_refused(tmp_path):
