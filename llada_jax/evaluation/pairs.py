@@ -4,6 +4,7 @@ import re
 from typing import NamedTuple
 
 from llada_jax.config import UserError
+from llada_jax.text.json_files import check_unicode
 from llada_jax.text.tokenizer import Tokenizer
 
 # Stands in front of each control token that a chat template writes. lm_eval builds a prompt from the template's output
@@ -36,6 +37,7 @@ class Encoder:
           prefix: Whether the ids that the tokenizer puts in front of every text are put in front of a plain text. They
             are never put in front of a chat, whose template writes them if they belong there.
         """
+        check_unicode(string, "a text of the task")
         start, text = self._start(string, prefix)
         return start.ids + self._behind(start, text)
 
@@ -51,8 +53,10 @@ class Encoder:
           answer: The text of the answer.
 
         Raises:
-          UserError: If the tokenizer makes no token of the answer although it is not empty.
+          UserError: If the tokenizer makes no token of the answer although it is not empty, or if a text contains a
+            lone surrogate.
         """
+        check_unicode(context + answer, "a text of the task")
         start, text = self._start(context)
         end = len(text.rstrip())
         text, answer = text[:end], text[end:] + answer

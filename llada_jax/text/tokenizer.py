@@ -109,19 +109,23 @@ class Tokenizer:
             of a text does not put one here.
 
         Raises:
-          UserError: If the text contains a lone surrogate.
+          UserError: If `special` is true and the text contains a lone surrogate.
         """
         if not special:
-            return self.encode_found(text, (), continuation)
+            return self._backend.encode(text, continuation)
         found = [(match.start(), match[0]) for match in self._pattern.finditer(text)]
         return self.encode_found(text, found, continuation, special=True)
 
     def encode_text(self, text: str, special: bool = False) -> list[int]:
         """Returns the ids of a whole text as a model gets them, with `prefix` in front.
 
-        The arguments and errors are those of `encode`. If a text itself begins with the prefix, as the literal of a
-        control token, the prefix is not repeated.
+        The arguments are those of `encode`. If a text itself begins with the prefix, as the literal of a control token,
+        the prefix is not repeated.
+
+        Raises:
+          UserError: If the text contains a lone surrogate.
         """
+        check_unicode(text, "the text")
         ids, prefix = self.encode(text, special), list(self.prefix)
         return ids if ids[: len(prefix)] == prefix else prefix + ids
 

@@ -92,3 +92,6 @@ def test_an_answer_without_any_token_is_refused(tmp_path):
     with pytest.raises(UserError, match="no token of the answer 'b'"):
         encoder.pair("a", "b")
     assert json.dumps(encoder.pair("a ", "a")) == "[[1], [1]]"
+    for call in (lambda text: encoder.pair("a", text), lambda text: encoder.pair(text, "a"), encoder.text):
+        with pytest.raises(UserError, match="a text of the task is not UTF-8 text"):
+            call("a\ud800")

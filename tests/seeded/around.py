@@ -47,7 +47,7 @@ FAULTS = (
     Fault(
         "corpus-writes-control-tokens",
         "llada_jax/text/tokenizer.py",
-        old="        if not special:\n            return self.encode_found(text, (), continuation)\n",
+        old="        if not special:\n            return self._backend.encode(text, continuation)\n",
         new="",
         harm="A page about chat templates in the corpus teaches the model to end its turn in the middle of a text.",
         tests=(
