@@ -202,19 +202,20 @@ def _hide(fields: dict[str, Any], literals: Collection[str]) -> dict[str, Any]:
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
     if "merges" in model:
-        merges = [merge for merge in model["merges"] if not names.keys() & {*_parts(merge), "".join(_parts(merge))}]
-        model["merges"] = merges
+        model["merges"] = [merge for merge in model["merges"] if not names.keys() & {*_merged(model, merge)}]
     added = [record | {"content": names.get(record["content"], record["content"])} for record in fields["added_tokens"]]
     return fields | {"model": model, "added_tokens": added}
 
 
 def _is_merged(model: Mapping[str, Any], piece: str) -> bool:
     """Returns whether the merges of a BPE make this piece of ordinary text."""
-    return any("".join(_parts(merge)) == piece for merge in model.get("merges") or ())
+    return any(_merged(model, merge)[-1] == piece for merge in model.get("merges") or ())
 
 
-def _parts(merge: Any) -> list[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
+def _merged(model: Mapping[str, Any], merge: Any) -> tuple[str, str, str]:
+    """Returns the two pieces that a merge of BPE puts together, and the piece that it makes."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second, first + second.removeprefix(model.get("continuing_subword_prefix") or "")
 
 
 def _without_prefix(part: Any, all_kinds: bool) -> Any:

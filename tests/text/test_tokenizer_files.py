@@ -130,6 +130,10 @@ def test_roles_in_the_vocabulary_keep_their_ids(tmp_path):
     t = load_tokenizer(tf.write(tmp_path / "e", tf.bytes_pairs(), tokenizer_config=BOS))
     assert t.bos_id == 262 and t.encode("<s>", special=True) == [262] and 262 not in t.encode("a<s>")
     assert t.decode(t.encode("a<s> \u00e9")) == "a<s> \u00e9"
+    vocab = {"<unk>": 0, "<": 1, "##s": 2, "##>": 3, "##s>": 4, "<s>": 5}
+    inner = {"vocab": vocab, "merges": ["##s ##>", "< ##s>"], "unk_token": "<unk>", "continuing_subword_prefix": "##"}
+    t = load_tokenizer(tf.write(tmp_path / "f", tf.words(type="BPE", **inner), tokenizer_config=BOS))
+    assert t.bos_id == 5 and t.encode("<s>", special=True) == [5] and t.encode("<s>") == [1, 4]
 
 
 def test_no_text_yields_a_control_token(tmp_path):
