@@ -33,6 +33,9 @@ def of_backend(
     if not {i for i, _ in roles.values()}.union(backend.special.values()).issuperset(front):
         raise UserError(f"the files put the ids {list(front)} in front of a text, but not all are control tokens")
     notes = list(backend.notes)
+    for role, literal in backend.absent.items():
+        if (used := of_files[role][1]) != literal:
+            notes.append(f"the files name {literal!r} as {role}_token, which the tokenizer lacks: {used!r} is used")
     if behind:
         notes.append(f"the files put the ids {list(behind)} behind a text: only documents end, and they end with EOS")
     return front, [*backend.settings, *([["front", list(front)]] if front else [])], notes

@@ -285,10 +285,9 @@ def _roles(backend: Backend) -> dict[str, tuple[int, str]]:
     """Returns role -> (id, literal) of all six roles; tokens that the tokenizer lacks get new ids after its own."""
     roles, size = {}, backend.size
     for role, names in ROLES.items():
-        absent = getattr(backend, "absent", {}).get(role)
-        literal = absent or backend.named.get(role) or next((n for n in names if n in backend.special), None)
-        if literal is None or absent:
-            roles[role] = size, literal or names[0]
+        literal = backend.named.get(role) or next((n for n in names if n in backend.special), None)
+        if literal is None:
+            roles[role] = size, getattr(backend, "absent", {}).get(role, names[0])
             size += 1
         else:
             roles[role] = backend.special[literal], literal

@@ -72,7 +72,6 @@ def test_what_the_post_processor_puts_in_front(tmp_path, processor, wanted):
         (BOS | {"add_bos_token": None, "add_eos_token": True}, ()),
         (BOS | {"add_bos_token": True, "add_eos_token": True, "eos_token": {"content": "</s>"}}, (4,)),
         ({"add_bos_token": True}, ()),  # no file says which token BOS is
-        ({"add_bos_token": True, "bos_token": "<new>"}, (7,)),  # a token that has yet to be appended
     ],
 )
 def test_what_the_flags_put_in_front(tmp_path, config, wanted):
@@ -154,10 +153,14 @@ def test_no_text_yields_a_control_token(tmp_path):
 
 
 def test_absent_names_are_appended_or_told_of(tmp_path):
-    config = {"eos_token": "<end>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    t = load_tokenizer(tf.write(tmp_path, tf.words(), tokenizer_config=config))
-    assert t.roles["eos"] == (7, "<end>") and t.encode("a <end>", special=True) == [1, 7]
-    assert len(t.notes) == 1 and "'<pad>'" in t.notes[0]
+    config = {"eos_token": "<end>", "bos_token": "<new>", "add_bos_token": True, "pad_token": "<pad>"}
+    content = tf.words(vocab={"<unk>": 0, "a": 1})
+    t = load_tokenizer(tf.write(tmp_path / "a", content, tokenizer_config=config | {"unk_token": "<unk>"}))
+    assert t.roles["bos"] == (2, "<new>") and t.roles["eos"] == (3, "<end>") and t.prefix == (2,)
+    assert t.encode("a <end>", special=True) == [1, 3] and len(t.notes) == 1 and "'<pad>'" in t.notes[0]
+    assert t.of_model(mask_id=2, bos_id=None, eos_id=None).prefix == (8,), "the appended token moves"
+    t = load_tokenizer(tf.write(tmp_path / "b", tf.words(), tokenizer_config={"eos_token": "<end>"}))
+    assert t.eos_id == 5 and "'<end>' as eos_token, which the tokenizer lacks: '</s>' is used" in t.notes[0]
 
 
 TEXTS = ("a <x> b", "a<x>b", "a  <x>\n b", "<x>a", "a_<x>", "<x>\u00e9 <x> <x>", "a <X> b", "<s> <x><s>", " <x> ", "")
