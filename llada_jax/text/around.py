@@ -28,8 +28,9 @@ def of_backend(
     if not hasattr(backend, "around"):
         return (), [], []
     named = {role: of_files[role][0] for role in {*backend.named, *backend.absent}}
-    appended = {role: roles[role][0] for role, i in named.items() if i >= backend.size}
-    front, behind = backend.around(named | appended)
+    written, behind = backend.around(named)
+    moved = {i: roles[role][0] for role, i in named.items() if i >= backend.size}
+    front = tuple(moved.get(i, i) for i in written)
     if not {i for i, _ in roles.values()}.union(backend.special.values()).issuperset(front):
         raise UserError(f"the files put the ids {list(front)} in front of a text, but not all are control tokens")
     notes = list(backend.notes)
@@ -38,7 +39,7 @@ def of_backend(
             notes.append(f"the files name {literal!r} as {role}_token, which the tokenizer lacks: {used!r} is used")
     if behind:
         notes.append(f"the files put the ids {list(behind)} behind a text: only documents end, and they end with EOS")
-    return front, [*backend.settings, *([["front", list(front)]] if front else [])], notes
+    return front, [*backend.settings, *([["front", list(written)]] if front else [])], notes
 
 
 def of_flags(config: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[Ids, Ids]:

@@ -8,7 +8,7 @@ it stands: if a corpus contains the characters "<|eot_id|>", it yields their tok
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,10 +111,7 @@ class Tokenizer:
         Raises:
           UserError: If `special` is true and the text contains a lone surrogate.
         """
-        if not special:
-            return self._backend.encode(text, continuation)
-        found = [(match.start(), match[0]) for match in self._pattern.finditer(text)]
-        return self.encode_found(text, found, continuation, special=True)
+        return self._encode_special(text, continuation) if special else self._backend.encode(text, continuation)
 
     def encode_text(self, text: str, special: bool = False) -> list[int]:
         """Returns the ids of a whole text as a model gets them, with `prefix` in front.
@@ -159,9 +156,17 @@ class Tokenizer:
                 continuation, control = ids[-1] not in (self.bos_id, self.eos_id), True
         return ids
 
-    def _controls(self, marked: str) -> list[tuple[int, str]]:
-        """Returns the places and literals of the control tokens in a text as `marked_chat` returns it."""
-        return [(match.start(), match[0]) for match in self.control_pattern.finditer(marked)]
+    def _encode_special(self, text: str, continuation: bool, true: Callable[[str], str] | None = None) -> list[int]:
+        """Returns ids in which literals of control tokens are single tokens.
+
+        Args:
+          text: The text of a user, or a text as `marked_chat` returns it.
+          continuation: Whether the text continues earlier text.
+          true: The function that turns the marks back into characters. None means that the text is that of a user.
+        """
+        pattern = self._pattern if true is None else self.control_pattern
+        found = [(match.start(), match[0]) for match in pattern.finditer(text)]
+        return self.encode_found(true(text) if true else text, found, continuation, special=true is None)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """Returns the text of a chat, written by the folder's chat template or by LLaDA's own.
@@ -192,7 +197,7 @@ class Tokenizer:
         UserError is raised if the template may take a control token from a message.
         """
         text, back = self.marked_chat(messages, add_generation_prompt)
-        return self.encode_found(text.translate(back), self._controls(text))
+        return self._encode_special(text, False, lambda part: part.translate(back))
 
     def encode_answer(self, messages: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[int]]:
         """Returns the ids of a chat in two parts: the prompt for its last message, and the last message, the answer.
@@ -213,7 +218,7 @@ class Tokenizer:
         answer = text[len(before) :]
         if answer.rstrip().endswith(tuple(self._special)):  # a line end after it belongs to the next message
             answer = answer.rstrip()
-        ids = self.encode_found(answer.translate(back), self._controls(answer), continuation=True)
+        ids = self._encode_special(answer, True, lambda part: part.translate(back))
         return self.encode_chat(messages[:-1]), ids
 
     def marked_chat(

@@ -39,16 +39,16 @@ FAULTS = (
     Fault(
         "message-writes-control-tokens",
         "llada_jax/text/tokenizer.py",
-        old="return self.encode_found(text.translate(back), self._controls(text))",
-        new="return self.encode(text.translate(back), special=True)",
+        old="return self._encode_special(text, False, lambda part: part.translate(back))",
+        new="return self._encode_special(text.translate(back), False)",
         harm="A user can end their own turn, or speak as the assistant, by typing the text of a control token.",
         tests=("text/test_chat_template.py::test_a_message_cannot_write_control_tokens",),
     ),
     Fault(
         "corpus-writes-control-tokens",
         "llada_jax/text/tokenizer.py",
-        old="        if not special:\n            return self._backend.encode(text, continuation)\n",
-        new="",
+        old="return self._encode_special(text, continuation) if special else self._backend.encode(text, continuation)",
+        new="return self._encode_special(text, continuation)",
         harm="A page about chat templates in the corpus teaches the model to end its turn in the middle of a text.",
         tests=(
             "text/test_tokenizer.py::test_control_tokens_only_on_request",
