@@ -20,7 +20,6 @@ TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template
 FILES = (*TEMPLATE_FILES, "special_tokens_map.json")
 # The usual roles of messages. Any other role counts as the template's own text only if the template names it.
 _ROLES = frozenset("system user assistant tool function developer observation ipython environment model".split())
-_DEEPEST = 100  # how deeply the values of a message may be nested; far more than any tool call needs
 _MARKS = range(0xF0000, 0x10FFFE)  # private-use characters, which hardly any text contains
 
 
@@ -109,16 +108,14 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
             raise UserError(f"message {i} of the chat contains a {kind}: use only values that JSON can hold")
 
 
-def _odd_kind(value: Any, depth: int = 0) -> str | None:
+def _odd_kind(value: Any) -> str | None:
     """Returns the name of a type in a message that JSON does not have, or None if there is none."""
-    if depth > _DEEPEST:
-        return f"value in more than {_DEEPEST} others"
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             return "key that is not a string"
         value = list(value.values())
     if isinstance(value, list | tuple):
-        return next(filter(None, (_odd_kind(each, depth + 1) for each in value)), None)
+        return next(filter(None, map(_odd_kind, value)), None)
     return None if value is None or isinstance(value, str | int | float) else type(value).__name__
 
 

@@ -192,14 +192,6 @@ def test_what_is_no_chat_is_named(published, messages):
             call(messages)
 
 
-def test_values_that_are_nested_too_deeply_are_one_line(published):
-    value = []
-    for _ in range(700):
-        value = [value]
-    with pytest.raises(UserError, match="message 0 of the chat contains a value in more than 100 others"):
-        published.encode_chat([{"role": "user", "content": "", "x": value}])
-
-
 def test_nested_values_of_a_message_are_the_users_too(tmp_path):
     t = with_template(tmp_path, "{{ messages[0]['tools'][0]['name'] }}<|eot_id|>")
     ids = t.encode_chat([{"role": "user", "content": "", "tools": [{"name": "<|eot_id|>"}]}])
