@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from llada_jax.cli.paths import expanded
 from llada_jax.config import ComputeConfig, UserError
+from llada_jax.devices import distributed
 from llada_jax.devices import mesh as meshes
 from llada_jax.formats import workdir
 from llada_jax.model.compute import compute_dtype, resolve_compute
@@ -60,6 +61,8 @@ def load(
         # Layers are scanned: unrolling them can speed up training on a CPU, but slows down the forward pass alone.
         compute = dataclasses.replace(model.compute, attention="auto", unroll=1)
         model.compute = resolve_compute(model.config, compute, jax.sharding.get_mesh().devices.flat[0])
+        for note in tokenizer.notes if tokenizer else ():
+            distributed.log(f"{path}: {note}")
         return model, tokenizer
 
 

@@ -20,6 +20,7 @@ from llada_jax.sampling.drawing import complete_drawn
 from llada_jax.sampling.prompt_files import read_records, write_records
 from llada_jax.sampling.settings import check_settings
 from llada_jax.sampling.text_completion import DEFAULTS, Options, complete
+from llada_jax.text.json_files import check_unicode
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(sampler_flags)
@@ -42,6 +43,8 @@ def main() -> None:
     check_settings(options.sampler(0, DEFAULTS.gen_length if options.gen_length is None else options.gen_length))
     if _BATCH_SIZE.value < 1:
         raise UserError(f"--batch_size={_BATCH_SIZE.value}: it must be at least 1")
+    for text in _PROMPT.value:
+        check_unicode(text, f"--prompt={text!r:.60}")
     records = [{"prompt": text} for text in _PROMPT.value]
     if _PROMPTS.value is not None:
         records += read_records(Path(_PROMPTS.value))

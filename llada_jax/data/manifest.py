@@ -180,7 +180,7 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
                 LeftOut(**{**kind, "examples": tuple(kind["examples"])}) for kind in fields.get("left_out", ())
             )
             return Manifest(**fields)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: prepare the set again") from error
     raise UserError(
         f"{file} has format {version}, but this version of llada_jax reads format {FORMAT}: prepare the set again"

@@ -68,7 +68,13 @@ def find_sets(config: Config, workdir: Path, earlier: Config | None) -> Prepared
         paths, [load_manifest(path) for path in paths], load_tokenizer(os.path.join(paths[0], TOKENIZER_FOLDER))
     )
     if sets.tokenizer.sha256 != sets.manifests[0].tokenizer_sha256:
-        raise UserError(f"{sets.tokenizer_folder} is not the tokenizer that the set was prepared with")
+        remedy = "; if it was prepared without the BOS in front of its texts, prepare it again"
+        raise UserError(
+            f"{sets.tokenizer_folder} is not the tokenizer that the set was prepared with"
+            + (remedy if sets.tokenizer.prefix else "")
+        )
+    for note in sets.tokenizer.notes:
+        log(f"{sets.tokenizer_folder}: {note}")
     return sets
 
 

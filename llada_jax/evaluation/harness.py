@@ -17,7 +17,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from llada_jax.cli import paths
 from llada_jax.config import UserError
 from llada_jax.devices import distributed
 from llada_jax.evaluation import generation
+from llada_jax.evaluation.pairs import CONTROL, END, Encoder
 from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.text_completion import Options, complete_ids
@@ -46,11 +46,7 @@ BATCH_SIZE = 8  # the number of prompts that are completed together
 LIKELIHOOD_PORTION = 256  # the number of requests that are scored between two writes to the cache
 GENERATION_PORTION = 4  # the number of batches that are generated between two writes to the cache
 _CACHE_PART = 500  # the number of results that are sent to the other processes in one message
-# Stands in front of each control token that a chat template writes. lm_eval builds a prompt from the template's output
-# and from the texts of documents and examples; only marked control tokens are encoded as control tokens. The mark is a
-# Unicode noncharacter, so it does not occur in texts.
-CONTROL = "\ufdd0"
-_PLACE = "\ufdd1"  # also a noncharacter: a placeholder for the content of a message
+_PLACE = "\ufdd1"  # a Unicode noncharacter: a placeholder for the content of a message
 
 
 @register_model("llada_jax")
@@ -134,6 +130,7 @@ class LLaDA(TemplateLM):
             **({} if block_length is None else {"block_length": block_length}),
         )
         self._control = self.tokenizer.control_pattern
+        self._encoder = Encoder(self.tokenizer)
         self.key = jax.random.key(seed)
         self.ignored: set[str] = set()  # settings of tasks that were already reported as not used
         self.asked = False  # whether lm_eval has asked for anything yet
@@ -164,45 +161,45 @@ class LLaDA(TemplateLM):
         """Renders the dialogue as one text, with CONTROL in front of each control token that the template writes.
 
         Without `add_generation_prompt` the last message, which is the assistant's, is not closed, so that it can be
-        continued.
+        continued. END separates what the template writes from what was begun.
         """
         if add_generation_prompt:
-            return self._render(chat_history)
+            return self._render(chat_history) + END
         *earlier, last = chat_history
         if earlier:
-            return self._render(earlier) + last["content"]
+            return self._render(earlier) + END + last["content"]
         start, _, _ = self._render([last | {"content": _PLACE}], False).partition(_PLACE)
-        return start + last["content"]
+        return start + END + last["content"]
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         text, back = self.tokenizer.marked_chat(messages, add_generation_prompt)
         return self._control.sub(lambda found: CONTROL + found[0], text).translate(back)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        """Encodes a text. Literals of control tokens are encoded as plain text unless they follow CONTROL."""
-        ids: list[int] = []
-        for i, part in enumerate(re.split(CONTROL + self._control.pattern, string)):
-            after_text = bool(ids) and ids[-1] not in (self.tokenizer.bos_id, self.tokenizer.eos_id)
-            ids += self.tokenizer.encode(part, special=i % 2 == 1, continuation=after_text) if part else []
-        return ids
+        """Encodes a text. Literals of control tokens are encoded as plain text unless they follow CONTROL.
+
+        The ids that the tokenizer puts in front of every text are put in front of a text that is not a rendered chat.
+        With `add_special_tokens` False they are put nowhere.
+        """
+        return self._encoder.text(string, add_special_tokens is not False)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Returns for each (context, continuation) its log-likelihood in nats, and whether it is the greedy one.
-
-        An empty context is an empty prompt.
-        """
+        """Returns for each (context, continuation) its log-likelihood in nats, and whether it is the greedy one."""
         self.asked = True
-        encoded = []
-        for context, continuation in (request.args for request in requests):
-            pair = self._encode_pair(context, continuation) if context else ([], self.tok_encode(continuation))
-            encoded.append(((context, continuation), *pair))
+        encoded = [(request.args, *self._encode_pair(*request.args)) for request in requests]
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Returns the ids of a prompt and of its answer, see `pairs.Encoder.pair`."""
+        return self._encoder.pair(context, continuation)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_
     ) -> list[tuple[float, bool]]:
         pairs = [self._fitting(context, continuation) for _, context, continuation in requests]
         self._tell_cut(sum(len(p) < len(given[1]) for (p, _), given in zip(pairs, requests, strict=True)))
+        if count := sum(len(a) < len(given[2]) for (_, a), given in zip(pairs, requests, strict=True)):
+            distributed.log(f"{count} answers lose their beginning: they alone pass {self.max_length} tokens")
 
         def score(portion: Sequence[int], report: Callable[[int], None]) -> list[tuple[float, bool]]:
             some, scale = [pairs[i] for i in portion], self.options.cfg_scale
@@ -219,8 +216,8 @@ class LLaDA(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Returns the log-likelihood in nats of whole texts, scored in windows with the tokens before as the prompt."""
         self.asked = True
-        documents = [self.tok_encode(request.args[0]) for request in requests]
-        longest = self.max_length or max(map(len, documents), default=1) or 1
+        documents = [self.tok_encode(request.args[0], False) for request in requests]
+        longest = self.max_length or len(self.tokenizer.prefix) + max(map(len, documents), default=0) or 1
 
         def score(portion: Sequence[int], report: Callable[[int], None]) -> list[float]:
             scores = likelihood.rolling_log_likelihoods(
@@ -230,6 +227,7 @@ class LLaDA(TemplateLM):
                 samples=self.mc_samples,
                 key=self.key,
                 cfg_scale=self.options.cfg_scale,
+                prefix=self.tokenizer.prefix,
             )
             return [float(s.value) for s in scores]
 
@@ -245,7 +243,7 @@ class LLaDA(TemplateLM):
             options, until = self._generation(gen_kwargs)
             room = None if self.max_length is None else self.max_length - options.gen_length
             prompt = self.tok_encode(context)
-            prompts.append(prompt if room is None else prompt[-room:])
+            prompts.append(prompt if room is None else self._cut(prompt, room))
             cut += len(prompts[-1]) < len(prompt)
             stops.append(until)
             groups[options].append(i)
@@ -296,7 +294,15 @@ class LLaDA(TemplateLM):
         if self.max_length is None:
             return prompt, answer
         answer = answer[-self.max_length :]
-        return prompt[max(0, len(prompt) + len(answer) - self.max_length) :], answer
+        return self._cut(prompt, self.max_length - len(answer)), answer
+
+    def _cut(self, prompt: list[int], room: int) -> list[int]:
+        """Returns the end of a prompt, with the tokenizer's prefix in front if the prompt begins with it."""
+        if len(prompt) <= room:
+            return prompt
+        prefix = list(self.tokenizer.prefix)
+        kept = prefix if prompt[: len(prefix)] == prefix and len(prefix) < room else []
+        return kept + prompt[len(prompt) - room + len(kept) :]
 
     def _tell_cut(self, count: int) -> None:
         if count:

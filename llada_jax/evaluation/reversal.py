@@ -7,7 +7,6 @@ line is masked in the text of the couplet, and the model fills it in.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ import jax
 from llada_jax.config import UserError
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.text_completion import Options, complete_ids
+from llada_jax.text.json_files import parse, read_text
 from llada_jax.text.tokenizer import Tokenizer
 
 GEN_LENGTH = 28  # tokens, as the authors set it: enough for the longest line, with some room to spare
@@ -41,11 +41,14 @@ def read_couplets(path: str | Path) -> list[Couplet]:
       UserError: If the file cannot be read, is not a list of this form, is empty, or has an empty line in a couplet.
     """
     try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"--data={path}: {error.strerror or error}") from None
+    text = read_text(content, f"--data={path}")
+    try:
+        records = parse(text, "the file", finite=True)
         couplets = [Couplet(record["first"].strip(), record["second"].strip()) for record in records]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data={path}: {getattr(error, 'strerror', None) or error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (UserError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f'--data={path}: not a JSON list of {{"first": ..., "second": ...}}: {error!r}') from None
     if not couplets or any(not (couplet.first and couplet.second) for couplet in couplets):
         raise UserError(f"--data={path}: the file has no couplet in it, or has a couplet with an empty line")
@@ -110,7 +113,7 @@ _TASKS = (
 def _ask(question: str, tokenizer: Tokenizer, chat: bool) -> list[int]:
     if chat:
         return tokenizer.encode_chat([{"role": "user", "content": question}])
-    return tokenizer.encode(question + "\n")
+    return tokenizer.encode_text(question + "\n")
 
 
 def _with_gap(couplet: Couplet, direction: str, tokenizer: Tokenizer) -> list[int]:
@@ -118,9 +121,9 @@ def _with_gap(couplet: Couplet, direction: str, tokenizer: Tokenizer) -> list[in
     if direction == "forward":
         masks = [tokenizer.mask_id] * len(tokenizer.encode(couplet.second, continuation=True))
         end = tokenizer.encode("。", continuation=True)
-        return tokenizer.encode(couplet.first + "，") + masks + end
+        return tokenizer.encode_text(couplet.first + "，") + masks + end
     masks = [tokenizer.mask_id] * len(tokenizer.encode(couplet.first))
-    return masks + tokenizer.encode(f"，{couplet.second}。", continuation=True)
+    return [*tokenizer.prefix, *masks] + tokenizer.encode(f"，{couplet.second}。", continuation=True)
 
 
 def _filling(options: Options) -> Options:

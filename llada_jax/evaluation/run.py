@@ -29,7 +29,7 @@ from llada_jax.cli import paths
 from llada_jax.cli.outputs import check_file, write_text
 from llada_jax.config import MeshConfig, NonFinite, UserError
 from llada_jax.devices import distributed, mesh
-from llada_jax.evaluation import reversal, tasks
+from llada_jax.evaluation import pairs, reversal, tasks
 from llada_jax.evaluation.results import as_json, digest, identify, table, versions
 from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer
@@ -305,5 +305,5 @@ def _errors_of_tasks(job: Evaluation, lm: Any) -> Iterator[None]:
 
 
 def _fingerprint(job: Evaluation, identity: dict[str, Any]) -> str:
-    content = json.dumps([identity, job.settings(), __version__], sort_keys=True)
+    content = json.dumps([identity, job.settings(), __version__, pairs.RULE], sort_keys=True)
     return digest(content.encode())[:12]

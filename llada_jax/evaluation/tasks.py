@@ -88,7 +88,7 @@ def _check_yaml(folder: Path) -> None:
     for path in sorted(folder.glob("**/*.yaml")):
         try:
             yaml.compose(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError(f"{path} is not YAML: {error}") from None
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llada_jax.config import ModelConfig, UserError
+from llada_jax.text.json_files import read_object
 
 CONFIG = "config.json"
 
@@ -85,14 +86,10 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file. Raises UserError if the file is missing or holds anything else."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return value
+    return read_object(content, str(path))
 
 
 def as_json(fields: Mapping[str, Any]) -> bytes:

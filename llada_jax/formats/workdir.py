@@ -53,11 +53,11 @@ def read_config(workdir: str | os.PathLike) -> tuple[Config, dict]:
     """
     path = Path(workdir) / published.CONFIG
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_bytes())
         return configs.from_dict(record["config"]), record["identity"]
     except FileNotFoundError:
         raise UserError(f"{workdir} is not a training workdir: it has no config.json") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
 
@@ -118,8 +118,8 @@ def trained_length(folder: str | Path) -> int | None:
       folder: A training workdir or a published folder.
     """
     try:
-        record = json.loads((Path(folder) / published.CONFIG).read_text())
+        record = json.loads((Path(folder) / published.CONFIG).read_bytes())
         run = record.get("config")  # only the config.json of a workdir has this field
         return published.sequence_length(record) if run is None else run.get("sequence_length")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None

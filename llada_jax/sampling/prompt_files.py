@@ -6,27 +6,25 @@ from typing import Any
 
 from llada_jax.cli.outputs import write_text
 from llada_jax.config import UserError
+from llada_jax.text.json_files import parse, read_text
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Reads the objects of a JSONL file, each of which has a "prompt".
 
     Raises:
-      UserError: If the file cannot be read, or if a line is not an object with a "prompt". The message names the line.
+      UserError: If the file cannot be read, or if a line is not an object with a "prompt", or is one that could not be
+        written again. The message names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(path.read_bytes(), f"--prompts={path}").split("\n")
+    except OSError as error:
         raise UserError(f"--prompts={path}: {error}") from error
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-            json.dumps(record, allow_nan=False)  # what JSON cannot hold could not be written again
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{number} is not JSON: {error}") from error
+        record = parse(line, f"{path}:{number}", finite=True)
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise UserError(f'{path}:{number} must be an object with a text "prompt"')
         records.append(record)

@@ -59,7 +59,7 @@ class Batch:
 
 def encode_prompt(text: str, model: Transformer, tokenizer: Tokenizer, options: Options) -> Prompt:
     """Encodes a prompt. The literals of control tokens in the text, such as "[MASK]", become one token each."""
-    return make_prompt(tokenizer.encode(text, special=True), model, tokenizer, options)
+    return make_prompt(tokenizer.encode_text(text, special=True), model, tokenizer, options)
 
 
 def make_prompt(ids: Sequence[int], model: Transformer, tokenizer: Tokenizer, options: Options) -> Prompt:
@@ -127,7 +127,8 @@ def finished_text(tokens_T: np.ndarray, prompt: Prompt, model: Transformer, toke
     continuation = tokens_T[start : start + text_length(tokens_T[start:], model, tokenizer)].tolist()
     if prompt.masks:
         return tokenizer.decode([*tokens_T[:start].tolist(), *continuation], skip_special=True)
-    return tokenizer.decode(continuation, skip_special=True, continuation=start > 0)
+    continues = start > 0 and tokens_T[start - 1] not in (tokenizer.bos_id, tokenizer.eos_id)
+    return tokenizer.decode(continuation, skip_special=True, continuation=continues)
 
 
 def text_length(tokens_T: np.ndarray, model: Transformer, tokenizer: Tokenizer) -> int:
@@ -149,7 +150,7 @@ def complete(
 
     The other arguments, the result and the errors are those of `complete_ids`.
     """
-    prompts = [tokenizer.encode(text, special=True) for text in texts]
+    prompts = [tokenizer.encode_text(text, special=True) for text in texts]
     return complete_ids(model, tokenizer, prompts, options, key, batch_size, report)
 
 

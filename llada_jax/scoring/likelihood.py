@@ -238,16 +238,20 @@ def _row_values(
     )
 
 
-def rolling_requests(document_T: jax.typing.ArrayLike, max_length: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def rolling_requests(
+    document_T: jax.typing.ArrayLike, max_length: int, prefix: Sequence[int] = ()
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Cuts a document into requests that fit into the model, so that every token is in exactly one answer.
 
-    The first answer has up to max_length tokens and no prompt. Each of the following answers has max_length // 2
-    tokens (at least 1; the last answer has the tokens that are left). Its prompt consists of as many of the tokens
-    before it as fit.
+    The prompt of the first answer is the prefix, and the answer has as many tokens as fit. Each of the following
+    answers has max_length // 2 tokens (at least 1; the last answer has the tokens that are left). Its prompt consists
+    of as many of the tokens before it as fit.
 
     Args:
       document_T: The token ids of the document.
       max_length: The largest number of tokens of a prompt and its answer together, at least 1.
+      prefix: Token ids that stand in front of the document, such as BOS, and are in no answer. Where they leave no room
+        for an answer, their beginning is left out.
 
     Returns:
       The requests (prompt, answer) in the order of the document.
@@ -260,10 +264,13 @@ def rolling_requests(document_T: jax.typing.ArrayLike, max_length: int) -> list[
     document_T = np.asarray(document_T)
     if document_T.ndim != 1:
         raise UserError(f"a document must be token ids of shape (T,), not an array of shape {document_T.shape}")
-    requests, first, stop = [], 0, min(max_length, len(document_T))
+    prefix = list(prefix)[-max_length + 1 :] if max_length > 1 else []
+    requests, first = [], len(prefix)
+    text_T = np.concatenate([np.asarray(prefix, document_T.dtype), document_T])
+    stop = min(max_length, len(text_T))
     while first < stop:
-        requests.append((document_T[max(0, stop - max_length) : first], document_T[first:stop]))
-        first, stop = stop, min(stop + max(1, max_length // 2), len(document_T))
+        requests.append((text_T[max(0, stop - max_length) : first], text_T[first:stop]))
+        first, stop = stop, min(stop + max(1, max_length // 2), len(text_T))
     return requests
 
 
@@ -277,21 +284,23 @@ def rolling_log_likelihoods(
     cfg_scale: float = 0.0,
     batch_size: int | None = None,
     report: Callable[[int], None] = lambda done: None,
+    prefix: Sequence[int] = (),
 ) -> list[Score]:
     """Computes the lower bound on log p of whole documents, each as the sum over its `rolling_requests`.
 
-    A document of up to max_length tokens is scored as a whole: Eq. 6 with an empty prompt. The arguments that are not
-    described here, and the errors, are those of `log_likelihoods`.
+    A document that fits is scored as a whole: Eq. 6 with the prefix as the prompt. The arguments that are not described
+    here, and the errors, are those of `log_likelihoods`.
 
     Args:
       documents: The token ids of each document.
       max_length: The largest number of tokens that go through the model at once, see `rolling_requests`.
+      prefix: Token ids in front of every document, see `rolling_requests`.
       report: A function that is called after each batch with the number of windows (requests) that are done so far.
 
     Returns:
       One score per document, in the order of the documents.
     """
-    windows_R = [rolling_requests(document_T, max_length) for document_T in documents]
+    windows_R = [rolling_requests(document_T, max_length, prefix) for document_T in documents]
     scores = iter(
         log_likelihoods(
             model,

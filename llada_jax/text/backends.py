@@ -1,11 +1,16 @@
 """The interface that SentencePiece and Hugging Face tokenizers share, and its two implementations."""
 
-import json
+import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+
+from llada_jax.config import UserError
+from llada_jax.text import around, huggingface_files
+from llada_jax.text.added_tokens import PLAIN, AddedToken, content, cut, pattern, properties, special_tokens
+from llada_jax.text.json_files import read_object
 
 MASK_LITERAL = "[MASK]"  # how users write the mask token, whatever name the tokenizer has for it
 NOT_A_TOKEN = "\ufffd"  # the text of an id that stands for no token
@@ -34,8 +39,30 @@ class Backend(Protocol):
     named: Mapping[str, str]  # role -> literal, for the roles whose token the tokenizer itself names
     files: Mapping[str, bytes]  # name -> content; a folder with these files loads as this tokenizer
 
-    def encode(self, text: str, continuation: bool) -> list[int]:
-        """Returns the ids of `text`, in which literals of control tokens are ordinary text."""
+    # What follows may be missing, and is empty then.
+    absent: Mapping[str, str]  # role -> literal, for the roles whose token the files name, but which has no id yet
+    added: Mapping[str, int]  # literal -> id of every token that is found in a text as it stands, control token or not
+    found: Mapping[str, AddedToken]  # literal -> how it is found, for the tokens of `added` that have a property
+    searched: Collection[str]  # the literals in `added` that `encode` itself finds if its argument `special` is true
+    settings: Sequence[Any]  # what the files beside the tokenizer change about encoding, as JSON values
+    notes: Sequence[str]  # lines about what the files say and what is not done
+
+    def around(self, ids: Mapping[str, int]) -> tuple[around.Ids, around.Ids]:
+        """Returns the ids that the folder's own library puts in front of a text and behind it.
+
+        Args:
+          ids: Role -> id, for the roles in `named` and `absent`.
+        """
+
+    def encode(self, text: str, continuation: bool, control: bool = False, special: bool = False) -> list[int]:
+        """Returns the ids of `text`, in which literals of control tokens are ordinary text.
+
+        Args:
+          text: The text.
+          continuation: Whether it continues earlier text, as above.
+          control: Whether it stands directly behind a control token.
+          special: Whether to find the control tokens in `searched`.
+        """
 
     def decode(self, ids: Sequence[int], continuation: bool) -> str:
         """Returns the text of `ids`, none of which may be a control token."""
@@ -55,8 +82,19 @@ class SentencePiece:
 
         known = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
         self.files = {name: files[name] for name in known if name in files}
-        config, special_map, added_map = (json.loads(self.files.get(name, b"{}")) for name in known[1:])
+        config, special_map, added_map = (read_object(self.files.get(name, b"{}"), name) for name in known[1:])
         proto = sentencepiece_model_pb2.ModelProto.FromString(self.files["tokenizer.model"])
+        if proto.trainer_spec.treat_whitespace_as_suffix:
+            raise UserError("tokenizer.model: treat_whitespace_as_suffix, a space behind every text, is not supported")
+        pieces = [piece.piece for piece in proto.pieces]
+        reserved = special_tokens(config, special_map)
+        roles = _hide(proto, reserved)
+        prefix, own = config.get("add_prefix_space"), proto.normalizer_spec.add_dummy_prefix
+        self.settings = [["add_prefix_space", prefix]] if prefix is not None and prefix != own else []
+        proto.normalizer_spec.add_dummy_prefix = own if prefix is None else bool(prefix)
+        # In Llama's newer files, a text has no space in front of it directly behind a control token.
+        self._only_first = config.get("legacy") is False and proto.normalizer_spec.add_dummy_prefix
+        self.settings += [["legacy", False]] if self._only_first else []
         self._first = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
         self._strips_space = proto.normalizer_spec.add_dummy_prefix
         self._trims = proto.normalizer_spec.remove_extra_whitespaces
@@ -64,23 +102,34 @@ class SentencePiece:
         self._later = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
 
         model = self._first
-        pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
-        # SentencePiece finds user-defined pieces in plain text, so they are not control tokens, whatever their name is.
-        self.special = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)}
+        # SentencePiece finds user-defined pieces in plain text, so they are not control tokens unless they have a role.
+        self.special = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)} | roles
         ids = {"bos": model.bos_id(), "eos": model.eos_id()}
         self.named = {role: pieces[i] for role, i in ids.items() if i >= 0 and pieces[i] in self.special}
         # Keep only ids after the pieces: about its own pieces, the model is right and the files may be wrong.
-        decoder = config.get("added_tokens_decoder") or {}
-        added = {i: (literal, False) for literal, i in added_map.items()}
-        added |= {int(i): (token["content"], token.get("special", False)) for i, token in decoder.items()}
-        added = {i: token for i, token in added.items() if i >= len(pieces)}
-        reserved = _named_specials(config, special_map).union(*ROLES.values())
-        self.special |= {literal: i for i, (literal, special) in added.items() if special or literal in reserved}
+        records = {literal: {"id": i} for literal, i in added_map.items()}
+        records |= huggingface_files.described_tokens(config)
+        records = {literal: record for literal, record in records.items() if record["id"] >= len(pieces)}
+        names = {*reserved}.union(*ROLES.values())
+        self.special |= {
+            literal: record["id"]
+            for literal, record in records.items()
+            if record.get("special", False) or literal in names
+        }
         self.named |= _named_roles(config, special_map, self.special)
-        self.size = max([len(pieces) - 1, *added]) + 1
-        self._plain = {literal: i for i, (literal, _) in added.items() if literal not in self.special}
-        longest_first = sorted(self._plain, key=len, reverse=True)
-        self._plain_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self._plain else None
+        self.absent, self.notes = _absent(config, special_map, {*pieces, *records}, self.named)
+        self.notes += huggingface_files.notes({}, config)
+        self.size = max([len(pieces) - 1, *(record["id"] for record in records.values())]) + 1
+        self._plain = {literal: record["id"] for literal, record in records.items() if literal not in self.special}
+        self.added = self._plain | self.special
+        marked = {literal: properties(reserved.get(literal)) for literal in self.special}
+        marked |= {literal: properties(record) for literal, record in records.items()}
+        marked = {literal: dataclasses.replace(token, normalized=False) for literal, token in marked.items()}
+        self.found = {literal: token for literal, token in marked.items() if token != PLAIN}
+        self.settings += sorted([literal, dataclasses.astuple(token)] for literal, token in self.found.items())
+        self._plain_pattern = pattern(self._plain)
+        self.searched = ()
+        self._config = config
         self._bytes = [
             bytes([int(piece[1:-1], 16)])
             if model.is_byte(i)
@@ -89,20 +138,29 @@ class SentencePiece:
             else piece.replace(_SPACE, " ").encode()
             for i, piece in enumerate(pieces)
         ]
-        self._counts = [0 if model.is_unknown(i) or model.is_control(i) else len(b) for i, b in enumerate(self._bytes)]
+        self._counts = [
+            0 if model.is_unknown(i) or pieces[i] in self.special else len(b) for i, b in enumerate(self._bytes)
+        ]
+        literals = {record["id"]: literal for literal, record in records.items()}
         for i in range(len(pieces), self.size):
-            literal = added[i][0] if i in added else NOT_A_TOKEN
+            literal = literals.get(i, NOT_A_TOKEN)
             self._bytes.append(literal.encode())
             self._counts.append(len(literal.encode()) if literal in self._plain else 0)
         space_bytes = [model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_ids = space_bytes if all(model.is_byte(i) for i in space_bytes) else []
 
-    def encode(self, text: str, continuation: bool) -> list[int]:
-        if self._plain_pattern is None:
+    def around(self, ids: Mapping[str, int]) -> tuple[around.Ids, around.Ids]:
+        return around.of_flags(self._config, ids)
+
+    def encode(self, text: str, continuation: bool, control: bool = False, special: bool = False) -> list[int]:
+        continuation |= control and self._only_first
+        if not self._plain:
             return self._encode_pieces(text, continuation)
         ids: list[int] = []
-        for part in filter(None, self._plain_pattern.split(text)):
-            ids += [self._plain[part]] if part in self._plain else self._encode_pieces(part, continuation)
+        found = [(match.start(), match[0]) for match in self._plain_pattern.finditer(text)]
+        for part, literal in cut(text, found, self.found):
+            ids += self._encode_pieces(part, continuation) if part else []
+            ids += [self._plain[literal]] if literal else []
             continuation = True
         return ids
 
@@ -131,29 +189,61 @@ class SentencePiece:
         return np.asarray(self._counts, np.int32)
 
 
-def _content(token: Any) -> Any:
-    """Returns the literal of a token, which files give as a string or as an object with the field "content"."""
-    return token.get("content") if isinstance(token, dict) else token
-
-
 def _named_roles(config: Mapping, special_map: Mapping, ids: Mapping[str, int]) -> dict[str, str]:
     """Returns role -> literal for each role that the files give to a token which the tokenizer has."""
     named: dict[str, str] = {}
     for role in ROLES:
         for source in (config, special_map):
-            name = _content(source.get(f"{role}_token"))
+            name = content(source.get(f"{role}_token"))
             if isinstance(name, str) and name in ids:
                 named.setdefault(role, name)
     return named
 
 
-def _named_specials(config: Mapping, special_map: Mapping) -> set[str]:
-    """Returns the literals that these files call special in any role."""
-    found = set()
-    for source in (config, special_map):
-        found |= {_content(token) for name, token in source.items() if name.endswith("_token")}
-        found |= {_content(token) for token in source.get("additional_special_tokens") or ()}
-    return {literal for literal in found if isinstance(literal, str)}
+def _absent(
+    config: Mapping, special_map: Mapping, known: Collection[str], named: Collection[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Finds the tokens that the files name, but that the tokenizer lacks.
+
+    Args:
+      config: The content of tokenizer_config.json.
+      special_map: The content of special_tokens_map.json.
+      known: The literals of all tokens.
+      named: The roles whose token the tokenizer has.
+
+    Returns:
+      Role -> literal for the roles among these tokens, and lines about the others.
+    """
+    roles: dict[str, str] = {}
+    for role in ROLES.keys() - named:
+        names = [content(source.get(f"{role}_token")) for source in (config, special_map)]
+        names = [name for name in names if isinstance(name, str) and name]
+        if names and not any(name in known for name in names):
+            roles[role] = names[0]
+    rest = [literal for literal in special_tokens(config, special_map) if literal not in {*known, *roles.values()}]
+    shown = ", ".join(map(repr, rest[:5]))
+    notes = [f"tokenizer_config.json names tokens that the tokenizer lacks: {shown} are read as text"]
+    return roles, notes if rest else []
+
+
+def _hide(proto: Any, reserved: Collection[str]) -> dict[str, int]:
+    """Finds pieces that text could yield although they have a role, and renames them so that no text yields them.
+
+    Args:
+      proto: The model, which is changed in place.
+      reserved: The literals that the files beside the model give a role to.
+
+    Returns:
+      Literal -> id of these pieces.
+    """
+    names, found = {*reserved}.union(*ROLES.values()), {}
+    for i, piece in enumerate(proto.pieces):
+        if piece.piece in names and (
+            piece.type == piece.USER_DEFINED or (piece.type == piece.NORMAL and piece.piece in reserved)
+        ):
+            found[piece.piece] = i
+            piece.piece = huggingface_files.hidden(piece.piece)
+    return found
 
 
 class HuggingFace:
@@ -162,34 +252,38 @@ class HuggingFace:
     kind = "huggingface"
 
     def __init__(self, files: Mapping[str, bytes]):
-        import tokenizers
-
         known = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
         self.files = {name: files[name] for name in known if name in files}
-        content, config, special_map = (json.loads(self.files.get(name, b"{}")) for name in known)
-        decoder = config.get("added_tokens_decoder") or {}
-        added = [(t["content"], t["id"], t["special"]) for t in content.get("added_tokens") or []]
-        added += [(t["content"], int(i), t.get("special", False)) for i, t in decoder.items()]
-        ids = {literal: i for literal, i, _ in added}
+        config, special_map = (read_object(self.files.get(name, b"{}"), name) for name in known[1:])
+        described = huggingface_files.read(self.files["tokenizer.json"], config, special_map, ROLES)
+        self.special, self.added, self.found = described.special, described.added, described.found
+        self.searched = described.searched
+        self.settings = described.settings
+        self.named = _named_roles(config, special_map, self.special)
+        self.absent, lacking = _absent(config, special_map, {*described.vocabulary, *self.added}, self.named)
+        self.notes = [*described.notes, *lacking]
+        self._config, self._post_processor = config, described.post_processor
 
-        self.named = _named_roles(config, special_map, ids)
-        reserved = set(self.named.values()).union(*ROLES.values())
-        self.special = {literal: i for literal, i, special in added if special or literal in reserved}
+        self._described, self._places = described, {}
+        self._first, self._later = self._at("first"), self._at("later")
+        self._vocab = described.vocabulary | self.added
+        self.size = 1 + max(self._vocab.values())
+        self._byte_level = described.byte_level
 
-        content["truncation"] = content["padding"] = content["post_processor"] = None
-        for token in content.get("added_tokens") or []:
-            token["special"] = token["content"] in self.special
-        self._first = tokenizers.Tokenizer.from_str(json.dumps(content))
-        self._later = tokenizers.Tokenizer.from_str(json.dumps(_without_prefix(content)))
-        for tokenizer in (self._first, self._later):
-            tokenizer.encode_special_tokens = True  # as ordinary text: no text ever yields a control token
-        self._vocab = self._first.get_vocab(with_added_tokens=True)
-        self.size = 1 + max([*self._vocab.values(), *ids.values()])
-        self._byte_level = '"ByteLevel"' in json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
-        self._added = set(ids)
+    def _at(self, place: str, special: bool = False) -> Any:
+        """Returns the library's tokenizer for texts at a place, see `huggingface_files.Described.tokenizer`."""
+        if (place, special) not in self._places:
+            self._places[place, special] = self._described.tokenizer(place, special)
+        return self._places[place, special]
 
-    def encode(self, text: str, continuation: bool) -> list[int]:
-        tokenizer = self._later if continuation else self._first
+    def around(self, ids: Mapping[str, int]) -> tuple[around.Ids, around.Ids]:
+        # As in today's transformers, the post_processor holds. Older files have only the flags.
+        written = around.of_post_processor(self._post_processor)
+        return tuple(one or other for one, other in zip(written, around.of_flags(self._config, ids), strict=True))
+
+    def encode(self, text: str, continuation: bool, control: bool = False, special: bool = False) -> list[int]:
+        place = "behind" if control else "later" if continuation else "first"
+        tokenizer = self._at(place, special)
         return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Sequence[int], continuation: bool) -> str:
@@ -198,7 +292,7 @@ class HuggingFace:
     def token_bytes(self) -> np.ndarray:
         counts = np.zeros(self.size, np.int32)
         for piece, i in self._vocab.items():
-            if piece in self._added:
+            if piece in self.added:
                 counts[i] = 0 if piece in self.special else len(piece.encode())
             elif self._byte_level:  # each character of a piece stands for one byte
                 counts[i] = len(piece)
@@ -207,29 +301,3 @@ class HuggingFace:
             else:
                 counts[i] = len(piece.removeprefix("##").replace(_SPACE, " ").encode())
         return counts
-
-
-def _without_prefix(part: Any) -> Any:
-    """Returns a part of tokenizer.json without the settings that add a space in front of a text or strip it.
-
-    None means that the whole part has to be removed. The result is used for text that continues earlier text.
-    """
-    if isinstance(part, list):
-        kept = [_without_prefix(p) for p in part]
-        return [p for p in kept if p is not None]
-    if not isinstance(part, dict):
-        return part
-    kind = part.get("type")
-    if kind == "Prepend" or (kind == "Strip" and part.get("content") == " " and part.get("start")):
-        return None
-    result = {}
-    for key, value in part.items():
-        if key in ("vocab", "merges", "added_tokens"):
-            result[key] = value
-        elif key == "prepend_scheme":
-            result[key] = "never"
-        elif key == "add_prefix_space":
-            result[key] = False
-        else:
-            result[key] = _without_prefix(value)
-    return result

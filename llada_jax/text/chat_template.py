@@ -14,6 +14,7 @@ from typing import Any
 
 from llada_jax.config import UserError
 from llada_jax.text.chat_messages import odd_kind, strings_of
+from llada_jax.text.json_files import read_object, read_text
 
 # The files are searched in this order; the first one that has a template is used.
 TEMPLATE_FILES = ("chat_template.jinja", "tokenizer_config.json", "chat_template.json")
@@ -39,11 +40,8 @@ def find_source(files: Mapping[str, bytes], name_of: str = "default") -> str | N
     for name in TEMPLATE_FILES:
         if name not in files:
             continue
-        try:
-            text = files[name].decode()
-            found = text if name.endswith(".jinja") else json.loads(text).get("chat_template")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{name} cannot be read: {error}") from error
+        is_template = name.endswith(".jinja")
+        found = read_text(files[name], name) if is_template else read_object(files[name], name).get("chat_template")
         if isinstance(found, list):
             named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
             found = named.get(name_of, named if name_of == "default" else None)
@@ -72,11 +70,7 @@ def special_tokens(files: Mapping[str, bytes], named: Mapping[str, str]) -> dict
     """
     found: dict[str, Any] = {f"{role}_token": literal for role, literal in named.items()}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        try:
-            items = json.loads(files.get(name, b"{}")).items()
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{name} cannot be read: {error}") from error
-        for key, value in items:
+        for key, value in read_object(files.get(name, b"{}"), name).items():
             value = value.get("content") if isinstance(value, dict) else value
             if key.endswith("_token") and isinstance(value, str):
                 found[key] = value

@@ -8,16 +8,16 @@ it stands: if a corpus contains the characters "<|eot_id|>", it yields their tok
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
 
 from llada_jax.config import UserError
-from llada_jax.text import chat_template
+from llada_jax.text import added_tokens, around, chat_template
 from llada_jax.text.backends import MASK_LITERAL, NOT_A_TOKEN, ROLES, Backend, HuggingFace, SentencePiece
 from llada_jax.text.chat_encoding import ChatEncoding
+from llada_jax.text.json_files import check_unicode
 
 VOCAB_MULTIPLE = 128  # vocab_size is a multiple of this, so that it can be split over tensor-parallel devices
 
@@ -31,6 +31,8 @@ class Tokenizer(ChatEncoding):
       own_size: The number of ids that the tokenizer's files define, without the appended ones.
       vocab_size: `size` rounded up to a multiple of 128: the number of rows of a model's embedding.
       bos_id, eos_id, mask_id, start_header_id, end_header_id, eot_id: The ids of the six roles.
+      prefix: The ids that the folder's own library puts in front of every text, such as BOS. Usually there are none.
+      notes: Lines about what the tokenizer's files say and what is not done.
       roles: Role ("bos", "eos", "mask", ...) -> (id, the tokenizer's own literal for this token).
       control_pattern: A regular expression that finds literals of control tokens; its only group is the literal.
       chat_template: The Jinja source of the folder's own chat template, or None if the folder has none.
@@ -56,8 +58,12 @@ class Tokenizer(ChatEncoding):
         digest = hashlib.sha256(self.kind.encode())
         digest.update(hashlib.sha256(backend.files[_MODEL_FILES[self.kind]]).digest())
         digest.update(json.dumps([roles, sorted(_specials(backend, roles).items())]).encode())
-        self.sha256 = digest.hexdigest()
+        of_files = roles
         roles = _of_model(roles, backend, model_ids or {})
+        self.prefix, changes, self.notes = around.of_backend(backend, of_files, roles)
+        if changes:
+            digest.update(json.dumps(changes).encode())
+        self.sha256 = digest.hexdigest()
         self.size = max(backend.size, *(i + 1 for i, _ in roles.values()))
         self.vocab_size = -(-self.size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
         self.bos_id, self.eos_id, self.mask_id, self.start_header_id, self.end_header_id, self.eot_id = (
@@ -66,8 +72,14 @@ class Tokenizer(ChatEncoding):
         self._special = _specials(backend, roles)
         by_id = [(i, literal) for special in (backend.special, self._special) for literal, i in special.items()]
         self._literals = dict(by_id) | {self.mask_id: MASK_LITERAL}
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self.control_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self.control_pattern = added_tokens.pattern(self._special)
+        # How each token is found in a text. "[MASK]" is found as the tokenizer's own literal for MASK would be.
+        self._found = dict(getattr(backend, "found", {}))
+        self._found.setdefault(MASK_LITERAL, self._found.get(roles["mask"][1], added_tokens.PLAIN))
+        self._added = {**getattr(backend, "added", {}), **self._special}
+        searched = getattr(backend, "searched", ())
+        searched = {literal for literal in searched if backend.added[literal] == self._added[literal]}
+        self._pattern = added_tokens.pattern(self._added.keys() - searched)
         self.roles = roles
         bos, start_header, end_header, eot = (roles[name][1] for name in ("bos", "start_header", "end_header", "eot"))
         self._header = f"{start_header}assistant{end_header}\n\n"
@@ -88,7 +100,7 @@ class Tokenizer(ChatEncoding):
         return Tokenizer(self._backend, self._chat_files, known)
 
     def encode(self, text: str, special: bool = False, continuation: bool = False) -> list[int]:
-        """Returns the ids of `text`, without BOS or EOS.
+        """Returns the ids of `text`, without BOS or EOS. `encode_text` puts BOS in front where the files say so.
 
         Args:
           text: Any valid Unicode.
@@ -96,20 +108,66 @@ class Tokenizer(ChatEncoding):
             in a prompt. If False, literals are encoded as ordinary text.
           continuation: Whether the text continues earlier text. If True, a tokenizer that usually puts a space in front
             of a text does not put one here.
+
+        Raises:
+          UserError: If `special` is true and the text contains a lone surrogate.
         """
         return self._encode_special(text, continuation) if special else self._backend.encode(text, continuation)
 
-    def _encode_special(self, text: str, continuation: bool, true: Callable[[str], str] = str) -> list[int]:
-        """Returns ids in which literals of control tokens are single tokens; `true` restores the text between them."""
+    def encode_text(self, text: str, special: bool = False) -> list[int]:
+        """Returns the ids of a whole text as a model gets them, with `prefix` in front.
+
+        The arguments are those of `encode`. If a text itself begins with the prefix, as the literal of a control token,
+        the prefix is not repeated.
+
+        Raises:
+          UserError: If the text contains a lone surrogate.
+        """
+        check_unicode(text, "the text")
+        ids, prefix = self.encode(text, special), list(self.prefix)
+        return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+    def encode_found(
+        self,
+        text: str,
+        found: Sequence[tuple[int, str]],
+        continuation: bool = False,
+        special: bool = False,
+    ) -> list[int]:
+        """Returns the ids of a text in which the control tokens are known; other literals are ordinary text.
+
+        Args:
+          text: Any valid Unicode.
+          found: The places of the control tokens in the text, in order, and their literals.
+          continuation: Whether the text continues earlier text, as in `encode`.
+          special: Whether the tokenizer's own control tokens are also looked for in the text between these.
+
+        Raises:
+          UserError: If the text contains a lone surrogate.
+        """
+        check_unicode(text, "the text")
         ids: list[int] = []
-        for part in self.control_pattern.split(text):
-            if part in self._special:
-                ids.append(self._special[part])
-                continuation = ids[-1] not in (self.bos_id, self.eos_id)
-            elif part:
-                ids += self._backend.encode(true(part), continuation)
-                continuation = True
+        control = False
+        for part, literal in added_tokens.cut(text, found, self._found):
+            if part:
+                ids += self._backend.encode(part, continuation, control, special)
+                continuation, control = True, False
+            if literal is not None:
+                ids.append(self._added[literal])
+                continuation, control = ids[-1] not in (self.bos_id, self.eos_id), True
         return ids
+
+    def _encode_special(self, text: str, continuation: bool, true: Callable[[str], str] | None = None) -> list[int]:
+        """Returns ids in which literals of control tokens are single tokens.
+
+        Args:
+          text: The text of a user, or a text as `marked_chat` returns it.
+          continuation: Whether the text continues earlier text.
+          true: The function that turns the marks back into characters. None means that the text is that of a user.
+        """
+        pattern = self._pattern if true is None else self.control_pattern
+        found = [(match.start(), match[0]) for match in pattern.finditer(text)]
+        return self.encode_found(true(text) if true else text, found, continuation, special=true is None)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False, continuation: bool = False) -> str:
         """Returns the text of `ids`. It never raises an error because of an id.
@@ -156,7 +214,7 @@ def _roles(backend: Backend) -> dict[str, tuple[int, str]]:
     for role, names in ROLES.items():
         literal = backend.named.get(role) or next((n for n in names if n in backend.special), None)
         if literal is None:
-            roles[role] = size, names[0]
+            roles[role] = size, getattr(backend, "absent", {}).get(role, names[0])
             size += 1
         else:
             roles[role] = backend.special[literal], literal

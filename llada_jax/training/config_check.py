@@ -10,6 +10,7 @@ from llada_jax.config import Config, DistributedConfig, LoraConfig, ModelConfig,
 from llada_jax.diffusion.forward import OBJECTIVES, T_SAMPLING, is_chat
 from llada_jax.model.attention import CHOICES
 from llada_jax.model.compute import REMAT
+from llada_jax.text.json_files import check_unicode
 from llada_jax.training.optimizer import NAMES, STATE_DTYPES, schedule_points
 
 _DISTRIBUTED = tuple(f"distributed.{field.name}" for field in dataclasses.fields(DistributedConfig))
@@ -75,6 +76,8 @@ def validate(config: Config) -> None:
         raise UserError(
             "config.model.layers=0 takes the architecture of config.init_from, which is not set: set one of the two"
         )
+    for prompt in config.sampling.prompts:
+        check_unicode(prompt, f"config.sampling.prompts: {prompt!r:.60}")
     _check_lora(config)
     _check_optimizer(config)
     _check_data(config)

@@ -1,4 +1,5 @@
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -339,3 +340,28 @@ def test_dummy_prefix_is_not_counted(tmp_path):
     assert manifest.train.bytes + manifest.validation.bytes == sum(len(text.encode()) for text in STORIES)
     rows = read_split(tmp_path / "set", manifest, "train")
     assert np.sum([row.bytes for row in rows]) == manifest.train.bytes
+
+
+def test_what_the_tokenizer_puts_in_front_of_a_text_begins_every_document(tokenizer_folder, tmp_path):
+    """Long files, which are prepared in pieces, get it once; it stands for no bytes."""
+    folder = tmp_path / "tokenizer"
+    plain = load_tokenizer(tokenizer_folder)
+    plain.save(folder)
+    config = {"bos_token": plain.roles["bos"][1], "add_bos_token": True, "add_eos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": plain.roles["eos"][1]}))
+    source = write_jsonl(tmp_path / "a.jsonl", STORIES[:20])
+    (tmp_path / "long.txt").write_text(long := "".join(map(story, range(300))))
+    assert len(long) > 65_536
+    manifests = [small([source, str(tmp_path / "long.txt")], tmp_path / name, tokenizer=str(each), workers=1,
+                       validation_fraction=0)
+                 for name, each in (("set", folder), ("plain", tokenizer_folder))]  # fmt: skip
+    found, before = (
+        np.concatenate([row.tokens[: row.length] for row in read_split(tmp_path / name, manifest, "train")]).tolist()
+        for name, manifest in zip(("set", "plain"), manifests, strict=True)
+    )
+    wanted = [plain.bos_id]
+    for i in before[:-1]:
+        wanted += [i, plain.bos_id] if i == plain.eos_id else [i]
+    assert found == [*wanted, plain.eos_id] and found.count(plain.bos_id) == 21
+    assert manifests[0].train.bytes == manifests[1].train.bytes
+    assert manifests[0].tokenizer_sha256 != manifests[1].tokenizer_sha256

@@ -141,9 +141,29 @@ def test_weights_that_are_not_finite(model_folder, tmp_path):
         (["--model=MODEL"], "nothing to complete"),
         ([f"--model={PARITY / 'mha'}", "--prompt=a"], "has no tokenizer"),
         (["--model=MODEL", "--prompt=a", "--output=MODEL"], "is a folder; pass the name of a file"),
+        (["--model=MODEL", "--prompt=a\udcff"], "is not UTF-8 text: it contains half a character"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(model_folder, arguments, words):
     done = run(*[argument.replace("MODEL", str(model_folder)) for argument in arguments])
     assert done.returncode == 2 and done.stdout == ""
     assert words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_what_the_tokenizer_puts_in_front_of_a_text(monkeypatch, loaded):
+    model, tokenizer = loaded
+    encode = lambda text: text_completion.encode_prompt(text, model, tokenizer, Options()).ids_T.tolist()  # noqa: E731
+    plain = {text: encode(text) for text in ("def main", "", "a [MASK] b", "<|startoftext|>x")}
+    monkeypatch.setattr(tokenizer, "prefix", (tokenizer.bos_id,))
+    literal = tokenizer.roles["bos"][1]
+    for text in ("def main", "", "a [MASK] b"):
+        assert encode(text) == [tokenizer.bos_id, *plain[text]] == encode(literal + text)
+    asked = []
+    monkeypatch.setattr(text_completion, "complete_ids", lambda m, t, prompts, *_: asked.extend(prompts))
+    text_completion.complete(model, tokenizer, ["def main"], Options(), jax.random.key(0))
+    assert asked == [[tokenizer.bos_id, *plain["def main"]]]
+    # A text that begins behind BOS begins like any text, without the space that some tokenizers put in front.
+    prompt = text_completion.Prompt(np.array([tokenizer.bos_id], np.int32), 0, 4)
+    tokens_T = np.array([tokenizer.bos_id, *tokenizer.encode("ab")])
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **rest: rest["continuation"])
+    assert text_completion.finished_text(tokens_T, prompt, model, tokenizer) is False

@@ -334,3 +334,41 @@ def test_lm_eval_does_not_fork():
     environment = {name: value for name, value in os.environ.items() if name != "DISABLE_MULTIPROC"}
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert said.stdout == "1\n"
+
+
+def test_what_the_tokenizer_puts_in_front_of_a_text(monkeypatch, loaded):
+    """BOS is in front of plain prompts, also where they are cut, and in no answer; a chat has what its template has."""
+    model, tokenizer = loaded
+    bos = tokenizer.bos_id
+    monkeypatch.setattr(tokenizer, "prefix", (bos,))
+    pairs, windows, prompts = [], [], []
+    score = lambda m, some, **_: pairs.extend(some) or [Score(-1.0, 0.0)] * len(some)  # noqa: E731
+    monkeypatch.setattr(likelihood, "log_likelihoods", score)
+    monkeypatch.setattr(likelihood, "greedy_matches", lambda m, some, **_: [False] * len(some))
+    rolling = lambda m, some, **rest: windows.append((some, rest)) or [Score(-1.0, 0.0)] * len(some)  # noqa: E731
+    monkeypatch.setattr(likelihood, "rolling_log_likelihoods", rolling)
+    monkeypatch.setattr(harness, "complete_ids", lambda m, t, some, *_, **__: prompts.extend(some) or [""] * len(some))
+    lm = harness.LLaDA(model, tokenizer, max_length=12, gen_length=4)
+    words = tokenizer.encode("one two three four five six seven eight nine ten")
+    text, six = tokenizer.decode(words), tokenizer.encode("six")
+    lm.loglikelihood(instances("loglikelihood", [("", "six"), ("one", " two"), (text, " one")]), disable_tqdm=True)
+    one = tokenizer.encode(text + " one")[len(words) :]
+    assert ([bos], six) in pairs and ([bos, *words[-11 + len(one) :]], one) in pairs
+    assert ([bos, *tokenizer.encode("one")], tokenizer.encode("one two")[len(tokenizer.encode("one")) :]) in pairs
+    lm.loglikelihood_rolling(instances("loglikelihood_rolling", [("six",)]), disable_tqdm=True)
+    assert windows[0][0] == [six] and windows[0][1]["prefix"] == (bos,)
+    chat = lm.apply_chat_template([{"role": "user", "content": "a"}])
+    lm.max_length = None
+    lm.generate_until(instances("generate_until", [("six", {}), (chat, {})]), disable_tqdm=True)
+    assert sorted(prompts, key=len) == [[bos, *six], tokenizer.encode_chat([{"role": "user", "content": "a"}])]
+    assert chat.endswith(harness.END) and prompts[0].count(bos) == prompts[1].count(bos) == 1
+    lm.max_length = 12
+    lm.generate_until(instances("generate_until", [(text, {})]), disable_tqdm=True)
+    assert prompts[-1] == [bos, *words[-7:]]
+
+
+def test_answers_that_alone_are_too_long_are_told_of(monkeypatch, capsys, loaded):
+    Told(monkeypatch, loaded[1])
+    lm = harness.LLaDA(*loaded, max_length=3)
+    lm.loglikelihood(instances("loglikelihood", [("a", "one two three four five six"), ("a", "b")]), disable_tqdm=True)
+    assert "1 answers lose their beginning: they alone pass 3 tokens" in capsys.readouterr().err

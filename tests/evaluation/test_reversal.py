@@ -88,6 +88,8 @@ def test_through_the_chat_template(monkeypatch, loaded):
         ('[{"first": "a", "second": 3}]', "not a JSON list"),
         ('[{"first": "a", "second": " "}]', "an empty line"),
         ("[3]", "not a JSON list"),
+        ("[" * 100_000, "not a JSON list.*nested too deeply"),
+        ('[{"first": "\\ud800", "second": "a"}]', "not a JSON list.*half a character"),
     ],
 )
 def test_data_that_is_none(tmp_path, content, words):
@@ -100,3 +102,23 @@ def test_data_that_is_none(tmp_path, content, words):
         read_couplets(tmp_path / "none.json")
     path.write_text(json.dumps([{"first": "a ", "second": "b", "source": "c"}]))
     assert read_couplets(path) == [Couplet("a", "b")]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_couplets(path) == [Couplet("a", "b")]
+    path.write_bytes(b"[\n\xff]")
+    with pytest.raises(UserError, match=f"{path} is not text in UTF-8: line 2"):
+        read_couplets(path)
+
+
+def test_what_the_tokenizer_puts_in_front_of_a_text(monkeypatch, loaded):
+    model, tokenizer = loaded
+    prompts = {}
+    for prefix in ((), (tokenizer.bos_id,)):
+        poet = Poet(tokenizer)
+        bos = tokenizer.decode([tokenizer.bos_id])
+        poet.answer = lambda prompt, poet=poet, bos=bos: Poet.answer(poet, prompt.removeprefix(bos))
+        monkeypatch.setattr(tokenizer, "prefix", prefix)
+        monkeypatch.setattr(reversal, "complete_ids", poet)
+        found = reversal.evaluate(model, tokenizer, COUPLETS[:1], Options(), jax.random.key(0))
+        prompts[prefix] = [given for given, _ in poet.asked]
+        assert found["reversal_backward_infill"]["exact_match,none"] == 1.0
+    assert prompts[tokenizer.bos_id,] == [[[tokenizer.bos_id, *ids]] for (ids,) in prompts[()]]

@@ -323,3 +323,22 @@ def test_rolling_likelihood_is_the_sum_over_windows(toy):
 def test_impossible_windows_are_refused(document, max_length):
     with pytest.raises(UserError):
         rolling_requests(document, max_length)
+
+
+@pytest.mark.parametrize("max_length", [1, 2, 3, 8, 40])
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 30])
+def test_a_prefix_is_in_front_of_a_document_and_in_no_answer(length, max_length):
+    prefix, document = [99, 98], np.arange(length)
+    requests = rolling_requests(document, max_length, prefix)
+    kept = prefix[-max_length + 1 :] if max_length > 1 else []
+    np.testing.assert_array_equal(np.concatenate([answer for _, answer in requests] or [[]]), document)
+    whole = [*kept, *document]
+    for prompt, answer in requests:
+        end = len(kept) + answer[-1] + 1
+        assert [*prompt, *answer] == whole[max(0, end - max_length) : end] and 0 < len(answer) <= max_length
+    assert not requests or requests[0][0].tolist() == kept
+
+
+def test_rolling_likelihood_given_a_prefix(toy):
+    (got,) = rolling_log_likelihoods(toy.model, [[1, 2, 3]], max_length=6, samples=10, key=KEY, prefix=[4, 5])
+    assert got.value == pytest.approx(enumerated(toy.model, [4, 5], [1, 2, 3]), rel=tolerance(toy))

@@ -122,15 +122,15 @@ FAULTS = (
     Fault(
         "settings-share-cached-results",
         "llada_jax/evaluation/run.py",
-        old="content = json.dumps([identity, job.settings(), __version__], sort_keys=True)",
-        new="content = json.dumps([identity, __version__], sort_keys=True)",
+        old="content = json.dumps([identity, job.settings(), __version__, pairs.RULE], sort_keys=True)",
+        new="content = json.dumps([identity, __version__, pairs.RULE], sort_keys=True)",
         harm="An evaluation with other settings, such as guidance, reports the cached figures of the one before.",
         tests=("entry_points/test_evaluate.py::test_what_tells_models_apart",),
     ),
     Fault(
         "long-prompts-lose-their-end",
         "llada_jax/evaluation/harness.py",
-        old="prompts.append(prompt if room is None else prompt[-room:])",
+        old="prompts.append(prompt if room is None else self._cut(prompt, room))",
         new="prompts.append(prompt if room is None else prompt[:room])",
         harm="A prompt that is too long loses the question and keeps the examples, so scores drop without an error.",
         tests=("evaluation/test_harness.py::test_what_is_too_long_loses_its_beginning",),

@@ -7,7 +7,7 @@ from pathlib import Path
 import sentencepiece
 
 
-def train_prefixing(lines: Iterable[str], path: Path) -> Path:
+def train_prefixing(lines: Iterable[str], path: Path, **options) -> Path:
     """Trains a model of 400 tokens on some lines of text, writes it to `path`, and returns the path."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -19,6 +19,7 @@ def train_prefixing(lines: Iterable[str], path: Path) -> Path:
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         minloglevel=2,
+        **options,
     )
     path.write_bytes(model.getvalue())
     return path

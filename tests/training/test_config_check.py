@@ -167,3 +167,9 @@ def test_config_against_tokenizer(name, value, message):
     with pytest.raises(UserError) as caught:
         resolve_ids(model, tokenizer())
     assert str(caught.value).startswith(message)
+
+
+def test_prompts_that_are_no_text():
+    """Python keeps the bytes of a command line that are not UTF-8 as lone surrogates."""
+    with pytest.raises(UserError, match=r"^config\.sampling\.prompts: 'a.udcff' is not UTF-8 text"):
+        validate(changed("sampling.prompts", ("", "a\udcff")))

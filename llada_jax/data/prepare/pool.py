@@ -65,7 +65,7 @@ def tokenize(tokenizer: Tokenizer, token_bytes: np.ndarray, batch: Batch) -> Tok
     integers, such that they add up to the number of bytes of the text itself.
 
     Args:
-      tokenizer: The tokenizer.
+      tokenizer: The tokenizer. What it puts in front of a text (`Tokenizer.prefix`) stands for no bytes.
       token_bytes: int32 [ids], the bytes of text that each id of the tokenizer stands for.
       batch: The texts.
     """
@@ -80,9 +80,10 @@ def tokenize(tokenizer: Tokenizer, token_bytes: np.ndarray, batch: Batch) -> Tok
             total = max(int(cumulative[-1]), 1)
             cumulative = cumulative * size // total
             cumulative[-1] = size
-        ids.append(text_ids)
-        counts.append(np.diff(cumulative, prepend=0).astype(np.uint32))
-        lengths.append(len(text_ids))
+        front = np.asarray(() if continues else tokenizer.prefix, np.uint32)
+        ids.append(np.concatenate([front, text_ids]))
+        counts.append(np.concatenate([np.zeros_like(front), np.diff(cumulative, prepend=0).astype(np.uint32)]))
+        lengths.append(len(ids[-1]))
     empty = [np.zeros(0, np.uint32)]
     return Tokens(np.concatenate(ids or empty), np.concatenate(counts or empty), lengths)
 

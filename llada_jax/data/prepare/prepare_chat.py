@@ -97,6 +97,8 @@ def prepare_chat(
         raise UserError(f"too_long={too_long!r}: choose one of {', '.join(RULES)}")
     conversations = Conversations(inputs, group_key, on_error)
     loaded = load_tokenizer(tokenizer)
+    for note in loaded.notes if progress else ():
+        print(f"{tokenizer}: {note}", file=sys.stderr)
     below = held_out_below(_groups(conversations), validation_fraction, conversations.inputs)
     with write_errors(output), temporary_folder(target) as folder:
         loaded.save(folder / TOKENIZER_FOLDER)

@@ -88,6 +88,8 @@ def prepare(
     corpus = Corpus(inputs, text_key, on_error)
     loaded = load_tokenizer(tokenizer) if tokenizer is not None else None
     below = held_out_below(_texts(corpus), validation_fraction, corpus.inputs)
+    for note in loaded.notes if loaded and progress else ():
+        print(f"{tokenizer}: {note}", file=sys.stderr)
     with write_errors(output), temporary_folder(target) as folder:
         if loaded is None:
             loaded = _train(corpus, below, train_tokenizer, folder / TOKENIZER_FOLDER, progress)
