@@ -2,14 +2,17 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from llada_jax.config import ComputeConfig, UserError
+from llada_jax.devices import distributed
 from llada_jax.devices import mesh as meshes
 from llada_jax.formats import workdir
+from llada_jax.formats.generation_config import with_ends_of_source
 from llada_jax.model.compute import compute_dtype, resolve_compute
 from llada_jax.model.transformer import Transformer
 from llada_jax.text.agreement import fitted, with_tokenizer
@@ -23,6 +26,8 @@ def load(
     step: int | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
     """Loads the model in a folder and its tokenizer.
+
+    Lines on stderr say what in the folder is not used, and where config.json and the tokenizer disagree.
 
     Args:
       path: A training workdir, a published folder (config.json and *.safetensors), or a folder from `convert`.
@@ -65,16 +70,27 @@ def _from_workdir(path: Path, dtype: jnp.dtype, step: int | None) -> tuple[Trans
     # Imported here because Orbax takes a second to load, which a published folder does not need.
     from llada_jax.formats import weights
 
-    tokenizer = fitted(find_tokenizer(path / workdir.TOKENIZER), workdir.read_config(path)[0].model, path)
-    return weights.load_model(path, step, jax.sharding.get_mesh(), dtype), tokenizer
+    config = with_ends_of_source(workdir.read_config(path)[0].model, path / workdir.PUBLISHED_FILES)
+    tokenizer = fitted(find_tokenizer(path / workdir.TOKENIZER), config, path)
+    _tell([] if tokenizer is None else tokenizer.notes)
+    model = weights.load_model(path, step, jax.sharding.get_mesh(), dtype)
+    model.config = with_tokenizer(dataclasses.replace(model.config, end_ids=config.end_ids), tokenizer)
+    return model, tokenizer
 
 
 def _from_published(path: Path, dtype: jnp.dtype) -> tuple[Transformer, Tokenizer | None]:
     from llada_jax.formats import huggingface
 
-    tokenizer = fitted(find_tokenizer(path), huggingface.inspect(path).config, path)
+    found = huggingface.inspect(path)
+    tokenizer = fitted(find_tokenizer(path), found.config, path)
+    _tell(found.notes if tokenizer is None else [*found.notes, *tokenizer.notes])
     model = huggingface.load_model(path, dtype, lambda config: with_tokenizer(config, tokenizer))
     return model, tokenizer
+
+
+def _tell(notes: Iterable[str]) -> None:
+    for note in notes:
+        distributed.log(note)
 
 
 def load_with_tokenizer(

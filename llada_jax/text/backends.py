@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +33,12 @@ class Backend(Protocol):
     special: Mapping[str, int]  # literal -> id of every control token
     named: Mapping[str, str]  # role -> literal, for the roles whose token the tokenizer itself names
     files: Mapping[str, bytes]  # name -> content; a folder with these files loads as this tokenizer
+
+    def ids(self) -> Set[int]:
+        """Returns the ids of all tokens. An id below `size` that is missing here is a hole."""
+
+    def id_of(self, literal: str) -> int | None:
+        """Returns the id of a token by its literal, or None if there is no such token."""
 
     def encode(self, text: str, continuation: bool) -> list[int]:
         """Returns the ids of `text`, in which literals of control tokens are ordinary text."""
@@ -96,6 +102,14 @@ class SentencePiece:
             self._counts.append(len(literal.encode()) if literal in self._plain else 0)
         space_bytes = [model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_ids = space_bytes if all(model.is_byte(i) for i in space_bytes) else []
+        self._by_literal = {literal: i for i, (literal, _) in added.items()} | {p: i for i, p in enumerate(pieces)}
+        self._ids = frozenset((*range(len(pieces)), *added))
+
+    def ids(self) -> Set[int]:
+        return self._ids
+
+    def id_of(self, literal: str) -> int | None:
+        return self._by_literal.get(literal)
 
     def encode(self, text: str, continuation: bool) -> list[int]:
         if self._plain_pattern is None:
@@ -185,8 +199,16 @@ class HuggingFace:
             tokenizer.encode_special_tokens = True  # as ordinary text: no text ever yields a control token
         self._vocab = self._first.get_vocab(with_added_tokens=True)
         self.size = 1 + max([*self._vocab.values(), *ids.values()])
-        self._byte_level = '"ByteLevel"' in json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
+        self.byte_level = '"ByteLevel"' in json.dumps([content.get("decoder"), content.get("pre_tokenizer")])
         self._added = set(ids)
+        self._by_literal = ids | self._vocab
+        self._ids = frozenset((*self._vocab.values(), *(i for _, i, _ in added)))
+
+    def ids(self) -> Set[int]:
+        return self._ids
+
+    def id_of(self, literal: str) -> int | None:
+        return self._by_literal.get(literal)
 
     def encode(self, text: str, continuation: bool) -> list[int]:
         tokenizer = self._later if continuation else self._first
@@ -200,7 +222,7 @@ class HuggingFace:
         for piece, i in self._vocab.items():
             if piece in self._added:
                 counts[i] = 0 if piece in self.special else len(piece.encode())
-            elif self._byte_level:  # each character of a piece stands for one byte
+            elif self.byte_level:  # each character of a piece stands for one byte
                 counts[i] = len(piece)
             elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
                 counts[i] = 1

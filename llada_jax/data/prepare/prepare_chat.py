@@ -18,6 +18,7 @@ data/prepare/held_out.py.
 """
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -87,6 +88,8 @@ def prepare_chat(
         raise UserError(f"too_long={too_long!r}: choose one of {', '.join(RULES)}")
     conversations = Conversations(inputs, group_key)
     loaded = load_tokenizer(tokenizer)
+    for note in loaded.notes if progress else ():
+        print(note, file=sys.stderr)
     below = held_out_below((each.group for each in conversations), validation_fraction, conversations.inputs)
     with write_errors(output), temporary_folder(target) as folder:
         loaded.save(folder / TOKENIZER_FOLDER)

@@ -82,6 +82,8 @@ def prepare(
     target = check_settings(output, sequence_length, validation_fraction, workers, shard_rows)
     corpus = Corpus(inputs, text_key)
     loaded = load_tokenizer(tokenizer) if tokenizer is not None else None
+    for note in loaded.notes if loaded and progress else ():
+        print(note, file=sys.stderr)
     below = held_out_below((piece.text for piece in corpus), validation_fraction, corpus.inputs)
     with write_errors(output), temporary_folder(target) as folder:
         if loaded is None:
