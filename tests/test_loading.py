@@ -106,12 +106,16 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, monkeypatch)
 
 
 class Tokenizer:
-    size, mask_id, bos_id, eos_id, eot_id = 500, 497, 1, 2, 600
+    size, mask_id, bos_id, eos_id, eot_id, end_ids = 500, 497, 1, 2, 600, (3, 2, 600)
+
+    def holes(self, limit, known):
+        return ((400, limit),)
 
 
 def test_the_tokenizer_says_what_the_config_does_not():
     config = with_tokenizer(ModelConfig(vocab_size=512, mask_id=511), Tokenizer())
     assert (config.token_count, config.mask_id, config.bos_id, config.eos_id, config.eot_id) == (500, 511, 1, 2, None)
+    assert (config.end_ids, config.holes) == ((3,), ((400, 500),))
     assert with_tokenizer(ModelConfig(vocab_size=64), Tokenizer()).token_count == 64
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from llada_jax.text.backends import NOT_A_TOKEN, Backend, HuggingFace, SentencePiece
 
+_INNER = "##"  # how WordPiece marks a piece that does not begin a word
 _NEVER = "\U0010ffff\U0010fffe no text"  # the new name of the token, which no text contains
 
 
@@ -16,11 +17,12 @@ def without(backend: Backend, i: int) -> Backend | None:
 
     All other text is encoded as before. The copy is for encoding alone: its files are not those of the tokenizer.
     """
-    changed = _without_piece(backend, i) if isinstance(backend, SentencePiece) else _without_entry(backend, i)
-    if changed is None:
-        return None
+    if isinstance(backend, SentencePiece):
+        changed, whole = _without_piece(backend, i), True
+    else:
+        changed, whole = _without_entry(backend, i)
     text = backend.decode([i], True)
-    if NOT_A_TOKEN in text:  # some bytes of a character, which no text consists of
+    if changed is None or not whole or NOT_A_TOKEN in text:  # some bytes of a character are no text
         return changed
     ids = changed.encode(text, True)
     return changed if i not in ids and changed.decode(ids, True) == text else None
@@ -39,26 +41,28 @@ def _without_piece(backend: SentencePiece, i: int) -> SentencePiece | None:
     return SentencePiece({**backend.files, "tokenizer.model": proto.SerializeToString()})
 
 
-def _without_entry(backend: HuggingFace, i: int) -> HuggingFace | None:
+def _without_entry(backend: HuggingFace, i: int) -> tuple[HuggingFace | None, bool]:
+    """Returns the copy, and whether the text of the token can stand alone: inner pieces of WordPiece cannot."""
     content = json.loads(backend.files["tokenizer.json"])
-    added = content.get("added_tokens") or []
-    content["added_tokens"] = [token for token in added if token["id"] != i]
-    model = content["model"]
+    content["added_tokens"] = [token for token in content.get("added_tokens") or [] if token["id"] != i]
+    model, whole = content["model"], True
     if isinstance(model["vocab"], list):  # Unigram
         if i == model.get("unk_id"):
-            return None
+            return None, True
         if i < len(model["vocab"]):
             model["vocab"][i] = [_NEVER, model["vocab"][i][1]]
-    else:
-        piece = next((piece for piece, number in model["vocab"].items() if number == i), None)
-        if piece is not None:
-            if piece == model.get("unk_token") or (len(piece) == 1 and backend.byte_level):  # a single byte
-                return None
-            model["vocab"] = {_NEVER if number == i else key: number for key, number in model["vocab"].items()}
-            if "merges" in model:
-                prefix = model.get("continuing_subword_prefix") or ""
-                model["merges"] = [merge for merge in model["merges"] if not _has(merge, piece, prefix)]
-    return HuggingFace({**backend.files, "tokenizer.json": json.dumps(content).encode()})
+    elif (piece := next((piece for piece, number in model["vocab"].items() if number == i), None)) is not None:
+        inner = piece.removeprefix(_INNER)
+        whole = model.get("type") != "WordPiece" or piece == inner
+        if piece == model.get("unk_token") or (backend.byte_level and len(piece) == 1):
+            return None, True
+        if not whole and (len(inner) == 1 or any(_INNER + character not in model["vocab"] for character in inner)):
+            return None, False
+        model["vocab"] = {_NEVER if number == i else name: number for name, number in model["vocab"].items()}
+        if "merges" in model:
+            prefix = model.get("continuing_subword_prefix") or ""
+            model["merges"] = [merge for merge in model["merges"] if not _has(merge, piece, prefix)]
+    return HuggingFace({**backend.files, "tokenizer.json": json.dumps(content).encode()}), whole
 
 
 def _has(merge: Any, piece: str, prefix: str) -> bool:
