@@ -171,6 +171,7 @@ def test_the_tokenizer_says_what_the_config_does_not():
     [
         (lambda path: path / "none", "is not a folder"),
         (lambda path: path, "has no model"),
+        (lambda path: (path / "model.bin").touch() or path, r"weights in other formats \(model.bin\): convert them"),
         (lambda path: shutil.copytree(PARITY / "mha", path / "m", ignore=lambda *_: ["config.json"]), "config.json: "),
     ],
 )

@@ -303,6 +303,9 @@ def generate(
     of steps, temperature, cfg_scale and key are traced. The caller need not set a mesh; on a mesh the rows are split
     over its batch axes.
 
+    Only tokens other than MASK are chosen. The config of a model from `llada_jax.load` knows from its tokenizer which
+    ids are tokens (token_count, holes). If there was no tokenizer, all ids below token_count count as tokens.
+
     Args:
       model: The mask predictor.
       prompt_BT: int ids, on the host or on a device. MASK tokens among them are filled in.

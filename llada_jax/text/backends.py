@@ -32,6 +32,7 @@ class Backend(Protocol):
     size: int  # number of ids
     special: Mapping[str, int]  # literal -> id of every control token
     named: Mapping[str, str]  # role -> literal, for the roles whose token the tokenizer itself names
+    ends: Sequence[int]  # ids that the tokenizer's main file names as EOS, also if the files beside it name another
     files: Mapping[str, bytes]  # name -> content; a folder with these files loads as this tokenizer
 
     def ids(self) -> Set[int]:
@@ -75,6 +76,7 @@ class SentencePiece:
         self.special = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)}
         ids = {"bos": model.bos_id(), "eos": model.eos_id()}
         self.named = {role: pieces[i] for role, i in ids.items() if i >= 0 and pieces[i] in self.special}
+        self.ends = [ids["eos"]] if "eos" in self.named else []
         # Keep only ids after the pieces: about its own pieces, the model is right and the files may be wrong.
         decoder = config.get("added_tokens_decoder") or {}
         added = {i: (literal, False) for literal, i in added_map.items()}
@@ -174,6 +176,7 @@ class HuggingFace:
     """A tokenizer.json file, with what the files beside it say about its tokens."""
 
     kind = "huggingface"
+    ends = ()  # tokenizer.json has no field for EOS
 
     def __init__(self, files: Mapping[str, bytes]):
         import tokenizers

@@ -69,7 +69,7 @@ class Tokenizer:
         )
         self._special = _specials(backend, roles)
         ends = [i for i, _ in (files_roles["eos"], files_roles["eot"]) if i < backend.size]
-        ends += ends_of_files(backend.files, backend.id_of)
+        ends += [*backend.ends, *ends_of_files(backend.files, backend.id_of)]
         self.end_ids = tuple(i for i in dict.fromkeys(ends) if i not in (self.eos_id, self.eot_id, self.mask_id))
         self._encoder, self._model_ids, self.notes = _as_the_model_says(
             backend, files_roles, model_ids or {}, {*model_ends}

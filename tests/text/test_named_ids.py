@@ -46,6 +46,15 @@ def test_every_end_that_the_files_name(tmp_path, files, eos, ends):
     assert (tokenizer.eos_id, tokenizer.end_ids) == (eos, ends)
 
 
+def test_the_eos_of_a_sentencepiece_model_stays_an_end(tmp_path):
+    train_tokenizer(TEXT, 320, tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 330}')
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_end|>"}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.end_ids) == (330, (2,))
+    assert tokenizer.holes(340) == ((316, 330), (335, 340))  # MASK and the tokens of the template are 331 to 334
+
+
 def test_holes_are_the_ids_of_no_token(tmp_path):
     tokenizer = load_tokenizer(word_level(tmp_path, VOCAB, ("</s>", "<|im_end|>", "<|eom|>")))
     # 21 to 25 are appended: BOS, MASK, two headers, and the end of a turn.
