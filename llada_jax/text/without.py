@@ -44,7 +44,9 @@ def _without_piece(backend: SentencePiece, i: int) -> SentencePiece | None:
 def _without_entry(backend: HuggingFace, i: int) -> tuple[HuggingFace | None, bool]:
     """Returns the copy, and whether the text of the token can stand alone: inner pieces of WordPiece cannot."""
     content = json.loads(backend.files["tokenizer.json"])
-    content["added_tokens"] = [token for token in content.get("added_tokens") or [] if token["id"] != i]
+    for token in content.get("added_tokens") or []:
+        if token["id"] == i:
+            token["content"] = _NEVER
     model, whole = content["model"], True
     if isinstance(model["vocab"], list):  # Unigram
         if i == model.get("unk_id"):

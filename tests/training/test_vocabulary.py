@@ -57,6 +57,7 @@ def begun(folder, path, tmp_path):
     sets = prepared_sets.find_sets(config, tmp_path / "run", None)
     resolve_ids(config.model, sets.tokenizer, source=begin.source)
     begin.check(config, sets)
+    prepared_sets.open_training(config, sets.paths)
     return config.model
 
 
@@ -78,6 +79,14 @@ def test_data_has_the_eos_of_the_model_and_this_is_told(full, corpus, tmp_path, 
     prepare_text(corpus, tmp_path / "other", tmp_path / "tokenizer")
     with pytest.raises(UserError, match=rf"EOS is 9 in {folder} .*but the data was prepared with 2: prepare it again"):
         begun(folder, tmp_path / "other", tmp_path)
+
+
+def test_sets_of_different_models_are_not_mixed(full, corpus, tmp_path):
+    folder = changed(full, tmp_path, eos_token_id=9)
+    prepare_text(corpus, tmp_path / "one", full)
+    prepare_text(corpus, tmp_path / "two", folder)
+    with pytest.raises(UserError, match="two was prepared with eos_id=9, but .*one with 2: prepare both with the same"):
+        begun(full, f"{tmp_path}/one,{tmp_path}/two", tmp_path)
 
 
 def test_mask_on_a_token_of_text(full, corpus, tmp_path, capsys):
