@@ -53,9 +53,10 @@ def with_ends(config: ModelConfig, folder: Path) -> tuple[ModelConfig, list[str]
     if missing:
         named = ", ".join(map(str, dict.fromkeys(missing)))
         notes.append(f"{path}: the model has no token {named}, which the file names as an end of a text")
-    unused = [name for name, value in fields.items() if name not in _HARMLESS and not _neutral(name, value)]
+    unused = sorted(name for name, value in fields.items() if name not in _HARMLESS and not _neutral(name, value))
     if unused:
-        notes.append(f"{path}: not used: {', '.join(sorted(unused))} (the sampler takes its settings from you)")
+        named = ", ".join(" ".join(name.split()) for name in unused)
+        notes.append(f"{path}: not used: {named} (the sampler takes its settings from you)")
     known = (config.eos_id, config.eot_id)
     ends = tuple(i for i in dict.fromkeys((*config.end_ids, *found)) if i not in known)
     return dataclasses.replace(config, end_ids=ends), notes

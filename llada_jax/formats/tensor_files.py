@@ -129,7 +129,7 @@ def _equal(one: Any, other: Any) -> bool:
     if not shape or shape != tuple(other.get_shape()) or not {one.get_dtype(), other.get_dtype()} <= DTYPES.keys():
         return False
     rows = max(1, _CHUNK_BYTES // max(1, 4 * math.prod(shape[1:])))
-    parts = (slice(start, start + rows) for start in range(0, shape[0], rows))
+    parts = (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
     return all(np.array_equal(one[part].astype(np.float32), other[part].astype(np.float32)) for part in parts)
 
 

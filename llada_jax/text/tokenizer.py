@@ -75,7 +75,7 @@ class Tokenizer:
             backend, files_roles, model_ids or {}, {*model_ends}
         )
         by_id = [(i, literal) for special in (backend.special, self._special) for literal, i in special.items()]
-        self._literals = dict(by_id) | {self.mask_id: MASK_LITERAL}
+        self._literals = dict([*roles.values(), *by_id]) | {self.mask_id: MASK_LITERAL}
         longest_first = sorted(self._special, key=len, reverse=True)
         self.control_pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.roles = roles
