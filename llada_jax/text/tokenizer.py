@@ -5,6 +5,7 @@ appended, in this order, after its own ids, which never change. By default a tex
 it stands: if a corpus contains the characters "<|eot_id|>", it yields their tokens, never the control token.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -33,7 +34,6 @@ class Tokenizer:
       own_size: The number of ids that the tokenizer's files define, without the appended ones.
       vocab_size: `size` rounded up to a multiple of 128: the number of rows of a model's embedding.
       bos_id, eos_id, mask_id, start_header_id, end_header_id, eot_id: The ids of the six roles.
-      end_ids: The ids that the files also name as ends of a text, beside eos_id and eot_id.
       notes: Lines that say where a model's ids (see `of_model`) are not what the files say.
       roles: Role ("bos", "eos", "mask", ...) -> (id, the tokenizer's own literal for this token).
       control_pattern: A regular expression that finds literals of control tokens; its only group is the literal.
@@ -68,9 +68,7 @@ class Tokenizer:
             i for i, _ in roles.values()
         )
         self._special = _specials(backend, roles)
-        ends = [i for i, _ in (files_roles["eos"], files_roles["eot"]) if i < backend.size]
-        ends += [*backend.ends, *ends_of_files(backend.files, backend.id_of)]
-        self.end_ids = tuple(i for i in dict.fromkeys(ends) if i not in (self.eos_id, self.eot_id, self.mask_id))
+        self._files_roles = files_roles
         self._encoder, self._model_ids, self.notes = _as_the_model_says(
             backend, files_roles, model_ids or {}, {*model_ends}
         )
@@ -82,6 +80,14 @@ class Tokenizer:
         bos, start_header, end_header, eot = (roles[name][1] for name in ("bos", "start_header", "end_header", "eot"))
         self._header = f"{start_header}assistant{end_header}\n\n"
         self.default_chat_template = chat_template.default_source(bos, start_header, end_header, eot)
+
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that the files also name as ends of a text, beside eos_id and eot_id."""
+        backend = self._backend
+        ends = [i for i, _ in (self._files_roles["eos"], self._files_roles["eot"]) if i < backend.size]
+        ends += [*backend.ends, *ends_of_files(backend.files, backend.id_of)]
+        return tuple(i for i in dict.fromkeys(ends) if i not in (self.eos_id, self.eot_id, self.mask_id))
 
     def of_model(
         self, mask_id: int | None, bos_id: int | None, eos_id: int | None, end_ids: Iterable[int] = ()
@@ -307,7 +313,7 @@ def _as_the_model_says(
                 "is wrong"
             )
     mask_id = ids.get("mask", roles["mask"][0])
-    if mask_id not in backend.ids() or mask_id in backend.special.values():
+    if mask_id >= backend.size or mask_id in backend.special.values() or mask_id not in backend.ids():
         return backend, different, notes
     encoder, text = without(backend, mask_id), backend.decode([mask_id], True)
     how = "is encoded as other tokens" if encoder else "is read as MASK, because no other tokens make it up"
