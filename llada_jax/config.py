@@ -59,10 +59,15 @@ class ModelConfig:
     # The number of token ids that the model may choose; None = the size of the tokenizer. The ids from token_count on
     # only fill up the embedding to vocab_size rows; the sampler never chooses them.
     token_count: int | None = None
+    # Ranges (first, last + 1) of ids below token_count that are no tokens, so that the sampler never chooses them;
+    # () = those that the tokenizer cannot decode.
+    holes: tuple[tuple[int, int], ...] = ()
     mask_id: int | None = None  # the id of MASK; None = the tokenizer's id
     bos_id: int | None = None  # the id of BOS, the start of a text; None = the tokenizer's id
     eos_id: int | None = None  # the id of EOS, the end of a text; None = the tokenizer's id
     eot_id: int | None = None  # the id of the end of a turn in a chat; None = the tokenizer's id
+    # Ids that also end a text, beside eos_id and eot_id; () = those that the folder of the model names.
+    end_ids: tuple[int, ...] = ()
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
     @property
@@ -224,15 +229,16 @@ class SamplerConfig:
     # w of Eq. 16 in arXiv 2502.09992: how far classifier-free guidance moves the logits away from those that the model
     # gives without the prompt. 0 = no guidance; otherwise each reverse step takes two forward passes.
     cfg_scale: float = 0.0
-    logits_eos_inf: bool = False  # True = the logit of EOS is -inf, so that EOS is never chosen
-    # True = predictions of EOS and end of turn have the lowest confidence, so that they are kept after all others.
+    logits_eos_inf: bool = False  # True = the logits of EOS and of end_ids are -inf, so that these are never chosen
+    # True = predictions of EOS, end of turn and end_ids have the lowest confidence: they are kept after all others.
     confidence_eos_eot_inf: bool = False
-    # True = a row ends after a block in which an appended token became EOS or end of turn: its later blocks are not
-    # computed but filled with EOS.
+    # True = a row ends after a block in which an appended token became EOS, end of turn or one of end_ids: its later
+    # blocks are not computed but filled with EOS.
     stop_at_end: bool = False
     mask_id: int | None = None  # the id of MASK; None = the model's id
     eos_id: int | None = None  # the id of EOS; None = the model's id
     eot_id: int | None = None  # the id of the end of a turn; None = the model's id
+    end_ids: tuple[int, ...] | None = None  # further ids that end a text; None = the model's ids
 
 
 @dataclasses.dataclass(slots=True)

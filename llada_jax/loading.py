@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ from llada_jax.config import ComputeConfig, UserError
 from llada_jax.devices import distributed
 from llada_jax.devices import mesh as meshes
 from llada_jax.formats import workdir
+from llada_jax.formats.generation_config import with_ends_of_source
 from llada_jax.model.compute import compute_dtype, resolve_compute
 from llada_jax.model.transformer import Transformer
 from llada_jax.text.agreement import fitted, with_tokenizer
@@ -25,6 +27,8 @@ def load(
     step: int | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
     """Loads the model in a folder and its tokenizer.
+
+    Lines on stderr say what in the folder is not used, and where config.json and the tokenizer disagree.
 
     Args:
       path: A training workdir, a published folder (config.json and *.safetensors), or a folder from `convert`. A
@@ -61,8 +65,6 @@ def load(
         # Layers are scanned: unrolling them can speed up training on a CPU, but slows down the forward pass alone.
         compute = dataclasses.replace(model.compute, attention="auto", unroll=1)
         model.compute = resolve_compute(model.config, compute, jax.sharding.get_mesh().devices.flat[0])
-        for note in tokenizer.notes if tokenizer else ():
-            distributed.log(f"{path}: {note}")
         return model, tokenizer
 
 
@@ -70,16 +72,28 @@ def _from_workdir(path: Path, dtype: jnp.dtype, step: int | None) -> tuple[Trans
     # Imported here because Orbax takes a second to load, which a published folder does not need.
     from llada_jax.formats import weights
 
-    tokenizer = fitted(find_tokenizer(path / workdir.TOKENIZER), workdir.read_config(path)[0].model, path)
-    return weights.load_model(path, step, jax.sharding.get_mesh(), dtype), tokenizer
+    config = with_ends_of_source(workdir.read_config(path)[0].model, path / workdir.PUBLISHED_FILES)
+    tokenizer = fitted(find_tokenizer(path / workdir.TOKENIZER), config, path)
+    _tell([], path, tokenizer)
+    model = weights.load_model(path, step, jax.sharding.get_mesh(), dtype)
+    model.config = with_tokenizer(dataclasses.replace(model.config, end_ids=config.end_ids), tokenizer)
+    return model, tokenizer
 
 
 def _from_published(path: Path, dtype: jnp.dtype) -> tuple[Transformer, Tokenizer | None]:
     from llada_jax.formats import huggingface
 
-    tokenizer = fitted(find_tokenizer(path), huggingface.inspect(path).config, path)
+    found = huggingface.inspect(path)
+    tokenizer = fitted(find_tokenizer(path), found.config, path)
+    _tell(found.notes, path, tokenizer)
     model = huggingface.load_model(path, dtype, lambda config: with_tokenizer(config, tokenizer))
     return model, tokenizer
+
+
+def _tell(notes: Iterable[str], path: Path, tokenizer: Tokenizer | None) -> None:
+    """Prints the notes about a folder, and those of its tokenizer."""
+    for note in (*notes, *(f"{path}: {note}" for note in (tokenizer.notes if tokenizer else ()))):
+        distributed.log(note)
 
 
 def load_with_tokenizer(

@@ -17,9 +17,12 @@ import llada_jax
 import llada_jax.convert
 from llada_jax.config import Config, ModelConfig, UserError
 from llada_jax.formats import huggingface, workdir
+from llada_jax.formats.generation_config import generation_config
+from llada_jax.formats.published import published_config
 from llada_jax.formats.workdir import write_config
 from llada_jax.model.transformer import split
-from llada_jax.sampling.text_completion import Options, finished_text, make_prompt
+from llada_jax.sampling.settings import resolve
+from llada_jax.sampling.text_completion import Options, finished_text, make_batches, make_prompt
 from llada_jax.text.agreement import with_tokenizer
 from llada_jax.text.tokenizer import find_tokenizer
 from llada_jax.text.train_tokenizer import train_tokenizer
@@ -96,6 +99,50 @@ def test_the_tokenizer_knows_the_models_own_ids(tmp_path):
     assert ours.config == model.config and again.roles == tokenizer.roles
 
 
+def test_every_end_that_the_folder_names_ends_a_text(tmp_path, capsys):
+    """config.json, generation_config.json and the tokenizer name ends. No format that we write forgets one."""
+    folder = published_with(tmp_path / "m", 380, eos_token_id=[500, 7])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [500, 501], "temperature": 0.5}))
+    assert find_tokenizer(folder).eos_id == 2
+    model, tokenizer = llada_jax.load(folder)
+    told = capsys.readouterr().err.splitlines()
+    assert (
+        told[0] == f"{folder}/generation_config.json: not used: temperature (the sampler takes its settings from you)"
+    )
+    assert told[1].startswith("EOS is 500 in the model's config.json, but 2 (<|endoftext|>) in the tokenizer's files")
+    assert (model.config.eos_id, model.config.end_ids) == (500, (7, 501, 2))
+    prompt = make_prompt([5], model, tokenizer, Options())
+    for end in (500, 7, 501, 2, tokenizer.eot_id):
+        assert finished_text(np.array([5, 6, 8, end, 9]), prompt, model, tokenizer) == tokenizer.decode([6, 8])
+    (batch,) = make_batches(model, [prompt], Options(), 1)
+    assert batch.config.stop_at_end and resolve(batch.config, model).end_ids == (7, 501, 2)
+
+    convert = llada_jax.convert.convert
+    convert(folder, tmp_path / "ours", "orbax")
+    convert(tmp_path / "ours", tmp_path / "again", "huggingface")
+    convert(folder, tmp_path / "llama", "huggingface", naming="llama")
+    for name in ("ours", "again", "llama"):
+        config = llada_jax.load(tmp_path / name)[0].config
+        assert (config.eos_id, set(config.end_ids), config.holes) == (500, {7, 501, 2}, model.config.holes)
+    for name in ("again", "llama"):
+        assert json.loads((tmp_path / name / "config.json").read_text())["eos_token_id"] == [500, 7]
+    own = published_config(model.config)
+    assert own["eos_token_id"] == [500, 7, 501, 2] and own["pad_token_id"] == 500
+    assert json.loads(generation_config(model.config, own))["eos_token_id"] == [500, 7, 501, 2]
+
+
+def test_only_ids_that_the_tokenizer_can_decode_are_chosen(loaded):
+    """The tokenizer has 396 ids and appends four, the model has EOS at 500 and MASK at 511, and 512 rows."""
+    model, tokenizer = loaded
+    assert model.config.holes == ((396, 397), (400, 500), (501, 511))
+    config = llada_jax.SamplerConfig(steps=4, gen_length=64, block_length=64, temperature=4.0)
+    out_BT = np.asarray(llada_jax.generate(model, np.zeros((8, 2), np.int32), config, jax.random.key(0)))
+    chosen = {*out_BT[:, 2:].ravel().tolist()}
+    assert chosen <= {*range(396), 397, 398, 399, 500} and len(chosen) > 100
+    bare = llada_jax.load(PARITY / "gqa")[0]
+    assert bare.config.holes == () and bare.config.token_count is None  # no tokenizer says which ids are tokens
+
+
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, monkeypatch):
     folder = published_with(tmp_path / "m", 560)
     monkeypatch.setattr(huggingface, "_read_parameter", lambda *_: pytest.fail("a tensor was read before the check"))
@@ -106,12 +153,16 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, monkeypatch)
 
 
 class Tokenizer:
-    size, mask_id, bos_id, eos_id, eot_id = 500, 497, 1, 2, 600
+    size, mask_id, bos_id, eos_id, eot_id, end_ids = 500, 497, 1, 2, 600, (3, 2, 600)
+
+    def holes(self, limit, known):
+        return ((400, limit),)
 
 
 def test_the_tokenizer_says_what_the_config_does_not():
     config = with_tokenizer(ModelConfig(vocab_size=512, mask_id=511), Tokenizer())
     assert (config.token_count, config.mask_id, config.bos_id, config.eos_id, config.eot_id) == (500, 511, 1, 2, None)
+    assert (config.end_ids, config.holes) == ((3,), ((400, 500),))
     assert with_tokenizer(ModelConfig(vocab_size=64), Tokenizer()).token_count == 64
 
 
@@ -120,6 +171,7 @@ def test_the_tokenizer_says_what_the_config_does_not():
     [
         (lambda path: path / "none", "is not a folder"),
         (lambda path: path, "has no model"),
+        (lambda path: (path / "model.bin").touch() or path, r"weights in other formats \(model.bin\): convert them"),
         (lambda path: shutil.copytree(PARITY / "mha", path / "m", ignore=lambda *_: ["config.json"]), "config.json: "),
     ],
 )

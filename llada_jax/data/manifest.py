@@ -123,6 +123,19 @@ class Manifest:
         """Returns the hash that identifies the data. It covers the hashes of all shards and of the tokenizer."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
+    @property
+    def needed_rows(self) -> int:
+        """The number of rows that an embedding needs for the tokens of the set.
+
+        At the end of a tokenizer there may be tokens that no row contains: MASK, and the tokens of a chat template if
+        the rows do not use it. The embedding needs no rows for them.
+        """
+        unused = {self.bos_id, self.mask_id, self.start_header_id, self.end_header_id, self.eot_id} - {self.eos_id}
+        size = self.tokenizer_size
+        while size - 1 in unused:
+            size -= 1
+        return size
+
     def split(self, name: str) -> Split:
         """Returns the split with the name "train" or "validation"."""
         return {"train": self.train, "validation": self.validation}[name]

@@ -73,9 +73,25 @@ def find_sets(config: Config, workdir: Path, earlier: Config | None) -> Prepared
             f"{sets.tokenizer_folder} is not the tokenizer that the set was prepared with"
             + (remedy if sets.tokenizer.prefix else "")
         )
+    _check_ids(sets)
     for note in sets.tokenizer.notes:
         log(f"{sets.tokenizer_folder}: {note}")
     return sets
+
+
+def _check_ids(sets: PreparedSets) -> None:
+    """Raises UserError if sets of one tokenizer were prepared with the ids of different models."""
+    tokenizer = sets.tokenizer
+    for path, manifest in zip(sets.paths, sets.manifests, strict=True):
+        names = ["eos_id", *(["bos_id", "eot_id"] if manifest.chat else [])]
+        # MASK is in no row, unless it is also a token of text.
+        names += ["mask_id"] if any(map(tokenizer.is_text, (manifest.mask_id, tokenizer.mask_id))) else []
+        for name in names:
+            if (theirs := getattr(manifest, name)) != (ours := getattr(tokenizer, name)):
+                raise UserError(
+                    f"{path} was prepared with {name}={theirs}, but {sets.paths[0]} with {ours}: prepare both with the "
+                    "same --tokenizer"
+                )
 
 
 def _paths(config: Config, workdir: Path, earlier: Config | None) -> list[str]:

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ from llada_jax.cli.outputs import check_folder, whole_folder
 from llada_jax.config import Config, UserError
 from llada_jax.devices import mesh as meshes
 from llada_jax.diffusion.forward import is_chat
-from llada_jax.formats import huggingface, published, tensor_files, tensor_names, weights, workdir
+from llada_jax.formats import huggingface, published, tensor_names, weights, workdir
 from llada_jax.formats.arrays import SaveFailed
 from llada_jax.formats.companions import companion_files, put_files
+from llada_jax.formats.generation_config import generation_config
 from llada_jax.formats.published import CONFIG, as_json
 from llada_jax.model.transformer import Transformer, split
 from llada_jax.text.agreement import fitted, with_tokenizer
+from llada_jax.text.named_ids import GENERATION_CONFIG
 from llada_jax.text.tokenizer import Tokenizer, find_tokenizer
 
 FORMATS = ("huggingface", "orbax")
@@ -38,6 +39,7 @@ class Source:
     companions: Path | None  # the folder that holds the companion files of a published folder
     published_dtype: str  # the dtype in which the weights were published; "" if unknown or mixed
     dtypes: dict[str, str]  # tensors that were published in another dtype than `dtype`, by their names in `naming`
+    notes: list[str]  # lines that say what in the folder is not used
 
 
 def convert(
@@ -54,9 +56,10 @@ def convert(
     """Writes the model in one folder to another folder, whole or not at all.
 
     From a published folder to "orbax" and back, the config fields, the companion files (those in subfolders too) and
-    the dtype and bits of all weights stay the same. Files with weights in other formats are left out and reported. A
-    model that was tuned here from a published folder keeps that folder's config fields and companion files; only its
-    max_sequence_length grows with the training rows.
+    the dtype and bits of all weights stay the same. Files with weights that are not the model's are left out and
+    reported, and so is the head of a model with tied embeddings, which equals the embedding. A model that was tuned
+    here from a published folder keeps that folder's config fields and companion files; only its max_sequence_length
+    grows with the training rows.
 
     For any other model trained here, "huggingface" writes a complete config.json and generation_config.json with
     LLaDA's field names, the tokenizer and the chat template, from which this package reads the same ids. transformers
@@ -95,6 +98,9 @@ def convert(
     if form == "orbax" and naming not in (None, found.naming):
         raise UserError("naming is for format=huggingface: leave it out for format=orbax")
     tokenizer = fitted(find_tokenizer(found.tokenizer), found.config.model, found.path)
+    if progress:
+        for note in (*found.notes, *(f"{found.tokenizer}: {note}" for note in (tokenizer.notes if tokenizer else ()))):
+            print(note, file=sys.stderr)
     if dtype is not None:
         found = dataclasses.replace(found, dtype=dtype, dtypes={})
     with jax.set_mesh(meshes.one_device_mesh()):
@@ -103,10 +109,6 @@ def convert(
             _write_published(found, tokenizer, model, output, naming or found.naming, shard_bytes, progress)
         else:
             _write_workdir(found, tokenizer, model, output)
-    left_out = [] if found.companions is None else companion_files(found.companions)[1]
-    left_out = [name for name in left_out if not name.endswith((".safetensors", tensor_files.INDEX)) or "/" in name]
-    if progress and left_out:
-        print(f"left out, weights in other formats: {', '.join(left_out)}", file=sys.stderr)
 
 
 def _source(path: Path, step: int | None) -> Source:
@@ -129,6 +131,7 @@ def _source(path: Path, step: int | None) -> Source:
         companions=path,
         published_dtype=kinds.pop() if len(kinds) == 1 else "",
         dtypes={name: dtype for name, dtype in found.dtypes.items() if dtype != found.dtype},
+        notes=found.notes,
     )
 
 
@@ -152,6 +155,7 @@ def _from_workdir(path: Path, step: int) -> Source:
         companions=companions,
         published_dtype=record.get("published_dtype", ""),
         dtypes=record.get("dtypes", {}),
+        notes=[],
     )
 
 
@@ -187,7 +191,7 @@ def _write_published(
             files["chat_template.jinja"] = tokenizer.default_chat_template.encode()  # the model was tuned with it
     else:
         fields = published.published_config(model.config, naming, source.dtype, source.config.sequence_length)
-        files = {huggingface.GENERATION_CONFIG: as_json(_generation_config(model, fields))}
+        files = {GENERATION_CONFIG: generation_config(model.config, fields)}
         if tokenizer is not None:
             files |= _tokenizer_files(source.tokenizer, tokenizer)
     pairs = zip(*(tensor_names.published_tensors(model.config, each) for each in (source.naming, naming)), strict=True)
@@ -218,17 +222,6 @@ def _write_workdir(source: Source, tokenizer: Tokenizer | None, model: Transform
             weights.save_weights(folder, source.step or 0, split(model)[1], record)
         except SaveFailed as error:
             raise UserError(f"output {output} cannot be written: {error}") from error
-
-
-def _generation_config(model: Transformer, fields: Mapping[str, Any]) -> dict[str, Any]:
-    ids = {
-        "bos_token_id": model.config.bos_id,
-        "eos_token_id": model.config.eos_id,
-        "pad_token_id": model.config.eos_id,
-    }
-    known = {name: value for name, value in ids.items() if value is not None}
-    versions = {name: fields[name] for name in ("transformers_version",) if name in fields}
-    return {"_from_model_config": True, **known, **versions}
 
 
 def _tokenizer_files(folder: Path, tokenizer: Tokenizer) -> dict[str, bytes | Path]:

@@ -25,13 +25,13 @@ from llada_jax.cli.outputs import check_folder, whole_folder
 from llada_jax.config import ComputeConfig, ModelConfig, UserError
 from llada_jax.devices import distributed, mesh
 from llada_jax.formats import published, tensor_files, tensor_names
-from llada_jax.formats.companions import put_files
+from llada_jax.formats.companions import companion_files, put_files
+from llada_jax.formats.generation_config import with_ends
 from llada_jax.formats.published import CONFIG, as_json, model_config, read_json
 from llada_jax.formats.tensor_files import Folder
 from llada_jax.formats.tensor_names import PublishedTensor, published_tensors
 from llada_jax.model.transformer import Transformer, abstract_model, merge, split
 
-GENERATION_CONFIG = "generation_config.json"
 SHARD_BYTES = 5 * 10**9
 
 
@@ -44,6 +44,7 @@ class Published:
     naming: str  # the naming of the tensors: llada or llama
     dtype: str  # the dtype that holds all tensors exactly: float32 or bfloat16
     dtypes: dict[str, str]  # the dtype of each tensor, by its name: float32, bfloat16 or float16
+    notes: list[str]  # lines that say what in the folder is not used
 
 
 @contextlib.contextmanager
@@ -59,14 +60,22 @@ def opened(directory: str | os.PathLike) -> Iterator[tuple[Published, Folder]]:
     """
     directory = Path(directory)
     fields = read_json(directory / CONFIG)
-    config = model_config(fields, str(directory / CONFIG))
+    config, notes = with_ends(model_config(fields, str(directory / CONFIG)), directory)
     with contextlib.ExitStack() as files:
         folder = Folder(directory, files)
         naming = "llama" if tensor_names.LLAMA["embedding"] in folder else "llada"
-        folder.check(tensor_names.expected_tensors(config, naming))
-        dtypes = folder.dtypes()
+        names, expected = tensor_names.NAMINGS[naming], tensor_names.expected_tensors(config, naming)
+        folder.check(expected, [names["head"]] if config.tied_embeddings else [])
+        if config.tied_embeddings and names["head"] in folder:
+            folder.check_tied(names["head"], names["embedding"])
+            notes.append(f"{directory}: {names['head']} equals the embedding that it is tied to: it is not read")
+        dtypes = folder.dtypes(expected)
         dtype = "bfloat16" if set(dtypes.values()) == {"bfloat16"} else "float32"
-        yield Published(config, fields, naming, dtype, dtypes), folder
+        others = [name for name in companion_files(directory)[1] if name not in folder.files]
+        if others:
+            main = tensor_files.INDEX if tensor_files.INDEX in folder.files else next(iter(folder.files))
+            notes = [f"{directory}: the model is {main}; weights that are not read: {', '.join(others)}", *notes]
+        yield Published(config, fields, naming, dtype, dtypes, notes), folder
 
 
 def inspect(directory: str | os.PathLike) -> Published:

@@ -11,6 +11,7 @@ from typing import Any
 
 from llada_jax.config import ModelConfig, UserError
 from llada_jax.text.json_files import read_object
+from llada_jax.text.named_ids import END_IDS, is_id, listed
 
 CONFIG = "config.json"
 
@@ -111,7 +112,7 @@ def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelCon
     for name, values in SUPPORTED.items():
         if name in published and published[name] not in values:
             wanted = " or ".join(json.dumps(value) for value in values)
-            raise UserError(f"{source}: {name}={_short(published[name])} is not supported, only {wanted}")
+            raise UserError(f"{source}: {name}={short(published[name])} is not supported, only {wanted}")
     _refuse_causal(published, source)
     found = {}
     for field, names in FIELDS.items():
@@ -119,31 +120,31 @@ def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelCon
         if values:
             found[field] = next(iter(values.values()))
         if field != "vocab_size" and len(values) > 1 and any(value != found[field] for value in values.values()):
-            named = " and ".join(f"{name}={_short(value)}" for name, value in values.items())
+            named = " and ".join(f"{name}={short(value)}" for name, value in values.items())
             raise UserError(f"{source}: {named} contradict each other")
     if isinstance(found.get("eos_id"), list) and found["eos_id"]:
         found["eos_id"] = found["eos_id"][0]
+    found["end_ids"] = tuple(i for name in END_IDS for i in listed(published.get(name)))
     if "feed_forward" not in found and published.get("mlp_ratio") is not None and _is_int(found.get("width")):
         if not _is_int(published["mlp_ratio"]):
-            raise UserError(f"{source}: mlp_ratio must be an integer, not {_short(published['mlp_ratio'])}")
+            raise UserError(f"{source}: mlp_ratio must be an integer, not {short(published['mlp_ratio'])}")
         found["feed_forward"] = published["mlp_ratio"] * found["width"]
     for field in REQUIRED:
         if field not in found:
             raise UserError(f"{source}: {' or '.join(FIELDS[field])} is missing")
     if published.get("multi_query_attention") and found.setdefault("kv_heads", 1) != 1:
-        raise UserError(f"{source}: multi_query_attention allows one key/value head, not {_short(found['kv_heads'])}")
+        raise UserError(f"{source}: multi_query_attention allows one key/value head, not {short(found['kv_heads'])}")
     found.setdefault("kv_heads", found["heads"])
     found.setdefault("tied_embeddings", False)
     _check_values(found, source)
+    found["end_ids"] = tuple(i for i in dict.fromkeys(found["end_ids"]) if i != found.get("eos_id"))
     config = ModelConfig(**found)
     if config.heads % config.kv_heads:
         raise UserError(f"{source}: {config.heads} heads are not divisible by {config.kv_heads} key/value heads")
     if config.width % (2 * config.heads):
         raise UserError(f"{source}: width {config.width} cannot be split into {config.heads} heads of an even width")
     if published.get("head_dim") not in (None, config.head_width):
-        raise UserError(
-            f"{source}: head_dim={_short(published['head_dim'])} is not supported, only {config.head_width}"
-        )
+        raise UserError(f"{source}: head_dim={short(published['head_dim'])} is not supported, only {config.head_width}")
     config.token_count = _token_count(published, config, source)
     return config
 
@@ -155,12 +156,12 @@ def _token_count(published: Mapping[str, Any], config: ModelConfig, source: str)
     if tokens is None:
         return None
     if not _is_int(tokens):
-        raise UserError(f"{source}: {name} must be an integer, not {_short(tokens)}")
+        raise UserError(f"{source}: {name} must be an integer, not {short(tokens)}")
     if not 0 < tokens <= config.vocab_size:
-        raise UserError(f"{source}: {name}={_short(tokens)} does not fit an embedding of {config.vocab_size} rows")
+        raise UserError(f"{source}: {name}={short(tokens)} does not fit an embedding of {config.vocab_size} rows")
     # The sampler never chooses MASK, so MASK may be one of the rows beyond the tokens.
-    if (config.eos_id or 0) >= tokens:
-        raise UserError(f"{source}: eos_token_id={config.eos_id} must be below {name}={tokens}")
+    if (last := max((config.eos_id or 0, *config.end_ids))) >= tokens:
+        raise UserError(f"{source}: eos_token_id={last} must be below {name}={tokens}")
     return None if tokens == config.vocab_size else tokens
 
 
@@ -173,12 +174,12 @@ def _refuse_causal(published: Mapping[str, Any], source: str) -> None:
     causal = isinstance(classes, list) and any(isinstance(c, str) and c.endswith("ForCausalLM") for c in classes)
     if causal and published.get("mask_token_id") is None:
         raise UserError(
-            f"{source}: architectures={_short(classes)} attends causally, but masked diffusion models do not; "
+            f"{source}: architectures={short(classes)} attends causally, but masked diffusion models do not; "
             "if this is a masked diffusion model, set mask_token_id"
         )
     layers = published.get("layer_types")
     if layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)):
-        raise UserError(f'{source}: layer_types={_short(layers)} is not supported, only "full_attention"')
+        raise UserError(f'{source}: layer_types={short(layers)} is not supported, only "full_attention"')
 
 
 def _with_rope(published: Mapping[str, Any], source: str) -> Mapping[str, Any]:
@@ -190,17 +191,17 @@ def _with_rope(published: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     if not isinstance(rope, dict) or any(
         name != "rope_theta" and value is not None and value not in plain.get(name, ()) for name, value in rope.items()
     ):
-        raise UserError(f"{source}: rope_parameters={_short(rope)} is not supported, only plain RoPE")
+        raise UserError(f"{source}: rope_parameters={short(rope)} is not supported, only plain RoPE")
     inner, outer = rope.get("rope_theta"), published.get("rope_theta")
     if inner is not None and outer is not None and inner != outer:
-        raise UserError(f"{source}: rope_theta={_short(outer)} contradicts {_short(inner)} in rope_parameters")
+        raise UserError(f"{source}: rope_theta={short(outer)} contradicts {short(inner)} in rope_parameters")
     return {**published, "rope_theta": inner if outer is None else outer}
 
 
 def _check_values(found: Mapping[str, Any], source: str) -> None:
     def require(condition: bool, field: str, what: str) -> None:
         if not condition:
-            raise UserError(f"{source}: {' or '.join(FIELDS[field])} must be {what}, not {_short(found[field])}")
+            raise UserError(f"{source}: {' or '.join(FIELDS[field])} must be {what}, not {short(found[field])}")
 
     for field in (*SIZES, "kv_heads"):
         limit = 2**31 if field != "layers" else 2**16
@@ -216,13 +217,22 @@ def _check_values(found: Mapping[str, Any], source: str) -> None:
         if field in found:
             require(_is_int(found[field]), field, "an integer")
             require(0 <= found[field] < found["vocab_size"], field, f"below the vocabulary of {found['vocab_size']}")
+    ends = " or ".join(END_IDS)
+    for i in found["end_ids"]:
+        if not is_id(i) or i >= found["vocab_size"]:
+            raise UserError(
+                f"{source}: {ends} must be ids below the vocabulary of {found['vocab_size']}, not {short(i)}"
+            )
+        if i == found.get("mask_id"):
+            raise UserError(f"{source}: {i} is mask_token_id, but also an end of a text ({ends}): correct one of them")
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Returns a value of a JSON file as JSON for an error message, cut to 100 characters."""
     text = json.dumps(value)
     return text if len(text) < 100 else f"{text[:97]}..."
 
@@ -246,6 +256,8 @@ def published_config(
     fields = {
         names[-1] if naming == "llama" else names[0]: getattr(model, field) for field, names in FIELDS.items()
     } | {"torch_dtype": dtype, "use_cache": False}
+    if model.end_ids:
+        fields["eos_token_id"] = [i for i in (model.eos_id, *model.end_ids) if i is not None]
     if naming == "llama":
         fields |= {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
         # Llama's vocab_size is the number of rows of the embedding, so the number of tokens needs its own field.

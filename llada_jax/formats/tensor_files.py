@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from llada_jax.formats.published import CONFIG, read_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # names in the files -> names in numpy
+_TABLES = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached",
+           "rotary_emb.rope_pos_cos", "rotary_emb.rope_pos_sin", ".position_ids")  # fmt: skip
 _CHUNK_BYTES = 16 << 20  # number of bytes of a tensor that are made contiguous at a time
 
 
@@ -30,7 +32,10 @@ class Folder:
     """The open safetensors files of a published folder. A tensor is read only when it is sliced."""
 
     def __init__(self, directory: Path, files: contextlib.ExitStack):
-        """Opens all safetensors files of a folder.
+        """Opens the safetensors files that are the model: model.safetensors, or the files that the index names.
+
+        If the folder has both, model.safetensors is the model, as in transformers. If it has neither, its only
+        safetensors file is the model. `files` names what belongs to the model.
 
         Args:
           directory: The published folder.
@@ -42,25 +47,48 @@ class Folder:
         """
         self.directory = directory
         index = directory / INDEX
-        weight_map = _weight_map(index) if index.exists() else None
-        if weight_map is None:
-            names = sorted(path.name for path in directory.glob("*.safetensors"))
-            if len(names) != 1:
-                raise UserError(f"{directory} has {len(names)} .safetensors files; expected one, or {INDEX}")
-        else:
+        weight_map = _weight_map(index) if index.exists() and not (directory / SINGLE).exists() else None
+        if weight_map is not None:
             names = sorted(set(weight_map.values()))
+        elif (directory / SINGLE).exists():
+            names = [SINGLE]
+        else:
+            names = sorted(path.name for path in directory.glob("*.safetensors") if path.name[0] != ".")
+            if len(names) != 1:
+                raise UserError(
+                    f"{directory} has {len(names)} .safetensors files; expected one, or {SINGLE}, or {INDEX}"
+                )
+        self.files = {*names, *([] if weight_map is None else [INDEX])}
         self._tensors: dict[str, Any] = {}
         for name in names:
             shard = _open(directory / name, files, "" if weight_map is None else f", but {INDEX} names it")
             for tensor in shard.keys():
-                if tensor in self._tensors:
-                    raise UserError(f"{directory}: tensor {tensor} is in more than one file")
-                if weight_map is not None and weight_map.get(tensor, name) != name:
-                    raise UserError(f"{index}: {tensor} should be in {weight_map[tensor]}, but it is in {name}")
-                self._tensors[tensor] = shard
+                place = (weight_map or {}).get(tensor, name)
+                if place != name or tensor in self._tensors:
+                    self._check_copy(tensor, shard, name, place, files)
+                else:
+                    self._tensors[tensor] = shard
         for tensor in weight_map or ():
-            if tensor not in self._tensors:
+            if tensor not in self._tensors and not _is_table(tensor):
                 raise UserError(f"{directory / weight_map[tensor]}: tensor {tensor} is missing, but {INDEX} names it")
+
+    def _check_copy(self, tensor: str, shard: Any, name: str, place: str, files: contextlib.ExitStack) -> None:
+        """Raises UserError unless a second copy of a tensor equals the one that counts, in the file `place`."""
+        if _is_table(tensor):
+            return
+        counts = self._tensors.get(tensor) or _open(self.directory / place, files, f", but {INDEX} names it")
+        if tensor not in counts.keys():
+            raise UserError(f"{self.directory / INDEX}: {tensor} should be in {place}, but it is in {name}")
+        if not _equal(shard.get_slice(tensor), counts.get_slice(tensor)):
+            raise UserError(f"{self.directory}: tensor {tensor} is in more than one file, with different values")
+
+    def check_tied(self, head: str, embedding: str) -> None:
+        """Raises UserError unless the head that a model with tied embeddings also carries equals its embedding."""
+        if not _equal(self[head], self[embedding]):
+            raise UserError(
+                f"{self.directory}: tensor {head} is not part of a model with tied embeddings "
+                f"(weight_tying or tie_word_embeddings in {CONFIG}), unless it equals the embedding: it does not"
+            )
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -69,12 +97,15 @@ class Folder:
         """Returns a tensor that is read only when it is sliced."""
         return self._tensors[name].get_slice(name)
 
-    def dtypes(self) -> dict[str, str]:
-        """Returns the name that numpy gives to the dtype of each tensor, by the name of the tensor."""
-        return {name: DTYPES[self[name].get_dtype()] for name in self._tensors if not _is_table(name)}
+    def dtypes(self, names: Iterable[str]) -> dict[str, str]:
+        """Returns the name that numpy gives to the dtype of each of these tensors, by the name of the tensor."""
+        return {name: DTYPES[self[name].get_dtype()] for name in names}
 
-    def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises UserError unless the folder holds exactly these tensors, with these shapes and float dtypes."""
+    def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Collection[str] = ()) -> None:
+        """Raises UserError unless the folder holds exactly these tensors, with these shapes and float dtypes.
+
+        Tables that are computed from config.json, and the `ignored` tensors, may be there as well.
+        """
         for name, shape in expected.items():
             if name not in self:
                 raise UserError(f"{self.directory}: tensor {name} is missing")
@@ -84,13 +115,23 @@ class Folder:
             if dtype not in DTYPES:
                 raise UserError(f"{self.directory}: tensor {name} has dtype {dtype}; supported are {', '.join(DTYPES)}")
         for name in self._tensors:
-            if name not in expected and not _is_table(name):
+            if name not in expected and name not in ignored and not _is_table(name):
                 raise UserError(f"{self.directory}: tensor {name} is not part of the model that {CONFIG} describes")
 
 
 def _is_table(name: str) -> bool:
-    # Older exports with Llama's names also hold the table of RoPE frequencies, which is not a parameter.
-    return name.endswith("rotary_emb.inv_freq")
+    # Older exports also hold tables of RoPE and of positions, which are not parameters.
+    return name.endswith(_TABLES)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Returns whether two tensors that have not been read yet have the same shape and values."""
+    shape = tuple(one.get_shape())
+    if not shape or shape != tuple(other.get_shape()) or not {one.get_dtype(), other.get_dtype()} <= DTYPES.keys():
+        return False
+    rows = max(1, _CHUNK_BYTES // max(1, 4 * math.prod(shape[1:])))
+    parts = (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
+    return all(np.array_equal(one[part].astype(np.float32), other[part].astype(np.float32)) for part in parts)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

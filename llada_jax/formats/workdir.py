@@ -39,9 +39,11 @@ def is_workdir(path: Path, name: str) -> bool:
         return True
     if any(path.glob("*.safetensors*")):
         return False
+    others = sorted(file.name for ending in ("bin", "pt", "pth", "gguf") for file in path.glob(f"*.{ending}"))
+    found = f"; it has weights in other formats ({', '.join(others)}): convert them to safetensors" if others else ""
     raise UserError(
         f"{name}{path} has no model: it has neither {CHECKPOINTS}/ (a training workdir) nor *.safetensors (a published "
-        "model)"
+        f"model){found}"
     )
 
 

@@ -5,7 +5,10 @@ Letters in names, in addition to those of `model/transformer.py`: C positions pr
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
+
+from llada_jax.config import ModelConfig
 
 
 def schedule(
@@ -71,6 +74,21 @@ def gumbel(key_BC: jax.Array, vocab_size: int) -> jax.Array:
 
     uniform_BCV = (jax.vmap(jax.vmap(bits))(key_BC).astype(jnp.float32) + 0.5) * 2.0**-32
     return -jnp.log(-jnp.log1p(-jnp.minimum(uniform_BCV, 1 - 2.0**-24)))
+
+
+def allowed(config: ModelConfig, mask_id: int | None) -> jax.Array:
+    """Returns bool (V,), True for the ids that may be chosen: those of tokens, except MASK.
+
+    Without a tokenizer nobody knows which ids are tokens. Then all ids below config.token_count count as tokens.
+    """
+    vocabulary = jnp.arange(config.vocab_size)
+    allowed_V = (vocabulary != mask_id) & (vocabulary < (config.token_count or config.vocab_size))
+    if not config.holes:
+        return allowed_V
+    is_token_V = np.ones(config.vocab_size, bool)
+    for first, end in config.holes:
+        is_token_V[first:end] = False
+    return allowed_V & is_token_V
 
 
 def choose(

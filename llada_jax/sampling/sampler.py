@@ -26,7 +26,7 @@ from llada_jax.devices import mesh
 from llada_jax.model.compute import compute_dtype
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.guidance import guided_trunk
-from llada_jax.sampling.remasking import REMASKING, choose, gumbel, schedule
+from llada_jax.sampling.remasking import REMASKING, allowed, choose, gumbel, schedule
 from llada_jax.sampling.settings import TO_THE_END, check_prompt, resolve
 
 # Number of positions per row that go through the head at once, so that memory holds logits of (B, HEAD_CHUNK, V) only.
@@ -66,12 +66,16 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def _is_end(ids: jax.Array, config: SamplerConfig) -> jax.Array:
-    """Returns bool of the shape of ids, True for EOS and for end of turn."""
-    return functools.reduce(jnp.logical_or, (ids == end for end in _ends(config)))
+    """Returns bool of the shape of ids, True for every id that ends a text: EOS, end of turn, and end_ids."""
+    return _is_any(ids, _ends(config))
+
+
+def _is_any(ids: jax.Array, wanted: tuple[int, ...]) -> jax.Array:
+    return functools.reduce(jnp.logical_or, (ids == one for one in wanted))
 
 
 def _ends(config: SamplerConfig) -> tuple[int, ...]:
-    return tuple(i for i in (config.eos_id, config.eot_id) if i is not None)
+    return tuple(i for i in (config.eos_id, config.eot_id, *config.end_ids) if i is not None)
 
 
 def _predict(
@@ -89,8 +93,8 @@ def _predict(
     h_BCD = _take(h_BTD, position_BC[:, :, None])
     logits_BCV = model.logits(h_BCD)
     vocabulary = jnp.arange(model.config.vocab_size)
-    allowed_V = (vocabulary != config.mask_id) & (vocabulary < (model.config.token_count or model.config.vocab_size))
-    absent_V = vocabulary == config.eos_id if config.logits_eos_inf else None
+    allowed_V = allowed(model.config, config.mask_id)
+    absent_V = _is_any(vocabulary, (config.eos_id, *config.end_ids)) if config.logits_eos_inf else None
     unsure_V = _is_end(vocabulary, config) if config.confidence_eos_eot_inf else None
     key_BC2 = jax.vmap(jax.vmap(jax.random.split))(key_BC)
     noise_BCV = None
@@ -303,6 +307,9 @@ def generate(
     The program is compiled once per shape (B, T), block_length, remasking, greedy or not, and guided or not. The values
     of steps, temperature, cfg_scale and key are traced. The caller need not set a mesh; on a mesh the rows are split
     over its batch axes.
+
+    Only tokens other than MASK are chosen. The config of a model from `llada_jax.load` knows from its tokenizer which
+    ids are tokens (token_count, holes). If there was no tokenizer, all ids below token_count count as tokens.
 
     Args:
       model: The mask predictor.

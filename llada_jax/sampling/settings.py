@@ -41,7 +41,15 @@ def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
     for name in ("logits_eos_inf", "confidence_eos_eot_inf", "stop_at_end"):
         if getattr(config, name) and ids["eos_id"] is None:
             raise UserError(f"{name}: the model does not say which token is EOS: set eos_id in SamplerConfig")
-    return dataclasses.replace(config, **ids)
+    further = model.config.end_ids if config.end_ids is None else tuple(config.end_ids)
+    for i in further:
+        if not 0 <= i < model.config.vocab_size or i == ids["mask_id"]:
+            raise UserError(
+                f"end_ids={further}: {i} is MASK, or not in the model's vocabulary of {model.config.vocab_size}"
+            )
+    # What is EOS or the end of a turn counts as that, whichever list names it as well.
+    further = tuple(i for i in dict.fromkeys(further) if i not in (ids["eos_id"], ids["eot_id"]))
+    return dataclasses.replace(config, **ids, end_ids=further)
 
 
 def check_prompt(prompt_BT: np.ndarray, real_BT: np.ndarray | None, vocab_size: int) -> None:

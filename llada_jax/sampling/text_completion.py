@@ -87,7 +87,7 @@ def make_batches(model: Transformer, prompts: Sequence[Prompt], options: Options
     """Yields all prompts in batches of similar prompt length and equal gen_length.
 
     If there are more than batch_size prompts, all batches have exactly batch_size rows. If the model has an EOS token,
-    blocks after EOS are not computed, because the text is cut at EOS.
+    blocks after an end of the text are not computed, because the text is cut there.
     """
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].gen_length, len(prompts[i].ids_T)))
     several = len(prompts) > batch_size
@@ -115,12 +115,12 @@ def row_keys(key: jax.Array, numbers: Sequence[int]) -> jax.Array:
 
 
 def finished_text(tokens_T: np.ndarray, prompt: Prompt, model: Transformer, tokenizer: Tokenizer) -> str:
-    """Returns the continuation up to EOS or end of turn, preceded by the prompt if MASK tokens in it were filled in.
+    """Returns the continuation up to its end, preceded by the prompt if MASK tokens in it were filled in.
 
     Args:
       tokens_T: The finished canvas, without padding.
       prompt: The prompt that the canvas begins with.
-      model: The model, which may name its EOS and end of turn.
+      model: The model, which may name the ids that end a text.
       tokenizer: The tokenizer that decodes the text.
     """
     start = len(prompt.ids_T)
@@ -132,8 +132,8 @@ def finished_text(tokens_T: np.ndarray, prompt: Prompt, model: Transformer, toke
 
 
 def text_length(tokens_T: np.ndarray, model: Transformer, tokenizer: Tokenizer) -> int:
-    """Returns the number of tokens before the first EOS or end of turn, by the ids of the model or the tokenizer."""
-    ends = {model.config.eos_id, model.config.eot_id, tokenizer.eos_id, tokenizer.eot_id}
+    """Returns the number of tokens before the first id that the model or the tokenizer names as an end of a text."""
+    ends = {i for known in (model.config, tokenizer) for i in (known.eos_id, known.eot_id, *known.end_ids)}
     return next((at for at, i in enumerate(tokens_T.tolist()) if i in ends), len(tokens_T))
 
 
@@ -178,7 +178,8 @@ def complete_ids(
         are derived from the prompts themselves, a completion does not depend on which other prompts are completed.
 
     Returns:
-      For each prompt its continuation, cut at EOS or end of turn, or the whole text if the prompt was filled in.
+      For each prompt its continuation, cut at the first id that ends a text, or the whole text if the prompt was
+      filled in.
 
     Raises:
       UserError: If a setting is impossible or a prompt has tokens that the model does not know.

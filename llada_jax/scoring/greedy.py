@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from llada_jax.config import NonFinite
 from llada_jax.devices import mesh
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling.remasking import choose
+from llada_jax.sampling.remasking import allowed, choose
 from llada_jax.scoring.batching import SHORTEST, Requests, check_requests, check_settings, hidden, in_batches, layout
 
 
@@ -110,8 +110,7 @@ def _steps(
     """
     tokens_BT, config = batch["tokens"], model.config
     length = tokens_BT.shape[1]
-    vocabulary = jnp.arange(config.vocab_size)
-    allowed_V = (vocabulary != config.mask_id) & (vocabulary < (config.token_count or config.vocab_size))
+    allowed_V = allowed(config, config.mask_id)
     # loss_chunk limits how many positions have logits at once on each device. A chunk is a power of two of at most
     # SHORTEST positions, so that it divides every padded length.
     fitting = max(2, model.compute.loss_chunk * mesh.batch_shards() // len(tokens_BT))

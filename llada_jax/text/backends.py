@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,6 +37,7 @@ class Backend(Protocol):
     size: int  # number of ids
     special: Mapping[str, int]  # literal -> id of every control token
     named: Mapping[str, str]  # role -> literal, for the roles whose token the tokenizer itself names
+    ends: Sequence[int]  # ids that the tokenizer's main file names as EOS, also if the files beside it name another
     files: Mapping[str, bytes]  # name -> content; a folder with these files loads as this tokenizer
 
     # What follows may be missing, and is empty then.
@@ -53,6 +54,12 @@ class Backend(Protocol):
         Args:
           ids: Role -> id, for the roles in `named` and `absent`.
         """
+
+    def ids(self) -> Set[int]:
+        """Returns the ids of all tokens. An id below `size` that is missing here is a hole."""
+
+    def id_of(self, literal: str) -> int | None:
+        """Returns the id of a token by its literal, or None if there is no such token."""
 
     def encode(self, text: str, continuation: bool, control: bool = False, special: bool = False) -> list[int]:
         """Returns the ids of `text`, in which literals of control tokens are ordinary text.
@@ -106,6 +113,7 @@ class SentencePiece:
         self.special = {piece: i for i, piece in enumerate(pieces) if model.is_control(i)} | roles
         ids = {"bos": model.bos_id(), "eos": model.eos_id()}
         self.named = {role: pieces[i] for role, i in ids.items() if i >= 0 and pieces[i] in self.special}
+        self.ends = [ids["eos"]] if "eos" in self.named else []
         # Keep only ids after the pieces: about its own pieces, the model is right and the files may be wrong.
         records = {literal: {"id": i} for literal, i in added_map.items()}
         records |= huggingface_files.described_tokens(config)
@@ -148,6 +156,15 @@ class SentencePiece:
             self._counts.append(len(literal.encode()) if literal in self._plain else 0)
         space_bytes = [model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE.encode()]
         self._space_ids = space_bytes if all(model.is_byte(i) for i in space_bytes) else []
+        self._by_literal = {literal: record["id"] for literal, record in records.items()}
+        self._by_literal |= {piece: i for i, piece in enumerate(pieces)}
+        self._ids = frozenset((*range(len(pieces)), *literals))
+
+    def ids(self) -> Set[int]:
+        return self._ids
+
+    def id_of(self, literal: str) -> int | None:
+        return self._by_literal.get(literal)
 
     def around(self, ids: Mapping[str, int]) -> tuple[around.Ids, around.Ids]:
         return around.of_flags(self._config, ids)
@@ -250,6 +267,7 @@ class HuggingFace:
     """A tokenizer.json file, with what the files beside it say about its tokens."""
 
     kind = "huggingface"
+    ends = ()  # tokenizer.json has no field for EOS
 
     def __init__(self, files: Mapping[str, bytes]):
         known = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -268,13 +286,20 @@ class HuggingFace:
         self._first, self._later = self._at("first"), self._at("later")
         self._vocab = described.vocabulary | self.added
         self.size = 1 + max(self._vocab.values())
-        self._byte_level = described.byte_level
+        self._ids = frozenset(self._vocab.values())
+        self.byte_level = described.byte_level
 
     def _at(self, place: str, special: bool = False) -> Any:
         """Returns the library's tokenizer for texts at a place, see `huggingface_files.Described.tokenizer`."""
         if (place, special) not in self._places:
             self._places[place, special] = self._described.tokenizer(place, special)
         return self._places[place, special]
+
+    def ids(self) -> Set[int]:
+        return self._ids
+
+    def id_of(self, literal: str) -> int | None:
+        return self._vocab.get(literal)
 
     def around(self, ids: Mapping[str, int]) -> tuple[around.Ids, around.Ids]:
         # As in today's transformers, the post_processor holds. Older files have only the flags.
@@ -294,7 +319,7 @@ class HuggingFace:
         for piece, i in self._vocab.items():
             if piece in self.added:
                 counts[i] = 0 if piece in self.special else len(piece.encode())
-            elif self._byte_level:  # each character of a piece stands for one byte
+            elif self.byte_level:  # each character of a piece stands for one byte
                 counts[i] = len(piece)
             elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
                 counts[i] = 1

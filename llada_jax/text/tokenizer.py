@@ -5,10 +5,11 @@ appended, in this order, after its own ids, which never change. By default a tex
 it stands: if a corpus contains the characters "<|eot_id|>", it yields their tokens, never the control token.
 """
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 import numpy as np
 from etils import epath
@@ -18,6 +19,8 @@ from llada_jax.text import added_tokens, around, chat_template
 from llada_jax.text.backends import MASK_LITERAL, NOT_A_TOKEN, ROLES, Backend, HuggingFace, SentencePiece
 from llada_jax.text.chat_encoding import ChatEncoding
 from llada_jax.text.json_files import check_unicode
+from llada_jax.text.named_ids import ends_of_files, model_ids, ranges
+from llada_jax.text.without import without
 
 VOCAB_MULTIPLE = 128  # vocab_size is a multiple of this, so that it can be split over tensor-parallel devices
 
@@ -32,7 +35,8 @@ class Tokenizer(ChatEncoding):
       vocab_size: `size` rounded up to a multiple of 128: the number of rows of a model's embedding.
       bos_id, eos_id, mask_id, start_header_id, end_header_id, eot_id: The ids of the six roles.
       prefix: The ids that the folder's own library puts in front of every text, such as BOS. Usually there are none.
-      notes: Lines about what the tokenizer's files say and what is not done.
+      notes: Lines about what the tokenizer's files say and what is not done, and where a model's ids (see `of_model`)
+        are not what the files say.
       roles: Role ("bos", "eos", "mask", ...) -> (id, the tokenizer's own literal for this token).
       control_pattern: A regular expression that finds literals of control tokens; its only group is the literal.
       chat_template: The Jinja source of the folder's own chat template, or None if the folder has none.
@@ -46,6 +50,7 @@ class Tokenizer(ChatEncoding):
         backend: Backend,
         chat_files: Mapping[str, bytes] | None = None,
         model_ids: Mapping[str, int] | None = None,
+        model_ends: Iterable[int] = (),
     ):
         self._backend = backend
         self._chat_files = dict(chat_files or {})
@@ -54,13 +59,12 @@ class Tokenizer(ChatEncoding):
         self._variables = chat_template.special_tokens(self._chat_files, backend.named)
         self.kind = backend.kind
         self.own_size = backend.size
-        roles = _roles(backend)
+        roles = files_roles = _roles(backend)
         digest = hashlib.sha256(self.kind.encode())
         digest.update(hashlib.sha256(backend.files[_MODEL_FILES[self.kind]]).digest())
         digest.update(json.dumps([roles, sorted(_specials(backend, roles).items())]).encode())
-        of_files = roles
         roles = _of_model(roles, backend, model_ids or {})
-        self.prefix, changes, self.notes = around.of_backend(backend, of_files, roles)
+        self.prefix, changes, self.notes = around.of_backend(backend, files_roles, roles)
         if changes:
             digest.update(json.dumps(changes).encode())
         self.sha256 = digest.hexdigest()
@@ -70,34 +74,48 @@ class Tokenizer(ChatEncoding):
             i for i, _ in roles.values()
         )
         self._special = _specials(backend, roles)
+        self._files_roles = files_roles
+        self._encoder, self._model_ids, notes = _as_the_model_says(backend, files_roles, model_ids or {}, {*model_ends})
+        self.notes = [*self.notes, *notes]
         by_id = [(i, literal) for special in (backend.special, self._special) for literal, i in special.items()]
-        self._literals = dict(by_id) | {self.mask_id: MASK_LITERAL}
+        self._literals = dict([*roles.values(), *by_id]) | {self.mask_id: MASK_LITERAL}
         self.control_pattern = added_tokens.pattern(self._special)
         # How each token is found in a text. "[MASK]" is found as the tokenizer's own literal for MASK would be.
-        self._found = dict(getattr(backend, "found", {}))
+        self._found = dict(getattr(self._encoder, "found", {}))
         self._found.setdefault(MASK_LITERAL, self._found.get(roles["mask"][1], added_tokens.PLAIN))
-        self._added = {**getattr(backend, "added", {}), **self._special}
-        searched = getattr(backend, "searched", ())
-        searched = {literal for literal in searched if backend.added[literal] == self._added[literal]}
+        self._added = {**getattr(self._encoder, "added", {}), **self._special}
+        searched = getattr(self._encoder, "searched", ())
+        searched = {literal for literal in searched if self._encoder.added[literal] == self._added[literal]}
         self._pattern = added_tokens.pattern(self._added.keys() - searched)
         self.roles = roles
         bos, start_header, end_header, eot = (roles[name][1] for name in ("bos", "start_header", "end_header", "eot"))
         self._header = f"{start_header}assistant{end_header}\n\n"
         self.default_chat_template = chat_template.default_source(bos, start_header, end_header, eot)
 
-    def of_model(self, mask_id: int | None, bos_id: int | None, eos_id: int | None) -> "Tokenizer":
+    @functools.cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids that the files also name as ends of a text, beside eos_id and eot_id."""
+        backend = self._backend
+        ends = [i for i, _ in (self._files_roles["eos"], self._files_roles["eot"]) if i < backend.size]
+        ends += [*backend.ends, *ends_of_files(backend.files, backend.id_of)]
+        return tuple(i for i in dict.fromkeys(ends) if i not in (self.eos_id, self.eot_id, self.mask_id))
+
+    def of_model(
+        self, mask_id: int | None, bos_id: int | None, eos_id: int | None, end_ids: Iterable[int] = ()
+    ) -> "Tokenizer":
         """Returns this tokenizer with the ids that a model states for three of the roles (None: it states none).
 
         The result encodes "[MASK]" as the model's MASK token, whatever the files say, and decodes that token as
         "[MASK]". Files and sha256 stay the same. If a token of another role was appended under one of these ids, it
         moves to an id after all others. If `eos_id` is the end-of-turn token of the files, as in fine-tuned models, the
-        tokenizer keeps its own EOS: both tokens end a text.
+        tokenizer keeps its own EOS: both tokens end a text. `end_ids` are further ids that the model names as ends: if
+        the EOS of the files is among them, model and files do not disagree.
         """
         ids = {"mask": mask_id, "bos": bos_id, "eos": eos_id}
         if eos_id == self.eot_id < self.own_size:
             del ids["eos"]
         known = {role: i for role, i in ids.items() if i is not None}
-        return Tokenizer(self._backend, self._chat_files, known)
+        return Tokenizer(self._backend, self._chat_files, known, end_ids)
 
     def encode(self, text: str, special: bool = False, continuation: bool = False) -> list[int]:
         """Returns the ids of `text`, without BOS or EOS. `encode_text` puts BOS in front where the files say so.
@@ -112,7 +130,7 @@ class Tokenizer(ChatEncoding):
         Raises:
           UserError: If `special` is true and the text contains a lone surrogate.
         """
-        return self._encode_special(text, continuation) if special else self._backend.encode(text, continuation)
+        return self._encode_special(text, continuation) if special else self._encoder.encode(text, continuation)
 
     def encode_text(self, text: str, special: bool = False) -> list[int]:
         """Returns the ids of a whole text as a model gets them, with `prefix` in front.
@@ -150,7 +168,7 @@ class Tokenizer(ChatEncoding):
         control = False
         for part, literal in added_tokens.cut(text, found, self._found):
             if part:
-                ids += self._backend.encode(part, continuation, control, special)
+                ids += self._encoder.encode(part, continuation, control, special)
                 continuation, control = True, False
             if literal is not None:
                 ids.append(self._added[literal])
@@ -200,11 +218,25 @@ class Tokenizer(ChatEncoding):
         counts[list(self._literals)] = 0
         return counts
 
+    def is_text(self, i: int) -> bool:
+        """Returns whether the files have a token with this id that ordinary text may contain."""
+        return i in self._backend.ids() and i not in self._backend.special.values()
+
+    def holes(self, limit: int, known: Set[int] = frozenset()) -> tuple[tuple[int, int], ...]:
+        """Returns the ids below `limit` that are no tokens, as ranges (first, last + 1). `known` ids are tokens."""
+        tokens = self._backend.ids() | self._literals.keys() | {*self.end_ids} | known
+        return ranges(i for i in range(limit) if i not in tokens)
+
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes the files that `load_tokenizer(directory)` reads, and creates the folder if needed."""
+        """Writes the files that `load_tokenizer(directory)` reads, and creates the folder if needed.
+
+        If a model states other ids than the files, they are written as the config.json of a model would state them.
+        """
         path = epath.Path(directory)
         path.mkdir(parents=True, exist_ok=True)
-        for name, content in {**self._chat_files, **self._backend.files}.items():
+        stated = {f"{role}_token_id": i for role, i in self._model_ids.items()}
+        config = {"config.json": (json.dumps(stated, indent=2) + "\n").encode()} if stated else {}
+        for name, content in {**self._chat_files, **self._backend.files, **config}.items():
             (path / name).write_bytes(content)
 
 
@@ -233,6 +265,40 @@ def _of_model(
     return result
 
 
+def _as_the_model_says(
+    backend: Backend, roles: Mapping[str, tuple[int, str]], ids: Mapping[str, int], ends: Set[int]
+) -> tuple[Backend, dict[str, int], list[str]]:
+    """Returns what a model's ids change: the backend that encodes text, the ids that differ, and lines that say so.
+
+    Text must not yield the model's MASK: the model could not tell that the token is known. If MASK is one of the ids of
+    ordinary text, the text of this token is therefore encoded as several smaller tokens.
+
+    Args:
+      backend: The tokenizer as its files describe it.
+      roles: The roles as the files describe them: role -> (id, literal).
+      ids: The ids that the model states: role -> id.
+      ends: The further ids that the model names as ends of a text.
+    """
+    notes = []
+    different = {role: i for role, i in ids.items() if roles[role][0] != i}
+    for role, i in different.items():
+        own, literal = roles[role]
+        # A role that was appended is in no file, so no file disagrees.
+        if own < backend.size and not (role == "eos" and own in ends):
+            notes.append(
+                f"{role.upper()} is {i} in the model's config.json, but {own} ({literal}) in the tokenizer's files: "
+                f"{i} is used; set {role}_token_id in config.json, or {role}_token in tokenizer_config.json, if that "
+                "is wrong"
+            )
+    mask_id = ids.get("mask", roles["mask"][0])
+    if mask_id >= backend.size or mask_id in backend.special.values() or mask_id not in backend.ids():
+        return backend, different, notes
+    encoder, text = without(backend, mask_id), backend.decode([mask_id], True)
+    how = "is encoded as other tokens" if encoder else "is read as MASK, because no other tokens make it up"
+    notes.append(f"MASK is {mask_id}, which is also the token of ordinary text {text!r}: such text {how}")
+    return encoder or backend, different, notes
+
+
 def _specials(backend: Backend, roles: Mapping[str, tuple[int, str]]) -> dict[str, int]:
     """Returns literal -> id of every control token. MASK has two literals: its own and "[MASK]"."""
     named = {literal: i for i, literal in roles.values()}
@@ -258,19 +324,32 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
     If the file is named tokenizer.json or tokenizer.model, as in a folder, these files beside it are read as well:
     tokenizer_config.json and special_tokens_map.json (for SentencePiece also added_tokens.json), and the chat template
-    (in chat_template.jinja, tokenizer_config.json or chat_template.json).
+    (in chat_template.jinja, tokenizer_config.json or chat_template.json). If a folder also has the config.json of a
+    model, the tokenizer uses the ids that it states for MASK, BOS and EOS, as `Tokenizer.of_model` says.
     Raises UserError if there is no tokenizer at `path`, or if it is damaged.
     """
     file = epath.Path(path)
     if file.is_dir():
-        tokenizer = find_tokenizer(file) or find_tokenizer(file / "tokenizer")  # as in a workdir or a prepared set
+        inner = file / "tokenizer"  # as in a workdir or a prepared set
+        tokenizer = find_tokenizer(file) or find_tokenizer(inner)
         if tokenizer is None:
             raise UserError(f"{path} has no tokenizer: it contains neither tokenizer.json nor tokenizer.model")
-        return tokenizer
+        return _fitted(tokenizer, model_ids(file) or model_ids(inner))
     if not file.exists():
         raise UserError(f"there is no tokenizer at {path}: pass a SentencePiece .model, a tokenizer.json or a folder")
     kind = "huggingface" if file.name.endswith(".json") else "sentencepiece"
-    return _load(kind, file, file.parent if file.name == _MODEL_FILES[kind] else None)
+    if file.name != _MODEL_FILES[kind]:
+        return _load(kind, file, None)
+    return _fitted(_load(kind, file, file.parent), model_ids(file.parent))
+
+
+def _fitted(tokenizer: Tokenizer, ids: Mapping[str, list[int]]) -> Tokenizer:
+    if not any(ids.values()):
+        return tokenizer
+    mask_id, bos_id, eos_id, end_id = (next(iter(ids[role]), None) for role in ("mask", "bos", "eos", "ends"))
+    if eos_id is None and tokenizer.eos_id >= tokenizer.own_size:  # no file of the tokenizer has an EOS
+        eos_id = end_id
+    return tokenizer.of_model(mask_id, bos_id, eos_id, (*ids["eos"], *ids["ends"]))
 
 
 def _load(kind: str, file: epath.Path, folder: epath.Path | None) -> Tokenizer:

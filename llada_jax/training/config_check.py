@@ -121,6 +121,12 @@ def check_architecture(model: ModelConfig) -> None:
         if value is not None and model.vocab_size:
             limit = model.vocab_size + (name == "token_count")
             _require(0 <= value < limit, f"model.{name}", value, f"does not fit model.vocab_size={model.vocab_size}")
+    _require(
+        all(0 <= i < (model.vocab_size or i + 1) and i != model.mask_id for i in model.end_ids),
+        "model.end_ids",
+        model.end_ids,
+        f"must name ids of model.vocab_size={model.vocab_size}, and not MASK",
+    )
 
 
 def _check_lora(config: Config) -> None:

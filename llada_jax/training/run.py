@@ -87,7 +87,7 @@ def _run(config: Config, folder: Path) -> int:
 
     # Open the data, which decides the vocabulary and the special ids.
     sets = prepared.find_sets(config, folder, begin.earlier)
-    resolve_ids(config.model, sets.tokenizer)
+    resolve_ids(config.model, sets.tokenizer, is_chat(config), "" if begin.resumes else begin.source)
     mesh.check_model(config.model, tuple(device_mesh.shape.values()))
     samples.check_prompts(sets.tokenizer, config, is_chat(config))
     data, held_out = _open_data(config, sets)

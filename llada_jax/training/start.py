@@ -24,7 +24,7 @@ from llada_jax.diffusion.forward import is_chat
 from llada_jax.formats import huggingface, published, weights, workdir
 from llada_jax.model import lora
 from llada_jax.model.transformer import split
-from llada_jax.text.agreement import template_hash
+from llada_jax.text.agreement import fitted, template_hash
 from llada_jax.text.tokenizer import find_tokenizer
 from llada_jax.training.checkpoint import Checkpoints, load_state
 from llada_jax.training.config_check import check_architecture
@@ -33,6 +33,8 @@ from llada_jax.training.step import TrainState, make_state
 # The settings that must not change during a run, like the hashes of its data and its tokenizer.
 FIXED = ("seed", "batch_size", "sequence_length", "optimizer.name", "optimizer.state_dtype")
 FIXED_GROUPS = ("model.", "diffusion.")
+# Settings of the model that no weight depends on: they concern sampling alone.
+_NOT_COMPARED = ("end_ids", "holes")
 _INIT = ("init_from", "init_step", "init_weights_only")
 
 
@@ -76,16 +78,18 @@ class Start:
           UserError: If the number of layers is 0 and `wanted` sets a value that differs from the source's value.
         """
         if wanted.layers:
-            return wanted
+            ends = self.config.model.end_ids if self.config else ()
+            return dataclasses.replace(wanted, end_ids=wanted.end_ids or ends)
         found, default = self.config.model, ModelConfig()
         for field in dataclasses.fields(ModelConfig):
             value, theirs = getattr(wanted, field.name), getattr(found, field.name)
-            if field.name not in ("layers", "lora") and value not in (getattr(default, field.name), theirs):
+            own = field.name in ("layers", "lora", *_NOT_COMPARED)
+            if not own and value not in (getattr(default, field.name), theirs):
                 raise UserError(
                     f"config.model.{field.name} is {value}, but config.model.layers=0 takes the architecture of "
                     f"{self.source}, which has {theirs}"
                 )
-        model = dataclasses.replace(found, lora=wanted.lora)
+        model = dataclasses.replace(found, lora=wanted.lora, end_ids=wanted.end_ids or found.end_ids)
         check_architecture(model)
         return model
 
@@ -123,9 +127,9 @@ class Start:
         remedy = "set --config.init_weights_only to take its weights alone"
         if self.resumes:
             remedy = "take another --workdir, or set it back"
-        changed = configs.differences(self.config, config)
+        changed, ignored = configs.differences(self.config, config), [f"model.{name}" for name in _NOT_COMPARED]
         for name, (before, after) in changed.items():
-            if name in FIXED or name.startswith(FIXED_GROUPS):
+            if name in FIXED or (name.startswith(FIXED_GROUPS) and name not in ignored):
                 raise UserError(f"config.{name} is {after}, but {self.source} was trained with {before}: {remedy}")
         for name, after in identity.items():
             if self.identity.get(name) != after:
@@ -226,11 +230,14 @@ def _look(config: Config, folder: Path) -> Start:
         raise UserError(
             f"config.init_step={config.init_step}: {source} is a published folder and has no steps: leave init_step out"
         )
-    tokenizer = find_tokenizer(source)
+    found = huggingface.inspect(source)
+    tokenizer = fitted(find_tokenizer(source), found.config, source)
+    for note in (*found.notes, *(f"{source}: {note}" for note in (tokenizer.notes if tokenizer else ()))):
+        log(note)
     return Start(
         Kind.WEIGHTS,
         config.init_from,
-        config=Config(model=huggingface.inspect(source).config),
+        config=Config(model=found.config),
         identity={"tokenizer": tokenizer and tokenizer.sha256},
         template_sha256=_template(config, source),
     )
@@ -287,6 +294,6 @@ def check_fits(found: ModelConfig, wanted: ModelConfig, source: str) -> ModelCon
     """
     for field in dataclasses.fields(ModelConfig):
         ours, theirs = getattr(wanted, field.name), getattr(found, field.name)
-        if theirs is not None and theirs != ours and field.name not in ("token_count", "lora"):
+        if theirs is not None and theirs != ours and field.name not in ("token_count", "lora", *_NOT_COMPARED):
             raise UserError(f"config.model.{field.name} is {ours}, but {source} has {theirs}: its weights do not fit")
     return wanted

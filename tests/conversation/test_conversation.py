@@ -82,12 +82,15 @@ def test_answers_are_those_of_the_sampler_on_the_whole_chat(loaded):
 def test_an_answer_stops_at_its_end(loaded):
     model, tokenizer = loaded
     settings = dataclasses.replace(SHORT, gen_length=24)
-    _, ids_T = plain(*loaded, [user("def main")], settings, turn=1, attempt=0)
-    end = next(i for i in range(5, 8) if ids_T[i] not in ids_T[:i])  # in the second of six blocks
+    for text in ("def main", "import jax", "return", "class", "assert x", "the model", "for i in", "a", "b", "c"):
+        _, ids_T = plain(*loaded, [user(text)], settings, turn=1, attempt=0)
+        end = next((i for i in range(5, 8) if ids_T[i] not in ids_T[:i]), None)  # in the second of six blocks
+        if end is not None:
+            break
     ending = with_end(model, int(ids_T[end]))
-    talk = Conversation(ending, tokenizer, settings, [user("def main")])
+    talk = Conversation(ending, tokenizer, settings, [user(text)])
     frames = list(talk.answer())
-    expected, _ = plain(ending, tokenizer, [user("def main")], settings, turn=1, attempt=0)
+    expected, _ = plain(ending, tokenizer, [user(text)], settings, turn=1, attempt=0)
     assert talk.messages[1:] == [assistant(expected)] and frames[-1].ended
     assert talk.text(frames[-1]) == expected and len(frames[-1].tokens_T) == end
     # Neither the blocks after the end nor the rest of its own block are computed.

@@ -73,9 +73,12 @@ def settings(**changes) -> SamplerConfig:
         {"confidence_eos_eot_inf": True, "temperature": 0.7, "remasking": "random", **ENDS},
         {"stop_at_end": True, "block_length": 4, **ENDS},
         {"stop_at_end": True, "block_length": 5, "steps": 19, **ENDS},  # EOS appears before its block is finished
+        {"logits_eos_inf": True, "eos_id": 61, "end_ids": (22, 11)},
+        {"confidence_eos_eot_inf": True, "eos_id": 61, "end_ids": (22, 11)},
+        {"stop_at_end": True, "block_length": 4, "eos_id": 61, "end_ids": (22, 11)},
     ],
     ids="uneven surplus fewer-than-blocks random sampled infilling guided guided-random no-eos late-eos "
-    "late-eos-sampled late-eos-random stop stop-after-the-block".split(),
+    "late-eos-sampled late-eos-random stop stop-after-the-block no-ends late-ends stop-at-ends".split(),
 )
 def test_generate_is_the_plain_sampler(model, prompts, changes):
     config, key = settings(**changes), jax.random.key(3)
@@ -268,6 +271,36 @@ def test_never_a_token_that_is_none(model, prompts):
     prompt_BT = prompts[0] * 0
     out_BT = np.asarray(generate(few, prompt_BT, settings(temperature=50.0), jax.random.key(0)))
     assert set(out_BT[:, PROMPT_LENGTH:].ravel().tolist()) == {0, 1, 2, 3, 4, 6, 7}
+
+
+def with_holes(model, **changes):
+    changed = merge(*split(model))
+    changed.config = dataclasses.replace(model.config, **changes)
+    return changed
+
+
+def test_never_an_id_in_a_hole(model, prompts):
+    """Ids that are no tokens are never chosen, wherever they lie: greedily with guidance, or by chance."""
+    key, holes = jax.random.key(3), with_holes(model, holes=((11, 12), (20, 24)))  # ids that the model prefers
+    config = settings(cfg_scale=1.5)
+    out_BT = np.asarray(generate(holes, prompts[0], config, key, prompts[1]))
+    np.testing.assert_array_equal(out_BT, plain_sampler.generate(holes, prompts, config, key))
+    assert not np.isin(out_BT[:, PROMPT_LENGTH:], [11, 20, 21, 22, 23]).any()
+    free_BT = np.asarray(generate(model, prompts[0], config, key, prompts[1]))
+    assert np.isin(free_BT[:, PROMPT_LENGTH:], [11, 22]).any()
+    few = with_holes(model, holes=((1, 3), (6, 58)), mask_id=5)
+    out_BT = np.asarray(generate(few, np.zeros((6, 2), int), settings(temperature=50.0), jax.random.key(0)))
+    assert set(out_BT[:, 2:].ravel().tolist()) == {0, 3, 4, 58, 59, 60, 61}
+
+
+def test_all_ends_of_the_model_are_ends(model):
+    ends = with_holes(model, eos_id=9, eot_id=3, end_ids=(7, 3))
+    config = resolve(settings(), ends)
+    assert (config.eos_id, config.eot_id, config.end_ids) == (9, 3, (7,))
+    assert resolve(settings(end_ids=()), ends).end_ids == ()
+    for wrong in ((64,), (-1,), (MASK,)):
+        with pytest.raises(UserError, match="end_ids="):
+            resolve(settings(end_ids=wrong), ends)
 
 
 @pytest.mark.parametrize(

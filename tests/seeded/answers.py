@@ -8,8 +8,8 @@ FAULTS = (
     # sampling
     Fault(
         "mask-as-an-answer",
-        "llada_jax/sampling/sampler.py",
-        old="allowed_V = (vocabulary != config.mask_id) & (vocabulary <",
+        "llada_jax/sampling/remasking.py",
+        old="allowed_V = (vocabulary != mask_id) & (vocabulary <",
         new="allowed_V = (vocabulary >= 0) & (vocabulary <",
         harm="The sampler may choose MASK as a token, and MASK stays in the finished text.",
         tests=(_SAMPLER + "test_never_a_token_that_is_none",),
@@ -63,8 +63,8 @@ FAULTS = (
     Fault(
         "end-of-turn-is-no-end",
         "llada_jax/sampling/text_completion.py",
-        old="ends = {model.config.eos_id, model.config.eot_id, tokenizer.eos_id, tokenizer.eot_id}",
-        new="ends = {model.config.eos_id, tokenizer.eos_id}",
+        old="for i in (known.eos_id, known.eot_id, *known.end_ids)}",
+        new="for i in (known.eos_id, *known.end_ids)}",
         harm="An answer is not cut at the end of its turn, so what the model writes after it is shown too.",
         tests=("entry_points/test_sample.py::test_text_ends_at_eos_and_infilling_keeps_the_rest",),
     ),
@@ -147,7 +147,7 @@ FAULTS = (
     Fault(
         "tokenizer-without-the-models-ids",
         "llada_jax/loading.py",
-        old="tokenizer = fitted(find_tokenizer(path), huggingface.inspect(path).config, path)",
+        old="tokenizer = fitted(find_tokenizer(path), found.config, path)",
         new="tokenizer = find_tokenizer(path)",
         harm="[MASK] in a prompt becomes a token that a published model does not know as MASK.",
         tests=("test_loading.py::test_the_tokenizer_knows_the_models_own_ids",),
@@ -155,8 +155,8 @@ FAULTS = (
     Fault(
         "step-is-ignored",
         "llada_jax/loading.py",
-        old="return weights.load_model(path, step, jax.sharding.get_mesh(), dtype), tokenizer",
-        new="return weights.load_model(path, None, jax.sharding.get_mesh(), dtype), tokenizer",
+        old="model = weights.load_model(path, step, jax.sharding.get_mesh(), dtype)",
+        new="model = weights.load_model(path, None, jax.sharding.get_mesh(), dtype)",
         harm="--step=N loads the newest checkpoint, so a comparison of checkpoints compares one with itself.",
         tests=("test_loading.py::test_a_training_workdir",),
     ),

@@ -47,7 +47,7 @@ FAULTS = (
     Fault(
         "corpus-writes-control-tokens",
         "llada_jax/text/tokenizer.py",
-        old="return self._encode_special(text, continuation) if special else self._backend.encode(text, continuation)",
+        old="return self._encode_special(text, continuation) if special else self._encoder.encode(text, continuation)",
         new="return self._encode_special(text, continuation)",
         harm="A page about chat templates in the corpus teaches the model to end its turn in the middle of a text.",
         tests=(

@@ -45,7 +45,8 @@ def logits_of(model, canvas_T, real_T, given_T, cfg_scale: float) -> np.ndarray:
 def row(model, prompt_T, real_T, config: SamplerConfig, key) -> np.ndarray:
     """Returns the finished canvas of one row."""
     mask_id, size = model.config.mask_id, model.config.vocab_size
-    ends = [i for i in (config.eos_id, config.eot_id) if i is not None]
+    ends = [i for i in (config.eos_id, config.eot_id, *(config.end_ids or ())) if i is not None]
+    holes = [i for first, end in model.config.holes for i in range(first, end)]
     canvas = np.concatenate([prompt_T, np.full(config.gen_length, mask_id)]).astype(np.int32)
     real = np.concatenate([real_T, np.ones(config.gen_length, bool)])
     todo = [i for i in range(len(canvas)) if canvas[i] == mask_id and real[i]]
@@ -67,11 +68,11 @@ def row(model, prompt_T, real_T, config: SamplerConfig, key) -> np.ndarray:
             draw_key, score_key = jax.random.split(jax.random.fold_in(step_key, index))
             logits = logits_TV[position]
             if config.logits_eos_inf:
-                logits[config.eos_id] = -np.inf
+                logits[[config.eos_id, *(config.end_ids or ())]] = -np.inf
             noisy = logits.copy()
             if config.temperature:
                 noisy += config.temperature * gumbel(draw_key, size)
-            noisy[[mask_id, *range(model.config.token_count or size, size)]] = -np.inf
+            noisy[[mask_id, *holes, *range(model.config.token_count or size, size)]] = -np.inf
             token = int(noisy.argmax())
             margins[position] = noisy[token] - np.partition(noisy, -2)[-2]
             if config.confidence_eos_eot_inf:

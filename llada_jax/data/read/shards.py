@@ -174,9 +174,9 @@ def open_sets(paths: Sequence[str], split: str, sequence_length: int, vocab_size
             )
         if manifest.tokenizer_sha256 != manifests[0].tokenizer_sha256:
             raise UserError(f"{path} and {paths[0]} have different tokenizers: prepare both with the same one")
-        if manifest.tokenizer_size > vocab_size:
+        if manifest.needed_rows > vocab_size:
             raise UserError(
-                f"{path} has a tokenizer of {manifest.tokenizer_size} ids, but the model's vocabulary has only "
+                f"{path} has a tokenizer of {manifest.needed_rows} ids, but the model's vocabulary has only "
                 f"{vocab_size}: model.vocab_size={manifest.vocab_size} would be large enough"
             )
         if chat and manifest.chat.template_sha256 != manifests[0].chat.template_sha256:
