@@ -309,7 +309,12 @@ class HuggingFace:
     def encode(self, text: str, continuation: bool, control: bool = False, special: bool = False) -> list[int]:
         place = "behind" if control else "later" if continuation else "first"
         tokenizer = self._at(place, special)
-        return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:
+            if type(error) is not Exception:  # the library's own errors have no other class
+                raise
+            raise UserError(f"the tokenizer cannot encode {text!r:.60}: {error}") from error
 
     def decode(self, ids: Sequence[int], continuation: bool) -> str:
         return (self._later if continuation else self._first).decode(ids, skip_special_tokens=False)

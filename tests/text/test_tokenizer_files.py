@@ -164,6 +164,15 @@ def test_absent_names_are_appended_or_told_of(tmp_path):
     assert t.eos_id == 5 and "'<end>' as eos_token, which the tokenizer lacks: '</s>' is used" in t.notes[0]
 
 
+def test_a_tokenizer_without_a_token_for_the_unknown(tmp_path):
+    content = tf.unigram()
+    del content["model"]["unk_id"]
+    t = load_tokenizer(tf.write(tmp_path, content))
+    assert t.encode("ab") == [6]
+    with pytest.raises(UserError, match="cannot encode 'a\\?'.*unk_id"):
+        t.encode("a?")
+
+
 TEXTS = ("a <x> b", "a<x>b", "a  <x>\n b", "<x>a", "a_<x>", "<x>\u00e9 <x> <x>", "a <X> b", "<s> <x><s>", " <x> ", "")
 
 
