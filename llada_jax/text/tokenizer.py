@@ -16,11 +16,11 @@ from etils import epath
 
 from llada_jax.config import UserError
 from llada_jax.text import added_tokens, around, chat_template
-from llada_jax.text.backends import MASK_LITERAL, NOT_A_TOKEN, ROLES, Backend, HuggingFace, SentencePiece
+from llada_jax.text.backends import MASK_LITERAL, NOT_A_TOKEN, Backend, HuggingFace, SentencePiece
 from llada_jax.text.chat_encoding import ChatEncoding
 from llada_jax.text.json_files import check_unicode
 from llada_jax.text.named_ids import ends_of_files, model_ids, ranges
-from llada_jax.text.without import without
+from llada_jax.text.roles import as_the_model_says, of_model, roles_of, specials
 
 VOCAB_MULTIPLE = 128  # vocab_size is a multiple of this, so that it can be split over tensor-parallel devices
 
@@ -35,8 +35,7 @@ class Tokenizer(ChatEncoding):
       vocab_size: `size` rounded up to a multiple of 128: the number of rows of a model's embedding.
       bos_id, eos_id, mask_id, start_header_id, end_header_id, eot_id: The ids of the six roles.
       prefix: The ids that the folder's own library puts in front of every text, such as BOS. Usually there are none.
-      notes: Lines about what the tokenizer's files say and what is not done, and where a model's ids (see `of_model`)
-        are not what the files say.
+      notes: Lines about what the files say and what is not done, and where a model's ids (see `of_model`) differ.
       roles: Role ("bos", "eos", "mask", ...) -> (id, the tokenizer's own literal for this token).
       control_pattern: A regular expression that finds literals of control tokens; its only group is the literal.
       chat_template: The Jinja source of the folder's own chat template, or None if the folder has none.
@@ -59,12 +58,12 @@ class Tokenizer(ChatEncoding):
         self._variables = chat_template.special_tokens(self._chat_files, backend.named)
         self.kind = backend.kind
         self.own_size = backend.size
-        roles = files_roles = _roles(backend)
+        roles = files_roles = roles_of(backend)
         digest = hashlib.sha256(self.kind.encode())
         digest.update(hashlib.sha256(backend.files[_MODEL_FILES[self.kind]]).digest())
-        digest.update(json.dumps([roles, sorted(_specials(backend, roles).items())]).encode())
-        roles = _of_model(roles, backend, model_ids or {})
-        self.prefix, changes, self.notes = around.of_backend(backend, files_roles, roles)
+        digest.update(json.dumps([roles, sorted(specials(backend, roles).items())]).encode())
+        roles = of_model(roles, backend, model_ids or {})
+        self.prefix, changes, notes = around.of_backend(backend, files_roles, roles)
         if changes:
             digest.update(json.dumps(changes).encode())
         self.sha256 = digest.hexdigest()
@@ -73,19 +72,21 @@ class Tokenizer(ChatEncoding):
         self.bos_id, self.eos_id, self.mask_id, self.start_header_id, self.end_header_id, self.eot_id = (
             i for i, _ in roles.values()
         )
-        self._special = _specials(backend, roles)
+        self._special = specials(backend, roles)
         self._files_roles = files_roles
-        self._encoder, self._model_ids, notes = _as_the_model_says(backend, files_roles, model_ids or {}, {*model_ends})
-        self.notes = [*self.notes, *notes]
+        self._encoder, self._model_ids, self.notes = as_the_model_says(
+            backend, files_roles, model_ids or {}, {*model_ends}
+        )
+        self.notes = [*notes, *self.notes]
         by_id = [(i, literal) for special in (backend.special, self._special) for literal, i in special.items()]
         self._literals = dict([*roles.values(), *by_id]) | {self.mask_id: MASK_LITERAL}
         self.control_pattern = added_tokens.pattern(self._special)
         # How each token is found in a text. "[MASK]" is found as the tokenizer's own literal for MASK would be.
-        self._found = dict(getattr(self._encoder, "found", {}))
+        self._found = dict(getattr(backend, "found", {}))
         self._found.setdefault(MASK_LITERAL, self._found.get(roles["mask"][1], added_tokens.PLAIN))
-        self._added = {**getattr(self._encoder, "added", {}), **self._special}
-        searched = getattr(self._encoder, "searched", ())
-        searched = {literal for literal in searched if self._encoder.added[literal] == self._added[literal]}
+        self._added = {**getattr(backend, "added", {}), **self._special}
+        searched = getattr(backend, "searched", ())
+        searched = {literal for literal in searched if backend.added[literal] == self._added[literal]}
         self._pattern = added_tokens.pattern(self._added.keys() - searched)
         self.roles = roles
         bos, start_header, end_header, eot = (roles[name][1] for name in ("bos", "start_header", "end_header", "eot"))
@@ -238,71 +239,6 @@ class Tokenizer(ChatEncoding):
         config = {"config.json": (json.dumps(stated, indent=2) + "\n").encode()} if stated else {}
         for name, content in {**self._chat_files, **self._backend.files, **config}.items():
             (path / name).write_bytes(content)
-
-
-def _roles(backend: Backend) -> dict[str, tuple[int, str]]:
-    """Returns role -> (id, literal) of all six roles; tokens that the tokenizer lacks get new ids after its own."""
-    roles, size = {}, backend.size
-    for role, names in ROLES.items():
-        literal = backend.named.get(role) or next((n for n in names if n in backend.special), None)
-        if literal is None:
-            roles[role] = size, getattr(backend, "absent", {}).get(role, names[0])
-            size += 1
-        else:
-            roles[role] = backend.special[literal], literal
-    return roles
-
-
-def _of_model(
-    roles: Mapping[str, tuple[int, str]], backend: Backend, ids: Mapping[str, int]
-) -> dict[str, tuple[int, str]]:
-    """Returns the roles with a model's ids for some of them. Appended tokens that have such an id get a new one."""
-    literals = {i: literal for literal, i in backend.special.items()}
-    result = {**roles, **{role: (i, literals.get(i, roles[role][1])) for role, i in ids.items()}}
-    for role, (i, literal) in roles.items():
-        if role not in ids and i >= backend.size and i in ids.values():
-            result[role] = 1 + max(backend.size - 1, *(taken for taken, _ in result.values())), literal
-    return result
-
-
-def _as_the_model_says(
-    backend: Backend, roles: Mapping[str, tuple[int, str]], ids: Mapping[str, int], ends: Set[int]
-) -> tuple[Backend, dict[str, int], list[str]]:
-    """Returns what a model's ids change: the backend that encodes text, the ids that differ, and lines that say so.
-
-    Text must not yield the model's MASK: the model could not tell that the token is known. If MASK is one of the ids of
-    ordinary text, the text of this token is therefore encoded as several smaller tokens.
-
-    Args:
-      backend: The tokenizer as its files describe it.
-      roles: The roles as the files describe them: role -> (id, literal).
-      ids: The ids that the model states: role -> id.
-      ends: The further ids that the model names as ends of a text.
-    """
-    notes = []
-    different = {role: i for role, i in ids.items() if roles[role][0] != i}
-    for role, i in different.items():
-        own, literal = roles[role]
-        # A role that was appended is in no file, so no file disagrees.
-        if own < backend.size and not (role == "eos" and own in ends):
-            notes.append(
-                f"{role.upper()} is {i} in the model's config.json, but {own} ({literal}) in the tokenizer's files: "
-                f"{i} is used; set {role}_token_id in config.json, or {role}_token in tokenizer_config.json, if that "
-                "is wrong"
-            )
-    mask_id = ids.get("mask", roles["mask"][0])
-    if mask_id >= backend.size or mask_id in backend.special.values() or mask_id not in backend.ids():
-        return backend, different, notes
-    encoder, text = without(backend, mask_id), backend.decode([mask_id], True)
-    how = "is encoded as other tokens" if encoder else "is read as MASK, because no other tokens make it up"
-    notes.append(f"MASK is {mask_id}, which is also the token of ordinary text {text!r}: such text {how}")
-    return encoder or backend, different, notes
-
-
-def _specials(backend: Backend, roles: Mapping[str, tuple[int, str]]) -> dict[str, int]:
-    """Returns literal -> id of every control token. MASK has two literals: its own and "[MASK]"."""
-    named = {literal: i for i, literal in roles.values()}
-    return {**backend.special, **named, MASK_LITERAL: roles["mask"][0]}
 
 
 _BACKENDS = {"huggingface": HuggingFace, "sentencepiece": SentencePiece}
