@@ -135,7 +135,8 @@ def test_conversations(tmp_path, tokenizer_folder, monkeypatch):
     assert sets[0] == sets[1]
     first, *others = manifest.left_out
     assert (first.kind, first.count) == ('"tools" is passed over', 4)
-    reason = 'the chat template passes over "tools": use a template that reads it'
+    reason = 'the chat template passes over "tools": use a template that reads it, or remove it '
+    reason += "if the messages say the same"
     assert first.examples == tuple(f"{source}, line {n}: {reason}" for n in (21, 31, 41))
     assert [(each.kind, each.count) for each in others] == [("not JSON", 1), ("preference data", 1)]
     assert manifest.train.documents + manifest.validation.documents == 60
@@ -161,3 +162,17 @@ def test_the_order_of_faults_does_not_depend_on_when_they_are_found():
     assert [(each.kind, each.count, each.examples[0]) for each in results[0]] == [
         ("a", 10, "line 0"), ("b", 10, "line 1"), ("c", 10, "line 2"),
     ]  # fmt: skip
+
+
+def test_a_text_that_the_tokenizer_turns_into_nothing_is_no_document(tmp_path, tokenizer_folder, monkeypatch):
+    from llada_jax.text.tokenizer import Tokenizer
+
+    encode = Tokenizer.encode
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, text, *a, **k: [] if text == "nothing" else encode(self, text, *a, **k)
+    )
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines_of([GOOD[0], "nothing", GOOD[1], "nothing"])))
+    manifest = make([str(tmp_path / "a.jsonl")], tmp_path / "set", tokenizer_folder, validation_fraction=0)
+    assert split_documents(tmp_path / "set", manifest, "train") == GOOD[:2]
+    assert manifest.train.documents == manifest.sources[0].documents == 2
+    assert manifest.train.tokens == manifest.sources[0].tokens

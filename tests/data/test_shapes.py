@@ -108,6 +108,8 @@ def test_what_a_template_is_told_beside_the_messages():
     assert said(line).variables == {"tools": TOOLS, "enable_thinking": False}
     assert said({"messages": ASKED, "chat_template_kwargs": {"thinking": True}}).variables == {"thinking": True}
     assert said({"messages": ASKED, "tools": "[]"}).variables == {}
+    empty = {"enable_thinking": False, "custom_instructions": "", "python_tools": []}
+    assert said({"messages": ASKED, "chat_template_kwargs": empty}).variables == {"enable_thinking": False}
 
 
 def test_keys_that_say_nothing_are_listed():
@@ -189,6 +191,13 @@ def test_an_unmarked_set_is_the_one_that_it_was(tmp_path, tokenizer_folder):
     text = (tmp_path / "set" / "manifest.json").read_text()
     assert "context_only" not in text and "left_out" not in text
     assert load_manifest(path).to_json() == text
+
+
+def test_a_switch_that_is_off_is_listed_if_the_template_has_none(tmp_path, tokenizer_folder, capsys):
+    source = write(tmp_path / "a.jsonl", [{"messages": ASKED, "enable_thinking": False}])
+    options = {"tokenizer": tokenizer_folder, "sequence_length": 256, "validation_fraction": 0, "workers": 1}
+    assert prepare_chat([source], tmp_path / "set", **options).train.rows == 1
+    assert "enable_thinking (1)" in capsys.readouterr().err
 
 
 def test_keys_that_the_template_passes_over_are_refused(tmp_path, tokenizer_folder):

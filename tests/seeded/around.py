@@ -38,7 +38,7 @@ FAULTS = (
     # text
     Fault(
         "message-writes-control-tokens",
-        "llada_jax/text/tokenizer.py",
+        "llada_jax/text/chat_encoding.py",
         old="return self._encode_special(text, False, lambda part: part.translate(back))",
         new="return self._encode_special(text.translate(back), False)",
         harm="A user can end their own turn, or speak as the assistant, by typing the text of a control token.",
@@ -104,8 +104,8 @@ FAULTS = (
     Fault(
         "tokenizer-sees-held-out-text",
         "llada_jax/data/prepare/prepare_text.py",
-        old="(piece.text for piece in corpus if text_hash(piece.text) >= below)",
-        new="(piece.text for piece in corpus)",
+        old="(piece.text for piece in corpus if not piece.blank and text_hash(piece.text) >= below)",
+        new="(piece.text for piece in corpus if not piece.blank)",
         harm="The tokenizer is trained on the text that is held out, so the validation loss is too good.",
         tests=("data/test_prepare.py::test_tokenizer_is_not_trained_on_held_out_text",),
     ),

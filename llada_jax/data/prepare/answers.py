@@ -132,11 +132,14 @@ def _unread(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], variables:
         return []
     unread = tokenizer.unread_in_chat(messages, variables)
     for key in unread:
-        if key in MEANINGFUL or key in variables:
+        # A switch that is off asks for nothing that a template without it would do.
+        if key in MEANINGFUL or variables.get(key, False) is not False:
             raise BadItem(
-                f'the chat template passes over "{key}": use a template that reads it', f'"{key}" is passed over'
+                f'the chat template passes over "{key}": use a template that reads it, or remove it if the messages '
+                "say the same",
+                f'"{key}" is passed over',
             )
-    return [f"{key} of messages" for key in unread]
+    return [key if key in variables else f"{key} of messages" for key in unread]
 
 
 def _pair(

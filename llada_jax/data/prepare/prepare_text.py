@@ -140,20 +140,22 @@ def _write_rows(
     """Tokenises the corpus, adds the tokens to the writers (train, validation), and returns the counts per input."""
     totals = np.zeros((len(corpus.inputs), 3), np.int64)  # documents, tokens, bytes
     report = Progress(corpus.total_bytes, progress)
-    stretch = 0  # tokens of the current stretch of text
+    stretch = 0  # bytes of the current stretch of text
     with Pool(folder / TOKENIZER_FOLDER, workers) as pool, report:
         for batch, tokens in pool.map(_batches(corpus, below)):
             start = 0
             for (source, split, ends), length in zip(batch.tag[0], tokens.lengths, strict=True):
                 part = slice(start, start + length)
                 start += length
-                writers[split].add(tokens.ids[part], tokens.bytes[part])
-                stretch += length
-                ends = ends and stretch > 0  # a tokenizer may turn a text into nothing, which is no document
+                size = int(tokens.bytes[part].sum(dtype=np.int64))
+                if size:  # a tokenizer may turn a text into nothing, which is no document
+                    writers[split].add(tokens.ids[part], tokens.bytes[part])
+                stretch += size
+                ends = ends and stretch > 0
                 if ends:
                     writers[split].end_document()
                     stretch = 0
-                totals[source] += int(ends), length + int(ends), int(tokens.bytes[part].sum(dtype=np.int64))
+                totals[source] += int(ends), (length if size else 0) + int(ends), size
             report.update(batch.tag[1], len(tokens.ids))
     return tuple(Source(name, corpus.file_count(i), *map(int, totals[i])) for i, name in enumerate(corpus.inputs))
 

@@ -271,7 +271,8 @@ class _Line:
         found = self._record.get("chat_template_kwargs", {})
         if not isinstance(found, dict):
             raise BadItem(f'"chat_template_kwargs" must be an object, not {shown(found)}', "odd template variables")
-        found = found | {key: self._all[key] for key in _VARIABLES if key in self._record}
+        found = {key: value for key, value in found.items() if value not in (None, "", [], {})}
+        found |= {key: self._all[key] for key in _VARIABLES if key in self._record}
         self._read |= {"chat_template_kwargs", *_VARIABLES}
         for key in ("tools", "documents"):
             value = found.get(key)
