@@ -110,7 +110,7 @@ def test_a_shard_that_is_removed_while_it_is_used(sets, tmp_path, tokenizer_fold
 
 @pytest.mark.slow
 def test_399_shards_under_a_limit_of_256_files(tmp_path, tokenizer_folder):
-    path = make_set(tmp_path / "set", tokenizer_folder, range(230), shard_rows=1)
+    path = make_set(tmp_path / "set", tokenizer_folder, range(300), shard_rows=1)
     assert len(list(Path(path).glob("train-*"))) >= 399
     program = f"""
 from llada_jax.data.read.pipeline import TrainingData
