@@ -109,7 +109,8 @@ def test_every_end_that_the_folder_names_ends_a_text(tmp_path, capsys):
     assert (
         told[0] == f"{folder}/generation_config.json: not used: temperature (the sampler takes its settings from you)"
     )
-    assert ("EOS is 500 in the model's config.json, but 2 (<|endoftext|>) in the tokenizer's files")
+    note = f"{folder}: EOS is 500 in the model's config.json, but 2 (<|endoftext|>) in the tokenizer's files"
+    assert told[1].startswith(note)
     assert (model.config.eos_id, model.config.end_ids) == (500, (7, 501, 2))
     prompt = make_prompt([5], model, tokenizer, Options())
     for end in (500, 7, 501, 2, tokenizer.eot_id):
