@@ -15,6 +15,7 @@ import threading
 
 import bench
 import lm_eval
+import published_folders
 import pytest
 import rounding
 import safetensors.numpy as safetensors
@@ -34,8 +35,12 @@ SIZES = ModelConfig(layers=3, width=64, heads=4, kv_heads=2, feed_forward=176, v
 LOSS = rounding.of_nll(SIZES, 32, 2, score=4)
 SETTINGS = ["--mc_samples=2", "--gen_length=4", "--block_length=4", "--temperature=0.5", "--limit=2"]
 SETTINGS += ["--batch_size=1"]  # then all prompts have the same padded length, so little is compiled
-FIGURES = {"choice", "cloze", "sums", "reversal_forward", "reversal_backward"}
-FIGURES |= {"reversal_forward_infill", "reversal_backward_infill"}
+FIGURES = {
+    "choice",
+    "cloze",
+    "sums",
+    *(f"reversal_{way}ward{how}" for way in ("for", "back") for how in ("", "_infill")),
+}
 
 
 @pytest.fixture(scope="module")
@@ -266,11 +271,7 @@ def test_what_other_processes_leave_alone(monkeypatch, capsys, place, tmp_path):
 def test_a_model_whose_output_is_not_finite(place, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(place / "model", folder)
-    (file,) = folder.glob("*.safetensors")
-    tensors = safetensors.load_file(file)
-    name = next(name for name in tensors if "ff_out" in name or "down_proj" in name)
-    tensors[name][0, 0] = math.nan
-    safetensors.save_file(tensors, file, {"format": "pt"})
+    published_folders.spoil(folder)
     for tasks in ("cloze", "sums", "reversal"):
         cache = tmp_path / "cache" / tasks
         asked = dataclasses.replace(job(place, tmp_path / "out.json", tasks, cache=str(cache)), model=str(folder))
@@ -294,7 +295,6 @@ def test_a_figure_that_is_not_finite_is_null_and_told(monkeypatch, capsys, place
 
 
 def test_a_perplexity_that_no_float_can_hold(monkeypatch, place, tmp_path):
-    """exp(-log-likelihood / words) of a text without spaces, for example."""
     monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **_: math.exp(1000))
     with pytest.raises(NonFinite, match="^--tasks=choice: a metric, most likely a perplexity, is too large"):
         run.run(job(place, tmp_path / "out.json", "choice"))
@@ -321,8 +321,7 @@ def test_a_limit_is_a_number_or_a_share():
         ({"output": "x" * 300}, "--output=x+ cannot be written: File name too long"),
         ({"cache": "file/cache"}, "--cache=file/cache cannot be written: File exists"),
         ({"limit": 1.5}, "--limit=1.5"),
-        ({"limit": math.nan}, "--limit=nan"),
-        ({"limit": math.inf}, "--limit=inf"),
+        *(({"limit": number}, f"--limit={number}") for number in (math.nan, math.inf)),
         ({"output": "."}, "--output=. is a folder"),
         ({"tasks": "choice,long"}, "--tasks=long: gen_length=300 leaves no room for a prompt"),
         ({"tasks": "sums", "gen_length": 300}, "--tasks=sums: gen_length=300 leaves no room for a prompt"),

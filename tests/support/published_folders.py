@@ -1,6 +1,7 @@
 """Helpers that read published folders, change them, and rename their tensors."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,15 @@ def change_tensors(folder, change):
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
+
+
+def spoil(folder):
+    """Writes NaN into one weight of a model."""
+
+    def change(tensors):
+        tensors[next(name for name in tensors if "ff_out" in name or "down_proj" in name)][0, 0] = math.nan
+
+    change_tensors(folder, change)
 
 
 def split_shards(folder, shards=3):
