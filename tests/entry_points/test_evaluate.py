@@ -35,11 +35,8 @@ SIZES = ModelConfig(layers=3, width=64, heads=4, kv_heads=2, feed_forward=176, v
 LOSS = rounding.of_nll(SIZES, 32, 2, score=4)
 SETTINGS = ["--mc_samples=2", "--gen_length=4", "--block_length=4", "--temperature=0.5", "--limit=2"]
 SETTINGS += ["--batch_size=1"]  # then all prompts have the same padded length, so little is compiled
-FIGURES = {
-    "choice",
-    "cloze",
-    "sums",
-    *(f"reversal_{way}ward{how}" for way in ("for", "back") for how in ("", "_infill")),
+FIGURES = {"choice", "cloze", "sums"} | {
+    f"reversal_{way}{how}" for way in ("forward", "backward") for how in ("", "_infill")
 }
 
 
