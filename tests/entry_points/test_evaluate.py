@@ -297,10 +297,6 @@ def test_a_perplexity_that_no_float_can_hold(monkeypatch, place, tmp_path):
         run.run(job(place, tmp_path / "out.json", "choice"))
 
 
-def test_a_limit_is_a_number_or_a_share():
-    assert [run._count(limit, 9) for limit in (None, 4.0, 20.0, 0.5, 0.01)] == [9, 4, 20, 5, 1]
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -1,4 +1,4 @@
-"""Tests that a file of results holds only what JSON can represent."""
+"""Tests that a file of results holds only what JSON can represent, and how many documents a limit means."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llada_jax.evaluation import run
 from llada_jax.evaluation.results import as_json
 
 KEYS = st.text(max_size=3) | st.integers() | st.tuples(st.integers(), st.text(max_size=2)) | st.none()
@@ -39,3 +40,7 @@ def test_what_becomes_of_values():
     }  # fmt: skip
     assert as_json({"text": "é"})[0] == '{\n  "text": "é"\n}\n'
     assert json.loads(as_json({"text": "\ud800"})[0]) == {"text": "\ud800"}
+
+
+def test_a_limit_is_a_number_or_a_share():
+    assert [run._count(limit, 9) for limit in (None, 4.0, 20.0, 0.5, 0.01)] == [9, 4, 20, 5, 1]
