@@ -128,7 +128,11 @@ class SentencePiece:
         self.absent, self.notes = _absent(config, special_map, {*pieces, *records}, self.named)
         self.notes += huggingface_files.notes({}, config)
         self.size = max([len(pieces) - 1, *(record["id"] for record in records.values())]) + 1
-        self._plain = {literal: record["id"] for literal, record in records.items() if literal not in self.special}
+        control = {*self.special.values()}
+        self._plain = {literal: record["id"] for literal, record in records.items() if record["id"] not in control}
+        if aliases := [literal for literal in records if literal not in {**self._plain, **self.special}]:
+            shown = ", ".join(map(repr, aliases[:5]))
+            self.notes.append(f"the files give {shown} the id of a control token: such text is read as text")
         self.added = self._plain | self.special
         marked = {literal: properties(reserved.get(literal)) for literal in self.special}
         marked |= {literal: properties(record) for literal, record in records.items()}

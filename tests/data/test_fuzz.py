@@ -23,7 +23,7 @@ from llada_jax.data.prepare.text import Corpus
 from llada_jax.text.tokenizer import load_tokenizer
 
 FEW = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-MANY = settings(max_examples=1_000, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 
 CHARACTERS = 'abc \n\r\t\0\x1f\x85\u00a0\u00ad\u200b\u2028\u3164\ufeff\ufffd\u00e9\u4e2d\U0001f600{}[]"\\'
 TEXT = st.text(st.sampled_from(CHARACTERS), max_size=12) | st.text(max_size=8)

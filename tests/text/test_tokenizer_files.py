@@ -288,6 +288,15 @@ def test_sentencepiece_flags(tmp_path):
         load_tokenizer(sentencepiece_folder(tmp_path / "f", suffix))
 
 
+def test_text_never_has_the_id_of_a_control_token(tmp_path):
+    folder = sentencepiece_folder(tmp_path)
+    size = load_tokenizer(folder).own_size
+    (folder / "added_tokens.json").write_text(json.dumps({"<a b>": size, "<mask>": size}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.mask_id == size not in tokenizer.encode("<a b>") and tokenizer.decode([size]) == "[MASK]"
+    assert any("give '<a b>' the id of a control token" in note for note in tokenizer.notes)
+
+
 def test_sentencepiece_roles_among_the_pieces(tmp_path):
     """A user-defined piece with the name of a role has the role; SentencePiece alone would find it in any text."""
     folder = sentencepiece_folder(tmp_path, user_defined_symbols=["<|eot_id|>", "<tool>"])
