@@ -14,7 +14,7 @@ command on each of them.
 
 from absl import flags
 
-from llada_jax.cli import compilation_cache, entry_point, model_flags, paths, process_flags, sampler_flags
+from llada_jax.cli import compilation_cache, entry_point, model_flags, paths, process_flags, sampler_flags, streams
 from llada_jax.config import DistributedConfig, UserError
 from llada_jax.evaluation import recipes
 
@@ -49,6 +49,7 @@ _REST = (
 def main() -> int:
     """Evaluates as the flags say and returns the exit code."""
     if _LIST.value:
+        streams.require_stdout("start the program with stdout open")
         print(recipes.table())
         return entry_point.FINISHED
     model = model_flags.model()

@@ -42,10 +42,7 @@ def main() -> int:
     jax.config.update("jax_enable_compilation_cache", False)
     record, text = plan(config, _TOPOLOGY.value)
     if hlo:
-        try:
-            hlo.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--hlo={_HLO.value} cannot be written: {error.strerror}") from None
+        outputs.write_text(hlo, text, "hlo")
     print(json.dumps(record, allow_nan=False) if _JSON.value else page(record))
     return entry_point.FINISHED if record["fits"] else entry_point.FAILURE
 

@@ -11,12 +11,13 @@ import glob
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from llada_jax.cli import paths
+from llada_jax.cli import paths, streams
 from llada_jax.config import UserError
 
 LOCK_FILE = ".lock"  # in a temporary folder, locked while the process that writes it lives
@@ -33,12 +34,20 @@ def check_file(path: str | os.PathLike, flag: str = "output") -> Path:
       The path.
 
     Raises:
-      UserError: If the path is remote or names a folder, or if its folder is missing or cannot be written to.
+      UserError: If the path is remote or names a folder, if its folder is missing or cannot be written to, or if it is
+        a name of stdout, such as /dev/stdout, and stdout is closed.
     """
     found = Path(paths.expanded(path))
     if "://" in os.fspath(path):
         raise UserError(f"--{flag}={path}: name a file on this machine or on a mounted file system")
+    number = _descriptor(found)
+    if number == 1:
+        streams.require_stdout(f"name another file than --{flag}={path}")
     try:
+        if number is not None:
+            if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+                raise OSError(errno.EBADF, "it is open for reading")
+            return found
         if found.is_dir() or not found.name:
             raise UserError(f"--{flag}={path} is a folder; pass the name of a file")
         if not found.absolute().parent.is_dir():
@@ -57,23 +66,47 @@ def _is_special(path: Path) -> bool:
     return path.exists() and not path.is_file()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file (UTF-8), whole or not at all. A device or a pipe is written to, not replaced.
+def _descriptor(path: Path) -> int | None:
+    """Returns the number of the open file that a path such as /dev/stdout or /dev/fd/3 names, or None.
+
+    Such a path may lead to a file, for example with `> FILE`. A rename would then replace the name in /dev itself.
+    """
+    name = os.path.abspath(path)
+    folder, _, last = name.rpartition("/")
+    if folder in ("/dev/fd", "/proc/self/fd") and last.isdecimal():
+        return int(last)
+    return {"/dev/stdout": 1, "/dev/stderr": 2}.get(name)
+
+
+def write_text(path: Path, text: str, flag: str = "output") -> None:
+    """Writes a text file (UTF-8), whole or not at all. A device, a pipe or a stream is written to, not replaced.
+
+    Args:
+      path: The file, as `check_file` has returned it.
+      text: The content.
+      flag: The name of the flag that names the file, for error messages.
 
     Raises:
-      UserError: If the file, which the flag --output names, cannot be written.
+      UserError: If the file cannot be written.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        if (number := _descriptor(path)) is not None:
+            if number == 1 and sys.stdout is not None:
+                sys.stdout.flush()  # what was printed before comes first
+            with open(os.dup(number), "w", encoding="utf-8") as stream:
+                stream.write(text)
+            return
         if _is_special(path):
             path.write_text(text, encoding="utf-8")
             return
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(path)
     except OSError as error:
-        raise UserError(f"--output={path}: {error}") from error
+        raise UserError(f"--{flag}={path}: {error}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def check_folder(directory: str | os.PathLike) -> Path:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 from llada_jax.config import Config, UserError
@@ -46,7 +47,7 @@ class PreparedSets:
         }
 
 
-def find_sets(config: Config, workdir: Path, earlier: Config | None) -> PreparedSets:
+def find_sets(config: Config, workdir: Path, earlier: Config | None, told: Collection[str] = ()) -> PreparedSets:
     """Finds the prepared sets of a run. Text given as config.data.input is prepared into the workdir first.
 
     All processes of the run must call this. Remote sets are copied to each host.
@@ -55,11 +56,13 @@ def find_sets(config: Config, workdir: Path, earlier: Config | None) -> Prepared
       config: The configuration of the run.
       workdir: The workdir of the run.
       earlier: The configuration with which the run was started before; None for a new run.
+      told: The notes of the tokenizer that the user has read already, so that they are not repeated.
 
     Raises:
       UserError: If a set is missing or damaged, if the text cannot be prepared, or if it was prepared or trained on
         with other settings than these.
     """
+    tells = not prepares_with(config, workdir)  # otherwise the preparation tells the notes of the tokenizer
     paths = distributed.first_decides("prepared sets", lambda: _paths(config, workdir, earlier))
     if any(map(remote.is_remote, paths)):
         paths = [remote.local_copy(path, config.data.cache, log) for path in paths]
@@ -74,8 +77,9 @@ def find_sets(config: Config, workdir: Path, earlier: Config | None) -> Prepared
             + (remedy if sets.tokenizer.prefix else "")
         )
     _check_ids(sets)
-    for note in sets.tokenizer.notes:
-        log(f"{sets.tokenizer_folder}: {note}")
+    for note in sets.tokenizer.notes if tells else ():
+        if note not in told:
+            log(f"{sets.tokenizer_folder}: {note}")
     return sets
 
 
@@ -124,6 +128,13 @@ def _paths(config: Config, workdir: Path, earlier: Config | None) -> list[str]:
         trained = None if tokenizer else data.train_tokenizer
         prepare(inputs, target, tokenizer=tokenizer or None, train_tokenizer=trained, **same)
     return [str(target)]
+
+
+def prepares_with(config: Config, workdir: Path) -> str:
+    """Returns the tokenizer with which `find_sets` will prepare config.data.input; "" if it takes or trains another."""
+    if config.data.path or not config.data.input or (workdir / "data").exists():
+        return ""
+    return config.data.tokenizer or (config.init_from if is_chat(config) else "")
 
 
 def _tokenizer_source(config: Config) -> str:

@@ -129,7 +129,9 @@ def run(job: Evaluation) -> int:
     identity = distributed.first_decides("model", lambda: identify(job.model, job.step))
     step = job.step if identity["step"] is None else identity["step"]
     model, tokenizer = loading.load_with_tokenizer(job.model, devices, job.dtype, step)
-    identity |= {"dtype": model.compute.dtype, "tokenizer": tokenizer.sha256}
+    # The ends are in files of the folder that neither hash covers, and they decide what is generated.
+    ends = sorted({i for i in (model.config.eos_id, model.config.eot_id, *model.config.end_ids) if i is not None})
+    identity |= {"dtype": model.compute.dtype, "tokenizer": tokenizer.sha256, "ends": ends}
     _check_model(job, model, tokenizer)
     results: dict[str, Any] = {"results": {}, "n-shot": {}}
     batch_size = job.batch_size or 8 * devices.shape["data"] * devices.shape["fsdp"]

@@ -60,23 +60,23 @@ class Folder:
                 )
         self.files = {*names, *([] if weight_map is None else [INDEX])}
         self._tensors: dict[str, Any] = {}
-        for name in names:
-            shard = _open(directory / name, files, "" if weight_map is None else f", but {INDEX} names it")
+        named = "" if weight_map is None else f", but {INDEX} names it"
+        shards = {name: _open(directory / name, files, named) for name in names}
+        for name, shard in shards.items():
             for tensor in shard.keys():
                 place = (weight_map or {}).get(tensor, name)
                 if place != name or tensor in self._tensors:
-                    self._check_copy(tensor, shard, name, place, files)
+                    self._check_copy(tensor, shard, name, place, shards[place])
                 else:
                     self._tensors[tensor] = shard
         for tensor in weight_map or ():
             if tensor not in self._tensors and not _is_table(tensor):
                 raise UserError(f"{directory / weight_map[tensor]}: tensor {tensor} is missing, but {INDEX} names it")
 
-    def _check_copy(self, tensor: str, shard: Any, name: str, place: str, files: contextlib.ExitStack) -> None:
+    def _check_copy(self, tensor: str, shard: Any, name: str, place: str, counts: Any) -> None:
         """Raises UserError unless a second copy of a tensor equals the one that counts, in the file `place`."""
         if _is_table(tensor):
             return
-        counts = self._tensors.get(tensor) or _open(self.directory / place, files, f", but {INDEX} names it")
         if tensor not in counts.keys():
             raise UserError(f"{self.directory / INDEX}: {tensor} should be in {place}, but it is in {name}")
         if not _equal(shard.get_slice(tensor), counts.get_slice(tensor)):
@@ -131,7 +131,8 @@ def _equal(one: Any, other: Any) -> bool:
         return False
     rows = max(1, _CHUNK_BYTES // max(1, 4 * math.prod(shape[1:])))
     parts = (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))
-    return all(np.array_equal(one[part].astype(np.float32), other[part].astype(np.float32)) for part in parts)
+    same = ((one[part].astype(np.float32), other[part].astype(np.float32)) for part in parts)
+    return all(np.array_equal(*pair, equal_nan=True) for pair in same)  # NaN is told of where the model is used
 
 
 def _weight_map(index: Path) -> dict[str, str]:

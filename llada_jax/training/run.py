@@ -86,7 +86,7 @@ def _run(config: Config, folder: Path) -> int:
     compute = _check_devices(config, device_mesh)
 
     # Open the data, which decides the vocabulary and the special ids.
-    sets = prepared.find_sets(config, folder, begin.earlier)
+    sets = prepared.find_sets(config, folder, begin.earlier, begin.told)
     resolve_ids(config.model, sets.tokenizer, is_chat(config), "" if begin.resumes else begin.source)
     mesh.check_model(config.model, tuple(device_mesh.shape.values()))
     samples.check_prompts(sets.tokenizer, config, is_chat(config))

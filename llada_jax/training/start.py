@@ -10,6 +10,7 @@ weights    only the weights of config.init_from are taken: it is a published fol
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from llada_jax import config as configs
 from llada_jax.config import Config, ModelConfig, UserError
-from llada_jax.data.sets import PreparedSets
+from llada_jax.data.sets import PreparedSets, prepares_with
 from llada_jax.devices import distributed
 from llada_jax.devices.distributed import log
 from llada_jax.diffusion.forward import is_chat
@@ -57,6 +58,7 @@ class Start:
     config: Config | None = None  # the source's configuration; for a published folder only `model` is known
     identity: dict = dataclasses.field(default_factory=dict)  # hashes of the source's data and tokenizer, if known
     template_sha256: str | None = None  # hash of the source's chat template, if the run trains on conversations
+    told: Sequence[str] = ()  # the notes of the source's tokenizer that the user has read
 
     @property
     def resumes(self) -> bool:
@@ -232,7 +234,8 @@ def _look(config: Config, folder: Path) -> Start:
         )
     found = huggingface.inspect(source)
     tokenizer = fitted(find_tokenizer(source), found.config, source)
-    for note in (*found.notes, *(f"{source}: {note}" for note in (tokenizer.notes if tokenizer else ()))):
+    told = tokenizer.notes if tokenizer and prepares_with(config, folder) != config.init_from else ()
+    for note in (*found.notes, *(f"{source}: {note}" for note in told)):
         log(note)
     return Start(
         Kind.WEIGHTS,
@@ -240,6 +243,7 @@ def _look(config: Config, folder: Path) -> Start:
         config=Config(model=found.config),
         identity={"tokenizer": tokenizer and tokenizer.sha256},
         template_sha256=_template(config, source),
+        told=told,
     )
 
 

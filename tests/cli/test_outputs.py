@@ -1,8 +1,12 @@
 """Tests that a text file is written whole or not at all; tests/data/test_output.py does the same for folders."""
 
 import os
+import re
+import subprocess
+import sys
 
 import pytest
+from paths import PYTHONPATH
 
 from llada_jax.cli.outputs import check_file, write_text
 from llada_jax.config import UserError
@@ -30,6 +34,28 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("shell", "code", "content", "said"),
+    [
+        (">> file", 0, "old\nbefore\ntext é\nafter\n", ""),
+        ("| cat > file", 0, "before\ntext é\nafter\n", ""),
+        (">&-", 2, "old\n", "error: stdout is closed, .*: name another file than --output=/proc/self/fd/1\n"),
+    ],
+)
+def test_a_name_of_stdout_is_written_to_and_not_replaced(tmp_path, shell, code, content, said):
+    """Where stdout leads to a file, the name of stdout would be replaced by a file (/dev/stdout itself, for root)."""
+    main = "from llada_jax.cli import entry_point, outputs\n"
+    main += "def main():\n    path = outputs.check_file('/proc/self/fd/1')\n    print('before')\n"
+    main += "    outputs.write_text(path, 'text \\u00e9\\n')\n    print('after')\nentry_point.run(main)"
+    (tmp_path / "file").write_text("old\n")
+    done = subprocess.run(
+        ["bash", "-c", f'set -o pipefail; "$0" "$@" {shell}', sys.executable, "-c", main],
+        cwd=tmp_path, capture_output=True, check=False, text=True, env=os.environ | {"PYTHONPATH": PYTHONPATH},
+    )  # fmt: skip
+    assert done.returncode == code and re.fullmatch(said, done.stderr)
+    assert (tmp_path / "file").read_text() == content and [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
     ("path", "words"),
     [
         (".", "--output=. is a folder; pass the name of a file"),
@@ -38,6 +64,7 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
         ("x" * 300, "--output=x+ cannot be written: File name too long"),
         ("a\0b", "--output=a.b cannot be written: .*null"),
         ("file/x", "--output=file/x: there is no folder"),
+        ("/dev/fd/999", "--output=/dev/fd/999 cannot be written: Bad file descriptor"),
     ],
 )
 def test_what_cannot_be_written_is_found_before_the_work(tmp_path, monkeypatch, path, words):

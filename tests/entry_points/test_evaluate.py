@@ -225,6 +225,20 @@ def test_what_tells_models_apart(place, tmp_path):
         assert run._fingerprint(asked, identity) != name
 
 
+def test_other_ends_are_another_model(monkeypatch, place, tmp_path):
+    """generation_config.json decides where a completion ends, so kept completions of other ends are not reused."""
+    folder, used = shutil.copytree(place / "model", tmp_path / "m"), []
+    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **given: used.append(given["use_cache"]))
+    for ends in ([2, 7], [2, 9]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        asked = dataclasses.replace(
+            job(place, tmp_path / "o", "sums", cache=str(tmp_path / "cache")), model=str(folder)
+        )
+        run.run(asked)
+    assert 9 in json.loads((tmp_path / "o").read_text())["model"]["ends"]
+    assert used[0] != used[1]
+
+
 def test_tasks_on_local_files(monkeypatch, tmp_path):
     from llada_jax.evaluation import tasks
 

@@ -86,6 +86,13 @@ def test_a_tied_model_may_carry_its_head(folder, tmp_path, sharded, monkeypatch)
     assert huggingface.inspect(tmp_path / "out").notes == []
 
 
+def test_a_tied_head_with_the_same_nan_equals_the_embedding(folder):
+    """What is wrong with such a model is told where it is used, not that its head is another one."""
+    change_tensors(folder, lambda tensors: tensors[EMBEDDING].__setitem__((3, 4), np.nan))
+    tie(folder, lambda embedding: embedding)
+    assert huggingface.inspect(folder).notes[0].endswith("it is not read")
+
+
 def test_a_tied_head_of_another_dtype_counts_by_its_values(folder):
     def rounded(tensors):
         tensors[EMBEDDING] = tensors[EMBEDDING].astype(ml_dtypes.bfloat16).astype(np.float32)
@@ -115,6 +122,16 @@ def test_tables_that_are_no_parameters_are_passed_over(folder):
     index["weight_map"]["model.layers.7.rotary_emb.inv_freq"] = path.name  # named, but in no file
     (folder / tensor_files.INDEX).write_text(json.dumps(index))
     assert huggingface.inspect(folder).config.layers == 3
+
+
+def test_each_file_is_opened_once_however_many_copies_there_are(folder, monkeypatch):
+    weight_map = split_shards(folder, 2)
+    first, second = sorted(set(weight_map.values()))
+    save_file(load_file(folder / first) | load_file(folder / second), folder / first)
+    opened, safe_open = [], tensor_files.safe_open
+    monkeypatch.setattr(tensor_files, "safe_open", lambda path, **k: opened.append(path.name) or safe_open(path, **k))
+    huggingface.inspect(folder)
+    assert opened == [first, second]
 
 
 def test_copies_in_several_shards(folder):

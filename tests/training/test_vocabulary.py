@@ -67,6 +67,29 @@ def test_a_full_vocabulary_is_trained_further(full, corpus, tmp_path):
     assert (model.vocab_size, model.token_count, model.mask_id, model.eos_id, model.eot_id) == (512, 512, 511, 2, None)
 
 
+@pytest.mark.parametrize("prepared", ["before", "by text", "by chat"])
+def test_what_a_tokenizer_says_is_told_once_at_the_start_of_a_run(full, corpus, tmp_path, capsys, prepared):
+    folder = changed(full, tmp_path)
+    (folder / "tokenizer_config.json").write_text('{"clean_up_tokenization_spaces": true}')
+    config = tiny.get_config()
+    config.init_from = str(folder)
+    if prepared == "before":
+        prepare_text(corpus, tmp_path / "set", folder)
+        config.data.path = str(tmp_path / "set")
+    elif prepared == "by text":
+        config.data.input, config.data.tokenizer = str(corpus), str(folder)
+    else:
+        lines = [{"prompt": f"How much is {i}?", "response": "Much."} for i in range(60)]
+        (tmp_path / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        config.data.input, config.diffusion.objective = str(tmp_path / "chat.jsonl"), "sft"
+        config.sequence_length = 128
+    capsys.readouterr()
+    for _ in range(2):  # a second start finds the set that the first one has prepared
+        begin = start.decide(config, tmp_path / "run")
+        prepared_sets.find_sets(config, tmp_path / "run", begin.earlier, begin.told)
+        assert capsys.readouterr().err.count("clean_up_tokenization_spaces") == 1
+
+
 def test_data_has_the_eos_of_the_model_and_this_is_told(full, corpus, tmp_path, capsys):
     folder = changed(full, tmp_path, eos_token_id=9)
     manifest = prepare_text(corpus, tmp_path / "set", folder)
