@@ -15,7 +15,7 @@ _END_TOKENS = tuple(f"{name}_token" for name in _ENDS)
 _MODEL_IDS = {"mask": "mask_token_id", "bos": "bos_token_id", "eos": "eos_token_id"}
 _CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-_MOST = 1 << 24  # far more ids than any vocabulary has
+MOST_IDS = 1 << 24  # far more ids than any vocabulary has
 
 
 def is_id(value: Any) -> bool:
@@ -73,7 +73,7 @@ def model_ids(folder: epath.Path) -> dict[str, list[int]]:
             rows = fields.get("embedding_size") or fields.get("vocab_size")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    limit = min(rows, _MOST) if is_id(rows) and rows else _MOST
+    limit = min(rows, MOST_IDS) if is_id(rows) and rows else MOST_IDS
     return {role: [i for i in ids if is_id(i) and i < limit] for role, ids in named.items()}
 
 
