@@ -33,7 +33,8 @@ def resolve_ids(model: ModelConfig, tokenizer: Tokenizer, chat: bool = False, so
     if model.mask_id in appended:
         raise UserError(
             f"MASK is {model.mask_id} in {source or 'the config'} (config.model.mask_id), but the data was prepared "
-            f"with this id for another token: prepare it again with the ids of the model (--tokenizer={source or 'FOLDER'})"
+            "with this id for another token: prepare it again with the ids of the model "
+            f"(--tokenizer={source or 'FOLDER'})"
         )
     used = 1 + max(tokenizer.own_size - 1, *appended)
     if (needed := max(used, model.mask_id + 1)) > model.vocab_size:

@@ -238,3 +238,11 @@ def test_a_message_that_the_template_leaves_out_is_refused(tmp_path, tokenizer_f
         line, role = {"messages": [*EARLIER, message, *ASKED]}, message["role"]
         with pytest.raises(UserError, match=f'chat.jsonl, line 1: .* leaves out a message of the role "{role}"'):
             make_set(tmp_path / role, folder, [line], validation_fraction=0)
+
+
+def test_any_keys_are_listed_in_one_line(tmp_path, tokenizer_folder, capsys):
+    lines = [{"messages": ASKED, "id": 1, "\x1b[2J\n": 1, "\ud800": 1, f"key {i}": 1} for i in range(60)]
+    make_set(tmp_path, tokenizer_folder, lines, validation_fraction=0, progress=True)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("without effect"))
+    assert "id (60), key 0 (1), " in line and "\\x1b[2J\\n (60)" in line and "\\ud800 (60)" in line
+    assert line.endswith(" and 13 more keys")
