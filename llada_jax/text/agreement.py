@@ -29,7 +29,14 @@ def resolve_ids(model: ModelConfig, tokenizer: Tokenizer, chat: bool = False, so
     model.vocab_size = model.vocab_size or tokenizer.vocab_size
     for name in ("mask_id", "bos_id", "eos_id", "eot_id"):
         _resolve(model, tokenizer, name, chat, source)
-    used = 1 + max(tokenizer.own_size - 1, tokenizer.eos_id, *(_chat_ids(tokenizer) if chat else ()))
+    appended = {tokenizer.eos_id, *tokenizer.prefix, *(_chat_ids(tokenizer) if chat else ())}
+    if model.mask_id in appended:
+        raise UserError(
+            f"MASK is {model.mask_id} in {source or 'the config'} (config.model.mask_id), but the data was prepared "
+            "with this id for another token: prepare it again with the ids of the model "
+            f"(--tokenizer={source or 'FOLDER'})"
+        )
+    used = 1 + max(tokenizer.own_size - 1, *appended)
     if (needed := max(used, model.mask_id + 1)) > model.vocab_size:
         raise UserError(
             f"config.model.vocab_size={model.vocab_size} is smaller than the tokenizer's {needed} tokens that "
@@ -50,7 +57,8 @@ def _resolve(model: ModelConfig, tokenizer: Tokenizer, name: str, chat: bool, so
     ours, theirs = getattr(model, name), getattr(tokenizer, name)
     if ours is None:
         # Text needs no row for the tokens of the chat template and for BOS.
-        if theirs is not None and (theirs < model.vocab_size or name in ("mask_id", "eos_id")):
+        known = name == "mask_id" or theirs != model.mask_id  # the model's MASK may have the id of a token of no text
+        if known and theirs is not None and (theirs < model.vocab_size or name in ("mask_id", "eos_id")):
             setattr(model, name, theirs)
         return
     if ours == theirs:

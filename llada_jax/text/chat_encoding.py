@@ -138,6 +138,15 @@ class ChatEncoding:
             variables or {},
         )
 
+    def unwritten_roles(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> list[str]:
+        """Returns the roles, other than user and assistant, of messages that the chat template leaves out."""
+        if all(message["role"] in ("user", "assistant") for message in messages):  # by far the most
+            return []
+        chat = self.fitted_chat(messages, False, variables)
+        return chat_messages.unwritten_roles(lambda chat: self._chat_text(chat, False, variables), chat)
+
     def fitted_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -110,11 +110,6 @@ def text_of(message: Mapping[str, Any]) -> str:
     return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
-def says_something(message: Mapping[str, Any]) -> bool:
-    """Returns whether a message has a text, a tool call or anything else that a model can learn or see."""
-    return bool(text_of(message).strip()) or any(message.get(key) for key in MEANINGFUL)
-
-
 def fitted(messages: Messages, render: Callable[[Messages], str]) -> list[dict[str, Any]]:
     """Returns the messages in the first form that the template takes.
 
@@ -260,6 +255,38 @@ def passed_over(
         if not takes(key) or (written and not _differ(lambda v: render(messages, v), variables, without)):
             found.append(key)
     return found
+
+
+def unwritten_roles(render: Callable[[Messages], str], messages: Messages) -> list[str]:
+    """Returns the roles, other than user and assistant, of messages that the template leaves out.
+
+    Many templates pass over messages of the system or of tools without an error. Each such message gets a mark at its
+    end, so that a short text that also occurs elsewhere is not mistaken for it.
+
+    Args:
+      render: The function that turns messages into text.
+      messages: The messages in the form that the template takes.
+    """
+    marks = {
+        i: f"[written {i}]"
+        for i, message in enumerate(messages)
+        if message["role"] not in ("user", "assistant") and text_of(message).strip()
+    }
+    if not marks:
+        return []
+    try:
+        text = render([_with_mark(message, marks.get(i)) for i, message in enumerate(messages)])
+    except UserError:  # such a template reads the text
+        return []
+    return list(dict.fromkeys(messages[i]["role"] for i, mark in marks.items() if mark not in text))
+
+
+def _with_mark(message: Mapping[str, Any], mark: str | None) -> Mapping[str, Any]:
+    if mark is None:
+        return message
+    content = message["content"]
+    longer = [*content, {"type": "text", "text": mark}] if isinstance(content, list) else f"{content} {mark}"
+    return {**message, "content": longer}
 
 
 def _differ(render: Callable[[Any], str], one: Any, other: Any) -> bool:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from llada_jax.config import UserError
 from llada_jax.text.added_tokens import PLAIN, AddedToken, properties, special_tokens
 from llada_jax.text.around import of_post_processor
 
@@ -120,6 +122,10 @@ def read(content: bytes, config: Mapping[str, Any], special_map: Mapping[str, An
     for literal, i in ids.items():
         if (stated := (records | more)[literal]["id"]) != i:
             said.append(f"tokenizer.json gives {literal!r} the id {stated}, but the tokenizers library {i}: {i} holds")
+    by_id = {i: literal for literal, i in ids.items()}
+    for piece, i in vocabulary.items():  # in a vocabulary with holes, the library counts and meets ids that are taken
+        if i in by_id and piece not in ids:
+            said.append(f"{by_id[i]!r} has the id {i}, as the piece {piece!r} of ordinary text has: they look the same")
     found = {literal: properties(record) for literal, record in (records | more).items() if literal in ids}
     kinds = json.dumps([fields.get("decoder"), fields.get("pre_tokenizer")])
     return Described(
@@ -163,9 +169,21 @@ def _library(fields: Mapping[str, Any]) -> Any:
 
 
 def described_tokens(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns literal -> object of the tokens in added_tokens_decoder, each with its id under "id"."""
-    decoder = config.get("added_tokens_decoder") or {}
-    return {record["content"]: {**record, "id": int(i)} for i, record in decoder.items()}
+    """Returns literal -> object of the tokens in added_tokens_decoder, each with its id under "id".
+
+    Raises:
+      UserError: If this field of tokenizer_config.json does not have the form {"5": {"content": "..."}}.
+    """
+    decoder, found = config.get("added_tokens_decoder") or {}, {}
+    for i, record in decoder.items() if isinstance(decoder, dict) else ((None, None),):
+        literal = record.get("content") if isinstance(record, dict) else None
+        if not isinstance(literal, str) or re.fullmatch("[0-9]{1,9}", i) is None:
+            form = '{"5": {"content": "..."}}'
+            raise UserError(
+                f"tokenizer_config.json: added_tokens_decoder must have the form {form}, not {i!r:.30}: ..."
+            )
+        found[literal] = {**record, "id": int(i)}
+    return found
 
 
 def notes(fields: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 
 from llada_jax.config import UserError
+from llada_jax.text.json_files import read_object
 
 # What a token that ends a text is called in the files: EOS, and the end of a turn, of a message and of a document.
 _ENDS = ("eos", "eot", "eom", "eod")
@@ -15,7 +16,7 @@ _END_TOKENS = tuple(f"{name}_token" for name in _ENDS)
 _MODEL_IDS = {"mask": "mask_token_id", "bos": "bos_token_id", "eos": "eos_token_id"}
 _CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-_MOST = 1 << 24  # far more ids than any vocabulary has
+MOST_IDS = 1 << 24  # far more ids than any vocabulary has
 
 
 def is_id(value: Any) -> bool:
@@ -60,7 +61,7 @@ def model_ids(folder: epath.Path) -> dict[str, list[int]]:
     if not path.exists():
         return {}
     try:
-        fields = json.loads(path.read_bytes())
+        fields = read_object(path.read_bytes(), str(path))
         if "config" in fields:  # a workdir
             model = fields["config"]["model"]
             named, rows = {role: listed(model.get(f"{role}_id")) for role in _MODEL_IDS}, model.get("vocab_size")
@@ -68,12 +69,12 @@ def model_ids(folder: epath.Path) -> dict[str, list[int]]:
         else:
             named = {role: listed(fields.get(name)) for role, name in _MODEL_IDS.items()}
             path = folder / GENERATION_CONFIG
-            further = json.loads(path.read_bytes()) if path.exists() else {}
+            further = read_object(path.read_bytes(), str(path)) if path.exists() else {}
             named["ends"] = [i for key in END_IDS for source in (fields, further) for i in listed(source.get(key))]
             rows = fields.get("embedding_size") or fields.get("vocab_size")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    limit = min(rows, _MOST) if is_id(rows) and rows else _MOST
+    limit = min(rows, MOST_IDS) if is_id(rows) and rows else MOST_IDS
     return {role: [i for i in ids if is_id(i) and i < limit] for role, ids in named.items()}
 
 

@@ -1,6 +1,7 @@
 """Tests that everything that a line of chat data says is honoured, counted or refused."""
 
 import json
+import shutil
 
 import pytest
 
@@ -54,6 +55,11 @@ def said(line):
         ({"messages": [{"from": "User", "value": "What?"}, {"from": "Assistant", "value": "That."}]}, ASKED),
         ({"conversation": ASKED}, ASKED),
         (
+            {"messages": [{"role": "prompter", "content": "What?"}, {"role": "Assistant", "content": "That."}]},
+            ASKED,
+        ),
+        ({"messages": [{"role": "human", "content": "What?"}, {"role": "gpt", "content": "That."}]}, ASKED),
+        (
             {
                 "conversations": [
                     {"from": "human", "value": "What?"}, {"from": "function_call", "value": json.dumps(CALL)},
@@ -82,7 +88,7 @@ def test_all_that_is_said_becomes_messages(line, messages):
         ({"weight": 0}, False), ({"weight": 1.0}, True), ({"weight": None}, True), ({"train": False}, False),
         ({"loss": False}, False), ({"loss_mask": 0}, False), ({"mask": True}, False), ({"mask": 0}, True),
         ({"masked": 1}, False), ({"loss_scale": 0.0}, False), ({"weight": 1, "mask": False}, True),
-        ({"trainable": False}, False),
+        ({"trainable": False}, False), ({"training": False}, False),
     ],
 )  # fmt: skip
 def test_marks_of_messages_and_lines(mark, learned):
@@ -143,6 +149,7 @@ def test_keys_that_say_nothing_are_listed():
         ({"prompt": "a", "response": "b", "functions": [{}]}, 'write them as "tools"'),
         ({"prompt": "a", "response": "b", "weight": 0.5}, 'the line has "weight": 0.5'),
         ({"prompt": "a", "response": "b", "loss_mask": [0, 1]}, 'the line has "loss_mask": [0, 1]'),
+        ({"messages": ASKED, "weights": [0, 1]}, 'the line has "weights", a list of marks'),
         ({"messages": [ASKED[0], ASKED[1] | {"weight": 2}]}, 'message 1 has "weight": 2'),
         ({"messages": [ASKED[0], ASKED[1] | {"mask": "yes"}]}, 'message 1 has "mask": "yes"'),
         ({"messages": [ASKED[0], ASKED[1] | {"mask": 1, "train": 1}]}, "contradict each other: train, mask"),
@@ -213,3 +220,29 @@ def test_keys_that_the_template_passes_over_are_refused(tmp_path, tokenizer_fold
     ):
         with pytest.raises(UserError, match=f"chat.jsonl, line 1: the chat template {words}"):
             make_set(tmp_path / str(i), tokenizer_folder, [line], validation_fraction=0)
+
+
+def test_a_message_that_the_template_leaves_out_is_refused(tmp_path, tokenizer_folder):
+    """The texts of these messages occur elsewhere, so that it does not help to look for them."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer_folder, folder)
+    template = (
+        "{% for m in messages %}{% if m.role in ('user', 'assistant') or (m.role == 'system' and loop.first) %}"
+        "<{{ m.role }}>{{ m.content | trim }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    make_set(tmp_path / "whole", folder, [{"messages": [SYSTEM, *ASKED]}], validation_fraction=0)
+    result = {"role": "tool", "content": "t"}
+    for message in (SYSTEM, result):
+        line, role = {"messages": [*EARLIER, message, *ASKED]}, message["role"]
+        with pytest.raises(UserError, match=f'chat.jsonl, line 1: .* leaves out a message of the role "{role}"'):
+            make_set(tmp_path / role, folder, [line], validation_fraction=0)
+
+
+def test_any_keys_are_listed_in_one_line(tmp_path, tokenizer_folder, capsys):
+    lines = [{"messages": ASKED, "id": 1, "\x1b[2J\n": 1, "\ud800": 1, f"key {i}": 1} for i in range(60)]
+    make_set(tmp_path, tokenizer_folder, lines, validation_fraction=0, progress=True)
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("without effect"))
+    assert "id (60), key 0 (1), " in line and "\\x1b[2J\\n (60)" in line and "\\ud800 (60)" in line
+    assert line.endswith(" and 13 more keys")

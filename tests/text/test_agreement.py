@@ -98,3 +98,14 @@ def test_an_existing_model_takes_ends_and_holes_from_its_tokenizer(folder):
     assert with_tokenizer(config, tokenizer) == config
     alone = with_tokenizer(ModelConfig(vocab_size=512, end_ids=(7, 450)), None)
     assert (alone.eos_id, alone.end_ids, alone.holes) == (7, (450,), ())
+
+
+def test_mask_of_the_model_is_no_other_token_of_the_data(folder):
+    """The data was prepared without the model's config: there, the id of the model's MASK is that of <|eot_id|>."""
+    tokenizer, eot = find_tokenizer(folder), OWN + 3
+    assert tokenizer.eot_id == eot
+    with pytest.raises(UserError, match=rf"MASK is {eot} in m .* this id for another token: .* \(--tokenizer=m\)"):
+        resolve_ids(ModelConfig(vocab_size=OWN + 8, mask_id=eot, eos_id=2), tokenizer, chat=True, source="m")
+    model = ModelConfig(vocab_size=OWN + 8, mask_id=eot, eos_id=2)
+    resolve_ids(model, tokenizer, source="m")  # text has no such token
+    assert (model.mask_id, model.eot_id) == (eot, None)

@@ -109,15 +109,22 @@ def test_an_eos_that_only_generation_config_knows(tmp_path):
     assert load_tokenizer(folder).eos_id == 9
 
 
-@pytest.mark.parametrize("content", ["[]", "{", "3", '{"config": 3}', "\xff", "[" * 10**5])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", "is not a JSON object"), ("{", "is not JSON: "), ("3", "is not a JSON object"), ("", "is not JSON: "),
+        ('{"config": 3}', "cannot be read: "), ("\xff", "is not JSON in UTF-8: line 1"),
+        ("\xff\xfe{\0}\0", "is UTF-16: "), ("[" * 10**5, "nested too deeply"),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["config", "generation_config"])
-def test_a_damaged_config_is_named(tmp_path, name, content):
+def test_a_damaged_config_is_named(tmp_path, name, content, words):
     folder = word_level(tmp_path, VOCAB, config={})
     (folder / f"{name}.json").write_text(content, encoding="latin-1")
     if (name, content) == ("generation_config", '{"config": 3}'):
         assert load_tokenizer(folder).notes == []
         return
-    with pytest.raises(UserError, match=rf"/{name}.json cannot be read: "):
+    with pytest.raises(UserError, match=rf"/{name}.json .*{words}"):
         load_tokenizer(folder)
 
 

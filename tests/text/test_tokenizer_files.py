@@ -18,12 +18,12 @@ LINES = ["The small fox walked over the hill <|eot_id|>, said one; two or three.
 
 def test_dropout_of_training_is_not_used(tmp_path):
     text = "ab fox abab foxab" * 5
-    folder = tf.write(tmp_path, tf.bytes_pairs(dropout=0.5))
+    folder = tf.write(tmp_path, tf.bytes_pairs(dropout=0.9))
     assert len({tuple(tf.library(folder).encode(text).ids) for _ in range(30)}) > 1
     without = tf.library(tf.write(tmp_path / "without", tf.bytes_pairs())).encode(text).ids
     tokenizer = load_tokenizer(folder)
     assert {tuple(tokenizer.encode(text, special)) for _ in range(30) for special in (False, True)} == {tuple(without)}
-    assert "dropout=0.5" in tokenizer.notes[0]
+    assert "dropout=0.9" in tokenizer.notes[0]
     everything = load_tokenizer(tf.write(tmp_path / "all", tf.bytes_pairs(dropout=1.0)))
     assert everything.encode(text) == without
 
@@ -329,3 +329,27 @@ def test_the_same_ids_as_transformers(tmp_path):
         messages = [{"role": "a", "content": "ab a"}, {"role": "b", "content": " b"}]
         found = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
         assert t.encode_chat(messages, add_generation_prompt=False) == found
+
+
+def test_two_tokens_with_one_id_are_told(tmp_path):
+    """In a vocabulary with holes, the library gives an added token the next id by count, which may be taken."""
+    content = tf.words(vocab={"<unk>": 0, "a": 1, "b": 3}) | {"added_tokens": [tf.added("<s>", 4, "special")]}
+    tokenizer = load_tokenizer(tf.write(tmp_path, content))
+    assert tokenizer.bos_id == 3 == tf.library(tmp_path).token_to_id("<s>")
+    assert "'<s>' has the id 3, as the piece 'b' of ordinary text has: they look the same" in tokenizer.notes
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [{"x": {"content": "y"}}, {"7": {}}, {"7": "y"}, {"-7": {"content": "y"}}, {"9" * 10: {"content": "y"}}, [1]],
+)
+def test_odd_added_tokens_are_refused_by_file(tmp_path, decoder):
+    folder = tf.write(tmp_path, tf.words(), tokenizer_config={"added_tokens_decoder": decoder})
+    with pytest.raises(UserError, match="tokenizer_config.json: added_tokens_decoder must have the form"):
+        load_tokenizer(folder)
+
+
+def test_an_id_that_no_vocabulary_has_is_refused(tmp_path):
+    """Arrays over all ids would fill the memory."""
+    with pytest.raises(UserError, match="the files give a token the id 4000000000"):
+        load_tokenizer(tf.write(tmp_path, tf.words(vocab={"<unk>": 0, "a": 4_000_000_000})))

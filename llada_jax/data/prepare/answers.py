@@ -126,8 +126,14 @@ def _unread(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], variables:
     """Returns the harmless keys of messages that the chat template passes over.
 
     Raises:
-      BadItem: If the template passes over a key, or a variable, that changes what the model sees or learns.
+      BadItem: If the template passes over a message, a key, or a variable, that changes what the model sees or learns.
     """
+    if roles := tokenizer.unwritten_roles(messages, variables):
+        raise BadItem(
+            f'the chat template leaves out a message of the role "{roles[0]:.50}": use a template that writes it, or '
+            "write it into a message of the user",
+            "the chat template leaves out a message",
+        )
     if not variables and all(message.keys() <= {"role", "content"} for message in messages):
         return []
     unread = tokenizer.unread_in_chat(messages, variables)

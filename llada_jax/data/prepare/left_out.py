@@ -10,6 +10,11 @@ LARGEST_SHARE = 0.1  # if a larger share of the input is bad, the preparation fa
 _EXAMPLES = 3  # number of examples that are kept of each kind
 
 
+def printable(text: str) -> str:
+    """Returns a text of a file for a message: what cannot be printed on one line is written as in a Python string."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class BadItem(UserError):
     """A document or conversation that cannot be used. The message names its file and line.
 
@@ -18,8 +23,7 @@ class BadItem(UserError):
     """
 
     def __init__(self, message: str, kind: str = ""):
-        # A line may hold anything. What cannot be printed on one line is written as in a Python string.
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+        super().__init__(printable(message))
         self.kind = kind
 
 

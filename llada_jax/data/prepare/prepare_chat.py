@@ -35,6 +35,7 @@ from llada_jax.data.pairs import HEADER_BYTES, PairWriter
 from llada_jax.data.prepare.answers import RULES, ChatBatch, Encoded
 from llada_jax.data.prepare.conversations import Conversation, Conversations
 from llada_jax.data.prepare.held_out import HASH_RULE, held_out_below, text_hash
+from llada_jax.data.prepare.left_out import printable
 from llada_jax.data.prepare.output import (
     SHARD_BYTES,
     Progress,
@@ -47,6 +48,7 @@ from llada_jax.data.prepare.pool import Pool
 from llada_jax.text.agreement import template_hash
 from llada_jax.text.tokenizer import load_tokenizer
 
+_LISTED = 50  # number of keys without effect that are listed
 _BATCH = 128  # number of conversations that a worker tokenises at a time
 
 
@@ -151,8 +153,10 @@ def prepare_chat(
         publish(folder, target, manifest)
     unread += conversations.unread
     if unread and progress:
-        listed = ", ".join(f"{name} ({count:,})" for name, count in sorted(unread.items()))
-        print(f"without effect, with the number of conversations: {listed}", file=sys.stderr)
+        most = sorted(sorted(unread), key=lambda name: -unread[name])[:_LISTED]
+        listed = ", ".join(f"{printable(name):.60} ({unread[name]:,})" for name in sorted(most))
+        more = f" and {len(unread) - _LISTED:,} more keys" if len(unread) > _LISTED else ""
+        print(f"without effect, with the number of conversations: {listed}{more}", file=sys.stderr)
     return manifest
 
 

@@ -35,11 +35,15 @@ _SYSTEM = ("system", "system_prompt", "system_message")
 # A line with messages and one of these pairs has two conversations.
 _PAIRS = (("prompt", "response"), ("instruction", "output"), ("question", "answer"))
 # Marks that are true, or 1, for what is learned, and marks that are true for what is not.
-_LEARNED = ("weight", "train", "loss", "loss_weight", "loss_scale", "loss_mask", "trainable", "train_on_turn")
+_LEARNED = (
+    "weight", "train", "training", "loss", "loss_weight", "loss_scale", "loss_mask", "trainable", "train_on_turn",
+)  # fmt: skip
 _MASKED = ("mask", "masked", "ignore_loss")
+_MARKS_IN_A_LIST = ("weights", "loss_weights", "loss_masks", "masks")
+_ONLY_IF_BOOLEAN = ("loss", "training")  # on a line, another value is a measurement, or the name of a part of the data
 _ROLES = {
     "system": "system",
-    "human": "user", "user": "user",
+    "human": "user", "user": "user", "prompter": "user",
     "gpt": ASSISTANT, "assistant": ASSISTANT, "chatgpt": ASSISTANT, "bing": ASSISTANT, "bard": ASSISTANT,
     "bot": ASSISTANT, "model": ASSISTANT, "function_call": ASSISTANT,
     "tool": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
@@ -214,7 +218,10 @@ class _Line:
         if message.get("rejected") or message.get("chosen"):
             raise BadItem(f"a message has several versions: {_NOT_READ['chosen']}", "preference data")
         if "role" in message or "from" not in message:
-            content = message.get("content")
+            role, content = message.get("role"), message.get("content")
+            # A role that is written otherwise than templates know it would be passed over, or not be learned.
+            if isinstance(role, str) and (usual := _ROLES.get(role.lower())) not in (None, "tool"):
+                message = message | {"role": usual}
             return message | {"content": content.lstrip(BOM)} if isinstance(content, str) else dict(message)
         role, value = message["from"], message.get("value", message.get("content"))
         if not isinstance(role, str) or role.lower() not in _ROLES:
@@ -229,6 +236,9 @@ class _Line:
 
     def unmark(self, messages: list[dict[str, Any]]) -> frozenset[int]:
         """Removes the marks from messages, and returns the positions of the answers that are not to be learned."""
+        for key in _MARKS_IN_A_LIST:
+            if isinstance(self._record.get(key), list):
+                raise BadItem(f'the line has "{key}", a list of marks: mark each message itself', "odd mark")
         whole = self._learned(self._all, "the line")
         masked = set()
         for i, message in enumerate(messages):
@@ -250,8 +260,8 @@ class _Line:
         for key in (*_LEARNED, *_MASKED):
             value = of.get(key)
             if of is self._all:
-                if key == "loss" and not isinstance(value, bool):
-                    continue  # a measurement
+                if key in _ONLY_IF_BOOLEAN and not isinstance(value, bool):
+                    continue
                 self._read.add(key)
                 if key == "mask" and isinstance(value, str) and _ROLES.get(value.lower()) in ("user", "system"):
                     continue  # names the speaker who is not learned, which is what is always done
