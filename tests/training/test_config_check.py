@@ -136,7 +136,9 @@ def test_permanent_checkpoints_are_also_rolling_ones():
 
 
 def tokenizer(**changes):
-    values = dict(size=100, own_size=100, vocab_size=128, mask_id=99, bos_id=1, eos_id=2, eot_id=None, end_ids=())
+    values = dict(
+        size=100, own_size=100, vocab_size=128, mask_id=99, bos_id=1, eos_id=2, eot_id=None, end_ids=(), prefix=()
+    )
     values |= dict(holes=lambda limit, known: (), is_text=lambda i: True)
     return types.SimpleNamespace(**(values | changes))
 
