@@ -16,7 +16,7 @@ from llada_jax.formats import workdir
 from llada_jax.formats.generation_config import with_ends_of_source
 from llada_jax.model.compute import compute_dtype, resolve_compute
 from llada_jax.model.transformer import Transformer
-from llada_jax.text.agreement import fitted, with_tokenizer
+from llada_jax.text.agreement import fitted, notes_of, with_tokenizer
 from llada_jax.text.tokenizer import Tokenizer, find_tokenizer
 
 
@@ -74,7 +74,7 @@ def _from_workdir(path: Path, dtype: jnp.dtype, step: int | None) -> tuple[Trans
 
     config = with_ends_of_source(workdir.read_config(path)[0].model, path / workdir.PUBLISHED_FILES)
     tokenizer = fitted(find_tokenizer(path / workdir.TOKENIZER), config, path)
-    _tell([], path, tokenizer)
+    _tell(notes_of(tokenizer, path))
     model = weights.load_model(path, step, jax.sharding.get_mesh(), dtype)
     model.config = with_tokenizer(dataclasses.replace(model.config, end_ids=config.end_ids), tokenizer)
     return model, tokenizer
@@ -85,15 +85,14 @@ def _from_published(path: Path, dtype: jnp.dtype) -> tuple[Transformer, Tokenize
 
     found = huggingface.inspect(path)
     tokenizer = fitted(find_tokenizer(path), found.config, path)
-    _tell(found.notes, path, tokenizer)
+    _tell([*found.notes, *notes_of(tokenizer, path)])
     model = huggingface.load_model(path, dtype, lambda config: with_tokenizer(config, tokenizer))
     return model, tokenizer
 
 
-def _tell(notes: Iterable[str], path: Path, tokenizer: Tokenizer | None) -> None:
-    """Prints the notes about a folder, and those of its tokenizer."""
-    for note in (*notes, *(f"{path}: {note}" for note in (tokenizer.notes if tokenizer else ()))):
-        distributed.log(note)
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
+        distributed.log(line)
 
 
 def load_with_tokenizer(

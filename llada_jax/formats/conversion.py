@@ -18,7 +18,7 @@ from llada_jax.formats.companions import companion_files, put_files
 from llada_jax.formats.generation_config import generation_config
 from llada_jax.formats.published import CONFIG, as_json
 from llada_jax.model.transformer import Transformer, split
-from llada_jax.text.agreement import fitted, with_tokenizer
+from llada_jax.text.agreement import fitted, notes_of, with_tokenizer
 from llada_jax.text.named_ids import GENERATION_CONFIG
 from llada_jax.text.tokenizer import Tokenizer, find_tokenizer
 
@@ -99,7 +99,7 @@ def convert(
         raise UserError("naming is for format=huggingface: leave it out for format=orbax")
     tokenizer = fitted(find_tokenizer(found.tokenizer), found.config.model, found.path)
     if progress:
-        for note in (*found.notes, *(f"{found.tokenizer}: {note}" for note in (tokenizer.notes if tokenizer else ()))):
+        for note in (*found.notes, *notes_of(tokenizer, found.tokenizer)):
             print(note, file=sys.stderr)
     if dtype is not None:
         found = dataclasses.replace(found, dtype=dtype, dtypes={})

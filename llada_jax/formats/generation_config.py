@@ -7,7 +7,7 @@ from typing import Any
 
 from llada_jax.config import ModelConfig, UserError
 from llada_jax.formats.published import CONFIG, as_json, read_json, short
-from llada_jax.text.named_ids import END_IDS, GENERATION_CONFIG, is_id, listed
+from llada_jax.text.named_ids import END_IDS, GENERATION_CONFIG, is_id, listed, others
 
 # Fields that say nothing about how a text is generated here, or say what this package does anyway.
 _HARMLESS = {
@@ -57,8 +57,7 @@ def with_ends(config: ModelConfig, folder: Path) -> tuple[ModelConfig, list[str]
     if unused:
         named = ", ".join(" ".join(name.split()) for name in unused)
         notes.append(f"{path}: not used: {named} (the sampler takes its settings from you)")
-    known = (config.eos_id, config.eot_id)
-    ends = tuple(i for i in dict.fromkeys((*config.end_ids, *found)) if i not in known)
+    ends = others((*config.end_ids, *found), (config.eos_id, config.eot_id))
     return dataclasses.replace(config, end_ids=ends), notes
 
 
@@ -68,7 +67,7 @@ def with_ends_of_source(config: ModelConfig, kept: Path) -> ModelConfig:
         return config
     fields = read_json(kept / CONFIG)
     named = [i for name in END_IDS for i in listed(fields.get(name)) if is_id(i) and i < config.vocab_size]
-    ends = tuple(i for i in dict.fromkeys((*config.end_ids, *named)) if i not in (config.eos_id, config.eot_id))
+    ends = others((*config.end_ids, *named), (config.eos_id, config.eot_id))
     return with_ends(dataclasses.replace(config, end_ids=ends), kept)[0]
 
 

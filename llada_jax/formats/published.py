@@ -11,7 +11,7 @@ from typing import Any
 
 from llada_jax.config import ModelConfig, UserError
 from llada_jax.text.json_files import read_object
-from llada_jax.text.named_ids import END_IDS, is_id, listed
+from llada_jax.text.named_ids import END_IDS, is_id, listed, others
 
 CONFIG = "config.json"
 
@@ -137,7 +137,7 @@ def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelCon
     found.setdefault("kv_heads", found["heads"])
     found.setdefault("tied_embeddings", False)
     _check_values(found, source)
-    found["end_ids"] = tuple(i for i in dict.fromkeys(found["end_ids"]) if i != found.get("eos_id"))
+    found["end_ids"] = others(found["end_ids"], (found.get("eos_id"),))
     config = ModelConfig(**found)
     if config.heads % config.kv_heads:
         raise UserError(f"{source}: {config.heads} heads are not divisible by {config.kv_heads} key/value heads")

@@ -8,6 +8,7 @@ import numpy as np
 from llada_jax.config import SamplerConfig, UserError
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.remasking import REMASKING
+from llada_jax.text.named_ids import others
 
 LARGEST = 1e30  # a temperature or guidance scale; noise and logits times this number are still finite in float32
 TO_THE_END = np.iinfo(np.int32).max
@@ -48,7 +49,7 @@ def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
                 f"end_ids={further}: {i} is MASK, or not in the model's vocabulary of {model.config.vocab_size}"
             )
     # What is EOS or the end of a turn counts as that, whichever list names it as well.
-    further = tuple(i for i in dict.fromkeys(further) if i not in (ids["eos_id"], ids["eot_id"]))
+    further = others(further, (ids["eos_id"], ids["eot_id"]))
     return dataclasses.replace(config, **ids, end_ids=further)
 
 

@@ -8,6 +8,7 @@ import hashlib
 from pathlib import Path
 
 from llada_jax.config import ModelConfig, UserError
+from llada_jax.text.named_ids import others
 from llada_jax.text.tokenizer import Tokenizer
 
 
@@ -143,11 +144,16 @@ def with_tokenizer(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelCon
 def _take_ends_and_holes(config: ModelConfig, tokenizer: Tokenizer) -> None:
     """Adds the ends that the tokenizer's files name, and the ids that are no tokens, to a config, in place."""
     size = config.token_count or config.vocab_size
-    ends = dict.fromkeys((*config.end_ids, tokenizer.eos_id, *tokenizer.end_ids))
     known = (config.eos_id, config.eot_id, config.mask_id)
-    config.end_ids = tuple(i for i in ends if i not in known and i < size)
+    ends = others((*config.end_ids, tokenizer.eos_id, *tokenizer.end_ids), known)
+    config.end_ids = tuple(i for i in ends if i < size)
     if not config.holes:
-        config.holes = tokenizer.holes(size, {config.mask_id, *known, *config.end_ids})
+        config.holes = tokenizer.holes(size, {*known, *config.end_ids})
+
+
+def notes_of(tokenizer: Tokenizer | None, source: str | Path) -> list[str]:
+    """Returns the notes of a tokenizer as lines for the user, which begin with the folder that it comes from."""
+    return [f"{source}: {note}" for note in tokenizer.notes] if tokenizer else []
 
 
 def template_hash(tokenizer: Tokenizer) -> str:

@@ -25,8 +25,6 @@ def of_backend(
     Raises:
       UserError: If an id in front of a text is none of the tokenizer's control tokens.
     """
-    if not hasattr(backend, "around"):
-        return (), [], []
     named = {role: of_files[role][0] for role in {*backend.named, *backend.absent}}
     written, behind = backend.around(named)
     moved = {i: roles[role][0] for role, i in named.items() if i >= backend.size}

@@ -39,8 +39,6 @@ class Backend(Protocol):
     named: Mapping[str, str]  # role -> literal, for the roles whose token the tokenizer itself names
     ends: Sequence[int]  # ids that the tokenizer's main file names as EOS, also if the files beside it name another
     files: Mapping[str, bytes]  # name -> content; a folder with these files loads as this tokenizer
-
-    # What follows may be missing, and is empty then.
     absent: Mapping[str, str]  # role -> literal, for the roles whose token the files name, but which has no id yet
     added: Mapping[str, int]  # literal -> id of every token that is found in a text as it stands, control token or not
     found: Mapping[str, AddedToken]  # literal -> how it is found, for the tokens of `added` that have a property

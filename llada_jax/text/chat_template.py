@@ -207,6 +207,7 @@ def _marked(message: Mapping[str, Any], change: Callable[[str], str], source: st
     return result | ({"role": role} if role in _ROLES or names(source, role) else {})
 
 
+@functools.lru_cache(maxsize=1024)
 def names(source: str, name: str) -> bool:
     """Returns whether a template names this role or key, in quotes or after a dot."""
     return re.search(rf"""(['"]){re.escape(name)}\1|\.{re.escape(name)}(?!\w)""", source) is not None

@@ -1,12 +1,13 @@
 """Finds the special ids that the files of a model's folder name: MASK, BOS, EOS, and whatever else ends a text."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from llada_jax.config import UserError
+from llada_jax.text.added_tokens import content
 from llada_jax.text.json_files import read_object
 
 # What a token that ends a text is called in the files: EOS, and the end of a turn, of a message and of a document.
@@ -29,6 +30,11 @@ def listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+def others(ids: Iterable[int | None], known: Collection[int | None]) -> tuple[int, ...]:
+    """Returns the distinct ids that are not among the known ones, in their order, without None."""
+    return tuple(i for i in dict.fromkeys(ids) if i is not None and i not in known)
+
+
 def ends_of_files(files: Mapping[str, bytes], id_of: Callable[[str], int | None]) -> list[int]:
     """Returns the ids that the files beside a tokenizer name as ends of a text, by literal or by id.
 
@@ -41,10 +47,10 @@ def ends_of_files(files: Mapping[str, bytes], id_of: Callable[[str], int | None]
         fields = json.loads(files.get(name, b"{}"))
         for key in _END_TOKENS:
             for token in listed(fields.get(key)):
-                literal = token.get("content") if isinstance(token, dict) else token
+                literal = content(token)
                 found.append(id_of(literal) if isinstance(literal, str) else None)
         found += [i for key in END_IDS for i in listed(fields.get(key)) if is_id(i)]
-    return [i for i in dict.fromkeys(found) if i is not None]
+    return [*others(found, ())]
 
 
 def model_ids(folder: epath.Path) -> dict[str, list[int]]:

@@ -12,7 +12,7 @@ def roles_of(backend: Backend) -> dict[str, tuple[int, str]]:
     for role, names in ROLES.items():
         literal = backend.named.get(role) or next((n for n in names if n in backend.special), None)
         if literal is None:
-            roles[role] = size, getattr(backend, "absent", {}).get(role, names[0])
+            roles[role] = size, backend.absent.get(role, names[0])
             size += 1
         else:
             roles[role] = backend.special[literal], literal

@@ -19,7 +19,7 @@ from llada_jax.text import added_tokens, around, chat_template
 from llada_jax.text.backends import MASK_LITERAL, NOT_A_TOKEN, Backend, HuggingFace, SentencePiece
 from llada_jax.text.chat_encoding import ChatEncoding
 from llada_jax.text.json_files import check_unicode
-from llada_jax.text.named_ids import MOST_IDS, ends_of_files, model_ids, ranges
+from llada_jax.text.named_ids import MOST_IDS, ends_of_files, model_ids, others, ranges
 from llada_jax.text.roles import as_the_model_says, of_model, roles_of, specials
 
 VOCAB_MULTIPLE = 128  # vocab_size is a multiple of this, so that it can be split over tensor-parallel devices
@@ -84,11 +84,10 @@ class Tokenizer(ChatEncoding):
         self._literals = dict([*roles.values(), *by_id]) | {self.mask_id: MASK_LITERAL}
         self.control_pattern = added_tokens.pattern(self._special)
         # How each token is found in a text. "[MASK]" is found as the tokenizer's own literal for MASK would be.
-        self._found = dict(getattr(backend, "found", {}))
+        self._found = dict(backend.found)
         self._found.setdefault(MASK_LITERAL, self._found.get(roles["mask"][1], added_tokens.PLAIN))
-        self._added = {**getattr(backend, "added", {}), **self._special}
-        searched = getattr(backend, "searched", ())
-        searched = {literal for literal in searched if backend.added[literal] == self._added[literal]}
+        self._added = {**backend.added, **self._special}
+        searched = {literal for literal in backend.searched if backend.added[literal] == self._added[literal]}
         self._pattern = added_tokens.pattern(self._added.keys() - searched)
         self.roles = roles
         bos, start_header, end_header, eot = (roles[name][1] for name in ("bos", "start_header", "end_header", "eot"))
@@ -101,7 +100,7 @@ class Tokenizer(ChatEncoding):
         backend = self._backend
         ends = [i for i, _ in (self._files_roles["eos"], self._files_roles["eot"]) if i < backend.size]
         ends += [*backend.ends, *ends_of_files(backend.files, backend.id_of)]
-        return tuple(i for i in dict.fromkeys(ends) if i not in (self.eos_id, self.eot_id, self.mask_id))
+        return others(ends, (self.eos_id, self.eot_id, self.mask_id))
 
     def of_model(
         self, mask_id: int | None, bos_id: int | None, eos_id: int | None, end_ids: Iterable[int] = ()

@@ -7,14 +7,12 @@ that is extended then jumps, often from the end of its decay back to its peak.
 from llada_jax.config import Config, OptimizerConfig
 from llada_jax.training.optimizer import rate_at, schedule_points
 
-# The settings that decide the learning rate and, together with it, how fast weights decay.
-DECIDING = ("steps", "optimizer.schedule", "optimizer.peak_learning_rate", "optimizer.weight_decay")
 _JUMP = 1.01  # a ratio of two learning rates above which the change is called a jump
 
 
 def told(name: str) -> bool:
     """Returns whether a change of this setting is told to the user of a run that branches off another one."""
-    return name in DECIDING or name.startswith("optimizer.")
+    return name == "steps" or name.startswith("optimizer.")
 
 
 def effects(before: Config, now: Config, step: int) -> list[str]:

@@ -4,9 +4,10 @@ The train step combines the two. They are separate because a skipped step must s
 must not change Adam's moments and bias correction: the schedule counts the steps of the run, Adam counts updates.
 """
 
-import bisect
 import math
 from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +67,17 @@ def rate_at(config: OptimizerConfig, steps: int, step: int) -> float:
       steps: Number of steps of the run.
       step: The step; 0 is the first.
     """
-    points = schedule_points(config, steps)
-    right = min(max(bisect.bisect_left([at for at, _ in points], step + 1), 1), len(points) - 1)
-    (start, first), (end, last) = points[max(right - 1, 0)], points[right]
-    share = min(max((step + 1 - start) / max(end - start, 1e-6), 0.0), 1.0)
-    return config.peak_learning_rate * (first + share * (last - first))
+    positions, factors = np.array(schedule_points(config, steps)).T
+    return float(config.peak_learning_rate * _factor(np, positions, factors, np.float64(step + 1)))
+
+
+def _factor(xp: ModuleType, positions: Any, factors: Any, x: Any) -> Any:
+    """Returns the piecewise linear function through some points, at the place x. `xp` is numpy or jax.numpy."""
+    right = xp.clip(xp.searchsorted(positions, x, side="left"), 1, len(positions) - 1) if len(positions) > 1 else 0
+    left = xp.maximum(right - 1, 0)
+    span = xp.maximum(positions[right] - positions[left], 1e-6)
+    share = xp.clip((x - positions[left]) / span, 0.0, 1.0)
+    return factors[left] + share * (factors[right] - factors[left])
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], jax.Array]:
@@ -94,12 +101,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> Callable[[jax.Array], 
 
     def schedule(step: jax.Array) -> jax.Array:
         positions, factors = jnp.asarray(on_host[:, 0]), jnp.asarray(on_host[:, 1])
-        x = step.astype(jnp.float32) + 1
-        right = jnp.clip(jnp.searchsorted(positions, x, side="left"), 1, len(points) - 1) if len(points) > 1 else 0
-        left = jnp.maximum(right - 1, 0)
-        span = jnp.maximum(positions[right] - positions[left], 1e-6)
-        share = jnp.clip((x - positions[left]) / span, 0.0, 1.0)
-        return config.peak_learning_rate * (factors[left] + share * (factors[right] - factors[left]))
+        return config.peak_learning_rate * _factor(jnp, positions, factors, step.astype(jnp.float32) + 1)
 
     return schedule
 

@@ -45,7 +45,7 @@ from llada_jax.data.prepare.output import (
     publish,
 )
 from llada_jax.data.prepare.pool import Pool
-from llada_jax.text.agreement import template_hash
+from llada_jax.text.agreement import notes_of, template_hash
 from llada_jax.text.tokenizer import load_tokenizer
 
 _LISTED = 50  # number of keys without effect that are listed
@@ -99,8 +99,8 @@ def prepare_chat(
         raise UserError(f"too_long={too_long!r}: choose one of {', '.join(RULES)}")
     conversations = Conversations(inputs, group_key, on_error)
     loaded = load_tokenizer(tokenizer)
-    for note in loaded.notes if progress else ():
-        print(f"{tokenizer}: {note}", file=sys.stderr)
+    for line in notes_of(loaded, tokenizer) if progress else ():
+        print(line, file=sys.stderr)
     below = held_out_below(_groups(conversations), validation_fraction, conversations.inputs)
     with write_errors(output), temporary_folder(target) as folder:
         loaded.save(folder / TOKENIZER_FOLDER)

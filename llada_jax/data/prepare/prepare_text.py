@@ -32,6 +32,7 @@ from llada_jax.data.prepare.output import (
 from llada_jax.data.prepare.pool import Batch, Pool
 from llada_jax.data.prepare.text import Corpus, Piece
 from llada_jax.data.rows import SplitWriter
+from llada_jax.text.agreement import notes_of
 from llada_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.text.train_tokenizer import train_tokenizer
 
@@ -88,8 +89,8 @@ def prepare(
     corpus = Corpus(inputs, text_key, on_error)
     loaded = load_tokenizer(tokenizer) if tokenizer is not None else None
     below = held_out_below(_texts(corpus), validation_fraction, corpus.inputs)
-    for note in loaded.notes if loaded and progress else ():
-        print(f"{tokenizer}: {note}", file=sys.stderr)
+    for line in notes_of(loaded, tokenizer) if progress else ():
+        print(line, file=sys.stderr)
     with write_errors(output), temporary_folder(target) as folder:
         if loaded is None:
             loaded = _train(corpus, below, train_tokenizer, folder / TOKENIZER_FOLDER, progress)
