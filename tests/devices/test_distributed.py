@@ -230,7 +230,8 @@ def test_any_death_is_the_death_of_all_and_the_run_goes_on(several, whole, tmp_p
     assert (folder / "samples.txt").read_text() == (whole[0] / "samples.txt").read_text()
 
 
-@pytest.mark.parametrize("devices", [4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [4, 8])
 def test_one_process_continues_what_two_began(whole, alone, tmp_path, devices):
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)

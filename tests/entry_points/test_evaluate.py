@@ -115,6 +115,7 @@ def test_results_and_table(place, whole):
     assert not list(place.glob(".whole*"))
 
 
+@pytest.mark.slow
 def test_killed_and_continued(monkeypatch, place, whole, tmp_path):
     cache, output = tmp_path / "cache", tmp_path / "out.json"
     command = [sys.executable, str(SUPPORT / "interrupted.py"), "5"]

@@ -99,7 +99,7 @@ def expected():
     [
         (CONFIG, (1, 1, 1), "cpu", "dots"),
         (CONFIG, (2, 2, 2), "xla", "full"),
-        (CONFIG, (1, 2, 4), "xla", "none"),
+        pytest.param(CONFIG, (1, 2, 4), "xla", "none", marks=pytest.mark.slow),
         (SOME, (1, 4, 2), "xla", "dots"),
     ],
 )

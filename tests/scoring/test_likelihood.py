@@ -98,7 +98,7 @@ def test_few_masks_are_enumerated(toy, prompt, answer, scale):
         assert drawn.standard_error > 0 and drawn.value != got[0].value
 
 
-@pytest.mark.parametrize("samples", [5, 16])
+@pytest.mark.parametrize("samples", [pytest.param(5, marks=pytest.mark.slow), 16])
 def test_estimate_is_unbiased_and_its_error_honest(toy, samples):
     prompt, answer = [2, 7], toy.x_0.tolist()
     exact = enumerated(toy.model, prompt, answer)
@@ -204,6 +204,7 @@ print("RESULT", json.dumps(scores), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_scores(toy, whole):
     """Tests that rows are spread over the devices of two processes, and that each process gets all results."""
     settings = {

@@ -111,7 +111,11 @@ def curve(trainer, first_state):
 
 @pytest.mark.parametrize(
     ("sizes", "accumulation"),
-    [((1, 1, 1), 4), ((8, 1, 1), 2), ((1, 8, 1), 1), ((2, 2, 2), 4), ((1, 2, 4), 2)],
+    [
+        ((1, 1, 1), 4),
+        ((2, 2, 2), 4),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (((8, 1, 1), 2), ((1, 8, 1), 1), ((1, 2, 4), 2))),
+    ],
 )
 def test_losses_equal_those_of_one_device(curve, sizes, accumulation):
     """Losses may differ by what `rounding` allows at the first step and at later steps; counts must be equal."""
