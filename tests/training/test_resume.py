@@ -23,7 +23,7 @@ ALL_MOMENTS = (["publish"], ["config"], ["dispatched", "4"], ["saving", "5"], ["
 
 
 @pytest.mark.parametrize(
-    "moments", [ALL_MOMENTS[3:5], pytest.param(ALL_MOMENTS, marks=pytest.mark.slow)], ids=["two", "all"]
+    "moments", [(["saving", "5"], ["saving", "20"]), pytest.param(ALL_MOMENTS, marks=pytest.mark.slow)], ids=["two", "all"]
 )
 def test_killed_at_chosen_moments_the_run_is_the_same(outside, corpus, tmp_path, moments):
     folder = tmp_path / "run"
@@ -41,8 +41,7 @@ def test_killed_at_chosen_moments_the_run_is_the_same(outside, corpus, tmp_path,
             assert int(point[1]) not in workdir.steps_in(folder)
     process = tiny.start(["-m", "llada_jax.train", *flags])
     errors = process.communicate()[1]
-    newest = 15 if moments == ALL_MOMENTS else 10
-    assert process.returncode == 0 and f"resuming {folder} at step {newest}" in errors, errors
+    assert process.returncode == 0 and f"resuming {folder} at step 15" in errors, errors
     assert_same_run(folder, outside[0])
     left = [path.name for path in [*folder.iterdir(), *(folder / "checkpoints").iterdir()]]
     assert not [name for name in left if "tmp" in name or "preparing" in name]
