@@ -176,6 +176,11 @@ def batch_shards() -> int:
     return shape["data"] * shape["fsdp"]
 
 
+def tensor_shards() -> int:
+    """Returns the number of shards that heads, the feed-forward width and the vocabulary are split into."""
+    return jax.sharding.get_abstract_mesh().shape["tensor"]
+
+
 def abstract_mesh(sizes: tuple[int, int, int]) -> AbstractMesh:
     """Returns a mesh without devices, which is used to compute only shapes and shardings."""
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Explicit,) * 3)

@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llada_jax.config import UserError
@@ -60,7 +61,9 @@ def attention(
         specs = (heads, heads, heads, P(mesh.BATCH, *(None,) * (real.ndim - 1)))
     # check_vma is off because kernels do not say how their outputs vary over the mesh. The check would also add
     # reductions of gradients, but none is needed: no float array is replicated over a mesh axis here.
-    return jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(*inputs)
+    out_BTHK = jax.shard_map(run, in_specs=specs, out_specs=heads, check_vma=False)(*inputs)
+    # The other kernels name what their backward passes need themselves. Another name would keep the output twice.
+    return checkpoint_name(out_BTHK, SAVED_NAME) if kernel in ("xla", "reference") else out_BTHK
 
 
 def choose_kernel(name: str, dtype: jnp.dtype, head_width: int, device: jax.Device) -> str:

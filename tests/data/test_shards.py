@@ -54,6 +54,7 @@ def test_a_mixture_reads_all_rows_with_few_open_files(sets, monkeypatch, few_fil
     total = sum(map(len, rows))
     monkeypatch.setattr(shards, "most_open", lambda: 5)
     few_files(5 + shards._OPEN_THREADS)
+    gc.collect()  # otherwise files that earlier tests left open may be closed in between
     before = open_files()
     data = open_data(sets)
     assert open_files() == before, "readers are opened when a row is read"
