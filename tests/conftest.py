@@ -28,11 +28,14 @@ import pytest
 import llada_jax
 from llada_jax.config import ComputeConfig, ModelConfig
 from llada_jax.devices import mesh
+from llada_jax.model.compute import DTYPES
 from llada_jax.model.transformer import Transformer, initialise
 from llada_jax.text.tokenizer import Tokenizer
 from llada_jax.text.train_tokenizer import train_tokenizer
 
+# On accelerators the tests compute as on CPUs; tests of bfloat16 ask for it.
 jax.config.update("jax_default_matmul_precision", "highest")  # otherwise a GPU would compute fp32 matmuls in TF32
+DTYPES.update(gpu="float32", tpu="float32")
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,9 @@ def remat_policy(compute: ComputeConfig, rank: int):
     return keeps
 
 
+DTYPES = {"cpu": "float32"}  # what platforms compute in, by default; all others compute in bfloat16
+
+
 def compute_dtype(compute: ComputeConfig, platform: str | None = None) -> jnp.dtype:
     """Returns the dtype of activations and matmul operands.
 
@@ -61,7 +64,7 @@ def compute_dtype(compute: ComputeConfig, platform: str | None = None) -> jnp.dt
     Raises:
       UserError: If config.compute.dtype is neither float32 nor bfloat16.
     """
-    name = compute.dtype or ("float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16")
+    name = compute.dtype or DTYPES.get(platform or jax.default_backend(), "bfloat16")
     if name not in ("float32", "bfloat16"):
         raise UserError(f"config.compute.dtype={name!r}: choose float32 or bfloat16")
     return jnp.dtype(name)

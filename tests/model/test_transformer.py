@@ -306,7 +306,7 @@ def test_bfloat16_is_close_to_fp32(built, tokens):
 
 
 def test_compute_dtype():
-    assert compute_dtype(ComputeConfig()) == jnp.float32  # on CPU
+    assert compute_dtype(ComputeConfig(), "cpu") == jnp.float32
     assert compute_dtype(ComputeConfig(dtype="bfloat16")) == jnp.bfloat16
     with pytest.raises(UserError, match=r"config\.compute\.dtype='float16'"):
         compute_dtype(ComputeConfig(dtype="float16"))

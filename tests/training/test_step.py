@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from llada_jax.config import ComputeConfig, Config, ModelConfig, OptimizerConfig
 from llada_jax.devices import mesh
+from llada_jax.devices.hardware import compiler_options
 from llada_jax.diffusion import forward
 from llada_jax.model.transformer import abstract_model, merge, split
 from llada_jax.training.optimizer import decayed, make_schedule
@@ -74,7 +75,8 @@ def trainer(make_mesh, first_state):
         if (sizes, accumulation) not in made:
             with jax.set_mesh(device_mesh):
                 graphdef = split(abstract_model(config.model, config.compute))[0]
-            made[sizes, accumulation] = make_train_step(config, graphdef)
+            options = compiler_options(jax.devices()[0], deterministic=True)  # tests compare bits, also on GPUs
+            made[sizes, accumulation] = make_train_step(config, graphdef, options)
         jitted = made[sizes, accumulation]
 
         def step(state, batch):
