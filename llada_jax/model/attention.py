@@ -154,15 +154,24 @@ def cudnn_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, rea
     """Computes attention with cuDNN's flash attention.
 
     cuDNN takes only the number of real keys per row. Therefore the real keys of each row are moved to the start of it.
+    JAX refuses odd lengths, so these get one more query, whose output is dropped, and one more key that is not real.
     """
+    length, keys = q_BTHK.shape[1], k_BSGK.shape[1]
     if real is not None and real.ndim == 2:
         # The order of the keys does not matter to full attention, because RoPE has already encoded their positions.
         order_BS = jnp.argsort(~real, axis=1, stable=True)
         k_BSGK, v_BSGK = (jnp.take_along_axis(x, order_BS[:, :, None, None], axis=1) for x in (k_BSGK, v_BSGK))
         real = real.sum(axis=1, dtype=jnp.int32)
-    return jax.nn.dot_product_attention(
+    if keys % 2 and real is None:
+        real = jnp.full(k_BSGK.shape[0], keys, jnp.int32)
+    q_BTHK, k_BSGK, v_BSGK = (
+        jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_BTHK, k_BSGK, v_BSGK)
+    )
+    # This call also scales the scores by 1 / sqrt(K).
+    out_BTHK = jax.nn.dot_product_attention(
         q_BTHK, k_BSGK, v_BSGK, key_value_seq_lengths=real, implementation="cudnn"
-    )  # this call also scales the scores by 1 / sqrt(K)
+    )
+    return out_BTHK[:, :length]
 
 
 def splash_attention(

@@ -195,9 +195,11 @@ class Transformer(nnx.Module):
         def layer(x_BTD, block):
             return block(x_BTD, rope, real, config, compute), None
 
+        unroll = compute.unroll or config.layers
         if (policy := remat_policy(compute, config.lora.rank)) is not None:
-            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, self.blocks, unroll=compute.unroll or config.layers)
+            # Where the layers are not a loop, the compiler would find that the backward pass computes the same again.
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=unroll >= config.layers)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, self.blocks, unroll=unroll)
         return rms_norm(x_BTD, self.final_norm[...], config.norm_eps)
 
     def head_weight(self) -> jax.Array:

@@ -173,7 +173,8 @@ def _draw(model, requests, rows_R, samples_R, key, cfg_scale, batch_size, report
         request_B = request_N[rows_B]
         batch = layout([requests[i] for i in request_B], length)
         batch |= {"sample": sample_N[rows_B].astype(np.int32), "samples": samples_R[request_B].astype(np.int32)}
-        return batch | {"digest": digest_R2[request_B]}
+        # Two columns, because JAX cannot tell how a column of an array of one row is split.
+        return batch | {"digest_0": digest_R2[request_B, 0], "digest_1": digest_R2[request_B, 1]}
 
     with mesh.mesh_of(model.embedding[...]):
         # Move the key through the host: its device may be outside the mesh, and the mesh may extend over other hosts.
@@ -194,9 +195,12 @@ def _draw(model, requests, rows_R, samples_R, key, cfg_scale, batch_size, report
 def _masks(key: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Returns bool (B, T), True where a token of an answer is masked, and the weights L / l, fp32 (B,)."""
     answer_B, sample_B, samples_B = batch["answer"], batch["sample"], batch["samples"]
-    fold_in = jax.vmap(jax.random.fold_in, (None, 0))
-    key_B = jax.vmap(jax.random.fold_in)(fold_in(key, batch["digest"][:, 0]), batch["digest"][:, 1])
-    offset_key_B, mask_key_B = jnp.unstack(jax.vmap(jax.random.split)(key_B), axis=1)
+
+
+    def row_keys(first, second):
+        return tuple(jax.random.split(jax.random.fold_in(jax.random.fold_in(key, first), second)))
+
+    offset_key_B, mask_key_B = jax.vmap(row_keys)(batch["digest_0"], batch["digest_1"])
 
     # l = floor(L (sample + u) / samples) + 1 with u in [0, 1), computed with integers. Each sample draws its own u. A
     # single u would give all samples an error in common, which the standard error, made of differences, could not show.

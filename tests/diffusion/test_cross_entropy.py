@@ -46,8 +46,9 @@ def ours(device_mesh, arrays, chunk):
         (total, nll), (dh, dhead) = run(h, head)
         assert jax.typeof(dhead).sharding.spec == mesh.PARAMETERS["head"]
         alone, nll_alone = jax.jit(linear_cross_entropy, static_argnums=4)(h, head, targets, weight, chunk)
-        np.testing.assert_array_equal(np.asarray(nll), np.asarray(nll_alone))
-        np.testing.assert_array_equal(np.asarray(total), np.asarray(alone))
+        # The same numbers, but other devices than CPUs may sum in another order in another program.
+        rounding.assert_close(np.asarray(nll), np.asarray(nll_alone), TOLERANCE)
+        rounding.assert_close(np.asarray(total), np.asarray(alone), TOLERANCE)
         return [np.asarray(x) for x in (total, nll, dh, dhead)]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from paths import PARITY
+from platforms import ON_CPU
 
 from llada_jax.conversation.conversation import Conversation, Settings
 from llada_jax.conversation.session import Chat, noted_signals
@@ -65,6 +66,7 @@ def answered(talk):
     return talk.text(last) + "\n"
 
 
+@ON_CPU
 def test_in_a_pipe_every_line_is_a_message_or_a_command(folder, loaded, tmp_path):
     path, old = tmp_path / "chat.json", [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     path.write_text(json.dumps({"messages": old}, indent=2))
@@ -291,6 +293,7 @@ def test_a_terminal_is_left_as_it_was_by_sigterm(folder, open_terminal):
     assert termios.tcgetattr(screen.end)[3] & termios.ECHO
 
 
+@ON_CPU
 def test_a_talk_in_a_terminal(folder, loaded, open_terminal, tmp_path):
     path = tmp_path / "chat.json"
     screen = open_terminal(f"--model={folder}", *FLAGS)

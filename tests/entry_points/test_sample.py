@@ -11,6 +11,7 @@ import numpy as np
 import published_folders
 import pytest
 from paths import PARITY
+from platforms import ON_CPU
 
 import llada_jax
 from llada_jax.model.transformer import merge, split
@@ -83,6 +84,7 @@ def test_text_ends_at_eos_and_infilling_keeps_the_rest(loaded):
     assert text_completion.finished_text(tokens_T, filled, model, tokenizer) == "x = 1\nx = 1\n"
 
 
+@ON_CPU
 def test_many_prompts_into_a_file(model_folder, loaded, tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("".join(json.dumps({"prompt": text, "id": i}) + "\n\n" for i, text in enumerate(TEXTS)))

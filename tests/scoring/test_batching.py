@@ -60,7 +60,7 @@ def test_digest_tells_prompt_from_answer():
 @pytest.mark.parametrize("batch_size", [None, 1, 5, 64])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
 def test_every_row_is_computed_once_the_longest_first(make_mesh, rng, monkeypatch, batch_size, sizes):
-    monkeypatch.setitem(batching.BATCH_TOKENS, "cpu", 512)
+    monkeypatch.setitem(batching.BATCH_TOKENS, jax.devices()[0].platform, 512)
     requests = [Request(np.zeros(n, np.int32), np.zeros(1 + n % 7, np.int32)) for n in rng.integers(0, 150, 20)]
     request_N = rng.integers(0, 20, 90)
     seen, lengths, shapes, running = [], [], [], []

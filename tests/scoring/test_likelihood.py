@@ -132,7 +132,8 @@ def masks_of(requests, samples, device_mesh, length=64):
     batch |= {
         "sample": np.tile(np.arange(samples, dtype=np.int32), len(requests)),
         "samples": np.full(len(repeated), samples, np.int32),
-        "digest": np.array([request.digest for request in repeated]),
+        "digest_0": np.array([request.digest[0] for request in repeated]),
+        "digest_1": np.array([request.digest[1] for request in repeated]),
     }
     with jax.set_mesh(device_mesh):
         placed = {name: jax.device_put(x, jax.P(("data", "fsdp"))) for name, x in batch.items()}
@@ -171,6 +172,8 @@ def test_requests_alone_and_in_other_batches_score_the_same(toy, whole):
     rest = log_likelihoods(toy.model, requests[:4:-1], samples=20, key=KEY, batch_size=32, report=done.append)
     assert_same_scores(toy, rest[::-1], whole[5:])
     assert done == sorted(done) and done[-1] == len(rest)
+    rest = log_likelihoods(toy.model, requests[3:5], samples=20, key=KEY, batch_size=1)
+    assert_same_scores(toy, rest, whole[3:5])
     alone = log_likelihood(toy.model, *requests[3], 20, key=KEY)
     assert_same_scores(toy, alone, whole[3])
     assert not np.allclose(log_likelihoods(toy.model, requests, samples=20, key=jax.random.key(1)), whole)

@@ -12,12 +12,15 @@ from paths import PYTHONPATH, ROOT, SUPPORT
 from llada_jax.config import Config
 
 # These metrics differ between any two runs.
-TIMED = ("step_seconds", "tokens_per_second", "tokens_per_second_per_device", "seconds_left")
+TIMED = (
+    "step_seconds", "tokens_per_second", "tokens_per_second_per_device", "seconds_left", "mfu", "mfu_full_head"
+)  # fmt: skip
 
 
 def get_config() -> Config:
     c = Config(steps=20, batch_size=8, sequence_length=32)
     c.model.layers, c.model.width, c.model.heads, c.model.kv_heads, c.model.feed_forward = 2, 32, 4, 4, 64
+    c.compute.dtype, c.compute.deterministic = "float32", True  # so that all runs have the same bits, on GPUs too
     c.data.train_tokenizer, c.data.workers = 320, 1
     c.compute.remat = "none"
     c.diffusion.random_length_every = 5
