@@ -54,18 +54,18 @@ def measure(shape: tuple[int, ...], dtype: jnp.dtype, rounds: int) -> list[dict]
         steps, outs, memory = {}, {}, {}
         for name, run in _runs(dtype, width).items():
 
-            def loss(q, k, v, run=run):
+            def loss(q, k, v, dout, run=run):
                 out = run(q, k, v)
                 return jnp.sum((out * dout).astype(jnp.float32)), out
 
-            steps[name] = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True)).lower(q, k, v).compile()
+            steps[name] = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True)).lower(q, k, v, dout).compile()
             memory[name] = steps[name].memory_analysis().temp_size_in_bytes
-            outs[name] = np.asarray(steps[name](q, k, v)[0][1], np.float32)
+            outs[name] = np.asarray(steps[name](q, k, v, dout)[0][1], np.float32)
         seconds = {name: [] for name in steps}
         for _ in range(rounds):
             for name, step in steps.items():
                 started = time.perf_counter()
-                jax.block_until_ready(step(q, k, v))
+                jax.block_until_ready(step(q, k, v, dout))
                 seconds[name].append(time.perf_counter() - started)
     median = {name: float(np.median(values)) for name, values in seconds.items()}
     # Two matmuls in the forward pass and four in the backward pass, as MFU counts them. FLOPs that a kernel spends on

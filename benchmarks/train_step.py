@@ -30,6 +30,8 @@ _ATTENTION = flags.DEFINE_string("attention", None, "Attention kernel. Default: 
 _REMAT = flags.DEFINE_string("remat", None, "Value of config.compute.remat. Default: the case's own.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Number of sequences per step. Default: the case's own.")
 _PROFILE = paths.define("profile", None, "Folder to write a profiler trace of three additional steps to.")
+_LAYERS = flags.DEFINE_integer("layers", None, "Number of layers. Default: the case's own.")
+_UNROLL = flags.DEFINE_integer("unroll", None, "Value of config.compute.unroll. Default: the case's own.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Number of timed steps, after two steps that are not timed.")
 
 
@@ -59,24 +61,24 @@ def quickstart() -> Config:
 def gpu_150m() -> Config:
     """Returns the model of configs/150m.py with one micro-batch."""
     config = _config(32, 1024, 32_000, layers=12, width=768, heads=12, kv_heads=12, feed_forward=2688)
-    config.compute.remat = "dots"
+    config.compute.remat, config.compute.unroll = "none", 0
     return config
 
 
 def gpu_1b() -> Config:
     """Returns the model of configs/1b.py with a batch of 8 sequences."""
     config = _config(8, 4096, 126_464, layers=22, width=2048, heads=32, kv_heads=4, feed_forward=5634)
-    config.compute.remat = "dots"
+    config.compute.remat, config.compute.unroll = "none", 0
     return config
 
 
 def gpu_8b() -> Config:
-    """Returns the model of configs/8b.py with 4 sequences, for one GPU with 141 GB.
+    """Returns the model of configs/8b.py with 2 sequences, for one GPU with 141 GB.
 
     The parameters are in fp32; the moments are in bfloat16, because they would not fit otherwise.
     """
-    config = _config(4, 4096, 126_464, layers=32, width=4096, heads=32, kv_heads=32, feed_forward=12_288)
-    config.optimizer.state_dtype = "bfloat16"
+    config = _config(2, 4096, 126_464, layers=32, width=4096, heads=32, kv_heads=32, feed_forward=12_288)
+    config.optimizer.state_dtype, config.compute.remat = "bfloat16", "dots"
     return config
 
 
@@ -89,7 +91,7 @@ def adapted(config: Config) -> Config:
 def gpu_8b_lora() -> Config:
     """Returns the model of configs/8b_sft.py:lora-h200-1 with one micro-batch of 4 sequences."""
     config = adapted(gpu_8b())
-    config.compute.remat, config.optimizer.state_dtype = "dots", "float32"
+    config.batch_size, config.optimizer.state_dtype = 4, "float32"
     return config
 
 
@@ -124,6 +126,8 @@ def measure(name: str, config: Config, steps: int) -> dict:
     config.batch_size = _BATCH_SIZE.value or config.batch_size
     config.compute.remat = _REMAT.value or config.compute.remat
     config.compute.attention = _ATTENTION.value or config.compute.attention
+    config.model.layers = _LAYERS.value or config.model.layers
+    config.compute.unroll = config.compute.unroll if _UNROLL.value is None else _UNROLL.value
     config.compute = resolve_compute(config.model, config.compute)
     device_mesh = mesh.make_mesh(config.mesh)
     shape = (config.batch_size, config.sequence_length)

@@ -100,8 +100,8 @@ class ComputeConfig:
     #   reference           the plain definition, holds all (T, T) scores
     #   splash_interpreted  the splash kernel on any device, slowly, for tests
     attention: str = "auto"
-    # True = on GPU, the train step gives bitwise the same result every time, but is slower. On other devices it always
-    # gives the same result.
+    # True = on GPU, the train step gives bitwise the same result every time, but is slower, also because attention is
+    # then computed by the kernel xla. On other devices it always gives the same result.
     deterministic: bool = False
     query_chunk: int = 512  # queries (tokens) per chunk of the attention kernel xla
     loss_chunk: int = 2048  # masked tokens whose logits each device holds at a time while it computes the loss

@@ -66,7 +66,7 @@ def attention(
     return checkpoint_name(out_BTHK, SAVED_NAME) if kernel in ("xla", "reference") else out_BTHK
 
 
-def choose_kernel(name: str, dtype: jnp.dtype, head_width: int, device: jax.Device) -> str:
+def choose_kernel(name: str, dtype: jnp.dtype, head_width: int, device: jax.Device, deterministic: bool = False) -> str:
     """Returns the kernel that config.compute.attention means on this kind of device. It is chosen once per run.
 
     "auto" means the first of these kernels that can run: splash (on TPU), cuDNN's flash attention (on GPU), the kernel
@@ -77,6 +77,7 @@ def choose_kernel(name: str, dtype: jnp.dtype, head_width: int, device: jax.Devi
       dtype: The dtype of queries, keys and values.
       head_width: K, the width of one head.
       device: A device of the kind that the attention runs on.
+      deterministic: The value of config.compute.deterministic.
 
     Returns:
       A name in KERNELS.
@@ -88,19 +89,22 @@ def choose_kernel(name: str, dtype: jnp.dtype, head_width: int, device: jax.Devi
         raise UserError(f"config.compute.attention={name!r}: choose one of {', '.join(CHOICES)}")
     if name == "auto":
         order = ("splash", "cudnn", "cpu", "xla")
-        return next(kernel for kernel in order if _obstacle(kernel, dtype, head_width, device) is None)
-    if obstacle := _obstacle(name, dtype, head_width, device):
+        return next(kernel for kernel in order if _obstacle(kernel, dtype, head_width, device, deterministic) is None)
+    if obstacle := _obstacle(name, dtype, head_width, device, deterministic):
         raise UserError(f"config.compute.attention={name}: {obstacle}; 'auto' chooses a kernel that runs here")
     return name
 
 
-def _obstacle(name: str, dtype: jnp.dtype, head_width: int, device: jax.Device) -> str | None:
+def _obstacle(name: str, dtype: jnp.dtype, head_width: int, device: jax.Device, deterministic: bool) -> str | None:
     """Returns the reason why a kernel cannot run on this kind of device, or None if it can."""
     home = {"splash": "tpu", "cudnn": "gpu", "cpu": "cpu"}.get(name, device.platform)
     if device.platform != home:
         return f"this kernel runs on {home}, but the device is {device.platform}"
     if name != "cudnn":
         return None
+    if deterministic:
+        # Seen with JAX 0.11.2 on an H200: IndexError: absl::container_internal::raw_hash_map<>::at.
+        return "XLA fails on it with config.compute.deterministic"
     # A device that is only described (by llada_jax.plan) has no compute_capability. That of an AMD GPU is not a number.
     capability = str(getattr(device, "compute_capability", None) or "9.0")
     if not capability.replace(".", "", 1).isdigit() or float(capability) < 8.0:
@@ -168,9 +172,7 @@ def cudnn_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, rea
         jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_BTHK, k_BSGK, v_BSGK)
     )
     # This call also scales the scores by 1 / sqrt(K).
-    out_BTHK = jax.nn.dot_product_attention(
-        q_BTHK, k_BSGK, v_BSGK, key_value_seq_lengths=real, implementation="cudnn"
-    )
+    out_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, key_value_seq_lengths=real, implementation="cudnn")
     return out_BTHK[:, :length]
 
 

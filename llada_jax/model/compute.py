@@ -83,5 +83,5 @@ def resolve_compute(model: ModelConfig, compute: ComputeConfig, device: jax.Devi
     """
     device = device or jax.devices()[0]
     dtype = compute_dtype(compute, device.platform)
-    kernel = choose_kernel(compute.attention, dtype, model.head_width, device)
+    kernel = choose_kernel(compute.attention, dtype, model.head_width, device, compute.deterministic)
     return dataclasses.replace(compute, dtype=dtype.name, attention=kernel)

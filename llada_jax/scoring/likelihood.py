@@ -196,7 +196,6 @@ def _masks(key: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.
     """Returns bool (B, T), True where a token of an answer is masked, and the weights L / l, fp32 (B,)."""
     answer_B, sample_B, samples_B = batch["answer"], batch["sample"], batch["samples"]
 
-
     def row_keys(first, second):
         return tuple(jax.random.split(jax.random.fold_in(jax.random.fold_in(key, first), second)))
 

@@ -95,6 +95,7 @@ def stand_in(monkeypatch):
 
     def call(q, k, v, *, key_value_seq_lengths, implementation):
         assert implementation == "cudnn"
+        assert q.shape[1] % 2 == k.shape[1] % 2 == 0  # JAX refuses odd lengths
         assert key_value_seq_lengths is None or key_value_seq_lengths.dtype == jnp.int32
         return plain(q, k, v, key_value_seq_lengths=key_value_seq_lengths, implementation="xla")
 
@@ -176,6 +177,14 @@ class Device:
 )
 def test_kernel_is_chosen_by_device(device, dtype, kernel):
     assert choose_kernel("auto", jnp.dtype(dtype), 64, device) == kernel
+
+
+def test_deterministic_steps_do_without_cudnn():
+    gpu = Device("gpu", "9.0")
+    assert choose_kernel("auto", jnp.dtype("bfloat16"), 64, gpu, deterministic=True) == "xla"
+    assert choose_kernel("auto", jnp.dtype("bfloat16"), 64, Device("tpu"), deterministic=True) == "splash"
+    with pytest.raises(UserError, match="cudnn: XLA fails on it with config.compute.deterministic"):
+        choose_kernel("cudnn", jnp.dtype("bfloat16"), 64, gpu, deterministic=True)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from llada_jax.training.run import train
 
 def train_on(devices: int, config: Config, folder: Path) -> int:
     """Trains in this process on its first `devices` devices, and returns the exit code."""
+    if devices > jax.device_count():
+        pytest.skip(f"this needs {devices} devices; here are {jax.device_count()}")
 
     def first_devices(mesh_config):
         return meshes.mesh_over(meshes.axis_sizes(mesh_config, devices), jax.devices()[:devices])

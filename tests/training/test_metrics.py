@@ -285,6 +285,8 @@ def test_recomputed_flops_are_what_the_compiler_counts(remat):
     compute = ComputeConfig(remat=remat, attention="reference")
     expected = flops.recomputed_flops_per_token(config, length, compute)
     extra = counted(remat) - counted("none")
-    assert abs(extra - expected) < 0.06 * flops.flops_per_token(config, length, head_share=0) / 3
+    # Compilers count the elementwise operations too, and that for GPUs counts more for an exponential.
+    share = 0.06 if jax.default_backend() == "cpu" else 0.15
+    assert abs(extra - expected) < share * flops.flops_per_token(config, length, head_share=0) / 3
     again = flops.recomputed_flops_per_token(config, length, ComputeConfig(remat=remat, attention="splash"))
     assert again - expected == 2 * 2 * length * 256  # The backward pass of splash computes the scores once more.
