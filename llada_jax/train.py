@@ -9,9 +9,6 @@ from ml_collections import config_flags
 
 from llada_jax.cli import entry_point, paths, process_flags
 from llada_jax.config import UserError
-from llada_jax.devices import distributed
-from llada_jax.training.config_check import check_distributed
-from llada_jax.training.run import train
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/quickstart.py")
 _WORKDIR = paths.define(
@@ -25,6 +22,11 @@ def main() -> int:
     config = entry_point.config_of(_CONFIG)
     if not _WORKDIR.value:
         raise UserError("--workdir=DIR is missing: name a folder for the checkpoints, metrics and samples")
+    # These imports take seconds. The help, and mistakes in the flags, need none of them.
+    from llada_jax.devices import distributed
+    from llada_jax.training.config_check import check_distributed
+    from llada_jax.training.run import train
+
     check_distributed(config)
     return distributed.run(lambda: train(config, _WORKDIR.value), config.distributed, *process_flags.given())
 

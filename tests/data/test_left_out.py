@@ -5,6 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 
 from llada_jax.config import UserError
 from llada_jax.data.manifest import LeftOut, load_manifest
@@ -176,3 +177,42 @@ def test_a_text_that_the_tokenizer_turns_into_nothing_is_no_document(tmp_path, t
     assert split_documents(tmp_path / "set", manifest, "train") == GOOD[:2]
     assert manifest.train.documents == manifest.sources[0].documents == 2
     assert manifest.train.tokens == manifest.sources[0].tokens
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_texts_that_the_tokenizer_refuses(tmp_path, workers):
+    """A WordPiece model without a token for unknown words refuses every text that has one."""
+    split = tokenizers.pre_tokenizers.Whitespace()
+    words = sorted({word for text in GOOD for word, _ in split.pre_tokenize_str(text)})
+    vocabulary = {word: i for i, word in enumerate(["<eos>", *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = split
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    lines = lines_of(GOOD[:40])
+    lines.insert(7, b'{"text": "xyzzy"}')
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "b.txt").write_text("quux")
+    inputs = [str(tmp_path / name) for name in ("a.jsonl", "b.txt")]
+    manifest = make(inputs, tmp_path / "set", tmp_path, workers=workers)
+    (left,) = manifest.left_out
+    assert left.kind == "refused by the tokenizer" and left.count == 2
+    assert left.examples[0].startswith(f"{inputs[0]}, line 8: the tokenizer cannot encode 'xyzzy': ")
+    assert left.examples[1].startswith(f"{inputs[1]}: the tokenizer cannot encode 'quux': ")
+    assert sum(source.documents for source in manifest.sources) == 40
+    with pytest.raises(UserError, match=r"a.jsonl, line 8: the tokenizer cannot .*--on_error=skip leaves it out"):
+        make(inputs, tmp_path / "strict", tmp_path, workers=workers, on_error="stop")
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines[7:12]))
+    with pytest.raises(UserError, match="2 of 6 documents are bad"):
+        make(inputs, tmp_path / "many", tmp_path, workers=workers)
+
+
+def test_a_column_that_is_all_null(tmp_path, tokenizer_folder):
+    pq.write_table(pa.table({"text": pa.nulls(3)}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": GOOD}), tmp_path / "b.parquet")
+    inputs = [str(tmp_path / name) for name in ("a.parquet", "b.parquet")]
+    (left,) = make(inputs, tmp_path / "set", tokenizer_folder).left_out
+    assert (left.kind, left.count) == ('no text under "text"', 3)
+    with pytest.raises(UserError, match=r'a.parquet, row 1: there is no text in the column "text"'):
+        make(inputs, tmp_path / "strict", tokenizer_folder, on_error="stop")

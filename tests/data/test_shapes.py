@@ -54,6 +54,13 @@ def said(line):
         ),
         ({"messages": [{"from": "User", "value": "What?"}, {"from": "Assistant", "value": "That."}]}, ASKED),
         ({"conversation": ASKED}, ASKED),
+        ({"conversations": ["Who?", "She.", "What?", "That."], "source": "x"}, [*EARLIER, *ASKED]),
+        ({"id": "5", "data": ["Who?", "She.", "\ufeffWhat?", "That."]}, [*EARLIER, *ASKED]),
+        ({"input": "What?", "output": "That."}, ASKED),
+        ({"context": "a", "input": "b", "output": "d"}, "a\n\nb"),
+        ({"prompt": [SYSTEM, *EARLIER, ASKED[0]], "completion": [ASKED[1]]}, [SYSTEM, *EARLIER, *ASKED]),
+        ({"prompt": ASKED[:1], "system": "Be brief.", "response": "That."}, [SYSTEM, *ASKED]),
+        ({"prompt": "What?", "completion": ASKED[1:]}, ASKED),
         (
             {"messages": [{"role": "prompter", "content": "What?"}, {"role": "Assistant", "content": "That."}]},
             ASKED,
@@ -118,6 +125,15 @@ def test_what_a_template_is_told_beside_the_messages():
     assert said({"messages": ASKED, "chat_template_kwargs": empty}).variables == {"enable_thinking": False}
 
 
+def test_of_a_question_that_is_a_list_nothing_is_learned():
+    line = {"prompt": [SYSTEM, *EARLIER, ASKED[0]], "completion": [ASKED[1], *EARLIER]}
+    assert said(line).masked == {2}
+    line["prompt"][2] = EARLIER[1] | {"train": True}
+    assert said(line).masked == frozenset(), "its own mark counts"
+    assert said({"data": ["a", "b", "c"]}).unread == []
+    assert said({"messages": ASKED, "data": ["a", "b"]}).unread == ["data"]
+
+
 def test_keys_that_say_nothing_are_listed():
     line = {"prompt": "What?", "response": "That.", "id": 3, "text": "What? That.", "empty": None, "loss": 0.5}
     assert said(line).unread == ["id", "text", "loss"]
@@ -136,6 +152,12 @@ def test_keys_that_say_nothing_are_listed():
         ({"prompt": "a", "response": "b", "reasoning": "c"}, "it belongs to the answer"),
         ({"prompt": "a", "response": "b", "images": ["x.png"]}, "only text can be learned"),
         ({"prompt": "a", "question": "b", "response": "c"}, "several of the shapes"),
+        ({"data": ["a"]}, "none of the shapes"),
+        ({"data": {"a": "b"}}, "none of the shapes"),
+        ({"conversations": ["a", None]}, "message 0"),
+        ({"prompt": ASKED[:1], "input": "a", "response": "b"}, '"input" beside a list under "prompt"'),
+        ({"prompt": [SYSTEM, ASKED[0]], "system": "Be long.", "response": "b"}, "another one beside it"),
+        ({"prompt": ["a"], "response": "b"}, '"prompt" must be a text'),
         ({"prompt": "a", "response": "c", "output": "d"}, "several of the shapes"),
         ({"messages": ASKED, "conversations": ASKED}, "several of the shapes"),
         ({"messages": ASKED, "history": [["a", "b"]]}, '"history" beside "messages" cannot be honoured'),

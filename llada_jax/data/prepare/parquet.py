@@ -15,8 +15,10 @@ from llada_jax.data.prepare.left_out import BadItem
 _ROWS = 64  # number of rows that are read at a time
 
 
-def read_parquet(file: Path, raw: BinaryIO, key: str) -> Iterator[str | BadItem]:
-    """Yields the text of each row, or what is wrong with the row.
+def read_parquet(file: Path, raw: BinaryIO, key: str) -> Iterator[tuple[str, bool, str] | BadItem]:
+    """Yields (text, True, file and row for messages) for each row, or what is wrong with the row.
+
+    The True says that the text ends its document.
 
     Args:
       file: The path of the file, for error messages.
@@ -49,7 +51,7 @@ def read_parquet(file: Path, raw: BinaryIO, key: str) -> Iterator[str | BadItem]
                 if text is None:
                     yield BadItem(f'{where}: there is no text in the column "{key}"', f'no text under "{key}"')
                 else:
-                    yield text
+                    yield text, True, where
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file} cannot be read as a parquet file: {' '.join(str(error).split())[:300]}") from error
 
@@ -88,7 +90,8 @@ def _is_text(kind: Any) -> bool:
         return _is_text(kind.storage_type)
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return _is_text(kind.value_type)
-    text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    # A column in which every value is null may have the type null.
+    text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
     as_bytes = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
     return any(is_type(kind) for is_type in (*text, *as_bytes))
 

@@ -35,6 +35,7 @@ class Tokens(NamedTuple):
     ids: np.ndarray  # uint32 [tokens]
     bytes: np.ndarray  # uint32 [tokens], bytes of text that each token stands for; the sum over each text is exact
     lengths: list[int]  # number of tokens of each text
+    refused: dict[int, str]  # the texts that the tokenizer cannot encode, and why; they have no tokens
 
 
 class Work(Protocol):
@@ -69,10 +70,15 @@ def tokenize(tokenizer: Tokenizer, token_bytes: np.ndarray, batch: Batch) -> Tok
       token_bytes: int32 [ids], the bytes of text that each id of the tokenizer stands for.
       batch: The texts.
     """
-    ids, counts, lengths = [], [], []
+    ids, counts, lengths, refused = [], [], [], {}
     for text, continues in zip(batch.texts, batch.continues, strict=True):
-        # Tokenizers need more time and memory per character for long texts, so long texts are cut into pieces.
-        pieces = [tokenizer.encode(piece, continuation=continues or i > 0) for i, piece in enumerate(cut(text))]
+        try:
+            # Tokenizers need more time and memory per character for long texts, so long texts are cut into pieces.
+            pieces = [tokenizer.encode(piece, continuation=continues or i > 0) for i, piece in enumerate(cut(text))]
+        except UserError as error:
+            refused[len(lengths)] = str(error)
+            lengths.append(0)
+            continue
         text_ids = np.concatenate([np.asarray(piece, np.uint32) for piece in pieces])
         cumulative = np.cumsum(token_bytes[text_ids], dtype=np.int64)
         size = len(text.encode())
@@ -85,7 +91,7 @@ def tokenize(tokenizer: Tokenizer, token_bytes: np.ndarray, batch: Batch) -> Tok
         counts.append(np.concatenate([np.zeros_like(front), np.diff(cumulative, prepend=0).astype(np.uint32)]))
         lengths.append(len(ids[-1]))
     empty = [np.zeros(0, np.uint32)]
-    return Tokens(np.concatenate(ids or empty), np.concatenate(counts or empty), lengths)
+    return Tokens(np.concatenate(ids or empty), np.concatenate(counts or empty), lengths, refused)
 
 
 class Pool:

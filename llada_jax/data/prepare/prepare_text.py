@@ -21,6 +21,7 @@ from llada_jax.cli.outputs import temporary_folder, write_errors
 from llada_jax.config import UserError
 from llada_jax.data.manifest import SPLITS, TOKENIZER_FOLDER, Manifest, Source, tokenizer_fields
 from llada_jax.data.prepare.held_out import HASH_RULE, held_out_below, text_hash
+from llada_jax.data.prepare.left_out import BadItem
 from llada_jax.data.prepare.output import (
     SHARD_BYTES,
     Progress,
@@ -145,7 +146,11 @@ def _write_rows(
     with Pool(folder / TOKENIZER_FOLDER, workers) as pool, report:
         for batch, tokens in pool.map(_batches(corpus, below)):
             start = 0
-            for (source, split, ends), length in zip(batch.tag[0], tokens.lengths, strict=True):
+            for i, ((piece, split, ends), length) in enumerate(zip(batch.tag[0], tokens.lengths, strict=True)):
+                if i in tokens.refused:
+                    error = BadItem(f"{piece.where}: {tokens.refused[i]}", "refused by the tokenizer")
+                    corpus.faults.add(error, piece.item)
+                    corpus.good -= piece.last
                 part = slice(start, start + length)
                 start += length
                 size = int(tokens.bytes[part].sum(dtype=np.int64))
@@ -156,7 +161,7 @@ def _write_rows(
                 if ends:
                     writers[split].end_document()
                     stretch = 0
-                totals[source] += int(ends), (length if size else 0) + int(ends), size
+                totals[piece.source] += int(ends), (length if size else 0) + int(ends), size
             report.update(batch.tag[1], len(tokens.ids))
     return tuple(Source(name, corpus.file_count(i), *map(int, totals[i])) for i, name in enumerate(corpus.inputs))
 
@@ -164,17 +169,17 @@ def _write_rows(
 def _batches(corpus: Corpus, below: int) -> Iterator[Batch]:
     """Yields batches of texts for the workers.
 
-    The tag of a batch has two parts: a list of (index of the input, split, whether EOS follows) for each text, and the
-    number of bytes of the input that are read so far.
+    The tag of a batch has two parts: a list of (piece without its text, split, whether EOS follows) for each text, and
+    the number of bytes of the input that are read so far.
     """
     texts: list[str] = []
     continues: list[bool] = []
-    tags: list[tuple[int, int, bool]] = []
+    tags: list[tuple[Piece, int, bool]] = []
     characters = 0
     for piece, split, continued, ends in _stretches(corpus, below):
         texts.append(piece.text)
         continues.append(continued)
-        tags.append((piece.source, split, ends))
+        tags.append((piece._replace(text=""), split, ends))
         characters += len(piece.text)
         if characters >= _BATCH_CHARACTERS:
             yield Batch(texts, continues, (tags, corpus.position))

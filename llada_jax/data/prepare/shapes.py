@@ -7,9 +7,11 @@ A line is either a list of messages or one question with one answer:
   {"prompt": "...", "response": "..."}                       "prompt" may also be called instruction, question or query,
                                                              "response" output, answer or completion
 
-A list is under the key messages, conversations or conversation, and its messages may have either form. To a question
-belong "context", which comes before it, "input", which comes after it, and "history", a list of earlier questions with
-their answers. Empty lines separate the parts of a question.
+A list is under the key messages, conversations or conversation, and its messages may have either form; a list of texts,
+there or under "data", is what user and assistant say in turn. To a question belong "context", which comes before it,
+"input", which comes after it (or is the question, if there is no other), and "history", a list of earlier questions
+with their answers. Empty lines separate the parts of a question. Question and answer may also be lists of messages; of
+the question's, none is learned.
 
 To both belong the instructions under "system", and the variables of the chat template: "tools", "documents",
 "enable_thinking" and those in "chat_template_kwargs". A mark on a message or a line says whether its answers are
@@ -136,7 +138,11 @@ class _Line:
         if self._all.get("label") is False or self._all.get("kto_tag") is False:
             raise BadItem("the answer is labelled as a bad one: leave the line out", "preference data")
         lists, prompts, answers = (self._present(keys) for keys in (_LISTS, _PROMPTS, _ANSWERS))
-        if not self._record.keys() & set(_LISTS) and prompts and answers:
+        if not lists and _is_texts(self._record.get("data")):
+            lists = ["data"]
+        if not prompts and answers and "input" in self._record:
+            prompts = ["input"]
+        if not self._record.keys() & {*_LISTS, *lists} and prompts and answers:
             lists = []
         pairs = [pair for pair in _PAIRS if set(pair) <= set(self._record)]
         if len(lists) > 1 or (lists and pairs) or (not lists and (len(prompts) > 1 or len(answers) > 1)):
@@ -173,10 +179,27 @@ class _Line:
 
     def _of_a_question(self, prompt: str, answer: str) -> list[dict[str, Any]]:
         self._refuse(_NOT_READ_BESIDE_A_QUESTION)
-        self._text(prompt)
-        parts = [text for key in ("context", prompt, "input") if (text := self._text(key, key != prompt))]
-        asked = [{"role": "user", "content": "\n\n".join(parts)}]
-        return self._system() + self._history() + asked + [{"role": ASSISTANT, "content": self._text(answer)}]
+        before = self._system() + self._history()
+        if _is_messages(self._all[prompt]):
+            self._read.add(prompt)
+            if beside := [key for key in ("context", "input", "history") if key in self._record and key != prompt]:
+                raise BadItem(
+                    f'"{beside[0]}" beside a list under "{prompt}" cannot be honoured: write it there', "unread text"
+                )
+            asked = [_not_learned(message) for message in self._messages(self._all[prompt])]
+            if before and asked[0].get("role") == "system":
+                raise BadItem(
+                    f'the line has a system message under "{prompt}" and another one beside it', "two systems"
+                )
+        else:
+            self._text(prompt)
+            keys = dict.fromkeys(("context", prompt, "input"))
+            parts = [text for key in keys if (text := self._text(key, key != prompt))]
+            asked = [{"role": "user", "content": "\n\n".join(parts)}]
+        if _is_messages(self._all[answer]):
+            self._read.add(answer)
+            return before + asked + self._messages(self._all[answer])
+        return before + asked + [{"role": ASSISTANT, "content": self._text(answer)}]
 
     def _system(self) -> list[dict[str, Any]]:
         found = [key for key in _SYSTEM if key in self._record]
@@ -212,6 +235,8 @@ class _Line:
         """Returns messages of either form as messages with a role and a content; `check_chat` finds what is none."""
         if not isinstance(found, list):
             return found
+        if _is_texts(found):
+            return [{"role": ("user", ASSISTANT)[i % 2], "content": text.lstrip(BOM)} for i, text in enumerate(found)]
         return [self._message(each) if isinstance(each, dict) else each for each in found]
 
     def _message(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +332,20 @@ class _Line:
             if key in self._record:
                 kind = "preference data" if "preference" in reason else f'"{key}" is not supported'
                 raise BadItem(f'the line has the key "{key}": {reason}', kind)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(each, str) for each in value)
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def _not_learned(message: dict[str, Any]) -> dict[str, Any]:
+    """Marks an answer that is part of a question, unless it has marks of its own."""
+    marked = message.get("role") != ASSISTANT or any(key in message for key in (*_LEARNED, *_MASKED))
+    return message if marked else message | {"train": False}
 
 
 def _calls(value: Any) -> list[dict[str, Any]]:

@@ -44,7 +44,9 @@ class Piece(NamedTuple):
     text: str  # never empty
     source: int  # index into the inputs
     last: bool  # whether it is the last piece of its document
-    blank: bool = False  # whether it says nothing; such a piece always continues the piece before it
+    blank: bool  # whether it says nothing; such a piece always continues the piece before it
+    where: str  # its file and, where that has lines, its line, for messages
+    item: int  # its position in the whole input
 
 
 class Corpus:
@@ -87,12 +89,12 @@ class Corpus:
           UserError: If a part of a file cannot be read. The message names the file and, where it has lines, the line.
         """
         begun = False  # whether a piece of the current document was yielded
-        for source, (text, last) in self._walk():
+        for source, (text, last, where) in self._walk():
             self.good += last
             text = text if begun else text.lstrip(BOM)
             blank = is_blank(text)
             if begun or not blank:  # blank pieces before the first one that says something are left out
-                yield Piece(text, source, last, blank)
+                yield Piece(text, source, last, blank, where, self._items)
             begun = not last and (begun or not blank)
 
     def _walk(self) -> Iterator[tuple[int, Any]]:
@@ -111,15 +113,14 @@ class Corpus:
         self.position = finished
 
     def _read(self, source: int, file: Path) -> Iterator[tuple[Any, int]]:
-        """Yields ((text, whether it ends its document) or what is wrong with it, bytes of the file read so far)."""
+        """Yields ((text, whether it ends its document, where it is) or what is wrong with it, bytes read so far)."""
         if self.inputs[source] == STDLIB:
-            yield (stdlib.read_source(file), True), 0
+            yield (stdlib.read_source(file), True, str(file)), 0
             return
         kind, _ = kind_of(file)
         with opened(file) as (raw, stream):
             if kind == ".parquet":
-                rows = read_parquet(file, raw, self._text_key)
-                pieces = (row if isinstance(row, BadItem) else (row, True) for row in rows)
+                pieces = read_parquet(file, raw, self._text_key)
             elif kind == ".txt":
                 pieces = _read_txt(file, stream, whole_first=self.faults.skip)
             else:
@@ -188,7 +189,7 @@ def kind_of(file: Path) -> tuple[str, str]:
     return kind, compression
 
 
-def _read_txt(file: Path, stream: BinaryIO, whole_first: bool) -> Iterator[tuple[str, bool] | BadItem]:
+def _read_txt(file: Path, stream: BinaryIO, whole_first: bool) -> Iterator[tuple[str, bool, str] | BadItem]:
     """Yields the pieces of a file, or what is wrong with it.
 
     Args:
@@ -203,7 +204,7 @@ def _read_txt(file: Path, stream: BinaryIO, whole_first: bool) -> Iterator[tuple
     try:
         text = reader.read(WHOLE_CHARACTERS + 1)
         if len(text) <= WHOLE_CHARACTERS:
-            yield text, True
+            yield text, True, str(file)
             return
         if whole_first and (bad := _first_fault(file)):
             yield bad
@@ -212,9 +213,9 @@ def _read_txt(file: Path, stream: BinaryIO, whole_first: bool) -> Iterator[tuple
         while more:
             *whole, text = cut(text + more)
             for piece in whole:
-                yield piece, False
+                yield piece, False, str(file)
             more = reader.read(_READ_CHARACTERS)
-        yield text, True
+        yield text, True, str(file)
     except UnicodeDecodeError as error:
         yield _first_fault(file) or BadItem(f"{file} is not UTF-8 text: {error.reason}", "not UTF-8")
 
@@ -259,7 +260,7 @@ def cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _read_jsonl(file: Path, stream: BinaryIO, key: str) -> Iterator[tuple[str, bool] | BadItem]:
+def _read_jsonl(file: Path, stream: BinaryIO, key: str) -> Iterator[tuple[str, bool, str] | BadItem]:
     for where, record in records(file, stream):
         try:
             if isinstance(record, BadItem):
@@ -270,7 +271,7 @@ def _read_jsonl(file: Path, stream: BinaryIO, key: str) -> Iterator[tuple[str, b
                     f'{where}: there is no text under the key "{key}" (text_key chooses another key)',
                     f'no text under "{key}"',
                 )
-            yield valid(text, where), True
+            yield valid(text, where), True, where
         except BadItem as error:
             yield error
         except ValueError as error:
