@@ -15,7 +15,7 @@ the question's, none is learned.
 
 To both belong the instructions under "system", and the variables of the chat template: "tools", "documents",
 "enable_thinking" and those in "chat_template_kwargs". A mark on a message or a line says whether its answers are
-learned (see _LEARNED and _MASKED). Preference data, several answers and media are refused. All keys that are left are
+learned (see marks.py). Preference data, several answers and media are refused. All keys that are left are
 listed once at the end of the preparation.
 """
 
@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llada_jax.config import UserError
+from llada_jax.data.prepare import marks
 from llada_jax.data.prepare.json_lines import BOM, repeated_key, shown
 from llada_jax.data.prepare.left_out import BadItem
 from llada_jax.data.prepare.text import valid
@@ -36,13 +37,6 @@ _ANSWERS = ("response", "output", "answer", "completion")
 _SYSTEM = ("system", "system_prompt", "system_message")
 # A line with messages and one of these pairs has two conversations.
 _PAIRS = (("prompt", "response"), ("instruction", "output"), ("question", "answer"))
-# Marks that are true, or 1, for what is learned, and marks that are true for what is not.
-_LEARNED = (
-    "weight", "train", "training", "loss", "loss_weight", "loss_scale", "loss_mask", "trainable", "train_on_turn",
-)  # fmt: skip
-_MASKED = ("mask", "masked", "ignore_loss")
-_MARKS_IN_A_LIST = ("weights", "loss_weights", "loss_masks", "masks")
-_ONLY_IF_BOOLEAN = ("loss", "training")  # on a line, another value is a measurement, or the name of a part of the data
 _ROLES = {
     "system": "system",
     "human": "user", "user": "user", "prompter": "user",
@@ -50,6 +44,7 @@ _ROLES = {
     "bot": ASSISTANT, "model": ASSISTANT, "function_call": ASSISTANT,
     "tool": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
 }  # fmt: skip
+_ASKERS = {name for name, role in _ROLES.items() if role in ("system", "user")}  # who are never learned
 # Keys that change what is learned or seen and that are not supported, with the reason.
 _NOT_READ = {
     **dict.fromkeys(
@@ -252,54 +247,27 @@ class _Line:
         if not isinstance(role, str) or role.lower() not in _ROLES:
             known = ", ".join(_ROLES)
             raise BadItem(f'a message is from {shown(role)}, but "from" must be one of {known}', "unknown speaker")
-        marks = {key: message[key] for key in (*_LEARNED, *_MASKED) if key in message}
-        rest = {key: each for key, each in message.items() if key not in ("from", "value", "content", *marks)}
+        rest = {key: each for key, each in message.items() if key not in ("from", "value", "content")}
         if role.lower() == "function_call":
-            return {"role": ASSISTANT, "content": "", "tool_calls": _calls(value), **rest, **marks}
+            return {"role": ASSISTANT, "content": "", "tool_calls": _calls(value), **rest}
         value = value.lstrip(BOM) if isinstance(value, str) else value
-        return {"role": _ROLES[role.lower()], "content": value, **rest, **marks}
+        return {"role": _ROLES[role.lower()], "content": value, **rest}
 
     def unmark(self, messages: list[dict[str, Any]]) -> frozenset[int]:
         """Removes the marks from messages, and returns the positions of the answers that are not to be learned."""
-        for key in _MARKS_IN_A_LIST:
-            if isinstance(self._record.get(key), list):
-                raise BadItem(f'the line has "{key}", a list of marks: mark each message itself', "odd mark")
-        whole = self._learned(self._all, "the line")
+        whole, read = marks.of_a_line(self._all, _ASKERS)
+        self._read |= read
         masked = set()
         for i, message in enumerate(messages):
             if message.get("train_detail"):
                 raise BadItem(f"message {i}: train_detail: {_NOT_READ['train_detail']}", "unread keys")
-            learned = self._learned(message, f"message {i}")
-            for key in (*_LEARNED, *_MASKED):
-                message.pop(key, None)
+            learned = marks.of_a_message(message, f"message {i}")
             if message.get("role") == ASSISTANT:
                 if learned is False or (whole is False and learned is None):
                     masked.add(i)
             elif learned:
                 self._told.append(f"marks to learn a message of the role {message.get('role')!s:.20}")
         return frozenset(masked)
-
-    def _learned(self, of: Mapping[str, Any], what: str) -> bool | None:
-        """Returns whether the marks say that something is learned, or None if there are no marks."""
-        found: dict[str, bool] = {}
-        for key in (*_LEARNED, *_MASKED):
-            value = of.get(key)
-            if of is self._all:
-                if key in _ONLY_IF_BOOLEAN and not isinstance(value, bool):
-                    continue
-                self._read.add(key)
-                if key == "mask" and isinstance(value, str) and _ROLES.get(value.lower()) in ("user", "system"):
-                    continue  # names the speaker who is not learned, which is what is always done
-            if value is None:
-                continue
-            if isinstance(value, str) or value not in (0, 1):
-                raise BadItem(
-                    f'{what} has "{key}": {shown(value)}, but only true and false (1 and 0) can be honoured', "odd mark"
-                )
-            found[key] = bool(value) != (key in _MASKED)
-        if len(set(found.values())) > 1:
-            raise BadItem(f"{what} has marks that contradict each other: {', '.join(found)}", "odd mark")
-        return next(iter(found.values()), None)
 
     def variables(self) -> dict[str, Any]:
         """Returns the further variables of the chat template."""
@@ -344,7 +312,7 @@ def _is_messages(value: Any) -> bool:
 
 def _not_learned(message: dict[str, Any]) -> dict[str, Any]:
     """Marks an answer that is part of a question, unless it has marks of its own."""
-    marked = message.get("role") != ASSISTANT or any(key in message for key in (*_LEARNED, *_MASKED))
+    marked = message.get("role") != ASSISTANT or any(key in message for key in marks.MARKS)
     return message if marked else message | {"train": False}
 
 
