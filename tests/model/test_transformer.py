@@ -310,6 +310,20 @@ def test_full_remat_keeps_less_than_none(built):
     assert kept("full") < kept("none")
 
 
+@pytest.mark.parametrize("kernel", ["cpu", "xla", "splash_interpreted"])
+@pytest.mark.parametrize("remat", ["attention", "dots"])
+def test_outputs_of_attention_are_kept_once(kernel, remat):
+    compute = ComputeConfig(dtype="float32", remat=remat, attention=kernel, query_chunk=4)
+    with jax.set_mesh(mesh.one_device_mesh()):
+        graphdef, params = split(models.abstract_model(TIED, compute))
+        tokens = jax.ShapeDtypeStruct((B, T), jnp.int32)
+        run = lambda p, t: merge(graphdef, p).trunk(*mesh.place_rows(t))  # noqa: E731
+        kept = jax.tree.leaves(jax.eval_shape(lambda p, t: jax.vjp(lambda p: run(p, t), p)[1], params, tokens))
+    heads = [x for x in kept if x.ndim == 5 and x.shape[1] == B and x.shape[-1] == TIED.head_width]
+    products = 3 if remat == "dots" and kernel != "cpu" else 0  # queries, keys and values
+    assert len(heads) == products + 1
+
+
 @pytest.mark.parametrize(("remat", "unroll", "kept_apart"), [("full", 0, True), ("full", 1, False), ("none", 0, False)])
 def test_unrolled_layers_are_computed_again_too(built, remat, unroll, kept_apart):
     """Without a barrier, the compiler for GPUs kept everything: it saw that the same is computed twice."""
