@@ -289,4 +289,5 @@ def test_recomputed_flops_are_what_the_compiler_counts(remat):
     extra = counted(remat) - counted("none")
     assert abs(extra - expected) < share * flops.flops_per_token(config, length, head_share=0) / 3
     again = flops.recomputed_flops_per_token(config, length, ComputeConfig(remat=remat, attention="splash"))
-    assert again - expected == 2 * 2 * length * 256  # The backward pass of splash computes the scores once more.
+    # With full remat, the backward pass of splash computes the scores once more.
+    assert again - expected == (2 * 2 * length * 256 if remat == "full" else 0)
