@@ -59,8 +59,9 @@ def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, compute
     """
     attention = 4 * sequence_length * model.width
     # Every kernel except the reference kernel computes the attention scores again in the backward pass instead of
-    # keeping them. That is one of the two matmuls of attention.
-    again = 0 if compute.attention == "reference" else attention / 2
+    # keeping them. That is one of the two matmuls of attention. The reference kernel keeps the scores, but remat "dots"
+    # and "attention" do not; with "full", all of its attention is counted below.
+    again = 0 if compute.attention == "reference" and compute.remat in ("none", "full") else attention / 2
     projections = 2 * model.width * (model.heads + model.kv_heads) * model.head_width
     adapters = sum(size for name, size in _adapter_parameters(model).items() if name != "ff_out_b")
     matmuls = 2 * (projections + 2 * model.width * model.feed_forward + adapters)

@@ -179,9 +179,9 @@ def test_a_text_that_the_tokenizer_turns_into_nothing_is_no_document(tmp_path, t
     assert manifest.train.tokens == manifest.sources[0].tokens
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_texts_that_the_tokenizer_refuses(tmp_path, workers):
-    """A WordPiece model without a token for unknown words refuses every text that has one."""
+@pytest.fixture
+def strict_tokenizer(tmp_path):
+    """Returns a WordPiece model without a token for unknown words, which refuses every text that has one."""
     split = tokenizers.pre_tokenizers.Whitespace()
     words = sorted({word for text in GOOD for word, _ in split.pre_tokenize_str(text)})
     vocabulary = {word: i for i, word in enumerate(["<eos>", *words])}
@@ -190,22 +190,42 @@ def test_texts_that_the_tokenizer_refuses(tmp_path, workers):
     tokenizer.add_special_tokens(["<eos>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_texts_that_the_tokenizer_refuses(tmp_path, strict_tokenizer, workers):
     lines = lines_of(GOOD[:40])
     lines.insert(7, b'{"text": "xyzzy"}')
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     (tmp_path / "b.txt").write_text("quux")
     inputs = [str(tmp_path / name) for name in ("a.jsonl", "b.txt")]
-    manifest = make(inputs, tmp_path / "set", tmp_path, workers=workers)
+    manifest = make(inputs, tmp_path / "set", strict_tokenizer, workers=workers)
     (left,) = manifest.left_out
     assert left.kind == "refused by the tokenizer" and left.count == 2
     assert left.examples[0].startswith(f"{inputs[0]}, line 8: the tokenizer cannot encode 'xyzzy': ")
     assert left.examples[1].startswith(f"{inputs[1]}: the tokenizer cannot encode 'quux': ")
     assert sum(source.documents for source in manifest.sources) == 40
     with pytest.raises(UserError, match=r"a.jsonl, line 8: the tokenizer cannot .*--on_error=skip leaves it out"):
-        make(inputs, tmp_path / "strict", tmp_path, workers=workers, on_error="stop")
+        make(inputs, tmp_path / "strict", strict_tokenizer, workers=workers, on_error="stop")
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines[7:12]))
     with pytest.raises(UserError, match="2 of 6 documents are bad"):
-        make(inputs, tmp_path / "many", tmp_path, workers=workers)
+        make(inputs, tmp_path / "many", strict_tokenizer, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_refused_piece_of_a_long_file(tmp_path, strict_tokenizer, workers):
+    """Only the piece is left out, and the text after it does not continue the text before it."""
+    line = " ".join(GOOD[0].split()) + "\n"
+    lines = [line] * (330_000 // len(line))
+    lines[len(lines) // 2] = "xyzzy\n"
+    (tmp_path / "a.txt").write_text("".join(lines))
+    inputs = [str(tmp_path / "a.txt")]
+    manifest = make(inputs, tmp_path / "set", strict_tokenizer, workers=workers, validation_fraction=0)
+    assert [(left.kind, left.count) for left in manifest.left_out] == [("refused by the tokenizer", 1)]
+    before, after = split_documents(tmp_path / "set", manifest, "train")
+    assert 120_000 < len(before) < 170_000 and 120_000 < len(after) < 170_000
+    assert manifest.sources[0].documents == 2 and manifest.sources[0].tokens == manifest.train.tokens
 
 
 def test_a_column_that_is_all_null(tmp_path, tokenizer_folder):

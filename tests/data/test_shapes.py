@@ -57,6 +57,10 @@ def said(line):
         ({"conversations": ["Who?", "She.", "What?", "That."], "source": "x"}, [*EARLIER, *ASKED]),
         ({"id": "5", "data": ["Who?", "She.", "\ufeffWhat?", "That."]}, [*EARLIER, *ASKED]),
         ({"input": "What?", "output": "That."}, ASKED),
+        ({"query": "What?", "response": "That.", "data": ["a", "b"]}, ASKED),
+        ({"input": "What?", "output": "That.", "data": ["a", "b"]}, ASKED),
+        ({"conversation": ["User: I say", "d"]}, "User: I say"),
+        ({"prompt": [SYSTEM, ASKED[0]], "system": "Be brief.", "response": "That."}, [SYSTEM, *ASKED]),
         ({"context": "a", "input": "b", "output": "d"}, "a\n\nb"),
         ({"prompt": [SYSTEM, *EARLIER, ASKED[0]], "completion": [ASKED[1]]}, [SYSTEM, *EARLIER, *ASKED]),
         ({"prompt": ASKED[:1], "system": "Be brief.", "response": "That."}, [SYSTEM, *ASKED]),
@@ -130,6 +134,8 @@ def test_of_a_question_that_is_a_list_nothing_is_learned():
     assert said(line).masked == {2}
     line["prompt"][2] = EARLIER[1] | {"train": True}
     assert said(line).masked == frozenset(), "its own mark counts"
+    line["prompt"][2] = EARLIER[1] | {"weight": None}
+    assert said(line).masked == {2}, "null is no mark"
     assert said({"data": ["a", "b", "c"]}).unread == []
     assert said({"messages": ASKED, "data": ["a", "b"]}).unread == ["data"]
 
@@ -155,6 +161,11 @@ def test_keys_that_say_nothing_are_listed():
         ({"data": ["a"]}, "none of the shapes"),
         ({"data": {"a": "b"}}, "none of the shapes"),
         ({"conversations": ["a", None]}, "message 0"),
+        ({"instruction": "a", "data": ["b", "c"]}, "none of the shapes"),
+        ({"conversations": ["Human: a", "Assistant: b"]}, "name their speakers"),
+        ({"prompt": ASKED, "completion": ASKED[1:]}, "ends with a message of the assistant"),
+        ({"prompt": "a", "response": ASKED}, 'begins with a message of the role "user"'),
+        ({"prompt": "a", "response": ASKED[1:] * 2}, '"response" has several answers'),
         ({"prompt": ASKED[:1], "input": "a", "response": "b"}, '"input" beside a list under "prompt"'),
         ({"prompt": [SYSTEM, ASKED[0]], "system": "Be long.", "response": "b"}, "another one beside it"),
         ({"prompt": ["a"], "response": "b"}, '"prompt" must be a text'),

@@ -165,6 +165,17 @@ def test_masks_depend_on_key_and_tokens_alone(make_mesh):
     assert len(offsets) > 3  # each request draws its own offset
 
 
+def test_masks_are_those_of_earlier_versions(make_mesh):
+    """Cached scores stay valid only as long as a key draws the same masks."""
+    mask, _ = masks_of([([1, 2], [3] * 20)], 4, make_mesh())
+    assert ["".join("01"[m] for m in row[2:22].astype(int)) for row in mask[0]] == [
+        "01000000000100000011",
+        "00100111000010000101",
+        "01100111000111111000",
+        "01111011101111111111",
+    ]
+
+
 def test_requests_alone_and_in_other_batches_score_the_same(toy, whole):
     """Tests that the other requests of a call do not matter, so that an interrupted evaluation can be continued."""
     requests = some_requests()

@@ -272,7 +272,9 @@ def test_recomputed_flops_are_what_the_compiler_counts(remat):
     The layers are unrolled so that the compiler counts the FLOPs of all of them.
     """
     config = ModelConfig(layers=2, width=256, heads=4, kv_heads=2, feed_forward=512, vocab_size=128, mask_id=127)
-    length = 64  # so short that the softmax, whose FLOPs the compiler counts too, is a small part
+    # Compilers count the elementwise operations too, and that for GPUs counts more for an exponential, so the softmax
+    # must be a small part there. On CPUs, attention is a larger part than the tolerance.
+    length, share = (256, 0.06) if jax.default_backend() == "cpu" else (64, 0.15)
 
     def counted(remat):
         compute = ComputeConfig(dtype="float32", remat=remat, unroll=0, attention="reference")
@@ -285,8 +287,7 @@ def test_recomputed_flops_are_what_the_compiler_counts(remat):
     compute = ComputeConfig(remat=remat, attention="reference")
     expected = flops.recomputed_flops_per_token(config, length, compute)
     extra = counted(remat) - counted("none")
-    # Compilers count the elementwise operations too, and that for GPUs counts more for an exponential.
-    share = 0.06 if jax.default_backend() == "cpu" else 0.15
     assert abs(extra - expected) < share * flops.flops_per_token(config, length, head_share=0) / 3
     again = flops.recomputed_flops_per_token(config, length, ComputeConfig(remat=remat, attention="splash"))
-    assert again - expected == 2 * 2 * length * 256  # The backward pass of splash computes the scores once more.
+    # With full remat, the backward pass of splash computes the scores once more.
+    assert again - expected == (2 * 2 * length * 256 if remat == "full" else 0)

@@ -2,9 +2,9 @@
 
 Packing. The texts of a split follow one another in the order of the input. EOS ends each stretch of text that was
 contiguous in its source. Such a stretch is usually a document. A long .txt file, however, is cut into pieces (see
-data/prepare/text.py); if some of its pieces are held out, each run of neighbouring pieces in the same split is a
-stretch. The resulting stream of tokens is cut into rows of `sequence_length` tokens without regard to documents. Only
-the last row of a split is padded.
+data/prepare/text.py); if some of its pieces are held out, or refused by the tokenizer, each run of neighbouring pieces
+in the same split is a stretch. The resulting stream of tokens is cut into rows of `sequence_length` tokens without
+regard to documents. Only the last row of a split is padded.
 
 Held-out text. The hash of a document (or piece) decides whether it belongs to validation (see
 data/prepare/held_out.py), so the same text is always in the same split.
@@ -147,17 +147,19 @@ def _write_rows(
         for batch, tokens in pool.map(_batches(corpus, below)):
             start = 0
             for i, ((piece, split, ends), length) in enumerate(zip(batch.tag[0], tokens.lengths, strict=True)):
-                if i in tokens.refused:
+                if refused := i in tokens.refused:
                     error = BadItem(f"{piece.where}: {tokens.refused[i]}", "refused by the tokenizer")
                     corpus.faults.add(error, piece.item)
-                    corpus.good -= piece.last
+                # Only a piece of a long file is left out, not the file, so its other pieces count as good ones.
+                corpus.good += int(not refused) - int(piece.last)
                 part = slice(start, start + length)
                 start += length
-                size = int(tokens.bytes[part].sum(dtype=np.int64))
+                # A blank piece stays with the text before it. If that was left out, so is the blank piece.
+                size = int(tokens.bytes[part].sum(dtype=np.int64)) if stretch or not piece.blank else 0
                 if size:  # a tokenizer may turn a text into nothing, which is no document
                     writers[split].add(tokens.ids[part], tokens.bytes[part])
                 stretch += size
-                ends = ends and stretch > 0
+                ends = (ends or refused) and stretch > 0
                 if ends:
                     writers[split].end_document()
                     stretch = 0

@@ -8,10 +8,10 @@ A line is either a list of messages or one question with one answer:
                                                              "response" output, answer or completion
 
 A list is under the key messages, conversations or conversation, and its messages may have either form; a list of texts,
-there or under "data", is what user and assistant say in turn. To a question belong "context", which comes before it,
-"input", which comes after it (or is the question, if there is no other), and "history", a list of earlier questions
-with their answers. Empty lines separate the parts of a question. Question and answer may also be lists of messages; of
-the question's, none is learned.
+there or, on a line without question and answer, under "data", is what user and assistant say in turn. To a question
+belong "context", which comes before it, "input", which comes after it (or is the question, if there is no other), and
+"history", a list of earlier questions with their answers. Empty lines separate the parts of a question. Question and
+answer may also be lists of messages; of the question's, none is learned.
 
 To both belong the instructions under "system", and the variables of the chat template: "tools", "documents",
 "enable_thinking" and those in "chat_template_kwargs". A mark on a message or a line says whether its answers are
@@ -133,10 +133,10 @@ class _Line:
         if self._all.get("label") is False or self._all.get("kto_tag") is False:
             raise BadItem("the answer is labelled as a bad one: leave the line out", "preference data")
         lists, prompts, answers = (self._present(keys) for keys in (_LISTS, _PROMPTS, _ANSWERS))
-        if not lists and _is_texts(self._record.get("data")):
-            lists = ["data"]
         if not prompts and answers and "input" in self._record:
             prompts = ["input"]
+        if not lists and not prompts and not answers and _is_texts(self._record.get("data")):
+            lists = ["data"]
         if not self._record.keys() & {*_LISTS, *lists} and prompts and answers:
             lists = []
         pairs = [pair for pair in _PAIRS if set(pair) <= set(self._record)]
@@ -165,36 +165,58 @@ class _Line:
             value = self._record.get(other)
             if value is not None and not (isinstance(value, str) and any(value.strip() in text for text in texts)):
                 raise BadItem(f'"{other}" beside "{key}" cannot be honoured: write it into the messages', "unread text")
-        system = self._system()
-        if system and messages and messages[0].get("role") == "system":
-            if messages[0].get("content") != system[0]["content"]:
-                raise BadItem(f'the line has a system message under "{key}" and another one beside it', "two systems")
-            system = []
-        return system + messages
+        return self._after_system(messages, key)
 
     def _of_a_question(self, prompt: str, answer: str) -> list[dict[str, Any]]:
         self._refuse(_NOT_READ_BESIDE_A_QUESTION)
-        before = self._system() + self._history()
         if _is_messages(self._all[prompt]):
-            self._read.add(prompt)
-            if beside := [key for key in ("context", "input", "history") if key in self._record and key != prompt]:
-                raise BadItem(
-                    f'"{beside[0]}" beside a list under "{prompt}" cannot be honoured: write it there', "unread text"
-                )
-            asked = [_not_learned(message) for message in self._messages(self._all[prompt])]
-            if before and asked[0].get("role") == "system":
-                raise BadItem(
-                    f'the line has a system message under "{prompt}" and another one beside it', "two systems"
-                )
+            asked = self._asked(prompt)
         else:
             self._text(prompt)
             keys = dict.fromkeys(("context", prompt, "input"))
             parts = [text for key in keys if (text := self._text(key, key != prompt))]
-            asked = [{"role": "user", "content": "\n\n".join(parts)}]
-        if _is_messages(self._all[answer]):
-            self._read.add(answer)
-            return before + asked + self._messages(self._all[answer])
-        return before + asked + [{"role": ASSISTANT, "content": self._text(answer)}]
+            asked = [*self._system(), *self._history(), {"role": "user", "content": "\n\n".join(parts)}]
+        if not _is_messages(self._all[answer]):
+            return [*asked, {"role": ASSISTANT, "content": self._text(answer)}]
+        self._read.add(answer)
+        answered = self._messages(self._all[answer])
+        roles = [message.get("role") for message in answered]
+        if roles[0] != ASSISTANT:
+            raise BadItem(
+                f'the list under "{answer}" begins with a message of the role {shown(roles[0])}: an answer begins with '
+                "one of the assistant",
+                "an answer by another speaker",
+            )
+        if len(roles) > 1 and set(roles) == {ASSISTANT}:
+            raise BadItem(
+                f'"{answer}" has several answers: {_NOT_READ_BESIDE_A_QUESTION["answers"]}', "several answers"
+            )
+        return asked + answered
+
+    def _asked(self, key: str) -> list[dict[str, Any]]:
+        """Returns a question that is a list of messages."""
+        self._read.add(key)
+        if beside := [other for other in ("context", "input", "history") if other in self._record and other != key]:
+            raise BadItem(
+                f'"{beside[0]}" beside a list under "{key}" cannot be honoured: write it there', "unread text"
+            )
+        messages = [_not_learned(message) for message in self._messages(self._all[key])]
+        if messages[-1].get("role") == ASSISTANT:
+            raise BadItem(
+                f'the list under "{key}" ends with a message of the assistant: the beginning of an answer belongs to '
+                "the answer",
+                "a question by the assistant",
+            )
+        return self._after_system(messages, key)
+
+    def _after_system(self, messages: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+        """Returns the messages after the system message that the line has beside them."""
+        system = self._system()
+        if system and messages and messages[0].get("role") == "system":
+            if messages[0].get("content") != system[0]["content"]:
+                raise BadItem(f'the line has a system message under "{key}" and another one beside it', "two systems")
+            return messages
+        return system + messages
 
     def _system(self) -> list[dict[str, Any]]:
         found = [key for key in _SYSTEM if key in self._record]
@@ -231,6 +253,11 @@ class _Line:
         if not isinstance(found, list):
             return found
         if _is_texts(found):
+            if all(_names_a_speaker(text) for text in found[:2]):
+                raise BadItem(
+                    f"the texts of a list name their speakers, as in {shown(found[0])}: write them as messages",
+                    "texts that name their speakers",
+                )
             return [{"role": ("user", ASSISTANT)[i % 2], "content": text.lstrip(BOM)} for i, text in enumerate(found)]
         return [self._message(each) if isinstance(each, dict) else each for each in found]
 
@@ -306,13 +333,17 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 1 and all(isinstance(each, str) for each in value)
 
 
+def _names_a_speaker(text: str) -> bool:
+    return ":" in text and text.split(":")[0].strip("#*<[|( ").lower() in _ROLES
+
+
 def _is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
 
 
 def _not_learned(message: dict[str, Any]) -> dict[str, Any]:
     """Marks an answer that is part of a question, unless it has marks of its own."""
-    marked = message.get("role") != ASSISTANT or any(key in message for key in marks.MARKS)
+    marked = message.get("role") != ASSISTANT or any(message.get(key) is not None for key in marks.MARKS)
     return message if marked else message | {"train": False}
 
 

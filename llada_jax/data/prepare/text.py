@@ -57,7 +57,7 @@ class Corpus:
       total_bytes: The size of all files in bytes, as they are stored (compressed files count compressed).
       position: The number of these bytes that the current iteration has read, for a progress bar.
       faults: The bad documents of the current iteration.
-      good: The number of documents that the current iteration has read and that are not bad.
+      good: The number of documents that the current iteration has read and that are not bad. The reader may change it.
     """
 
     def __init__(self, inputs: Sequence[str], text_key: str = "text", on_error: str = "stop"):
