@@ -2,8 +2,8 @@
 
 Compiles the real train step for hardware that need not be present. Reports the number of parameters, the memory per
 chip, the FLOPs, the bytes that collectives move, the least time that a step can take, and what the whole run costs if
-every step takes that time. For TPUs it also reports the time that a step takes by the compiler's own estimate, and where
-that time goes; nobody has compared this estimate with a pod. --html and --trace show it as a timeline.
+every step takes that time. For TPUs it also reports how long a step takes by the compiler's own estimate, and where the
+time goes; nobody has compared this estimate with a pod. --html and --trace show it as a timeline.
 
 --topology has the form [SLICESx]CHIP:SHAPE, for example v5e:16x16, v5p:4x4x8, v6e:16x16, 2xv5p:4x4x8 (two slices),
 h200:8 or 2xh200:8 (two nodes). Plans for TPUs need `pip install "jax[tpu]"`, plans for GPUs need
