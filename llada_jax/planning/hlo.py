@@ -207,7 +207,8 @@ class Module:
             function = self._tables["FunctionNames"].get(int(place.get("function_name_id", 0)), "").strip('"')
             if _PACKAGE in path and f"{_PACKAGE}planning/" not in path:
                 yield _PACKAGE + path.rpartition(_PACKAGE)[2], place["line"], function
-            frame = parent - 1  # Parents are counted from 1, and 1 means that there is no parent.
+            # Parents are counted from 1, and 1 means that there is no parent. A parent comes before its frames.
+            frame = min(parent, frame) - 1
 
 
 def _is_helper(function: str) -> bool:

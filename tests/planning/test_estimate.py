@@ -75,6 +75,17 @@ def test_plan_of_a_small_model_on_tpu():
     assert least < gathered < 1.2 * least
     assert record["floor_seconds"]["network"] == 0
     assert "tpu_custom_call" in text
+    # The estimate: all parts add up to the step, the products are those of the model, and nothing exceeds the peak.
+    parts = record["estimated_parts"]
+    step = record["estimated_step_seconds"]
+    assert sum(seconds for times in parts.values() for seconds in times.values()) == pytest.approx(step)
+    assert {"attention projections", "attention", "feed-forward", "norms", "head and loss", "optimizer"} <= parts.keys()
+    assert {"forward", "backward"} <= parts["feed-forward"].keys() and parts["optimizer"].keys() == {"update"}
+    products = record["estimated_products"]
+    attention = 12 * 3 * 256 * 256 + 2 * 3 * 256 * 256  # per token: forward, backward, and the scores again
+    expected = (record["executed_flops_per_step"] - attention * 16 * 256) / 4
+    assert products["flops"] == pytest.approx(expected, rel=0.05)
+    assert 0.05 < products["share_of_peak"] < 1 and record["estimated_mfu"] < record["mfu_at_floor"]
     page = estimate.page(record)
     assert "v5e:2x2: 4 chips" in page and page.endswith("\nfits")
 

@@ -31,6 +31,7 @@ def first(*entry: str, fused: tuple[str, ...] = ()):
         (f"{LAYER}/rematted_computation/feed_forward/jit(silu)/mul", "feed-forward", "recomputed"),
         ("jit(train_step)/jvp(head_and_loss)/shard_map/while/body/exp", "head and loss", "forward"),
         ("jit(train_step)/jvp(head_and_loss)/shard_map/while/body/gradients/mul", "head and loss", "backward"),
+        ("jit(train_step)/jvp(attention)/while/body/norm/mul", "norms", "forward"),  # the innermost scope
         ("jit(train_step)/optimizer/add", "optimizer", "update"),
         ("jit(train_step)/while/body/optimizer/add", "optimizer", "update"),
         ("jit(train_step)/jvp(vmap())/random_bits", "other", "forward"),

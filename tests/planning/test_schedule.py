@@ -147,6 +147,14 @@ def test_a_synchronous_collective_is_exposed_as_a_whole():
     assert found["estimated_parts"]["communication"] == {"update": pytest.approx(1.5 * MICRO)}
 
 
+def test_hidden_and_exposed_communication_add_up_to_all_of_it():
+    start, done, others = STARTS["offloaded"]
+    reduce = f"%r = f32[250]{{0}} all-reduce(%p), replica_groups={{{{0,1,2,3}}}}, to_apply=%add, {op('optimizer/psum')}"
+    work = f"%e = f32[250]{{0}} add(%p, %p), {op('jvp(norm)/mul', 3000)}"
+    _, found = run(program("\n".join(["%p = f32[250]{0} parameter(0)", start, work, done, reduce]), others))
+    assert found["communication_seconds"] == {"hidden": pytest.approx(3 * MICRO), "exposed": pytest.approx(1.5 * MICRO)}
+
+
 def test_copies_run_beside_the_core_until_their_end():
     """A copy of 4,000 bytes from main to vector memory takes 4 microseconds, of which the core waits for 3."""
     block, found = run(
