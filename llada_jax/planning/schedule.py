@@ -8,7 +8,7 @@ from each other is not modelled, and neither is the start of a loop's iteration 
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from llada_jax.planning import parts
 from llada_jax.planning.collectives import KINDS, of_instruction
@@ -90,12 +90,9 @@ class _Simulation:
         for instruction in self.module.computations.get(name, ()):
             run.step(instruction)
         # What does not say to which pass it belongs is taken to belong to the pass of most of the computation.
-        known: Counter = Counter()
+        usual = _usual_pass(event for event in run.events if event.body is None) or parts.UPDATE
         for event in run.events:
-            known[event.in_pass] += event.seconds if event.in_pass else 0
-        usual = known.most_common(1)[0][0] if known else None
-        for event in run.events:
-            event.in_pass = event.in_pass or usual or parts.UPDATE
+            event.in_pass = event.in_pass or usual
         return Block(name, run.events, run.now)
 
 
@@ -197,12 +194,22 @@ class _Run:
     def _loop(self, one: Instruction, body: Block, trips: float) -> None:
         if body.seconds:
             seconds = body.seconds * trips
-            self.events.append(Event(one, CORE, self.now, seconds, LOOP, parts.OTHER, None, body, trips))
+            usual = _usual_pass(body.events)
+            self.events.append(Event(one, CORE, self.now, seconds, LOOP, parts.OTHER, usual, body, trips))
             self.now += seconds
 
     def _add(self, one: Instruction, unit: str, start: float, seconds: float, basis: str, part: str) -> None:
         in_pass = parts.pass_of(self.simulation.module, one)
         self.events.append(Event(one, unit, start, seconds, basis, part, in_pass))
+
+
+def _usual_pass(events: Iterable[Event]) -> str | None:
+    """Returns the pass that most of the events' time belongs to, None if none of them says."""
+    seconds: Counter = Counter()
+    for event in events:
+        if event.in_pass:
+            seconds[event.in_pass] += event.seconds
+    return seconds.most_common(1)[0][0] if seconds else None
 
 
 _ASYNC = ("AsyncCollectiveStart", "AsyncCollectiveDone")

@@ -8,7 +8,7 @@ from llada_jax.planning import parts, report
 from llada_jax.planning.hlo import Module
 from llada_jax.planning.schedule import UNITS, Block, Event
 
-_DATA = "/*DATA*/null"  # the place in timeline.html where the data goes
+_DATA, _SCRIPT = "/*DATA*/null", "/*SCRIPT*/"  # the places in timeline.html where the data and the script go
 
 
 def html(record: dict, module: Module, block: Block) -> str:
@@ -59,8 +59,11 @@ def html(record: dict, module: Module, block: Block) -> str:
         "notes": report.lines(record)[:5],
         "dearest": record["estimated_dearest"],
     }
-    page = resources.files(__package__).joinpath("timeline.html").read_text(encoding="utf-8")
+    page, script = (
+        resources.files(__package__).joinpath(f"timeline.{kind}").read_text(encoding="utf-8") for kind in ("html", "js")
+    )
     # "</" would end the page's script.
+    page = page.replace(_SCRIPT, script)
     return page.replace(_DATA, json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"))
 
 
