@@ -17,6 +17,7 @@ from paths import ROOT
 
 from llada_jax.config import Config, UserError
 from llada_jax.devices import hardware, mesh
+from llada_jax.model import compute
 from llada_jax.planning import estimate, topology
 from llada_jax.training import flops
 
@@ -41,13 +42,15 @@ def small(**changes) -> Config:
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
-    """Sets up JAX as `python -m llada_jax.plan` does: all optimizations, and not the tests' high matmul precision.
+    """Sets up JAX as `python -m llada_jax.plan` does: all optimizations, bfloat16, and its usual matmul precision.
 
-    That precision is not meant for bfloat16 kernels.
+    The tests' high precision is not meant for bfloat16 kernels.
     """
     topology.prepare_environment()
     with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("default"):
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "false")  # for the processes that the tests start
+        for platform in ("gpu", "tpu"):
+            patch.delitem(compute.DTYPES, platform)
         few = jax.config.read("jax_disable_most_optimizations")
         jax.config.update("jax_enable_compilation_cache", False)
         jax.config.update("jax_disable_most_optimizations", False)
