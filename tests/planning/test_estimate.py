@@ -210,13 +210,22 @@ def test_compiler_that_is_not_installed(monkeypatch):
             topology.describe(text)
 
 
-def test_a_mistake_ends_in_one_line():
-    flags = ["--config=configs/8b.py:v9", "--topology=v5e:2x2"]
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--config=configs/8b.py:v9", "--topology=v5e:2x2"], "configs/8b.py:v9: choose one of v5e-16x16"),
+        (["--topology=v5e:2x2", "--kernel_share=2"], "--kernel_share=2: must be greater than 0 and at most 1"),
+        (["--topology=h200:8", "--html=x.html"], "--html: only the compilers for TPUs estimate times"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(flags, problem):
+    if not flags[0].startswith("--config"):
+        flags = ["--config=configs/8b.py:v5e-16x16", *flags]
     done = subprocess.run(
         [sys.executable, "-m", "llada_jax.plan", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2
-    assert "configs/8b.py:v9: choose one of v5e-16x16" in done.stderr and done.stderr.count("\n") == 1
+    assert problem in done.stderr and done.stderr.count("\n") == 1
 
 
 HARDWARE = runpy.run_path(str(ROOT / "configs" / "8b.py"))["HARDWARE"]
