@@ -84,8 +84,8 @@ class Chip:
     clock: float | None = None  # Hz; None where the compiler estimates no cycles
     # The share of peak_flops that an attention kernel is taken to reach, because the compiler estimates nothing for
     # kernels. An assumption, not a measurement: `plan --kernel_share` changes it. For comparison: the code that libtpu
-    # 0.0.42.1 schedules for splash's forward and fused backward kernel (blocks of 512, heads of 128) would reach 70 % on
-    # v5e, 68 % on v5p and 27 % on v6e if each block ran all of it and nothing ever stalled.
+    # 0.0.42.1 schedules for splash's forward and fused backward kernel (blocks of 512, heads of 128) would reach 70 %
+    # on v5e, 68 % on v5p and 27 % on v6e if each block ran all of it and nothing ever stalled.
     kernel_share: float = 0.5
 
 
