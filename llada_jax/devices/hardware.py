@@ -4,6 +4,15 @@ The figures come from the makers (Cloud TPU documentation and NVIDIA data sheets
 link counts one direction only: the bytes that a chip can receive per second, which is half of the "bidirectional"
 figure in those documents. The network bandwidth of a chip is that of its pod or host, divided by the number of chips
 there (for GPUs: one 400 Gbit/s adapter per GPU).
+
+The clock of a TPU turns the compiler's estimates, which are in cycles, into seconds. Google does not publish it. It
+follows from the published peak and from what the published matrix units (MXUs) multiply in a cycle:
+
+  v5e: 197e12 / (4 MXUs x 128 x 128 x 2) = 1.50 GHz.
+  v5p: 459e12 / (2 cores x 4 MXUs x 128 x 128 x 2) = 1.75 GHz.
+  v6e: 1.75 GHz is an assumption. The published 2 MXUs of 256 x 256 would need 3.5 GHz for the peak of 918e12, if each
+    did one product of 256 numbers per cycle. The compiler's own estimates exceed that rate at 1.75 GHz, so an MXU must
+    do two; at another clock, all estimates for v6e scale with it.
 """
 
 import dataclasses
@@ -70,19 +79,28 @@ class Chip:
     memory: float  # bytes
     link: float  # bytes/s that a chip can receive from the other chips of its slice or node
     network: float  # bytes/s that a chip can receive from other slices or nodes
+    memory_bandwidth: float  # bytes/s between the chip and its memory (HBM)
     compiler_options: dict[str, bool | int] = dataclasses.field(default_factory=dict)
+    clock: float | None = None  # Hz; None where the compiler estimates no cycles
+    # The share of peak_flops that an attention kernel is taken to reach, because the compiler estimates nothing for
+    # kernels. An assumption, not a measurement: `plan --kernel_share` changes it. For comparison: the code that libtpu
+    # 0.0.42.1 schedules for splash's forward and fused backward kernel (blocks of 512, heads of 128) would reach 70 %
+    # on v5e, 68 % on v5p and 27 % on v6e if each block ran all of it and nothing ever stalled.
+    kernel_share: float = 0.5
 
 
 GIB = 2**30
 GPU = ("gpu", "cuda", "rocm")  # the names that JAX may use for the platform of a GPU
 CHIPS = (
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 200e9, 3.1e9, _TPU | _FUSED),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 400e9, 12.5e9,
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 200e9, 3.1e9, 819e9, _TPU | _FUSED, 1.5e9),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 400e9, 12.5e9, 1638e9,
          # Gives fusions more of the vector memory than the default, so that matmul tiles are larger; not measured here.
-         _TPU | _SPARSE_CORE | _TORUS_2D | {"xla_tpu_scoped_vmem_limit_kib": 65536}),
-    Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 600e9, 6.25e9, _TPU | _SPARSE_CORE | _TORUS_3D),
-    Chip("h100", ("H100 80GB HBM3",), 989e12, 80e9, 450e9, 50e9, _HOPPER),
-    Chip("h200", ("H200",), 989e12, 141e9, 450e9, 50e9, _HOPPER),
+         _TPU | _SPARSE_CORE | _TORUS_2D | {"xla_tpu_scoped_vmem_limit_kib": 65536}, 1.75e9,
+         # Heads are usually 128 wide, and fill half of the rows or columns of an MXU of 256 x 256.
+         0.25),
+    Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 600e9, 6.25e9, 2765e9, _TPU | _SPARSE_CORE | _TORUS_3D, 1.75e9),
+    Chip("h100", ("H100 80GB HBM3",), 989e12, 80e9, 450e9, 50e9, 3350e9, _HOPPER),
+    Chip("h200", ("H200",), 989e12, 141e9, 450e9, 50e9, 4800e9, _HOPPER),
 )  # fmt: skip
 
 

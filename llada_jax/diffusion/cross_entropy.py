@@ -39,6 +39,7 @@ def _forward(h_BTD, head_DV, targets_BT, weight_BT, chunk):
     return (total, nll_BT), (dh_BTD, dhead_DV)
 
 
+@jax.named_scope("head_and_loss")
 def _backward(chunk, residuals, cotangents):
     dh_BTD, dhead_DV = residuals
     scale, _ = cotangents
@@ -48,6 +49,7 @@ def _backward(chunk, residuals, cotangents):
 linear_cross_entropy.defvjp(_forward, _backward)
 
 
+@jax.named_scope("head_and_loss")  # llada_jax.plan knows this part of the model, and the gradients, by the names
 def _run(h_BTD, head_DV, targets_BT, weight_BT, chunk, gradients):
     # The matrix is gathered once, before the loop, and in the dtype that the products need.
     head_DV = jax.reshard(head_DV.astype(h_BTD.dtype), P(None, "tensor"))
@@ -96,13 +98,14 @@ def _local(h_BTD, head_DV, targets_BT, weight_BT, *, chunk, gradients):
         write_C = jnp.where(valid_C, index_C, count)
         nll_N = nll_N.at[write_C].set(nll_C, mode="drop")
         if gradients:
-            # d nll / d logits = softmax - one-hot
-            dlogits_CV = exp_CV * (weight_C / sum_C)[:, None]
-            dlogits_CV = dlogits_CV.at[jnp.arange(chunk), target_C].add(-jnp.where(here_C, weight_C, 0.0))
-            dlogits_CV = dlogits_CV.astype(h_CD.dtype)
-            dh_CD = jnp.einsum("cv,dv->cd", dlogits_CV, head_DV, preferred_element_type=jnp.float32)
-            dh_ND = dh_ND.at[write_C].set(jax.lax.psum(dh_CD, "tensor").astype(h_ND.dtype), mode="drop")
-            dhead_DV += jnp.einsum("cd,cv->dv", h_CD, dlogits_CV, preferred_element_type=jnp.float32)
+            with jax.named_scope("gradients"):
+                # d nll / d logits = softmax - one-hot
+                dlogits_CV = exp_CV * (weight_C / sum_C)[:, None]
+                dlogits_CV = dlogits_CV.at[jnp.arange(chunk), target_C].add(-jnp.where(here_C, weight_C, 0.0))
+                dlogits_CV = dlogits_CV.astype(h_CD.dtype)
+                dh_CD = jnp.einsum("cv,dv->cd", dlogits_CV, head_DV, preferred_element_type=jnp.float32)
+                dh_ND = dh_ND.at[write_C].set(jax.lax.psum(dh_CD, "tensor").astype(h_ND.dtype), mode="drop")
+                dhead_DV += jnp.einsum("cd,cv->dv", h_CD, dlogits_CV, preferred_element_type=jnp.float32)
         return i + 1, nll_N, dh_ND, dhead_DV
 
     carry = (
@@ -118,5 +121,6 @@ def _local(h_BTD, head_DV, targets_BT, weight_BT, *, chunk, gradients):
         return total, nll_BT
     # The gradient is reduced once, after the loop: over the replicas, and over the fsdp shards, each of which keeps its
     # slice.
-    dhead_DV = jax.lax.psum_scatter(dhead_DV, "fsdp", scatter_dimension=0, tiled=True)
-    return total, nll_BT, dh_ND.reshape(batch, length, width), jax.lax.psum(dhead_DV, "data")
+    with jax.named_scope("gradients"):
+        dhead_DV = jax.lax.psum_scatter(dhead_DV, "fsdp", scatter_dimension=0, tiled=True)
+        return total, nll_BT, dh_ND.reshape(batch, length, width), jax.lax.psum(dhead_DV, "data")

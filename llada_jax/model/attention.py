@@ -22,6 +22,7 @@ from llada_jax.devices import mesh
 from llada_jax.model.cpu import MASKED_OUT, SAVED_NAME, cpu_attention, real_mask
 
 
+@jax.named_scope("attention")
 def attention(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,

@@ -60,6 +60,7 @@ def _parameter(name: str, key: jax.Array, shape: tuple[int, ...], sigma) -> nnx.
     return nnx.Param(sigma * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32, out_sharding=spec))
 
 
+@jax.named_scope("norm")
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Computes x / rms(x) over the last axis in fp32, casts it to the dtype of x, and multiplies it by weight."""
     x_fp32 = x.astype(jnp.float32)
@@ -67,6 +68,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return x_fp32.astype(x.dtype) * weight.astype(x.dtype)
 
 
+@jax.named_scope("attention")
 def rope_table(length: int, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Returns cos and sin, fp32 (T, K / 2), of the angles position * theta ** (-2 i / K)."""
     frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
@@ -74,6 +76,7 @@ def rope_table(length: int, head_width: int, theta: float) -> tuple[jax.Array, j
     return jnp.cos(angle), jnp.sin(angle)
 
 
+@jax.named_scope("attention")
 def apply_rope(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
     """Applies RoPE in fp32; component i of a head is rotated together with component i + K / 2 (rotate-half)."""
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
@@ -139,10 +142,12 @@ class Block(nnx.Module):
             xa_BTR *= config.lora.alpha / config.lora.rank
             return y + _einsum(f"btr,r{outputs}->bt{outputs}", xa_BTR, use(f"{name}_b", f"r{outputs}"), out_sharding)
 
+        # llada_jax.plan tells the parts of the model apart by these name scopes, here and in the functions called.
         h_BTD = rms_norm(x_BTD, self.attn_norm[...], config.norm_eps)
-        q_BTHK = linear("q_proj", h_BTD, mesh.HEADS_BTHK)
-        k_BTGK = linear("k_proj", h_BTD, mesh.HEADS_BTHK)
-        v_BTGK = linear("v_proj", h_BTD, mesh.HEADS_BTHK)
+        with jax.named_scope("attention_projections"):
+            q_BTHK = linear("q_proj", h_BTD, mesh.HEADS_BTHK)
+            k_BTGK = linear("k_proj", h_BTD, mesh.HEADS_BTHK)
+            v_BTGK = linear("v_proj", h_BTD, mesh.HEADS_BTHK)
         o_BTHK = attention(
             apply_rope(q_BTHK, *rope),
             apply_rope(k_BTGK, *rope),
@@ -151,13 +156,15 @@ class Block(nnx.Module):
             kernel=compute.attention,
             query_chunk=compute.query_chunk,
         )
-        x_BTD += linear("attn_out", o_BTHK, mesh.HIDDEN_BTD)
+        with jax.named_scope("attention_projections"):
+            x_BTD += linear("attn_out", o_BTHK, mesh.HIDDEN_BTD)
 
         h_BTD = rms_norm(x_BTD, self.ff_norm[...], config.norm_eps)
-        gate_BTF = linear("ff_proj", h_BTD, mesh.FEED_FORWARD_BTF)
-        up_BTF = linear("up_proj", h_BTD, mesh.FEED_FORWARD_BTF)
-        f_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        return x_BTD + linear("ff_out", f_BTF, mesh.HIDDEN_BTD)
+        with jax.named_scope("feed_forward"):
+            gate_BTF = linear("ff_proj", h_BTD, mesh.FEED_FORWARD_BTF)
+            up_BTF = linear("up_proj", h_BTD, mesh.FEED_FORWARD_BTF)
+            f_BTF = jax.nn.silu(gate_BTF) * up_BTF
+            return x_BTD + linear("ff_out", f_BTF, mesh.HIDDEN_BTD)
 
 
 class Transformer(nnx.Module):
@@ -246,6 +253,7 @@ def _forward(model: Transformer, tokens_BT, padding_mask_BT, rows: int):
     return jax.reshard(model.logits(model.trunk(tokens_BT, padding_mask_BT)), P(None, None, None))[:rows]
 
 
+@jax.named_scope("embedding")
 def embed(embedding_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Returns the rows of the embedding table for the ids of the tokens, (B, T, D) in `dtype`.
 

@@ -7,11 +7,9 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
+from llada_jax.planning.hlo import Instruction, Module
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s64": 8, "u64": 8, "f64": 8}
-_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(")
-_CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +40,11 @@ class Collective:
         return rounds * self.size * (parties - 1) / parties
 
 
-def collectives(text: str, devices: int, slices: int, unknown_trips: float) -> list[Collective]:
+def collectives(module: Module, devices: int, slices: int, unknown_trips: float) -> list[Collective]:
     """Returns all collectives of an optimised HLO module; a collective in a loop counts once per iteration.
 
     Args:
-      text: The text of the module, as `compiled.as_text()` returns it.
+      module: The module.
       devices: Number of devices that the program runs on. Every slice has the same number of devices, and the devices
         of one slice have consecutive numbers.
       slices: Number of TPU slices, or of GPU nodes.
@@ -55,36 +53,52 @@ def collectives(text: str, devices: int, slices: int, unknown_trips: float) -> l
     Returns:
       One `Collective` for each collective instruction in a computation that runs.
     """
-    computations, entry = _computations(text)
-    runs = _runs(computations, entry, unknown_trips)
     found = []
-    for name, lines in computations.items():
-        if not runs[name]:
+    for name, times in module.runs(unknown_trips).items():
+        seen: set[tuple] = set()
+        for instruction in module.computations.get(name, ()):
+            once = of_instruction(module, name, instruction, devices, slices, seen)
+            found += [dataclasses.replace(one, count=times) for one in once]
+    return found
+
+
+def of_instruction(
+    module: Module, computation: str, instruction: Instruction, devices: int, slices: int, seen: set[tuple]
+) -> list[Collective]:
+    """Returns the collectives that an instruction is or that are fused into it, each with a count of 1.
+
+    Args:
+      module: The module.
+      computation: The name of the computation that the instruction is in.
+      instruction: The instruction.
+      devices: Number of devices, as for `collectives`.
+      slices: Number of slices, as for `collectives`.
+      seen: The fused collectives that other instructions of the computation have begun. It is added to. The same
+        asynchronous gather appears in several fusions: the one that starts it, those that run beside it, and the one
+        that waits for it. Only the first counts.
+    """
+    found = []
+    for place, one in [(computation, instruction), *module.fused(instruction)]:
+        if one.opcode == "recv" and "xla_megascale" in one.line:
+            # Data for other TPU slices is handed to the hosts, which reduce it with the hosts of those slices.
+            found.append(Collective("all-reduce", one.results[0].bytes, slices, slices, 1.0))
             continue
-        seen = set()
-        for place, line in _with_fused(name, lines, computations):
-            if " recv(" in line and "xla_megascale" in line:
-                # Data for other TPU slices is handed to the hosts, which reduce it with the hosts of those slices.
-                found.append(Collective("all-reduce", _shapes(line.split(" recv(")[0])[0], slices, slices, runs[name]))
+        kind = one.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        if one is not instruction:
+            channel = re.search(r"channel_id=\d+", one.line)
+            key = (kind, channel and channel[0], _groups_text(one.line))
+            if key in seen:
                 continue
-            kind = next((kind for kind in KINDS if f" {kind}(" in line or f" {kind}-start(" in line), None)
-            if kind is None:
-                continue
-            # The same asynchronous gather appears in several fusions: the one that starts it, those that run beside
-            # it, and the one that waits for it. Count it only once.
-            channel = re.search(r"channel_id=\d+", line)
-            if line not in lines:
-                key = (kind, channel and channel[0], _groups_text(line))
-                if key in seen:
-                    continue
-                seen.add(key)
-            groups = _groups(line, devices, devices // slices)
-            crossed = len({partition // (devices // slices) for partition in groups})
-            size = _size(line, kind, len(groups))
-            if "all-reduce-scatter" in place:
-                # The TPU compiler writes a reduce-scatter as an all-reduce of which only a slice is computed.
-                kind = "reduce-scatter"
-            found.append(Collective(kind, size, len(groups), crossed, runs[name]))
+            seen.add(key)
+        groups = _groups(one.line, devices, devices // slices)
+        crossed = len({partition // (devices // slices) for partition in groups})
+        size = _size(one, kind, len(groups))
+        if "all-reduce-scatter" in place:
+            # The TPU compiler writes a reduce-scatter as an all-reduce of which only a slice is computed.
+            kind = "reduce-scatter"
+        found.append(Collective(kind, size, len(groups), crossed, 1.0))
     return found
 
 
@@ -96,83 +110,14 @@ def totals(found: list[Collective]) -> dict[str, dict[str, float]]:
     return {kind: dict(values) for kind, values in sums.items()}
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    computations: dict[str, list[str]] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            current = computations.setdefault(header[1], [])
-            if line.startswith("ENTRY"):
-                entry = header[1]
-        elif line.rstrip() == "}":  # The whole line: the description of a kernel may contain a line that starts with }.
-            current = None
-        elif current is not None:
-            current.append(line)
-    return computations, entry
-
-
-def _runs(computations: dict[str, list[str]], entry: str, unknown_trips: float) -> dict[str, float]:
-    """Returns how often each computation runs, leaving out the computations of fusions."""
-    runs: dict[str, float] = defaultdict(float)
-
-    def visit(name: str, times: float) -> None:
-        runs[name] += times
-        for line in computations.get(name, ()):
-            found = _INSTRUCTION.match(line)
-            if not found or found[2] in ("fusion", *KINDS, "reduce", "scatter", "sort", "custom-call"):
-                continue
-            inner = _trips(line, computations, unknown_trips) if found[2] == "while" else 1
-            for called in _called(line):
-                visit(called, times * inner)
-
-    visit(entry, 1.0)
-    return runs
-
-
-def _trips(line: str, computations: dict[str, list[str]], unknown_trips: float) -> float:
-    """Returns the trip count of a while instruction.
-
-    This is the annotated trip count if there is one, else the largest constant in the loop's condition, else
-    `unknown_trips`.
-    """
-    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
-        return int(known[1])
-    condition = computations[re.search(r"condition=%?([\w.\-]+)", line)[1]]
-    limits = [int(n) for line in condition for n in re.findall(r"= s32\[\]\S* constant\((\d+)\)", line)]
-    return max(limits) if limits else unknown_trips
-
-
-def _called(line: str) -> list[str]:
-    """Returns the names of the computations that an instruction calls."""
-    return [name for names in _CALLED.findall(line) for name in re.findall(r"[\w.\-]+", names)]
-
-
-def _with_fused(name: str, lines: list[str], computations: dict[str, list[str]]):
-    """Yields the instructions of a computation and of its fusions, each with the name of its own computation."""
-    for line in lines:
-        yield name, line
-        if " fusion(" in line:
-            for called in _called(line):
-                yield from _with_fused(called, computations.get(called, []), computations)
-
-
-def _size(line: str, kind: str, parties: int) -> int:
+def _size(one: Instruction, kind: str, parties: int) -> int:
     """Returns the bytes of the result or operand, whichever is larger: a gather's result, a scatter's operand."""
-    result = re.match(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) (?:all-|reduce-scatter|collective-permute)", line)[1]
-    shapes = _shapes(result)
-    if f" {kind}-start(" in line and kind in ("all-gather", "reduce-scatter"):
-        return sum(shapes) * parties // (parties + 1)  # The type lists both the operands and the results.
+    sizes = [shape.bytes for shape in one.results]
+    if one.opcode.endswith("-start") and kind in ("all-gather", "reduce-scatter"):
+        return sum(sizes) * parties // (parties + 1)  # The type lists both the operands and the results.
     if kind == "collective-permute":
-        return shapes[0]
-    return sum(shapes) * (parties if kind == "reduce-scatter" else 1)
-
-
-def _shapes(text: str) -> list[int]:
-    """Returns the bytes of each array in the text of a type."""
-    return [
-        math.prod(int(n) for n in dims.split(",") if n) * _BYTES.get(dtype, 4)
-        for dtype, dims in re.findall(r"\b([a-z]+\d+|pred)\[([\d,]*)\]", text)
-    ]
+        return sizes[0]
+    return sum(sizes) * (parties if kind == "reduce-scatter" else 1)
 
 
 def _groups_text(line: str) -> str:

@@ -20,7 +20,8 @@ from llada_jax.diffusion.forward import is_chat
 from llada_jax.model import lora
 from llada_jax.model.compute import resolve_compute
 from llada_jax.model.transformer import abstract_model, parameter_count, split
-from llada_jax.planning import collectives, topology
+from llada_jax.planning import clock, collectives, report, topology
+from llada_jax.planning.hlo import Module
 from llada_jax.training import config_check, flops
 from llada_jax.training.step import make_state, make_train_step
 
@@ -29,12 +30,13 @@ COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
 GPU_SHARE = 0.9
 
 
-def plan(config: Config, target: str) -> tuple[dict, str]:
+def plan(config: Config, target: str, kernel_share: float | None = None) -> tuple[dict, str]:
     """Compiles the train step of a run for a topology and returns what it needs.
 
     Args:
       config: The run's configuration. config.model.vocab_size must be set, because no tokenizer is read.
       target: The topology, in the form that --topology takes.
+      kernel_share: The share of the peak that attention kernels are taken to reach; None means that of the chip.
 
     Returns:
       A dict of JSON values whose names include their units, and the text of the compiled train step. The text is ""
@@ -100,7 +102,9 @@ def plan(config: Config, target: str) -> tuple[dict, str]:
         record["why"] = (
             f"the peak is {memory.peak_memory_in_bytes / GIB:.1f} GiB, but only {limit / GIB:.1f} GiB are usable"
         )
-    return record | costs(config, hardware, text), text
+    record |= costs(config, hardware, text)
+    turns = loss_turns(config, chips)
+    return record | clock.estimate(config, target, text, turns, record["flops_per_step"], kernel_share), text
 
 
 def lower(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
@@ -150,7 +154,7 @@ def costs(config: Config, hardware: topology.Topology, text: str) -> dict:
     tokens = config.batch_size * config.sequence_length
     per_token = flops.flops_per_token(config.model, config.sequence_length)
     executed = per_token + flops.recomputed_flops_per_token(config.model, config.sequence_length, config.compute)
-    found = collectives.collectives(text, chips, hardware.slices, unknown_trips=loss_turns(config, chips))
+    found = collectives.collectives(Module(text), chips, hardware.slices, unknown_trips=loss_turns(config, chips))
     floors = {
         "compute": executed * tokens / chips / chip.peak_flops,
         "links": sum(one.link_bytes() for one in found) / chip.link,
@@ -220,6 +224,7 @@ def page(record: dict) -> str:
             f"{record['tokens_per_second_at_floor']:,.0f} tokens/s, MFU {record['mfu_at_floor']:.1%}",
             f"recipe at that floor: {record['recipe_steps']:,} steps, {record['recipe_tokens'] / 1e12:.2f} T tokens, "
             f"{record['recipe_days_at_floor']:.1f} days, {record['recipe_chip_hours_at_floor']:,.0f} chip hours",
+            *report.lines(record),
         ]
     if record["fits"] and place == "node":
         lines.append(

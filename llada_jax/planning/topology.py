@@ -29,7 +29,6 @@ gpu_device_info {{
 }}
 """
 LARGEST = {"v5e": 256, "v6e": 256, "v5p": 6144}  # the largest number of chips in one slice
-_GPU_BANDWIDTH = {"h100": 3_350_000_000_000, "h200": 4_800_000_000_000}  # memory bandwidth in bytes/s
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +130,6 @@ def _gpu(text: str, chip: Chip, count: int, nodes: int) -> list:
         topology_name=chip.name,
         topology=f"1x{nodes}x{count}",
         target_config=_HOPPER.format(
-            name="NVIDIA " + chip.kinds[0], memory=int(chip.memory), bandwidth=_GPU_BANDWIDTH[chip.name]
+            name="NVIDIA " + chip.kinds[0], memory=int(chip.memory), bandwidth=int(chip.memory_bandwidth)
         ),
     ).devices

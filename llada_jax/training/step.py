@@ -121,22 +121,27 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, b
             # the same program as the others. The sums take the memory of a second (sharded) copy of the gradients,
             # because a scan over layers returns its gradients as new arrays.
             def add(total, micro):
-                return jax.tree.map(jnp.add, total, gradient(state.params, frozen, key, *micro)), None
+                more = gradient(state.params, frozen, key, *micro)
+                with jax.named_scope("optimizer"):
+                    return jax.tree.map(jnp.add, total, more), None
 
             micro = jax.tree.map(lambda x: micro_batches(x, config.accumulation), inputs)
             shapes = jax.eval_shape(gradient, state.params, frozen, key, *jax.tree.map(lambda x: x[0], micro))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, out_sharding=s.sharding.spec), shapes)
             ((loss, sums), grads), _ = jax.lax.scan(add, zeros, micro)
 
-        grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        learning_rate = schedule(state.step)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-        # A step that is not finite counts as a step but changes nothing else: parameters and moments stay as they were.
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+        # llada_jax.plan tells the optimizer from the model by this name.
+        with jax.named_scope("optimizer"):
+            grad_norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            learning_rate = schedule(state.step)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+            # A step that is not finite counts as a step but changes nothing else: parameters and moments stay as they
+            # were.
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            )
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from llada_jax.planning.collectives import Collective, collectives, totals
+from llada_jax.planning.hlo import Module
 
 DEVICES = 8
 
@@ -17,7 +18,7 @@ def compiled(make_mesh, function, shape, spec, sizes=(1, 8, 1)):
     mesh = make_mesh(*sizes)
     with jax.set_mesh(mesh):
         x = jax.device_put(jnp.zeros(shape, jnp.float32), spec)
-        return jax.jit(function).lower(x).compile().as_text()
+        return Module(jax.jit(function).lower(x).compile().as_text())
 
 
 def test_gather_and_reduce_are_counted_with_their_bytes(make_mesh):
@@ -129,7 +130,7 @@ HEADER = "HloModule m\n\nENTRY %main (p: f32[8,16]) -> f32[64,16] {\n"
     ],
 )
 def test_forms_of_other_compilers(line, expected):
-    assert collectives(f"{HEADER}{line}\n}}\n", 8, 2, 1) == [expected]
+    assert collectives(Module(f"{HEADER}{line}\n}}\n"), 8, 2, 1) == [expected]
 
 
 def test_an_asynchronous_gather_in_fusions_counts_once():
@@ -138,7 +139,8 @@ def test_an_asynchronous_gather_in_fusions_counts_once():
     fused = "".join(f"%f{i} (p: f32[8,16]) -> f32[64,16] {{\n{gather.format(i)}}}\n\n" for i in range(3))
     kernel = '  %k = f32[8] custom-call(%p), backend_config={"x": {\n}}, metadata={}\n'
     calls = "".join(f"  %c{i} = f32[64,16] fusion(%p), kind=kCustom, calls=%f{i}\n" for i in range(3))
-    found = collectives(f"HloModule m\n\n{fused}{HEADER.removeprefix('HloModule m')}{kernel}{calls}}}\n", 8, 2, 1)
+    text = f"HloModule m\n\n{fused}{HEADER.removeprefix('HloModule m')}{kernel}{calls}}}\n"
+    found = collectives(Module(text), 8, 2, 1)
     assert found == [Collective("all-gather", 64 * 16 * 4, 4, 1, 1.0)]
 
 
@@ -147,7 +149,7 @@ def test_a_reduce_scatter_in_the_form_of_a_fused_all_reduce():
     fused = f"%all-reduce-scatter.1 (p: f32[64]) -> f32[16] {{\n{reduce}}}\n\n"
     call = "  %c = f32[16]{0:T(128)} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1\n"
     text = f"HloModule m\n\n{fused}{HEADER.removeprefix('HloModule m')}{call}}}\n"
-    assert collectives(text, 4, 1, 1) == [Collective("reduce-scatter", 64 * 4, 4, 1, 1.0)]
+    assert collectives(Module(text), 4, 1, 1) == [Collective("reduce-scatter", 64 * 4, 4, 1, 1.0)]
 
 
 def test_branches_and_calls_are_followed():
@@ -159,7 +161,7 @@ def test_branches_and_calls_are_followed():
         "  %y = f32[8]{0:T(128)} conditional(%p, %p, %p), branch_computations={%one, %two}\n"
     )
     text = f"HloModule m\n\n{inner}{HEADER.removeprefix('HloModule m')}{lines}}}\n"
-    assert sum(one.count for one in collectives(text, 4, 1, 1)) == 3
+    assert sum(one.count for one in collectives(Module(text), 4, 1, 1)) == 3
 
 
 def test_totals_add_up():

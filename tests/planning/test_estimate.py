@@ -17,6 +17,7 @@ from paths import ROOT
 
 from llada_jax.config import Config, UserError
 from llada_jax.devices import hardware, mesh
+from llada_jax.model import compute
 from llada_jax.planning import estimate, topology
 from llada_jax.training import flops
 
@@ -41,13 +42,15 @@ def small(**changes) -> Config:
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
-    """Sets up JAX as `python -m llada_jax.plan` does: all optimizations, and not the tests' high matmul precision.
+    """Sets up JAX as `python -m llada_jax.plan` does: all optimizations, bfloat16, and its usual matmul precision.
 
-    That precision is not meant for bfloat16 kernels.
+    The tests' high precision is not meant for bfloat16 kernels.
     """
     topology.prepare_environment()
     with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("default"):
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "false")  # for the processes that the tests start
+        for platform in ("gpu", "tpu"):
+            patch.delitem(compute.DTYPES, platform)
         few = jax.config.read("jax_disable_most_optimizations")
         jax.config.update("jax_enable_compilation_cache", False)
         jax.config.update("jax_disable_most_optimizations", False)
@@ -75,6 +78,17 @@ def test_plan_of_a_small_model_on_tpu():
     assert least < gathered < 1.2 * least
     assert record["floor_seconds"]["network"] == 0
     assert "tpu_custom_call" in text
+    # The estimate: all parts add up to the step, the products are those of the model, and nothing exceeds the peak.
+    parts = record["estimated_parts"]
+    step = record["estimated_step_seconds"]
+    assert sum(seconds for times in parts.values() for seconds in times.values()) == pytest.approx(step)
+    assert {"attention projections", "attention", "feed-forward", "norms", "head and loss", "optimizer"} <= parts.keys()
+    assert {"forward", "backward"} <= parts["feed-forward"].keys() and parts["optimizer"].keys() == {"update"}
+    products = record["estimated_products"]
+    attention = 12 * 3 * 256 * 256 + 2 * 3 * 256 * 256  # per token: forward, backward, and the scores again
+    expected = (record["executed_flops_per_step"] - attention * 16 * 256) / 4
+    assert products["flops"] == pytest.approx(expected, rel=0.05)
+    assert 0.05 < products["share_of_peak"] < 1 and record["estimated_mfu"] < record["mfu_at_floor"]
     page = estimate.page(record)
     assert "v5e:2x2: 4 chips" in page and page.endswith("\nfits")
 
@@ -196,13 +210,22 @@ def test_compiler_that_is_not_installed(monkeypatch):
             topology.describe(text)
 
 
-def test_a_mistake_ends_in_one_line():
-    flags = ["--config=configs/8b.py:v9", "--topology=v5e:2x2"]
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--config=configs/8b.py:v9", "--topology=v5e:2x2"], "configs/8b.py:v9: choose one of v5e-16x16"),
+        (["--topology=v5e:2x2", "--kernel_share=2"], "--kernel_share=2: must be greater than 0 and at most 1"),
+        (["--topology=h200:8", "--html=x.html"], "--html: only the compilers for TPUs estimate times"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(flags, problem):
+    if not flags[0].startswith("--config"):
+        flags = ["--config=configs/8b.py:v5e-16x16", *flags]
     done = subprocess.run(
         [sys.executable, "-m", "llada_jax.plan", *flags], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 2
-    assert "configs/8b.py:v9: choose one of v5e-16x16" in done.stderr and done.stderr.count("\n") == 1
+    assert problem in done.stderr and done.stderr.count("\n") == 1
 
 
 HARDWARE = runpy.run_path(str(ROOT / "configs" / "8b.py"))["HARDWARE"]

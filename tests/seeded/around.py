@@ -158,7 +158,7 @@ FAULTS = (
     # planning
     Fault(
         "collectives-in-loops-count-once",
-        "llada_jax/planning/collectives.py",
+        "llada_jax/planning/hlo.py",
         old="visit(called, times * inner)",
         new="visit(called, times)",
         harm="A plan counts the traffic of a single layer, so it promises a far faster run.",
