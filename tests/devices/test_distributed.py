@@ -246,7 +246,7 @@ def test_one_process_continues_what_two_began(whole, alone, tmp_path, devices):
     "point, override, message",
     [
         pytest.param("nothing", "nonsense=1", "nonsense", marks=pytest.mark.slow),
-        ("nothing", "mesh.fsdp=3", "takes 3 devices, but there are 8"),
+        pytest.param("nothing", "mesh.fsdp=3", "takes 3 devices, but there are 8", marks=pytest.mark.slow),
         ("other", "steps=20", "process 1 (of 2): config.seed is 5, but in process 0 it is 0: start all processes with"),
         ("busy", "steps=20", "is in use by another process"),
     ],
@@ -303,9 +303,14 @@ BEGIN = (
         ),
         ("distributed.first_decides('x', lambda: fail(UserError('no such text')))", [2, 2], "error: no such text"),
         ("index() == 1 and fail(UserError('a damaged row')); time.sleep(50)", [2, 2], "error: a damaged row"),
-        ("index() == 0 and fail(KeyError('a')); distributed.barrier('x')", [1, 1], "KeyError: 'a'"),
+        pytest.param(
+            "index() == 0 and fail(KeyError('a')); distributed.barrier('x')",
+            [1, 1],
+            "KeyError: 'a'",
+            marks=pytest.mark.slow,
+        ),
         ("index() == 0 and sys.exit(143); distributed.barrier('x')", [143, 143], ""),
-        ("return 1 if index() else distributed.barrier('x')", [1, 1], ""),
+        pytest.param("return 1 if index() else distributed.barrier('x')", [1, 1], "", marks=pytest.mark.slow),
         ("index() == 0 and os.kill(os.getpid(), 9); time.sleep(50)", [-signal.SIGKILL, -signal.SIGABRT], ""),
     ],
 )

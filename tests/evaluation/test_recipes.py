@@ -59,6 +59,7 @@ def test_lm_eval_has_the_tasks():
         assert set(recipe.tasks) - {"reversal"} <= named, recipe.name
 
 
+@pytest.mark.slow
 def test_lm_eval_takes_their_examples():
     """Tests that the tasks accept the number of examples: their files neither set 0 nor list fixed examples."""
     folder = Path(pytest.importorskip("lm_eval").__file__).parent / "tasks"

@@ -262,6 +262,7 @@ def test_only_adapters_are_trained_and_have_moments(on_one_device):
     assert sum(sizes) == lora.adapter_count(CONFIG) < parameter_count(CONFIG)
 
 
+@pytest.mark.slow
 def test_losses_on_another_mesh_and_in_micro_batches(make_mesh, on_one_device):
     one, other = on_one_device[0], trained(run_of(accumulation=2), make_mesh(2, 2, 2), 8)[0]
     assert other[0]["loss"] == pytest.approx(one[0]["loss"], rel=rounding.FIRST_STEP)

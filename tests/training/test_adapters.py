@@ -151,6 +151,7 @@ def test_what_is_not_ours_stays(run, prepared, source, tmp_path):
     assert (other / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_branches_and_further_runs(run, adapted, tmp_path):
     """A branch continues with the same adapters.
 

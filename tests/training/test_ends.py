@@ -53,6 +53,7 @@ def test_text_prepared_in_the_workdir(run, corpus, tmp_path):
     assert run(folder, **base) == 0  # preparing the same text again gives the same set
 
 
+@pytest.mark.slow
 def test_before_the_first_checkpoint_nothing_binds(run, tmp_path, prepared, corpus):
     class Stop(Exception):
         pass

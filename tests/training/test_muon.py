@@ -50,6 +50,7 @@ def updates_on(device_mesh, grads):
         return jax.tree.map(np.asarray, updates)
 
 
+@pytest.mark.slow
 def test_same_on_every_mesh_and_adam_for_the_rest(rng, make_mesh):
     with jax.set_mesh(make_mesh()):
         abstract = transformer.split(transformer.abstract_model(SHAPE, ComputeConfig()))[1]

@@ -102,7 +102,7 @@ def test_what_was_logged_is_the_mean_since_the_last_line(run, tmp_path, referenc
 # SIGTERM
 
 
-@pytest.mark.parametrize("step", [1, 5, 6, 13])
+@pytest.mark.parametrize("step", [1, 5, *(pytest.param(step, marks=pytest.mark.slow) for step in (6, 13))])
 def test_sigterm_saves_and_the_run_goes_on(run, reference, tmp_path, step):
     folder = tmp_path / "run"
     before = signal.getsignal(signal.SIGTERM)
@@ -174,7 +174,9 @@ def test_another_mesh_sees_the_same_rows_and_the_same_noise(run, reference, tmp_
         assert found[str(step)] == first_rows[str(step)]
 
 
-@pytest.mark.parametrize("devices, settings", [(4, ON_FOUR), (8, ON_EIGHT)])
+@pytest.mark.parametrize(
+    "devices, settings", [pytest.param(4, ON_FOUR, marks=pytest.mark.slow), (8, ON_EIGHT)], ids=["four", "eight"]
+)
 def test_the_first_step_on_another_mesh(run, tmp_path, reference, devices, settings):
     folders = tmp_path / "here", tmp_path / "there"
     assert run(folders[0], steps=1, validation__rows=0) == 0
