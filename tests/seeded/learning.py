@@ -173,11 +173,11 @@ FAULTS = (
     Fault(
         "skipped-step-changes-the-moments",
         "llada_jax/training/step.py",
-        old="""        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+        old="""            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            )
 """,
-        new="        params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params)\n",
+        new="            params = jax.tree.map(lambda new, old: jnp.where(finite, new, old), params, state.params)\n",
         harm="One step that is not finite leaves NaN in Adam's moments, and every later step is lost.",
         tests=(_STEP + "test_a_non_finite_step_leaves_no_trace[1-q_proj-place0-nan]",),
     ),
