@@ -21,6 +21,7 @@ from llada_jax.cli import entry_point, outputs, paths, streams
 from llada_jax.config import UserError
 from llada_jax.planning import clock, timeline, topology
 from llada_jax.planning.estimate import loss_turns, page, plan
+from llada_jax.planning.hlo import Module
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file of the run, e.g. configs/8b.py:v5p-4x4x8")
 _TOPOLOGY = flags.DEFINE_string(
@@ -60,7 +61,8 @@ def main() -> int:
     if files["hlo"]:
         outputs.write_text(files["hlo"], text, "hlo")
     if (files["html"] or files["trace"]) and record.get("estimated_step_seconds"):
-        module, block = clock.simulate(_TOPOLOGY.value, text, loss_turns(config, record["chips"]), share)
+        module = Module(text)
+        block = clock.simulate(_TOPOLOGY.value, module, loss_turns(config, record["chips"]), share)
         if files["html"]:
             outputs.write_text(files["html"], timeline.html(record, module, block), "html")
         if files["trace"]:

@@ -11,35 +11,29 @@ from llada_jax.planning.durations import CYCLES, Rates
 from llada_jax.planning.hlo import Module
 
 
-def simulate(
-    target: str, text: str, unknown_trips: float, kernel_share: float | None = None
-) -> tuple[Module, schedule.Block]:
+def simulate(target: str, module: Module, unknown_trips: float, kernel_share: float | None = None) -> schedule.Block:
     """Simulates one step of a compiled train step.
 
     Args:
       target: The topology that the train step was compiled for, in the form that --topology takes.
-      text: The text of the compiled train step.
+      module: The compiled train step.
       unknown_trips: The trip count to assume for a loop whose trip count depends on data.
       kernel_share: The share of the peak that attention kernels are taken to reach; None means that of the chip.
-
-    Returns:
-      The parsed text and the simulated step.
     """
     slices, chip, shape = topology.parse(target)
     rates = Rates(chip, chip.kernel_share if kernel_share is None else kernel_share)
-    module = Module(text)
-    return module, schedule.simulate(module, rates, _chips(slices, shape), slices, unknown_trips)
+    return schedule.simulate(module, rates, _chips(slices, shape), slices, unknown_trips)
 
 
 def estimate(
-    config: Config, target: str, text: str, unknown_trips: float, flops: float, kernel_share: float | None = None
+    config: Config, target: str, module: Module, unknown_trips: float, flops: float, kernel_share: float | None = None
 ) -> dict:
     """Returns how long a step takes by the compiler's estimate, and what the whole run costs by it.
 
     Args:
       config: The run's configuration.
       target: The topology, as for `simulate`.
-      text: The text of the compiled train step.
+      module: The compiled train step.
       unknown_trips: The trip count, as for `simulate`.
       flops: The FLOPs of the model in a step.
       kernel_share: The share of the peak, as for `simulate`.
@@ -49,7 +43,7 @@ def estimate(
       `estimated_step_seconds` is None and `why_no_estimate` says so.
     """
     slices, chip, shape = topology.parse(target)
-    found = report.summary(*simulate(target, text, unknown_trips, kernel_share)) if chip.clock else None
+    found = report.summary(module, simulate(target, module, unknown_trips, kernel_share)) if chip.clock else None
     if not found or not found["estimated_basis"][CYCLES]:
         reason = f"the compiler for {chip.name} writes none into the compiled program"
         return {"estimated_step_seconds": None, "why_no_estimate": reason}

@@ -102,9 +102,10 @@ def plan(config: Config, target: str, kernel_share: float | None = None) -> tupl
         record["why"] = (
             f"the peak is {memory.peak_memory_in_bytes / GIB:.1f} GiB, but only {limit / GIB:.1f} GiB are usable"
         )
-    record |= costs(config, hardware, text)
+    module = Module(text)
+    record |= costs(config, hardware, module)
     turns = loss_turns(config, chips)
-    return record | clock.estimate(config, target, text, turns, record["flops_per_step"], kernel_share), text
+    return record | clock.estimate(config, target, module, turns, record["flops_per_step"], kernel_share), text
 
 
 def lower(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
@@ -136,7 +137,7 @@ def frozen(config: Config) -> dict:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), weights)
 
 
-def costs(config: Config, hardware: topology.Topology, text: str) -> dict:
+def costs(config: Config, hardware: topology.Topology, module: Module) -> dict:
     """Returns the FLOPs, the collectives, the lower bounds of the step time, and what the whole run costs at best.
 
     Each floor is the time that one resource (compute, links, network) alone needs at its peak rate. The step time at
@@ -145,7 +146,7 @@ def costs(config: Config, hardware: topology.Topology, text: str) -> dict:
     Args:
       config: The run's configuration.
       hardware: The topology that the train step was compiled for.
-      text: The text of the compiled train step.
+      module: The compiled train step.
 
     Returns:
       A dict of JSON values whose names include their units.
@@ -154,7 +155,7 @@ def costs(config: Config, hardware: topology.Topology, text: str) -> dict:
     tokens = config.batch_size * config.sequence_length
     per_token = flops.flops_per_token(config.model, config.sequence_length)
     executed = per_token + flops.recomputed_flops_per_token(config.model, config.sequence_length, config.compute)
-    found = collectives.collectives(Module(text), chips, hardware.slices, unknown_trips=loss_turns(config, chips))
+    found = collectives.collectives(module, chips, hardware.slices, unknown_trips=loss_turns(config, chips))
     floors = {
         "compute": executed * tokens / chips / chip.peak_flops,
         "links": sum(one.link_bytes() for one in found) / chip.link,

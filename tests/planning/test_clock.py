@@ -7,6 +7,7 @@ from programs import op
 
 from llada_jax.config import Config
 from llada_jax.planning import clock, report, topology
+from llada_jax.planning.hlo import Module
 
 needs_tpu_compiler = pytest.mark.skipif(
     not topology.installed("v5e"), reason='the TPU compiler is not installed: pip install "jax[tpu]"'
@@ -34,8 +35,8 @@ def test_the_same_products_and_sums_approach_the_peaks_of_each_chip(target):
 
     def of(function, *arrays):
         shapes = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in arrays]
-        module, block = clock.simulate(target, jax.jit(function).lower(*shapes).compile().as_text(), 1)
-        return report.summary(module, block)
+        module = Module(jax.jit(function).lower(*shapes).compile().as_text())
+        return report.summary(module, clock.simulate(target, module, 1))
 
     found = of(jnp.matmul, ((8192, 4096), jnp.bfloat16), ((4096, 8192), jnp.bfloat16))
     products = found["estimated_products"]
@@ -50,7 +51,7 @@ def test_the_run_costs_what_its_steps_cost():
     config = Config(steps=3600, batch_size=8, sequence_length=100)
     work = f"  %a = f32[8]{{0}} add(%p, %p), {op('jvp(norm)/add', 1_500_000_000)}\n"
     text = "HloModule m\n\nENTRY %main (p: f32[8]) -> f32[8] {\n" + work + "}\n"
-    found = clock.estimate(config, "v5e:2x2", text, 1, flops=4 * 197e12 * 0.25)
+    found = clock.estimate(config, "v5e:2x2", Module(text), 1, flops=4 * 197e12 * 0.25)
     assert found["estimated_step_seconds"] == pytest.approx(1)
     assert found["estimated_mfu"] == pytest.approx(0.25)
     assert found["estimated_tokens_per_second"] == pytest.approx(800)
@@ -65,7 +66,7 @@ def test_the_run_costs_what_its_steps_cost():
 def test_without_estimates_of_the_compiler_there_is_no_estimate(target):
     """GPU compilers write none; a TPU compiler that stops to write them must not leave a step of almost no time."""
     text = "HloModule m\n\nENTRY %main (p: f32[8]) -> f32[8] {\n  %a = f32[8]{0} sort(%p)\n}\n"
-    found = clock.estimate(Config(steps=1), target, text, 1, flops=1e12)
+    found = clock.estimate(Config(steps=1), target, Module(text), 1, flops=1e12)
     assert found["estimated_step_seconds"] is None
     name = target.split(":")[0]
     assert report.lines(found) == [

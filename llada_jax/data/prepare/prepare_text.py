@@ -171,8 +171,8 @@ def _write_rows(
 def _batches(corpus: Corpus, below: int) -> Iterator[Batch]:
     """Yields batches of texts for the workers.
 
-    The tag of a batch has two parts: a list of (piece without its text, split, whether EOS follows) for each text, and
-    the number of bytes of the input that are read so far.
+    The tag of a batch has two parts: a list of (piece, split, whether EOS follows) for each text, and the number of
+    bytes of the input that are read so far.
     """
     texts: list[str] = []
     continues: list[bool] = []
@@ -181,7 +181,7 @@ def _batches(corpus: Corpus, below: int) -> Iterator[Batch]:
     for piece, split, continued, ends in _stretches(corpus, below):
         texts.append(piece.text)
         continues.append(continued)
-        tags.append((piece._replace(text=""), split, ends))
+        tags.append((piece, split, ends))
         characters += len(piece.text)
         if characters >= _BATCH_CHARACTERS:
             yield Batch(texts, continues, (tags, corpus.position))
