@@ -11,6 +11,7 @@ from llada_jax.config import UserError
 from llada_jax.text import around, huggingface_files
 from llada_jax.text.added_tokens import PLAIN, AddedToken, content, cut, pattern, properties, special_tokens
 from llada_jax.text.json_files import read_object
+from llada_jax.text.named_ids import size_of
 
 MASK_LITERAL = "[MASK]"  # how users write the mask token, whatever name the tokenizer has for it
 NOT_A_TOKEN = "\ufffd"  # the text of an id that stands for no token
@@ -125,7 +126,7 @@ class SentencePiece:
         self.named |= _named_roles(config, special_map, self.special)
         self.absent, self.notes = _absent(config, special_map, {*pieces, *records}, self.named)
         self.notes += huggingface_files.notes({}, config)
-        self.size = max([len(pieces) - 1, *(record["id"] for record in records.values())]) + 1
+        self.size = size_of((len(pieces) - 1, *(record["id"] for record in records.values())))
         control = {*self.special.values()}
         self._plain = {literal: record["id"] for literal, record in records.items() if record["id"] not in control}
         if aliases := [literal for literal in records if literal not in {**self._plain, **self.special}]:
@@ -287,7 +288,7 @@ class HuggingFace:
         self._described, self._places = described, {}
         self._first, self._later = self._at("first"), self._at("later")
         self._vocab = described.vocabulary | self.added
-        self.size = 1 + max(self._vocab.values())
+        self.size = size_of(self._vocab.values())
         self._ids = frozenset(self._vocab.values())
         self.byte_level = described.byte_level
 

@@ -17,7 +17,7 @@ _END_TOKENS = tuple(f"{name}_token" for name in _ENDS)
 _MODEL_IDS = {"mask": "mask_token_id", "bos": "bos_token_id", "eos": "eos_token_id"}
 _CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-MOST_IDS = 1 << 24  # far more ids than any vocabulary has
+_MOST_IDS = 1 << 24  # far more ids than any vocabulary has
 
 
 def is_id(value: Any) -> bool:
@@ -80,8 +80,20 @@ def model_ids(folder: epath.Path) -> dict[str, list[int]]:
             rows = fields.get("embedding_size") or fields.get("vocab_size")
     except (OSError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
-    limit = min(rows, MOST_IDS) if is_id(rows) and rows else MOST_IDS
+    limit = min(rows, _MOST_IDS) if is_id(rows) and rows else _MOST_IDS
     return {role: [i for i in ids if is_id(i) and i < limit] for role, ids in named.items()}
+
+
+def size_of(ids: Iterable[int]) -> int:
+    """Returns the largest id + 1.
+
+    Raises:
+      UserError: If no vocabulary is so large: tables over all ids would fill the memory.
+    """
+    size = 1 + max(ids)
+    if size > _MOST_IDS:
+        raise UserError(f"the files give a token the id {size - 1}, which no vocabulary has")
+    return size
 
 
 def ranges(numbers: Iterator[int]) -> tuple[tuple[int, int], ...]:

@@ -19,7 +19,7 @@ from llada_jax.text import added_tokens, around, chat_template
 from llada_jax.text.backends import MASK_LITERAL, NOT_A_TOKEN, Backend, HuggingFace, SentencePiece
 from llada_jax.text.chat_encoding import ChatEncoding
 from llada_jax.text.json_files import check_unicode
-from llada_jax.text.named_ids import MOST_IDS, ends_of_files, model_ids, others, ranges
+from llada_jax.text.named_ids import ends_of_files, model_ids, others, ranges
 from llada_jax.text.roles import as_the_model_says, of_model, roles_of, specials
 
 VOCAB_MULTIPLE = 128  # vocab_size is a multiple of this, so that it can be split over tensor-parallel devices
@@ -51,8 +51,6 @@ class Tokenizer(ChatEncoding):
         model_ids: Mapping[str, int] | None = None,
         model_ends: Iterable[int] = (),
     ):
-        if backend.size > MOST_IDS:  # arrays over all ids would fill the memory
-            raise UserError(f"the files give a token the id {backend.size - 1}, which no vocabulary has")
         self._backend = backend
         self._chat_files = dict(chat_files or {})
         self.chat_template = chat_template.find_source(self._chat_files)

@@ -353,3 +353,15 @@ def test_an_id_that_no_vocabulary_has_is_refused(tmp_path):
     """Arrays over all ids would fill the memory."""
     with pytest.raises(UserError, match="the files give a token the id 4000000000"):
         load_tokenizer(tf.write(tmp_path, tf.words(vocab={"<unk>": 0, "a": 4_000_000_000})))
+
+
+@pytest.mark.parametrize("name", ["added_tokens.json", "tokenizer_config.json"])
+def test_an_id_beside_a_sentencepiece_model_that_no_vocabulary_has_is_refused(tmp_path, name):
+    """Tables over all ids took gigabytes before the refusal, or the machine's memory."""
+    train_prefixing(["The small fox said nothing, one two three."] * 20, tmp_path / "tokenizer.model",
+                    hard_vocab_limit=False)  # fmt: skip
+    described = {"added_tokens_decoder": {"999999999": {"content": "<x>"}}}
+    content = {"<x>": 2**70} if name == "added_tokens.json" else described
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"the files give a token the id ({2**70}|999999999)"):
+        load_tokenizer(tmp_path)
