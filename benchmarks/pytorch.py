@@ -6,7 +6,8 @@ scaled_dot_product_attention, AdamW, and the head on masked positions only (and,
 positions). Each case first checks that all implementations compute the same loss. The implementations then run in turns
 in two processes, one of which sleeps while the other works, because two pools of threads in one process would disturb
 each other. Prints one JSON line per case: median times, and `ratio`, the time of llada_jax divided by the time of
-PyTorch, which is below 1 if llada_jax is faster.
+PyTorch, which is below 1 if llada_jax is faster. `isa` is the widest instruction set that both of them may use:
+--isa=avx2 keeps both from AVX-512 on a CPU that has it.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -301,6 +303,15 @@ def with_torch(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
     return {"torch": stepper(False), "torch, head everywhere": stepper(True)}, versions
 
 
+def use_isa(limit: str | None) -> str:
+    """Keeps both from AVX-512 if `limit` is "avx2"; returns which of AVX2 and AVX-512 they may use, else "other"."""
+    if limit == "avx2":  # XLA; PyTorch's own kernels, oneDNN, and MKL
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX2"
+        os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+    flags = Path("/proc/cpuinfo").read_text().split()
+    return "AVX-512" if "avx512f" in flags and not limit else "AVX2" if "avx2" in flags else "other"
+
+
 def _worker(connection, make: Callable, case: Case, threads: int) -> None:
     """Prepares a case in a process of its own, and answers each name of a function with (value, seconds) of one run."""
     if make is with_torch:
@@ -315,7 +326,7 @@ def _worker(connection, make: Callable, case: Case, threads: int) -> None:
         connection.send((value, time.perf_counter() - start))
 
 
-def compare(name: str, case: Case, threads: int, rounds: int) -> dict:
+def compare(name: str, case: Case, threads: int, rounds: int, isa: str) -> dict:
     """Measures one case and returns its record."""
     # This limits PyTorch's pool of threads. XLA's pool has one thread per core that the process may use.
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -362,6 +373,7 @@ def compare(name: str, case: Case, threads: int, rounds: int) -> dict:
         "value": first["ours"],
         "relative_difference": float(f"{difference:.2g}"),
         "threads": threads,
+        "isa": isa,
         "rounds": rounds,
         **versions,
         "python": platform.python_version(),
@@ -375,13 +387,13 @@ def main() -> None:
     """Measures the cases and prints one line per case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES), help="names of the cases, separated by commas")
-    parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each implementation"
-    )
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each of them")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each implementation")
+    parser.add_argument("--isa", choices=["avx2"], help="the widest instruction set that both implementations may use")
     args = parser.parse_args()
+    isa = use_isa(args.isa)
     for name in args.cases.split(","):
-        print(json.dumps(compare(name, CASES[name], args.threads, args.rounds)), flush=True)
+        print(json.dumps(compare(name, CASES[name], args.threads, args.rounds, isa)), flush=True)
 
 
 if __name__ == "__main__":
