@@ -1,6 +1,7 @@
 """Tests that bad documents and conversations are left out, counted and listed, if the user wants that."""
 
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from llada_jax.data.prepare.left_out import BadItem, Faults
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.data.prepare.summary import chat_summary, text_summary
+from llada_jax.data.prepare.text import PIECE_CHARACTERS
 
 from .conftest import split_documents, story
 from .test_chat import talk
@@ -222,7 +224,11 @@ def test_a_refused_piece_of_a_long_file(tmp_path, strict_tokenizer, workers):
     (tmp_path / "a.txt").write_text("".join(lines))
     inputs = [str(tmp_path / "a.txt")]
     manifest = make(inputs, tmp_path / "set", strict_tokenizer, workers=workers, validation_fraction=0)
-    assert [(left.kind, left.count) for left in manifest.left_out] == [("refused by the tokenizer", 1)]
+    (left,) = manifest.left_out
+    assert (left.kind, left.count) == ("refused by the tokenizer", 1)
+    named = int(re.match(r"(.*), from line (\d+): the tokenizer cannot encode ", left.examples[0])[2])
+    here = "".join(lines[named - 1 :])  # the piece begins at this line or within it
+    assert 0 <= here.index("xyzzy") < PIECE_CHARACTERS + len(line)
     before, after = split_documents(tmp_path / "set", manifest, "train")
     assert 120_000 < len(before) < 170_000 and 120_000 < len(after) < 170_000
     assert manifest.sources[0].documents == 2 and manifest.sources[0].tokens == manifest.train.tokens

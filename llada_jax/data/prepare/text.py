@@ -209,13 +209,14 @@ def _read_txt(file: Path, stream: BinaryIO, whole_first: bool) -> Iterator[tuple
         if whole_first and (bad := _first_fault(file)):
             yield bad
             return
-        more, text = text, ""
+        more, text, line = text, "", 1
         while more:
             *whole, text = cut(text + more)
             for piece in whole:
-                yield piece, False, str(file)
+                yield piece, False, f"{file}, from line {line}"
+                line += piece.count("\n")
             more = reader.read(_READ_CHARACTERS)
-        yield text, True, str(file)
+        yield text, True, f"{file}, from line {line}"
     except UnicodeDecodeError as error:
         yield _first_fault(file) or BadItem(f"{file} is not UTF-8 text: {error.reason}", "not UTF-8")
 
