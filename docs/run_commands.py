@@ -8,8 +8,9 @@ and runs them; the programs of clusters are stand-ins (docs/stand_ins.py), which
 In the pages:
     # exit code 2                      a comment in or directly above a command: the exit code that it must have
     <!-- not run: REASON -->           directly before a block: the block is not run, but listed with its reason
-    <!-- run first: own_data.md -->    at the top of a page: it begins with the files that the other page left
-    <!-- the commands in this table are run -->    before a table: so are `python ...` in its cells
+    <!-- run first: own_data.md -->    on a page: it begins with the files that the other page left
+    <!-- the commands in this table are run -->    before a table: so are `python ...` in its cells, but for those that
+                                       another page has word for word, which are run there
 
 The exit code is 0 if every command has ended as it should, and 1 otherwise. --keep keeps the scratch folder.
 """
@@ -122,6 +123,7 @@ class Block:
     language: str
     text: str
     reason: str | None  # why it is not run; None = it is run
+    in_table: bool = False  # whether it is a cell of a table
 
 
 @dataclasses.dataclass
@@ -151,11 +153,14 @@ class Result:
 def read_page(path: Path) -> Page:
     """Reads a page. Raises ValueError if a block has no language, because then nobody knows whether it is run."""
     lines = path.read_text(encoding="utf-8").split("\n")
-    first = re.search(r"<!-- run first: (\S+) -->", "\n".join(lines[:5]))
+    first = re.search(r"<!-- run first: (\S+) -->", "\n".join(lines))
     blocks, reason, table, at = [], None, False, 0
     while at < len(lines):
         if lines[at].startswith("|") and table:
-            blocks += [Block(at + 1, "bash", command, None) for command in re.findall(r"`(python [^`]+)`", lines[at])]
+            blocks += [
+                Block(at + 1, "bash", command, None, in_table=True)
+                for command in re.findall(r"`(python [^`]+)`", lines[at])
+            ]
         elif lines[at].strip():
             table = "<!-- the commands in this table are run -->" in lines[at]
         if found := re.match(r"(\s*)(`{3,})\s*(\w*)", lines[at]):
@@ -203,6 +208,24 @@ def _is_whole(command: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _plain(command: str) -> str:
+    return " ".join(command.replace("\\\n", " ").split())
+
+
+def leave_to_others(pages: list[Page]) -> None:
+    """Gives each command in a table that stands on another page too, word for word, the reason that it is run there."""
+    places = {}
+    for page in pages:
+        for block in page.blocks:
+            if block.language == "bash" and not block.in_table and block.reason is None:
+                for line, command, _ in commands(block):
+                    places[_plain(command)] = f"{page.name}:{line}"
+    for page in pages:
+        for block in page.blocks:
+            if block.in_table and (place := places.get(_plain(block.text))):
+                block.reason = f"it is run for {place}"
 
 
 def small(arguments: list[str]) -> list[str]:
@@ -279,8 +302,7 @@ class Runner:
         if returned != code:
             ended = f"it did not end within {SECONDS} s" if returned is None else f"exit code {returned}, not {code}"
             result.told = f"{ended}\n{textwrap.indent(output[-3000:].strip(), '    ')}"
-        shown = " ".join(command.replace("\\\n", " ").split())
-        print(f"{place}: {result.kind}, {result.seconds:.1f} s: {shown[:110]}", flush=True)
+        print(f"{place}: {result.kind}, {result.seconds:.1f} s: {_plain(command)[:110]}", flush=True)
         return result
 
 
@@ -302,7 +324,8 @@ def run_pages(pages: list[Page], scratch: Path) -> list[Result]:
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         # Pages that others wait for come first; so a page never waits for one that has not been handed out.
-        for page in sorted(pages, key=lambda page: _depth(page, pages)):
+        awaited = {page.first for page in pages}
+        for page in sorted(pages, key=lambda page: (_depth(page, pages), page.name not in awaited)):
             done[page.name] = pool.submit(run, page)
         return [result for page in pages for result in done[page.name].result()]
 
@@ -321,7 +344,9 @@ def choose(names: list[str]) -> list[Page]:
             raise ValueError(f"there is no page {name}; the pages are {', '.join(pages)}")
         if pages[name].first and pages[name].first not in wanted:
             wanted.append(pages[name].first)
-    return [pages[name] for name in wanted if pages[name].blocks]
+    chosen = [pages[name] for name in wanted if pages[name].blocks]
+    leave_to_others(chosen)
+    return chosen
 
 
 def main() -> int:

@@ -16,11 +16,6 @@ from absl import flags
 
 from llada_jax.cli import entry_point, model_flags, sampler_flags, streams
 from llada_jax.config import UserError
-from llada_jax.conversation import dialogue
-from llada_jax.conversation.conversation import Conversation, Settings
-from llada_jax.conversation.session import Chat
-from llada_jax.formats.workdir import trained_length
-from llada_jax.loading import load_with_tokenizer
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(sampler_flags)
@@ -36,6 +31,13 @@ def main() -> int:
     for name in ("stdin", "stdout"):
         if getattr(sys, name) is None:
             raise UserError(f"{name} is closed: a conversation needs it, so start the program with {name} open")
+    with entry_point.importing():
+        from llada_jax.conversation import dialogue
+        from llada_jax.conversation.conversation import Conversation, Settings
+        from llada_jax.conversation.session import Chat
+        from llada_jax.formats.workdir import trained_length
+        from llada_jax.loading import load_with_tokenizer
+
     settings = Settings(**sampler_flags.given()).checked()
     path = None if _LOAD.value is None else dialogue.named_file(_LOAD.value)
     record = {"messages": []} if path is None else dialogue.read_record(path)

@@ -10,16 +10,14 @@ once if it converts a published folder to a published folder, and up to twice if
 import math
 import sys
 
-import jax
 from absl import flags
 
 from llada_jax.cli import entry_point, paths
 from llada_jax.config import UserError
-from llada_jax.formats.conversion import FORMATS, convert
 
 _INPUT = paths.define("input", None, "A training workdir, a published folder, or a folder that convert wrote.")
 _OUTPUT = paths.define("output", None, "The folder to write. It must be new or empty.")
-_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "The format to write.")
+_FORMAT = flags.DEFINE_enum("format", None, ["huggingface", "orbax"], "The format to write.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint of a workdir. Default: the newest.")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "The dtype of the weights. Default: unchanged.")
 _NAMING = flags.DEFINE_enum(
@@ -37,6 +35,11 @@ def main() -> None:
             raise UserError(f"--{flag.name} is missing: --input=DIR, --output=DIR and --format are needed")
     if not 1e-9 <= _SHARD_GB.value < math.inf:
         raise UserError(f"--shard_gb={_SHARD_GB.value}: a positive number of gigabytes is needed")
+    with entry_point.importing():
+        import jax
+
+        from llada_jax.formats.conversion import convert
+
     jax.config.update("jax_platforms", "cpu")  # nothing is computed, and the host has more memory than one device
     convert(
         _INPUT.value,

@@ -14,7 +14,7 @@ command on each of them.
 
 from absl import flags
 
-from llada_jax.cli import compilation_cache, entry_point, model_flags, paths, process_flags, sampler_flags, streams
+from llada_jax.cli import entry_point, model_flags, paths, process_flags, sampler_flags, streams
 from llada_jax.config import DistributedConfig, UserError
 from llada_jax.evaluation import recipes
 
@@ -64,11 +64,10 @@ def main() -> int:
         tasks = tasks or recipe.tasks
         settings = recipe.settings(settings)
 
-    # These imports take seconds, which --list does not need.
-    from llada_jax.devices import distributed
-    from llada_jax.evaluation import run
+    with entry_point.importing():
+        from llada_jax.devices import distributed
+        from llada_jax.evaluation import run
 
-    compilation_cache.enable()
     job = run.Evaluation(
         model,
         tasks,

@@ -9,18 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from llada_jax.cli import entry_point, model_flags, outputs, paths, sampler_flags, streams
 from llada_jax.config import UserError
-from llada_jax.loading import load_with_tokenizer
-from llada_jax.sampling import terminal
-from llada_jax.sampling.drawing import complete_drawn
-from llada_jax.sampling.prompt_files import read_records, write_records
-from llada_jax.sampling.settings import check_settings
-from llada_jax.sampling.text_completion import DEFAULTS, Options, complete
-from llada_jax.text.json_files import check_unicode
 
 flags.adopt_module_key_flags(model_flags)
 flags.adopt_module_key_flags(sampler_flags)
@@ -37,6 +29,17 @@ _SHOW = flags.DEFINE_boolean("show", False, "Draw in the terminal how the text a
 
 def main() -> None:
     """Samples as the flags say. Mistakes that can be found without the model are reported before it is loaded."""
+    with entry_point.importing():
+        import jax
+
+        from llada_jax.loading import load_with_tokenizer
+        from llada_jax.sampling import terminal
+        from llada_jax.sampling.drawing import complete_drawn
+        from llada_jax.sampling.prompt_files import read_records, write_records
+        from llada_jax.sampling.settings import check_settings
+        from llada_jax.sampling.text_completion import DEFAULTS, Options, complete
+        from llada_jax.text.json_files import check_unicode
+
     settings = sampler_flags.given()
     seed = settings.pop("seed", 0)
     options = Options(**settings)

@@ -22,10 +22,10 @@ def main() -> int:
     config = entry_point.config_of(_CONFIG)
     if not _WORKDIR.value:
         raise UserError("--workdir=DIR is missing: name a folder for the checkpoints, metrics and samples")
-    # These imports take seconds. The help, and mistakes in the flags, need none of them.
-    from llada_jax.devices import distributed
-    from llada_jax.training.config_check import check_distributed
-    from llada_jax.training.run import train
+    with entry_point.importing():
+        from llada_jax.devices import distributed
+        from llada_jax.training.config_check import check_distributed
+        from llada_jax.training.run import train
 
     check_distributed(config)
     return distributed.run(lambda: train(config, _WORKDIR.value), config.distributed, *process_flags.given())

@@ -1,5 +1,6 @@
 """Tests the folder in which compiled programs are kept, and the cases in which they are not kept."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import llada_jax
 from llada_jax.cli import compilation_cache
 
 SCRIPT = """
@@ -68,6 +70,31 @@ def test_without_jax_nothing_is_made(tmp_path):
         "from llada_jax.cli import compilation_cache; compilation_cache.enable()", XDG_CACHE_HOME=str(tmp_path / "none")
     )
     assert not (tmp_path / "none").exists()
+
+
+IMPORTING = """
+from llada_jax.cli import entry_point
+def main():
+    with entry_point.importing():
+        import jax
+    print(jax.config.jax_compilation_cache_dir)
+entry_point.run(main)
+"""
+
+
+def test_an_entry_point_that_imports_jax_late_keeps_programs_too(tmp_path):
+    done = start(IMPORTING, XDG_CACHE_HOME=str(tmp_path))
+    assert Path(done.stdout.strip()).parent == tmp_path / "llada_jax" / "xla"
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "chat", "evaluate", "convert"])
+def test_entry_points_import_jax_late(name):
+    start(f"import sys, llada_jax.{name}; assert 'jax' not in sys.modules")
+    tree = ast.parse(Path(llada_jax.__file__).with_name(f"{name}.py").read_text())
+    (late,) = (node for node in ast.walk(tree) if isinstance(node, ast.With))
+    assert ast.unparse(late.items[0]) == "entry_point.importing()"
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert [node for node in imports if node not in tree.body] == [node for node in late.body if node in imports]
 
 
 def test_machines_of_other_kinds_have_folders_of_their_own(monkeypatch):

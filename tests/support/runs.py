@@ -1,6 +1,7 @@
 """Shared by the tests of whole runs: helpers that look into a run's folder or stop a run at a chosen step."""
 
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -14,9 +15,25 @@ import tiny
 
 from llada_jax.config import Config
 from llada_jax.devices import mesh as meshes
+from llada_jax.diffusion import forward
 from llada_jax.formats import workdir
-from llada_jax.training import checkpoint, loop
+from llada_jax.training import checkpoint, loop, step
 from llada_jax.training.run import train
+
+STEPS: dict[tuple, object] = {}  # the train steps that this process has made
+
+
+def shared_step(config: Config, graphdef, options):
+    """Returns the train step of `make_train_step`: the same function for all runs that it would be the same for.
+
+    JAX then traces and lowers it once for each mesh, which is most of what a run costs whose program is in the cache.
+    """
+    parts = (config.diffusion, config.model, config.optimizer, config.compute.loss_chunk, config.logging.buckets)
+    parts += (config.seed, config.steps, config.batch_size, config.accumulation, options)
+    key = (repr(parts), graphdef, forward.OBJECTIVES[config.diffusion.objective])  # a test may replace the objective
+    if key not in STEPS:
+        STEPS[key] = step.make_train_step(copy.deepcopy(config), graphdef, options)
+    return STEPS[key]
 
 
 def train_on(devices: int, config: Config, folder: Path) -> int:
@@ -29,6 +46,8 @@ def train_on(devices: int, config: Config, folder: Path) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(meshes, "make_mesh", first_devices)
+        if loop.make_train_step is step.make_train_step:
+            patch.setattr(loop, "make_train_step", shared_step)
         return train(config, folder)
 
 

@@ -70,7 +70,7 @@ def publish(source: Path, target: Path, **changes) -> None:
 def test_a_published_folder(run, reference, tmp_path, capfd):
     publish(reference, tmp_path / "published")
     settings = {"init_from": str(tmp_path / "published"), "optimizer__peak_learning_rate": 0.0, "steps": 1}
-    assert run(tmp_path / "run", 4, **settings) == 0
+    assert run(tmp_path / "run", 2, **settings) == 0  # as in test_weights_alone, which shares the compiled programs
     assert f"starting from the weights of {tmp_path / 'published'}" in capfd.readouterr().err
     ours, theirs = state_of(tmp_path / "run"), state_of(reference)
     for name, value in ours.items():
