@@ -86,7 +86,6 @@ def apply_rope(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.A
 
 
 @jax.custom_vjp
-@jax.named_scope("attention")
 def apply_rope_on_tpu(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
     """Computes `apply_rope` for TPUs, whose vector registers are as wide as a head and slow to work on half of one.
 
@@ -144,6 +143,8 @@ class Block(nnx.Module):
         """Adds attention and then the feed-forward network to x_BTD, in the dtype of x_BTD."""
         # The attention kernel has been chosen for the devices in use, so "cpu" means that they are CPUs.
         product = project if compute.attention == "cpu" else _einsum
+        # The kernel "splash" runs on TPUs only. "splash_interpreted" runs on any device, and so does the plain form of
+        # the rotation that goes with it.
         rotate = apply_rope_on_tpu if compute.attention == "splash" else apply_rope
 
         def use(name: str, letters: str) -> jax.Array:
@@ -177,14 +178,9 @@ class Block(nnx.Module):
             q_BTHK = linear("q_proj", h_BTD, mesh.HEADS_BTHK)
             k_BTGK = linear("k_proj", h_BTD, mesh.HEADS_BTHK)
             v_BTGK = linear("v_proj", h_BTD, mesh.HEADS_BTHK)
-        o_BTHK = attention(
-            rotate(q_BTHK, *rope),
-            rotate(k_BTGK, *rope),
-            v_BTGK,
-            real,
-            kernel=compute.attention,
-            query_chunk=compute.query_chunk,
-        )
+        with jax.named_scope("attention"):
+            q_BTHK, k_BTGK = rotate(q_BTHK, *rope), rotate(k_BTGK, *rope)
+        o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, real, kernel=compute.attention, query_chunk=compute.query_chunk)
         with jax.named_scope("attention_projections"):
             x_BTD += linear("attn_out", o_BTHK, mesh.HIDDEN_BTD)
 
