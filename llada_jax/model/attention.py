@@ -216,7 +216,8 @@ def splash_attention(
             block_kv=kv_block,
             block_kv_compute=kv_block,
             block_q_dkv=q_block,
-            block_kv_dkv=kv_block,
+            # The kernel returns the gradient of q once for each of these blocks, to be summed: one block is best.
+            block_kv_dkv=_block(k.shape[2], 4096, kv_block),
             block_kv_dkv_compute=kv_block,
             use_fused_bwd_kernel=True,  # the backward pass goes over the scores once, not twice
         ),
@@ -231,12 +232,14 @@ def splash_attention(
     return out[:, :, :length].swapaxes(1, 2).astype(q_BTHK.dtype)
 
 
-def _block(length: int) -> int:
-    """Returns the largest block size up to 512 that divides `length`, which is a multiple of LANES."""
-    return next(block for block in (512, 384, 256, LANES) if length % block == 0)
-
-
 LANES = 128  # lanes of a TPU's vector unit; the block sizes of splash attention are multiples of this number
+
+
+def _block(length: int, most: int = 512, multiple_of: int = LANES) -> int:
+    """Returns the largest block size up to `most` that divides `length`, and that is a multiple of `multiple_of`."""
+    return next(block for block in range(most - most % multiple_of, 0, -multiple_of) if length % block == 0)
+
+
 KERNELS = {
     "xla": xla_attention,
     "reference": reference_attention,

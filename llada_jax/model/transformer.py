@@ -85,6 +85,33 @@ def apply_rope(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.A
     return rotated.astype(x_BTHK.dtype)
 
 
+@jax.custom_vjp
+def apply_rope_on_tpu(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
+    """Computes `apply_rope` for TPUs, whose vector registers are as wide as a head and slow to work on half of one.
+
+    The matrix unit exchanges the two halves of each head. This is exact: each sum has one term that is not zero.
+    """
+    width = x_BTHK.shape[-1]
+    exchange_KK = jnp.roll(jnp.eye(width, dtype=x_BTHK.dtype), width // 2, axis=0)
+    exchanged = jnp.einsum("bthk,kj->bthj", x_BTHK, exchange_KK, precision=jax.lax.Precision.HIGHEST)
+    cos = jnp.concatenate([cos_TK, cos_TK], axis=-1)[:, None, :]
+    sin = jnp.concatenate([-sin_TK, sin_TK], axis=-1)[:, None, :]
+    return (x_BTHK.astype(jnp.float32) * cos + exchanged.astype(jnp.float32) * sin).astype(x_BTHK.dtype)
+
+
+def _turn(x_BTHK, cos_TK, sin_TK):
+    # To remat, this call is one operation; written out here, policies that keep products would keep the exchanged one.
+    return apply_rope_on_tpu(x_BTHK, cos_TK, sin_TK), (cos_TK, sin_TK)
+
+
+def _turn_back(angle, gradient_BTHK):
+    cos_TK, sin_TK = angle
+    return apply_rope_on_tpu(gradient_BTHK, cos_TK, -sin_TK), None, None
+
+
+apply_rope_on_tpu.defvjp(_turn, _turn_back)
+
+
 def _einsum(equation: str, x: jax.Array, weight: jax.Array, out_sharding: P) -> jax.Array:
     return jnp.einsum(equation, x, weight, out_sharding=out_sharding)
 
@@ -116,6 +143,9 @@ class Block(nnx.Module):
         """Adds attention and then the feed-forward network to x_BTD, in the dtype of x_BTD."""
         # The attention kernel has been chosen for the devices in use, so "cpu" means that they are CPUs.
         product = project if compute.attention == "cpu" else _einsum
+        # The kernel "splash" runs on TPUs only. "splash_interpreted" runs on any device, and so does the plain form of
+        # the rotation that goes with it.
+        rotate = apply_rope_on_tpu if compute.attention == "splash" else apply_rope
 
         def use(name: str, letters: str) -> jax.Array:
             # The cast comes before the gather, because bfloat16 halves the number of bytes that are transferred.
@@ -148,14 +178,9 @@ class Block(nnx.Module):
             q_BTHK = linear("q_proj", h_BTD, mesh.HEADS_BTHK)
             k_BTGK = linear("k_proj", h_BTD, mesh.HEADS_BTHK)
             v_BTGK = linear("v_proj", h_BTD, mesh.HEADS_BTHK)
-        o_BTHK = attention(
-            apply_rope(q_BTHK, *rope),
-            apply_rope(k_BTGK, *rope),
-            v_BTGK,
-            real,
-            kernel=compute.attention,
-            query_chunk=compute.query_chunk,
-        )
+        with jax.named_scope("attention"):
+            q_BTHK, k_BTGK = rotate(q_BTHK, *rope), rotate(k_BTGK, *rope)
+        o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, real, kernel=compute.attention, query_chunk=compute.query_chunk)
         with jax.named_scope("attention_projections"):
             x_BTD += linear("attn_out", o_BTHK, mesh.HIDDEN_BTD)
 

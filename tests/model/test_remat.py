@@ -7,6 +7,7 @@ import pytest
 from llada_jax.config import ComputeConfig, ModelConfig
 from llada_jax.devices import mesh
 from llada_jax.model import transformer as models
+from llada_jax.model.compute import remat_policy
 from llada_jax.model.transformer import merge, split
 
 CONFIG = ModelConfig(layers=2, width=32, heads=8, kv_heads=8, feed_forward=48, vocab_size=64, mask_id=63)
@@ -39,6 +40,17 @@ def test_outputs_of_attention_are_kept_once(kernel, remat):
     heads = [x for x in kept if x.ndim == 5 and x.shape[1] == B and x.shape[-1] == CONFIG.head_width]
     products = 3 if remat == "dots" and kernel != "cpu" else 0  # queries, keys and values
     assert len(heads) == products + 1
+
+
+def test_exchanged_halves_of_heads_are_not_kept():
+    """Where the backward pass needs rotated heads, it computes them from the heads, also where products are kept."""
+    policy = remat_policy(ComputeConfig(remat="dots"), 0)
+    cos, sin = models.rope_table(T, CONFIG.head_width, 10_000.0)
+    turn = jax.checkpoint(lambda x: jnp.sin(models.apply_rope_on_tpu(x, cos, sin)), policy=policy)
+    with jax.set_mesh(mesh.one_device_mesh()):
+        x = jax.ShapeDtypeStruct((B, T, CONFIG.heads, CONFIG.head_width), jnp.float32)
+        kept = jax.tree.leaves(jax.eval_shape(lambda x: jax.vjp(turn, x)[1], x))
+    assert [y.shape for y in kept if y.ndim == 4] == [x.shape]  # the input alone
 
 
 @pytest.mark.parametrize(("remat", "unroll", "kept_apart"), [("full", 0, True), ("full", 1, False), ("none", 0, False)])

@@ -239,6 +239,23 @@ def test_rope_table_and_rotation():
         np.testing.assert_allclose([turned[3, i], turned[3, i + 4]], [z.real, z.imag], rtol=0, atol=off)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_rotation_for_tpus_is_the_same(rng, dtype):
+    """It computes the same products in fp32 and their sum, so that only a fused multiplication may round otherwise."""
+    cos, sin = models.rope_table(6, 16, 500_000.0)
+    x, gradient = (jnp.asarray(rng.normal(size=(2, 6, 3, 16)), dtype) for _ in range(2))
+    # The sum of two products of numbers that are normal. It is rounded to bfloat16 in the end.
+    eps = {"float32": {}, "bfloat16": {"eps": rounding.BF16_EPS}}[dtype]
+    off = 8 * rounding.of_chain(2, **eps)
+
+    def both(rotate):
+        out, back = jax.vjp(lambda x: rotate(x, cos, sin), x)
+        return [np.asarray(y, np.float32) for y in (out, *back(gradient))]
+
+    for a, b in zip(both(models.apply_rope_on_tpu), both(models.apply_rope), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=off)
+
+
 def test_rms_norm_casts_back_before_the_weight(rng):
     x, weight = rng.normal(size=(3, 16)).astype(np.float32) * 7, rng.normal(size=16).astype(np.float32)
     expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
