@@ -7,7 +7,7 @@ import types
 import typing
 
 from llada_jax.config import Config, DistributedConfig, LoraConfig, ModelConfig, UserError, leaves
-from llada_jax.diffusion.forward import OBJECTIVES, T_SAMPLING, is_chat
+from llada_jax.diffusion.forward import LOSS_WEIGHTS, OBJECTIVES, T_SAMPLING, is_chat
 from llada_jax.model.attention import CHOICES
 from llada_jax.model.compute import REMAT
 from llada_jax.text.json_files import check_unicode
@@ -29,6 +29,7 @@ _NOT_NEGATIVE = (
 _ONE_OF = {
     "diffusion.objective": OBJECTIVES,
     "diffusion.t_sampling": T_SAMPLING,
+    "diffusion.loss_weight": LOSS_WEIGHTS,
     "compute.remat": REMAT,
     "compute.attention": CHOICES,
     "compute.dtype": ("", "float32", "bfloat16"),
@@ -82,7 +83,7 @@ def validate(config: Config) -> None:
     _check_optimizer(config)
     _check_data(config)
     _check_mesh(config)
-    _require(0 < config.diffusion.eps < 1, "diffusion.eps", config.diffusion.eps, "must lie between 0 and 1")
+    _check_diffusion(config)
     for name in ("init_step", "init_weights_only"):
         if values[name] not in (None, False) and not config.init_from:
             raise UserError(f"config.{name} is set, but config.init_from is not: set config.init_from as well")
@@ -159,6 +160,28 @@ def _check_lora(config: Config) -> None:
         "model.lora.rank",
         lora.rank,
         "adapts the weights of an existing model: set config.init_from",
+    )
+
+
+def _check_diffusion(config: Config) -> None:
+    diffusion = config.diffusion
+    _require(0 < diffusion.eps < 1, "diffusion.eps", diffusion.eps, "must lie between 0 and 1")
+    low, high = diffusion.t_range
+    _require(0 <= low < high <= 1, "diffusion.t_range", diffusion.t_range, "must be two ascending numbers in [0, 1]")
+    if not diffusion.complementary:
+        return
+    _require(diffusion.eps < 0.5, "diffusion.eps", diffusion.eps, "must be below 0.5 with diffusion.complementary")
+    _require(
+        math.isclose(low + high, 1),
+        "diffusion.t_range",
+        diffusion.t_range,
+        "must be symmetric, such as (0.2, 0.8), with diffusion.complementary: the second row of a pair has 1 - t",
+    )
+    _require(
+        config.batch_size % 2 == 0,
+        "batch_size",
+        config.batch_size,
+        "must be even with diffusion.complementary: each sequence takes two rows",
     )
 
 
