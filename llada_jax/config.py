@@ -292,6 +292,10 @@ class Config:
 
     seed: int = 0  # the seed of the initial weights, the order of the data, the masking and the samples
     steps: int = 1000  # the total number of optimizer steps, including those before a resume
+    # The length of the run in minutes, with the preparation of data, on the machine in use: the number of steps is
+    # decided once, from a few timed steps, in place of `steps`, and a resumed run keeps it. 0.0 = `steps` decides.
+    # --config.steps on the command line takes the place of `minutes` in the config file.
+    minutes: float = 0.0
     batch_size: int = 8  # the number of sequences per step, over all devices and micro-batches
     sequence_length: int = 4096  # T: the number of tokens per sequence
     # Gradient accumulation: the number of micro-batches into which the batch of a step is divided; 1 = none.

@@ -24,7 +24,7 @@ _NOT_NEGATIVE = (
     "seed", "validation.every", "validation.rows", "validation.seed", "sampling.every", "sampling.gen_length",
     "sampling.temperature", "checkpoint.permanent_every", "compute.unroll", "model.lora.rank",
     "diffusion.random_length_every", "optimizer.clip_norm", "optimizer.weight_decay", "optimizer.peak_learning_rate",
-    "data.workers", "profile.steps", "profile.first_step", "model.vocab_size", "model.layers",
+    "minutes", "data.workers", "profile.steps", "profile.first_step", "model.vocab_size", "model.layers",
 )  # fmt: skip
 _ONE_OF = {
     "diffusion.objective": OBJECTIVES,
@@ -197,6 +197,15 @@ def _check_optimizer(config: Config) -> None:
         "needs optimizer.beta1 and optimizer.beta2 of at most 0.99, or rounding would undo changes of the moments",
     )
     schedule_points(optimizer, config.steps)
+    if config.minutes:
+        absolute = [position for position, _ in optimizer.schedule if isinstance(position, int) and position > 0]
+        _require(
+            not absolute,
+            "optimizer.schedule",
+            optimizer.schedule,
+            f"counts steps (position {absolute[0] if absolute else ''}), but config.minutes={config.minutes:g} leaves "
+            "their number open: write positions as fractions of the run, such as 0.05",
+        )
 
 
 def _check_data(config: Config) -> None:
