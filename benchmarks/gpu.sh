@@ -43,7 +43,7 @@ part convert python benchmarks/convert.py
 part cross_entropy env XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/cross_entropy.py \
     --tokens=16384 --rows=4 --width=4096 --chunk=2048 --dtype=bfloat16
 part startup python benchmarks/startup.py
-part quickstart python -m llada_jax.train --config=configs/quickstart.py --workdir="$out/quickstart"
+part quickstart python -m llada_jax.train --config=configs/quickstart.py --workdir="$out/quickstart" --config.steps=2800
 part sample python -m llada_jax.sample --model="$out/quickstart" --prompt="import " --gen_length=64
 part chat bash -c "printf 'import os\n/again\n' | python -m llada_jax.chat --model='$out/quickstart' --temperature=0.7"
 # Tunes the quickstart's model on sums: once all of its parameters (rank 0), once only low-rank adapters (rank 8).

@@ -34,6 +34,7 @@ def seconds_to_first_step(arguments: list[str], workdir: Path, cache: Path | Non
       RuntimeError: If the training ends before its first step.
     """
     command = [sys.executable, "-m", "llada_jax.train", *arguments, f"--workdir={workdir}", "--config.logging.every=1"]
+    command.append("--config.steps=1000")  # otherwise config.minutes of the quickstart would first time some steps
     metrics, log = workdir / "metrics.jsonl", workdir.with_suffix(".log")
     start = time.perf_counter()
     with log.open("w", encoding="utf-8") as file:
@@ -64,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, seconds = Path(name), {"cold": [], "warm": [], "off": [], "import": []}
         prepare = [sys.executable, "-m", "llada_jax.prepare", "--input=stdlib", f"--output={folder / 'data'}"]
-        prepare += ["--train_tokenizer=8192", "--sequence_length=128"]
+        prepare += ["--train_tokenizer=8192", "--sequence_length=64"]
         subprocess.run(prepare, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         arguments = [f"--config={args.config}", "--config.data.input=", f"--config.data.path={folder / 'data'}"]
         for i in range(args.rounds):

@@ -120,6 +120,18 @@ class DiffusionConfig:
     # How the t of each row is drawn: independent (as in the paper) | low_discrepancy (t is spread evenly over the rows,
     # which lowers the variance of the loss).
     t_sampling: str = "low_discrepancy"
+    # The part of (0, 1) that t is drawn from, (lowest, highest). (0.0, 1.0) is the paper's. With any other, the loss is
+    # the mean over this part and no bound on the likelihood. Validation always uses all of (0, 1).
+    t_range: tuple[float, float] = (0.0, 1.0)
+    # The weight of each of the n masked tokens of a row, of whose L tokens each can be masked. Validation does not
+    # depend on it.
+    #   elbo   1 / (p_mask L), the paper's
+    #   count  (L + 1) / (n L): for t_range (0.0, 1.0) and eps -> 0 the same loss in the mean, with less variance
+    #   plain  1 / L: all masked tokens count alike. This loss is no bound on the likelihood
+    loss_weight: str = "elbo"
+    # True = each sequence is in a batch twice, and each of its tokens is masked in exactly one of the two rows. Their
+    # mask ratios are p_mask = (1 - 2 eps) t + eps and 1 - p_mask. batch_size counts rows, two for each sequence.
+    complementary: bool = False
     # One row in every `random_length_every` rows is cut to a random length, uniform in 1..sequence_length; 0 = never.
     # It must be 0 for objectives on conversations.
     random_length_every: int = 100
@@ -280,6 +292,10 @@ class Config:
 
     seed: int = 0  # the seed of the initial weights, the order of the data, the masking and the samples
     steps: int = 1000  # the total number of optimizer steps, including those before a resume
+    # The length of the run in minutes, with the preparation of data, on the machine in use: the number of steps is
+    # decided once, from a few timed steps, in place of `steps`, and a resumed run keeps it. 0.0 = `steps` decides.
+    # --config.steps on the command line takes the place of `minutes` in the config file.
+    minutes: float = 0.0
     batch_size: int = 8  # the number of sequences per step, over all devices and micro-batches
     sequence_length: int = 4096  # T: the number of tokens per sequence
     # Gradient accumulation: the number of micro-batches into which the batch of a step is divided; 1 = none.

@@ -162,6 +162,7 @@ def open_training(config: Config, paths: list[str]) -> Data:
         "batch_size": config.batch_size,
         "sequence_length": config.sequence_length,
         "vocab_size": config.model.vocab_size,
+        "copies": 2 if config.diffusion.complementary else 1,
     }
     if is_chat(config):
         return ChatData(paths, config.data.weights, **same)

@@ -79,12 +79,18 @@ def pretrain(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionCon
     expectation of this loss is the bound -E_t[1/t sum_i 1[x_t^i = MASK] log p(x_0^i | x_t)] / length, with p_mask as
     the mask ratio of each token.
 
+    Three settings change this; their defaults are the paper's. config.loss_weight chooses other weights (LOSS_WEIGHTS).
+    config.t_range draws t from a part of (0, 1): the expectation is then the mean over this part, which is no bound on
+    the likelihood. With config.complementary, the rows 2k and 2k + 1, which must hold the same tokens, have the mask
+    ratios p_mask = (1 - 2 eps) t + eps and 1 - p_mask, and each token is masked in exactly one of the two. The mask
+    ratio of either row, on its own, is uniform in (eps, 1 - eps), so that the expectation of both losses is the bound.
+
     Args:
       key: The key of the step.
       batch: A dict with "tokens", int32 (B, T), the ids x_0, and "length", int32 (B,), the number of real tokens of
         each row. The tokens after them are padding, which is neither masked nor counted.
       row_B: The int32 indices of the rows in the global batch.
-      config: The configuration, of which t_sampling and eps are used.
+      config: The configuration, of which all but the objective and random_length_every are used.
       mask_id: The id of MASK.
 
     Returns:
@@ -105,7 +111,7 @@ def sft(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, 
       batch: A dict as for `pretrain`, with "prompt" in addition, int32 (B,), the number of tokens of the prompt, which
         stands at the start of each row. It must be less than "length".
       row_B: The int32 indices of the rows in the global batch.
-      config: The configuration, of which t_sampling and eps are used.
+      config: The configuration, of which all but the objective and random_length_every are used.
       mask_id: The id of MASK.
 
     Returns:
@@ -125,21 +131,61 @@ def sft_whole(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionCo
 def _mask_from(
     first_B: jax.Array, key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int
 ) -> Corrupted:
-    """Applies the forward process to the positions from first_B up to the length of each row."""
+    """Applies the forward process to the positions from first_B up to the length of each row.
+
+    With config.complementary, the rows 2k and 2k + 1 share the noise of k: the second row masks what the first shows.
+    """
     tokens_BT, length_B = batch["tokens"], batch["length"]
-    t_B = sample_t(key, row_B, config.t_sampling)
-    p_mask_B = (1 - config.eps) * t_B + config.eps
+    noise_B = row_B // 2 if config.complementary else row_B
+    low, high = config.t_range
+    t_B = low + (high - low) * sample_t(key, noise_B, config.t_sampling)
+    p_mask_B = (_most_masked(config) - config.eps) * t_B + config.eps
     length = tokens_BT.shape[1]
     uniform_BT = jax.vmap(lambda k: unit_interval(jax.random.bits(jax.random.fold_in(k, 1), (length,), jnp.uint32)))(
-        row_keys(key, row_B)
+        row_keys(key, noise_B)
     )
     position_T = jnp.arange(length)
     free_BT = (position_T >= first_B[:, None]) & (position_T < length_B[:, None])
-    mask_BT = (uniform_BT < p_mask_B[:, None]) & free_BT
-    weight_BT = jnp.where(mask_BT, 1 / (p_mask_B * (length_B - first_B))[:, None], 0.0)
-    return Corrupted(jnp.where(mask_BT, mask_id, tokens_BT), mask_BT, weight_BT, p_mask_B)
+    mask_BT = uniform_BT < p_mask_B[:, None]
+    if config.complementary:
+        second_B = row_B % 2 == 1
+        mask_BT ^= second_B[:, None]
+        p_mask_B = jnp.where(second_B, 1 - p_mask_B, p_mask_B)
+    mask_BT &= free_BT
+    weight_BT = LOSS_WEIGHTS[config.loss_weight](p_mask_B, mask_BT.sum(axis=1), length_B - first_B)[:, None]
+    return Corrupted(jnp.where(mask_BT, mask_id, tokens_BT), mask_BT, jnp.where(mask_BT, weight_BT, 0.0), p_mask_B)
 
 
+def _most_masked(config: DiffusionConfig) -> float:
+    """Returns p_mask at t = 1. Of two complementary rows, both mask at least the share eps."""
+    return 1 - config.eps if config.complementary else 1
+
+
+def t_of(p_mask_B: jax.Array, config: DiffusionConfig) -> jax.Array:
+    """Returns the t of rows whose mask ratio is p_mask_B."""
+    return (p_mask_B - config.eps) / (_most_masked(config) - config.eps)
+
+
+def _elbo(p_mask_B: jax.Array, masked_B: jax.Array, length_B: jax.Array) -> jax.Array:
+    return 1 / (p_mask_B * length_B)
+
+
+def _count(p_mask_B: jax.Array, masked_B: jax.Array, length_B: jax.Array) -> jax.Array:
+    return (length_B + 1) / (length_B * jnp.maximum(masked_B, 1).astype(jnp.float32))
+
+
+def _plain(p_mask_B: jax.Array, masked_B: jax.Array, length_B: jax.Array) -> jax.Array:
+    return 1 / length_B
+
+
+# The weights of the masked tokens of a row, fp32 (B,): functions of the mask ratio of the row, of the number of tokens
+# that are masked in it, and of the number of tokens L that could be. The loss of a row is sum(weight * nll).
+#   elbo   1 / (p_mask L), as in Eq. 3 and 5.
+#   count  (L + 1) / (n L) for n masked tokens. This is the mean of 1 / (p_mask L) over all t that mask n tokens, if t
+#          is uniform in (0, 1) and eps -> 0, because then n is uniform in 0..L. The mean of the loss is therefore the
+#          same, Eq. 6, but the randomness of n at a given t adds nothing to its variance.
+#   plain  1 / L. The mean of the loss is E_t[p_mask * mean nll], which is no bound on the likelihood.
+LOSS_WEIGHTS = {"elbo": _elbo, "count": _count, "plain": _plain}
 OBJECTIVES = {"pretrain": pretrain, "sft": sft, "sft_whole": sft_whole}
 OF_CHAT = ("sft", "sft_whole")  # objectives that take prompts with answers; the others take packed text
 

@@ -7,7 +7,7 @@ import types
 import typing
 
 from llada_jax.config import Config, DistributedConfig, LoraConfig, ModelConfig, UserError, leaves
-from llada_jax.diffusion.forward import OBJECTIVES, T_SAMPLING, is_chat
+from llada_jax.diffusion.forward import LOSS_WEIGHTS, OBJECTIVES, T_SAMPLING, is_chat
 from llada_jax.model.attention import CHOICES
 from llada_jax.model.compute import REMAT
 from llada_jax.text.json_files import check_unicode
@@ -24,11 +24,12 @@ _NOT_NEGATIVE = (
     "seed", "validation.every", "validation.rows", "validation.seed", "sampling.every", "sampling.gen_length",
     "sampling.temperature", "checkpoint.permanent_every", "compute.unroll", "model.lora.rank",
     "diffusion.random_length_every", "optimizer.clip_norm", "optimizer.weight_decay", "optimizer.peak_learning_rate",
-    "data.workers", "profile.steps", "profile.first_step", "model.vocab_size", "model.layers",
+    "minutes", "data.workers", "profile.steps", "profile.first_step", "model.vocab_size", "model.layers",
 )  # fmt: skip
 _ONE_OF = {
     "diffusion.objective": OBJECTIVES,
     "diffusion.t_sampling": T_SAMPLING,
+    "diffusion.loss_weight": LOSS_WEIGHTS,
     "compute.remat": REMAT,
     "compute.attention": CHOICES,
     "compute.dtype": ("", "float32", "bfloat16"),
@@ -82,7 +83,7 @@ def validate(config: Config) -> None:
     _check_optimizer(config)
     _check_data(config)
     _check_mesh(config)
-    _require(0 < config.diffusion.eps < 1, "diffusion.eps", config.diffusion.eps, "must lie between 0 and 1")
+    _check_diffusion(config)
     for name in ("init_step", "init_weights_only"):
         if values[name] not in (None, False) and not config.init_from:
             raise UserError(f"config.{name} is set, but config.init_from is not: set config.init_from as well")
@@ -162,6 +163,28 @@ def _check_lora(config: Config) -> None:
     )
 
 
+def _check_diffusion(config: Config) -> None:
+    diffusion = config.diffusion
+    _require(0 < diffusion.eps < 1, "diffusion.eps", diffusion.eps, "must lie between 0 and 1")
+    low, high = diffusion.t_range
+    _require(0 <= low < high <= 1, "diffusion.t_range", diffusion.t_range, "must be two ascending numbers in [0, 1]")
+    if not diffusion.complementary:
+        return
+    _require(diffusion.eps < 0.5, "diffusion.eps", diffusion.eps, "must be below 0.5 with diffusion.complementary")
+    _require(
+        math.isclose(low + high, 1),
+        "diffusion.t_range",
+        diffusion.t_range,
+        "must be symmetric, such as (0.2, 0.8), with diffusion.complementary: the second row of a pair has 1 - t",
+    )
+    _require(
+        config.batch_size % 2 == 0,
+        "batch_size",
+        config.batch_size,
+        "must be even with diffusion.complementary: each sequence takes two rows",
+    )
+
+
 def _check_optimizer(config: Config) -> None:
     optimizer = config.optimizer
     for name in ("beta1", "beta2"):
@@ -174,6 +197,15 @@ def _check_optimizer(config: Config) -> None:
         "needs optimizer.beta1 and optimizer.beta2 of at most 0.99, or rounding would undo changes of the moments",
     )
     schedule_points(optimizer, config.steps)
+    if config.minutes:
+        absolute = [position for position, _ in optimizer.schedule if isinstance(position, int) and position > 0]
+        _require(
+            not absolute,
+            "optimizer.schedule",
+            optimizer.schedule,
+            f"counts steps (position {absolute[0] if absolute else ''}), but config.minutes={config.minutes:g} leaves "
+            "their number open: write positions as fractions of the run, such as 0.05",
+        )
 
 
 def _check_data(config: Config) -> None:

@@ -23,9 +23,9 @@ from llada_jax.formats.arrays import SaveFailed
 from llada_jax.formats.companions import keep_companions
 from llada_jax.model import lora
 from llada_jax.model.compute import resolve_compute
-from llada_jax.model.transformer import parameter_count
+from llada_jax.model.transformer import abstract_model, parameter_count, split
 from llada_jax.text.agreement import resolve_ids
-from llada_jax.training import config_check, extension, metrics, ownership, samples, start
+from llada_jax.training import config_check, extension, metrics, minutes, ownership, samples, start
 from llada_jax.training.checkpoint import Checkpoints
 from llada_jax.training.loop import Loop
 
@@ -50,12 +50,13 @@ def train(config: Config, folder: str | os.PathLike) -> int:
     if "://" in os.fspath(folder):
         raise UserError(f"--workdir={folder}: a local or mounted folder is needed")
     folder = Path(paths.expanded(folder))
+    started = minutes.now()
     distributed.check_same(
         "config", configs.to_dict(config), lambda first: _difference(config, configs.from_dict(first))
     )
     with ownership.locked(folder):
         try:
-            return _run(config, folder)
+            return _run(config, folder, started)
         except (NonFinite, SaveFailed) as error:
             reason = str(error)
         except OSError as error:
@@ -72,10 +73,12 @@ def _difference(config: Config, first: Config) -> str:
     return f"config.{name} is {ours}, but in process 0 it is {theirs}: start all processes with the same command"
 
 
-def _run(config: Config, folder: Path) -> int:
+def _run(config: Config, folder: Path, started: float) -> int:
     # Decide where the run begins.
     begin = start.decide(config, folder)
     config.model = begin.architecture(config.model)
+    if config.minutes:
+        minutes.check(config, begin.earlier, begin.kind is start.Kind.BRANCHED)
     begin.check(config)
 
     if config.logging.wandb_project and distributed.index() == 0:
@@ -104,6 +107,14 @@ def _run(config: Config, folder: Path) -> int:
         # Make the state that the first step is computed from.
         saved = Checkpoints(folder, config.checkpoint)
         state, frozen, record = begin.first_state(config, device_mesh, compute.dtype, saved)
+        if config.minutes and not begin.resumes:
+            graphdef, _ = split(abstract_model(config.model, compute))
+            costs = minutes.measure(config, graphdef, folder, state, frozen, data, held_out, sets.tokenizer)
+            config.steps = minutes.decide(config, 60 * config.minutes - (minutes.now() - started), costs)
+            state, frozen, record = begin.first_state(config, device_mesh, compute.dtype, saved)
+        if is_chat(config):
+            for path, (conversations, epochs) in data.epochs(config.steps * config.batch_size).items():
+                log(f"{path}: {conversations:,} conversations, {epochs:.2f} epochs")
         first_step = int(state.step)
         if first_step > config.steps:
             raise UserError(
@@ -140,12 +151,9 @@ def _check_devices(config: Config, device_mesh: jax.sharding.Mesh) -> ComputeCon
 
 
 def _open_data(config: Config, sets: prepared.PreparedSets) -> tuple[prepared.Data, prepared.HeldOut | None]:
-    """Opens the rows for training and for validation, and logs what a user should know of them."""
+    """Opens the rows for training and for validation, and logs if there are none for validation."""
     data = prepared.open_training(config, sets.paths)
     held_out = prepared.open_held_out(config, sets.paths)
-    if is_chat(config):
-        for path, (conversations, epochs) in data.epochs(config.steps * config.batch_size).items():
-            log(f"{path}: {conversations:,} conversations, {epochs:.2f} epochs")
     if held_out is None and config.validation.rows:
         log("no validation: the prepared sets hold no rows out")
     return data, held_out

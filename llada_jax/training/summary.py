@@ -44,7 +44,7 @@ def first_batch(config: Config, batch: dict, tokenizer: Tokenizer, step: int, ch
         return [jax.reshard(x, P(*(None,) * x.ndim))[0] for x in whole]
 
     clean_T, noisy_T, mask_T, p_mask, length, prompt = jax.device_get(row_0(batch))
-    t = (p_mask - config.diffusion.eps) / (1 - config.diffusion.eps)
+    t = forward.t_of(p_mask, config.diffusion)
     first = max(0, prompt - PROMPT_SHOWN)
     clean, masked = (tokenizer.decode(x[first:length], continuation=first > 0) for x in (clean_T, noisy_T))
     given = f", {prompt} of the prompt" if prompt else ""

@@ -22,7 +22,7 @@ NO_PATHS = {
 }  # fmt: skip
 NO_PATH_SETTINGS = {
     "compute.dtype", "compute.remat", "compute.attention", "diffusion.objective", "diffusion.t_sampling",
-    "optimizer.name", "optimizer.state_dtype", "logging.wandb_project",
+    "diffusion.loss_weight", "optimizer.name", "optimizer.state_dtype", "logging.wandb_project",
 }  # fmt: skip
 
 

@@ -231,6 +231,12 @@ def test_every_conversation_once_per_epoch_and_its_answers_in_turn(prepared):
     conversations, most = len(starts) - 1, int(np.diff(starts).max())
     assert conversations == load_manifest(prepared).train.documents
     assert data.epochs(3 * conversations) == {prepared: (conversations, 3.0)}
+    twice = open_chat([prepared], copies=2)
+    assert twice.epochs(3 * conversations) == {prepared: (conversations, 1.5)}
+    for row in range(BATCH):
+        np.testing.assert_array_equal(
+            *(d.batch(s, [r])["prompt"] for d, s, r in ((twice, 1, row), (data, 0, (BATCH + row) // 2)))
+        )
     drawn = [data._record(n)[1] for n in range(6 * conversations)]
     epochs = np.array(drawn).reshape(6, conversations)
     owner = np.searchsorted(starts, epochs, side="right") - 1

@@ -69,6 +69,15 @@ def test_shapes_and_identity(sets):
     assert data.eos_id == data.manifests[0].eos_id
 
 
+def test_copies_of_sequences(sets):
+    """With two copies, each sequence fills two rows with the same random length; the order stays that of one copy."""
+    options = {"random_length_every": 3}
+    tokens, lengths = take(open_data(sets, copies=2, **options), 6 * BATCH, start=BATCH // 2)
+    once = take(open_data(sets, **options), 3 * BATCH + 1, start=BATCH // 4)
+    for pairs, single in zip((tokens, lengths), once, strict=True):
+        np.testing.assert_array_equal(pairs, np.repeat(single, 2, axis=0)[: 6 * BATCH])
+
+
 def test_a_row_depends_on_seed_step_and_place_only(sets):
     weights, options = (0.5, 0.2, 0.3), {"random_length_every": 5}
     whole = [open_data(sets, weights, **options).batch(step, range(BATCH)) for step in range(40)]

@@ -59,7 +59,7 @@ def test_wrong_type(name, value):
         ("data.weights", [1, 2.5]), ("model.mask_id", 3), ("model.mask_id", None), ("init_step", None),
         ("seed", 2**32 - 1), ("validation.rows", 0), ("sampling.gen_length", 0), ("optimizer.clip_norm", 0.0),
         ("diffusion.random_length_every", 0), ("compute.unroll", 0), ("checkpoint.permanent_every", 5000),
-        ("accumulation", 8), ("model.kv_heads", 1),
+        ("accumulation", 8), ("model.kv_heads", 1), ("diffusion.t_range", (0, 0.5)), ("diffusion.loss_weight", "count"),
     ],
 )  # fmt: skip
 def test_right_type_and_value(name, value):
@@ -82,12 +82,33 @@ def test_right_type_and_value(name, value):
        ("diffusion.eps", 0.0), ("diffusion.eps", 1.0), ("diffusion.eps", -1e-3), ("data.validation_fraction", 1.0),
        ("data.validation_fraction", -0.1), ("optimizer.beta1", 1.0), ("optimizer.beta2", 1.0),
        ("optimizer.beta2", -0.5), ("optimizer.adam_eps", 0.0), ("optimizer.adam_eps", -1e-8), ("accumulation", 3),
-       ("model.rope_theta", 0.0), ("model.norm_eps", -1e-5), ("model.heads", 4096)],
+       ("diffusion.eps", 1.5), ("model.rope_theta", 0.0), ("model.norm_eps", -1e-5), ("model.heads", 4096)],
 )  # fmt: skip
 def test_impossible_value(name, value):
     with pytest.raises(UserError, match=rf"^config\.{name}={value} ") as caught:
         validate(changed(name, value))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [(0.5, 0.5), (0.6, 0.4), (-0.1, 1.0), (0.0, 1.1)])
+def test_impossible_range_of_t(value):
+    with pytest.raises(
+        UserError, match=r"^config\.diffusion\.t_range=\(.*\) must be two ascending numbers in \[0, 1\]$"
+    ):
+        validate(changed("diffusion.t_range", value))
+
+
+def test_complementary_masks_need_pairs():
+    """A pair needs two rows, mask ratios t and 1 - t that are both in the range of t, and room for eps in both."""
+    config = changed("diffusion.complementary", True)
+    config.diffusion.t_range = (0.2, 0.8)
+    validate(config)
+    for name, value in (("batch_size", 7), ("diffusion.t_range", (0.2, 1.0)), ("diffusion.eps", 0.5)):
+        wrong = changed(name, value)
+        validate(wrong)
+        wrong.diffusion.complementary = True
+        with pytest.raises(UserError, match=rf"^config\.{name}=.* with diffusion\.complementary"):
+            validate(wrong)
 
 
 @pytest.mark.parametrize("name", ["mask_id", "bos_id", "eos_id", "eot_id"])

@@ -66,6 +66,7 @@ def test_a_resume_may_change(name, value):
         ("seed", 1), ("batch_size", 16), ("sequence_length", 128), ("model.layers", 2), ("model.rope_theta", 1e4),
         ("model.tied_embeddings", True), ("model.mask_id", 5), ("diffusion.eps", 0.1),
         ("diffusion.t_sampling", "independent"), ("diffusion.random_length_every", 0),
+        ("diffusion.loss_weight", "count"), ("diffusion.complementary", True),
         ("optimizer.name", "muon"),
     ],
 )  # fmt: skip

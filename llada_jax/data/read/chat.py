@@ -49,11 +49,12 @@ class ChatData(Data):
         batch_size: int,
         sequence_length: int,
         vocab_size: int,
+        copies: int = 1,
     ):
         """Opens and checks the sets. `pipeline.TrainingData` explains the arguments and the errors."""
         sets = open_sets(paths, "train", sequence_length, vocab_size, chat=True)
         self._indices = [load_index(rows.path, rows.manifest, "train") for rows in sets]
-        super().__init__(sets, [len(starts) - 1 for starts, _ in self._indices], weights, seed, batch_size)
+        super().__init__(sets, [len(starts) - 1 for starts, _ in self._indices], weights, seed, batch_size, copies)
         self._T = sequence_length
 
     def epochs(self, rows: int) -> dict[str, tuple[int, float]]:
@@ -62,7 +63,7 @@ class ChatData(Data):
         Args:
           rows: The number of rows of the run.
         """
-        total = sum(self._proportions)
+        total = sum(self._proportions) * self._copies
         return {
             s.path: (size, rows * share / total / size)
             for s, size, share in zip(self._sets, self._sizes, self._proportions, strict=True)
@@ -77,8 +78,7 @@ class ChatData(Data):
           [len(rows)], the number of tokens of that longest row, which is the same for all rows. "prompt" is int32
           [len(rows)], the number of tokens of each row's prompt.
         """
-        first = int(step) * self._batch_size
-        records = [self._record(first + row) for row in range(self._batch_size)]
+        records = [self._record(self._sequence(step, row)) for row in range(self._batch_size)]
         longest = int(max(self._indices[which][1][index] for which, index in records))
         tokens_BT = np.full((len(rows), width_of(longest, self._T)), self.eos_id, np.int32)
         prompt = np.empty(len(rows), np.int32)
@@ -93,7 +93,7 @@ class ChatData(Data):
         return {"tokens": tokens_BT, "length": np.full(len(rows), longest, np.int32), "prompt": prompt}
 
     def _record(self, n: int) -> tuple[int, int]:
-        """Returns the index of the set that row n of the run comes from, and the index of the record in that set."""
+        """Returns the index of the set that sequence n of the run comes from, and of the record in that set."""
         which, conversation, epoch = self._place(n)
         starts, _ = self._indices[which]
         first, count = starts[conversation], starts[conversation + 1] - starts[conversation]

@@ -36,7 +36,13 @@ class Data:
     """
 
     def __init__(
-        self, sets: Sequence["Rows"], sizes: Sequence[int], weights: Sequence[float], seed: int, batch_size: int
+        self,
+        sets: Sequence["Rows"],
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        batch_size: int,
+        copies: int = 1,
     ):
         """Prepares the order of the rows.
 
@@ -46,6 +52,7 @@ class Data:
           weights: The share of each set, in any scale; () means the sizes.
           seed: The seed of the order.
           batch_size: The number of rows per step, over all hosts.
+          copies: The number of consecutive rows that hold the same sequence. It must divide the batch size.
 
         Raises:
           UserError: If the weights are impossible, or if a set has no training rows.
@@ -63,7 +70,7 @@ class Data:
         self.hashes: tuple[str, ...] = tuple(manifest.sha256 for manifest in self.manifests)
         self.eos_id = self.manifests[0].eos_id
         self._sets, self._sizes = sets, sizes
-        self._seed, self._batch_size = seed, batch_size
+        self._seed, self._batch_size, self._copies = seed, batch_size, copies
         self._proportions = _integer_proportions(weights or sizes)
         self._shuffled = [
             # Grain adds 1 to the seed for each epoch. Seeds that are far apart keep sets and runs independent.
@@ -71,8 +78,12 @@ class Data:
             for i, size in enumerate(sizes)
         ]
 
+    def _sequence(self, step: int, row: int) -> int:
+        """Returns the number of the sequence, among all of the run, that a row of a step holds."""
+        return (int(step) * self._batch_size + int(row)) // self._copies
+
     def _place(self, n: int) -> tuple[int, int, int]:
-        """Returns the index of the set that row n of the run comes from, the item in that set, and the set's epoch."""
+        """Returns the index of the set that sequence n of the run comes from, its item there, and the set's epoch."""
         which, place = _select(n, self._proportions)
         return which, int(self._shuffled[which][place]), place // self._sizes[which]
 
@@ -133,6 +144,7 @@ class TrainingData(Data):
         sequence_length: int,
         random_length_every: int,
         vocab_size: int,
+        copies: int = 1,
     ):
         """Opens and checks the sets.
 
@@ -146,12 +158,13 @@ class TrainingData(Data):
           random_length_every: The number of rows in a block of which exactly one row gets a random length, uniform in
             1..T; 0 means that no row gets one.
           vocab_size: The vocabulary size of the model; every id must be below it.
+          copies: The number of consecutive rows that hold the same sequence, with the same length.
 
         Raises:
           UserError: If a set, a weight or a shard cannot be used.
         """
         sets = open_sets(paths, "train", sequence_length, vocab_size, chat=False)
-        super().__init__(sets, [len(rows) for rows in sets], weights, seed, batch_size)
+        super().__init__(sets, [len(rows) for rows in sets], weights, seed, batch_size, copies)
         self._T, self._every = sequence_length, random_length_every
         self._random_length = functools.lru_cache(maxsize=64)(self._draw_random_length)
 
@@ -165,7 +178,7 @@ class TrainingData(Data):
         tokens = np.empty((len(rows), self._T), np.int32)
         lengths = np.empty(len(rows), np.int32)
         for k, row in enumerate(rows):
-            n = int(step) * self._batch_size + int(row)
+            n = self._sequence(step, row)
             which, index, _ = self._place(n)
             record: Row = self._sets[which][index]
             length = record.length
