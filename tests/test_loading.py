@@ -14,9 +14,9 @@ import rounding
 from paths import PARITY
 
 import llada_jax
-import llada_jax.convert
 from llada_jax.config import Config, ModelConfig, UserError
 from llada_jax.formats import huggingface, workdir
+from llada_jax.formats.conversion import convert
 from llada_jax.formats.generation_config import generation_config
 from llada_jax.formats.published import published_config
 from llada_jax.formats.workdir import write_config
@@ -94,7 +94,7 @@ def test_the_tokenizer_knows_the_models_own_ids(tmp_path):
     prompt = make_prompt([5, 511], model, tokenizer, Options())
     tokens_T = np.array([5, 6, 500, 7])
     assert prompt.masks == 1 and finished_text(tokens_T, prompt, model, tokenizer) == tokenizer.decode([5, 6])
-    llada_jax.convert.convert(folder, tmp_path / "ours", "orbax")
+    convert(folder, tmp_path / "ours", "orbax")
     ours, again = llada_jax.load(tmp_path / "ours")
     assert ours.config == model.config and again.roles == tokenizer.roles
 
@@ -118,7 +118,6 @@ def test_every_end_that_the_folder_names_ends_a_text(tmp_path, capsys):
     (batch,) = make_batches(model, [prompt], Options(), 1)
     assert batch.config.stop_at_end and resolve(batch.config, model).end_ids == (7, 501, 2)
 
-    convert = llada_jax.convert.convert
     convert(folder, tmp_path / "ours", "orbax")
     convert(tmp_path / "ours", tmp_path / "again", "huggingface")
     convert(folder, tmp_path / "llama", "huggingface", naming="llama")
@@ -150,7 +149,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path, monkeypatch)
     with pytest.raises(UserError, match="the tokenizer has 556 tokens, the model's embedding 512"):
         llada_jax.load(folder)
     with pytest.raises(UserError, match="the tokenizer has 556 tokens, the model's embedding 512"):
-        llada_jax.convert.convert(folder, tmp_path / "out", "orbax")
+        convert(folder, tmp_path / "out", "orbax")
 
 
 class Tokenizer:
