@@ -121,7 +121,8 @@ class DiffusionConfig:
     # which lowers the variance of the loss).
     t_sampling: str = "low_discrepancy"
     # The part of (0, 1) that t is drawn from, (lowest, highest). (0.0, 1.0) is the paper's. With any other, the loss is
-    # the mean over this part and no bound on the likelihood. Validation always uses all of (0, 1).
+    # the mean over this part (about so with loss_weight=count) and no bound on the likelihood. Validation always uses
+    # all of (0, 1).
     t_range: tuple[float, float] = (0.0, 1.0)
     # The weight of each of the n masked tokens of a row, of whose L tokens each can be masked. Validation does not
     # depend on it.
@@ -296,7 +297,7 @@ class Config:
     # decided once, from a few timed steps, in place of `steps`, and a resumed run keeps it. 0.0 = `steps` decides.
     # --config.steps on the command line takes the place of `minutes` in the config file.
     minutes: float = 0.0
-    batch_size: int = 8  # the number of sequences per step, over all devices and micro-batches
+    batch_size: int = 8  # the number of rows per step, over all devices and micro-batches
     sequence_length: int = 4096  # T: the number of tokens per sequence
     # Gradient accumulation: the number of micro-batches into which the batch of a step is divided; 1 = none.
     accumulation: int = 1

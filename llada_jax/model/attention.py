@@ -209,6 +209,7 @@ def splash_attention(
     q = laid_out((q_BTHK.astype(jnp.float32) * width**-0.5).astype(q_BTHK.dtype))
     k, v = laid_out(k_BSGK), laid_out(v_BSGK)
     q_block, kv_block = _block(q.shape[2]), _block(k.shape[2])
+    fitting = _BYTES // (-(-width // LANES) * LANES * k.itemsize)
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.FullMask((q.shape[2], k.shape[2]))] * heads),
         block_sizes=splash.BlockSizes(
@@ -217,7 +218,7 @@ def splash_attention(
             block_kv_compute=kv_block,
             block_q_dkv=q_block,
             # The kernel returns the gradient of q once for each of these blocks, to be summed: one block is best.
-            block_kv_dkv=_block(k.shape[2], 4096, kv_block),
+            block_kv_dkv=_block(k.shape[2], max(kv_block, fitting), kv_block),
             block_kv_dkv_compute=kv_block,
             use_fused_bwd_kernel=True,  # the backward pass goes over the scores once, not twice
         ),
@@ -233,6 +234,7 @@ def splash_attention(
 
 
 LANES = 128  # lanes of a TPU's vector unit; the block sizes of splash attention are multiples of this number
+_BYTES = 2**20  # of the keys in a block: 4096 keys of width 128 in bfloat16. More of them do not fit into every TPU
 
 
 def _block(length: int, most: int = 512, multiple_of: int = LANES) -> int:

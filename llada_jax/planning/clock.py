@@ -50,7 +50,7 @@ def estimate(
     seconds, chips, products = found["estimated_step_seconds"], _chips(slices, shape), found["estimated_products"]
     at_peak = products["flops"] / chip.peak_flops
     products["share_of_peak"] = at_peak / products["seconds"] if products["seconds"] else 0.0
-    hours = config.steps * seconds / 3600
+    hours = config.minutes / 60 or config.steps * seconds / 3600
     return found | {
         "kernel_share": chip.kernel_share if kernel_share is None else kernel_share,
         "estimated_tokens_per_second": config.batch_size * config.sequence_length / seconds,

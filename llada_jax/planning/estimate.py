@@ -162,7 +162,8 @@ def costs(config: Config, hardware: topology.Topology, module: Module) -> dict:
         "network": sum(one.network_bytes() for one in found) / chip.network,
     }
     seconds = max(floors.values())
-    hours = config.steps * seconds / 3600
+    steps = int(60 * config.minutes / seconds) if config.minutes else config.steps
+    hours = steps * seconds / 3600
     return {
         "flops_per_token": per_token,
         "flops_per_token_full_head": flops.flops_per_token(config.model, config.sequence_length, head_share=1.0),
@@ -173,8 +174,8 @@ def costs(config: Config, hardware: topology.Topology, module: Module) -> dict:
         "step_seconds_at_floor": seconds,
         "tokens_per_second_at_floor": tokens / seconds,
         "mfu_at_floor": per_token * tokens / seconds / chips / chip.peak_flops,
-        "recipe_steps": config.steps,
-        "recipe_tokens": config.steps * tokens,
+        "recipe_steps": steps,
+        "recipe_tokens": steps * tokens,
         "recipe_days_at_floor": hours / 24,
         "recipe_chip_hours_at_floor": hours * chips,
     }

@@ -166,7 +166,8 @@ def _check_lora(config: Config) -> None:
 def _check_diffusion(config: Config) -> None:
     diffusion = config.diffusion
     _require(0 < diffusion.eps < 1, "diffusion.eps", diffusion.eps, "must lie between 0 and 1")
-    low, high = diffusion.t_range
+    # As in config.json, or a resumed run would be told that the setting has changed.
+    low, high = diffusion.t_range = tuple(map(float, diffusion.t_range))
     _require(0 <= low < high <= 1, "diffusion.t_range", diffusion.t_range, "must be two ascending numbers in [0, 1]")
     if not diffusion.complementary:
         return

@@ -2,10 +2,14 @@
 
 The state and the files of the trial are thrown away, so that a run is bitwise the run of the same config.steps. The
 decided number is kept with the run (config.steps in its config.json), and a resumed run takes it from there.
+
+It is an estimate. Steps are timed on the first batch, although batches of conversations differ in width. The number of
+steps is in the compiled program: if the trial's comes from the cache, the run's may still have to be compiled.
 """
 
 import dataclasses
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +33,7 @@ from llada_jax.training.step import TrainState, make_train_step
 
 WARM_UP = 2  # steps before the timed ones; the first of them is mostly compilation
 MOST_STEPS, ENOUGH_SECONDS = 20, 5.0  # how long steps are timed, whichever comes first
+TRIAL = ".trial-"  # how the name of a folder begins that a trial writes into
 
 
 def now() -> float:
@@ -49,7 +54,7 @@ class Costs:
     def between_steps(self, config: Config, steps: int) -> float:
         """Returns the seconds that a run of so many steps spends on validation, samples and checkpoints."""
         return (
-            self.validation * _times(steps, config.validation.every)
+            self.validation * (_times(steps, config.validation.every) + bool(config.init_from))  # also before a step
             + self.samples * _times(steps, config.sampling.every)
             + self.save * _times(steps, config.checkpoint.every)
         )
@@ -97,8 +102,8 @@ def check(config: Config, earlier: Config | None, branches: bool) -> None:
     if earlier.minutes != config.minutes:
         before = f"minutes={earlier.minutes:g}" if earlier.minutes else f"steps={earlier.steps}"
         raise UserError(
-            f"config.minutes is {config.minutes:g}, but this run was started with {before}, and has {earlier.steps} "
-            "steps: set it back, or set config.steps (with --config.minutes=0) to train longer"
+            f"config.minutes is {config.minutes:g}, but this run was last started with {before}, and has "
+            f"{earlier.steps} steps: set it back, or give --config.steps=N instead of minutes to train longer"
         )
     config.steps = earlier.steps
 
@@ -122,7 +127,7 @@ def decide(config: Config, seconds: float, costs: Costs) -> int:
             f"samples and a checkpoint take {costs.of_run(config, 1):.0f} s more; set more minutes, or config.steps"
         )
     log(
-        f"config.minutes={config.minutes:g}: {steps} steps of {costs.step:.3g} s, after {gone:.0f} s until here; "
+        f"config.minutes={config.minutes:g}: {steps} steps of {costs.step:.3g} s, after {gone:.0f} s before the first; "
         f"{costs.between_steps(config, steps):.0f} s are for validation, samples and checkpoints"
     )
     return steps
@@ -177,23 +182,26 @@ def _second(run: Callable[[], object]) -> float:
 
 
 def _time_save(folder: Path, state: TrainState) -> float:
-    target = folder / "trial"
-    _remove(target)  # it is still there if a trial was killed
-    saved = Checkpoints(target, CheckpointConfig())
-    begin = now()
-    saved.save(state, {})
-    saved.wait()
-    seconds = now() - begin
-    saved.close()
-    _remove(target)
+    name = distributed.first_decides("trial", lambda: _new_folder(folder))
+    try:
+        saved = Checkpoints(folder / name, CheckpointConfig())
+        begin = now()
+        saved.save(state, {})
+        saved.wait()
+        seconds = now() - begin
+        saved.close()
+        distributed.barrier("trial is not in use")
+    finally:
+        if distributed.index() == 0:
+            shutil.rmtree(folder / name, ignore_errors=True)
     return seconds
 
 
-def _remove(target: Path) -> None:
-    distributed.barrier("trial is not in use")
-    if distributed.index() == 0:
-        shutil.rmtree(target, ignore_errors=True)
-    distributed.barrier("trial is removed")
+def _new_folder(folder: Path) -> str:
+    """Returns the name of a new folder for a trial, and removes those of trials that were killed."""
+    for killed in folder.glob(f"{TRIAL}*"):
+        shutil.rmtree(killed, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=TRIAL, dir=folder)).name
 
 
 def _time_steps(

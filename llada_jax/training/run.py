@@ -106,11 +106,15 @@ def _run(config: Config, folder: Path, started: float) -> int:
     with jax.set_mesh(device_mesh):
         # Make the state that the first step is computed from.
         saved = Checkpoints(folder, config.checkpoint)
+        loading = minutes.now()
         state, frozen, record = begin.first_state(config, device_mesh, compute.dtype, saved)
         if config.minutes and not begin.resumes:
+            loading = minutes.now() - loading
             graphdef, _ = split(abstract_model(config.model, compute))
             costs = minutes.measure(config, graphdef, folder, state, frozen, data, held_out, sets.tokenizer)
-            config.steps = minutes.decide(config, 60 * config.minutes - (minutes.now() - started), costs)
+            gone = minutes.now() - started + loading  # the trial has used the state up: it is made once more
+            config.steps = minutes.decide(config, 60 * config.minutes - gone, costs)
+            state = frozen = None  # or there would be two of them
             state, frozen, record = begin.first_state(config, device_mesh, compute.dtype, saved)
         if is_chat(config):
             for path, (conversations, epochs) in data.epochs(config.steps * config.batch_size).items():

@@ -91,7 +91,7 @@ held-out text, {held_out_bytes:,} bytes, bits per byte (lower is better):
 next:
   python -m llada_jax.sample --model={workdir} --prompt="class Queue:" --block_length=8 --show
   python -m llada_jax.sample --model={workdir} --prompt="if not isinstance(value,[MASK]):"
-  the same training command with --config.steps=N (more than before) goes on from here
+  the same training command with --config.steps=N (more than before; without minutes) goes on from here
   --config.data.input=FILES (and a new --workdir) trains on your own text
   tensorboard --logdir={workdir}/tensorboard    curves; {workdir}/metrics.jsonl has the numbers
 """

@@ -66,6 +66,14 @@ def test_right_type_and_value(name, value):
     validate(changed(name, value))
 
 
+@pytest.mark.parametrize("value", [[0, 1], (0, 1), [0.0, 1.0]])
+def test_a_range_is_kept_as_config_json_gives_it_back(value):
+    """Otherwise a resumed run would be refused, because the setting seems to have changed."""
+    config = changed("diffusion.t_range", value)
+    validate(config)
+    assert repr(config.diffusion.t_range) == "(0.0, 1.0)"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [(n, 0) for n in ("steps", "batch_size", "sequence_length", "accumulation", "model.layers", "model.width",

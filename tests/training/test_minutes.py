@@ -34,26 +34,31 @@ def steps_of(folder) -> int:
 def test_decided_once_and_kept(run, ticking, monkeypatch, tmp_path, capsys):
     """A run of one minute by a fake clock, the same number of steps given as config.steps, and a resume.
 
-    By the clock, everything that is timed takes 1 s. The clock is read once at the start, twice for each of: a batch of
-    validation, the samples, a checkpoint, and 2 + 5 steps; and once for the decision. So 60 - 21 s are left. Then n
-    steps take 1 + n s, and 1 s for each validation (every 7 steps), sample (9) and checkpoint (5), of which one each is
-    at the end. For n = 25 these are 26 + 4 + 3 + 5 s, and for n = 26 two seconds more.
+    By the clock, everything that is timed takes 1 s. The clock is read once at the start, twice for each of:
+    making the state, validation, the samples, a checkpoint, and 2 + 5 steps; and once for the decision. Making the
+    state once more takes 1 s. So 60 - 24 s are left. Then n steps take 1 + n s, and 1 s for each validation (every 7
+    steps), sample (9) and checkpoint (5), of which one each is at the end. For n = 23 these are 24 + 4 + 3 + 5 s, and
+    for n = 24 a second more.
     """
+    (tmp_path / "run" / "trial").mkdir(parents=True)  # a user's folder
+    (tmp_path / "run" / "trial" / "notes").touch()
+    (tmp_path / "run" / ".trial-killed").mkdir()
     assert run(tmp_path / "run", **ONE_MINUTE) == entry_point.FINISHED
-    assert "config.minutes=1: 25 steps of 1 s, after 21 s until here; 12 s are for" in capsys.readouterr().err
-    assert steps_of(tmp_path / "run") == 25 and not (tmp_path / "run" / "trial").exists()
+    assert "config.minutes=1: 23 steps of 1 s, after 24 s before the first; 12 s are for" in capsys.readouterr().err
+    assert steps_of(tmp_path / "run") == 23 and not [*(tmp_path / "run").glob(".trial*")]
+    assert (tmp_path / "run" / "trial" / "notes").exists()
 
-    assert run(tmp_path / "steps", steps=25, optimizer__schedule=SCHEDULE) == entry_point.FINISHED
+    assert run(tmp_path / "steps", steps=23, optimizer__schedule=SCHEDULE) == entry_point.FINISHED
     assert_same_run(tmp_path / "run", tmp_path / "steps")
 
     monkeypatch.setattr(minutes, "measure", lambda *_: pytest.fail("the number was decided before"))
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "25")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "23")
     assert run(tmp_path / "run", **ONE_MINUTE) == entry_point.FINISHED
     assert_same_run(tmp_path / "run", tmp_path / "steps")
 
-    with pytest.raises(UserError, match=r"^config\.minutes is 2, but .* started with minutes=1, and has 25 steps: set"):
+    with pytest.raises(UserError, match=r"^config\.minutes is 2, but .* started with minutes=1, and has 23 steps: set"):
         run(tmp_path / "run", **ONE_MINUTE | {"minutes": 2.0})
-    with pytest.raises(UserError, match=r"^config\.minutes is 1, but .* started with steps=25, and has 25 steps: set"):
+    with pytest.raises(UserError, match=r"^config\.minutes is 1, but .* started with steps=23, and has 23 steps: set"):
         run(tmp_path / "steps", **ONE_MINUTE)
     with pytest.raises(UserError, match=r"^config\.minutes=1 counts steps from 0, .* or --config\.init_weights_only$"):
         run(tmp_path / "branch", init_from=str(tmp_path / "run"), **ONE_MINUTE)
