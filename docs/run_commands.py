@@ -153,7 +153,7 @@ class Result:
 def read_page(path: Path) -> Page:
     """Reads a page. Raises ValueError if a block has no language, because then nobody knows whether it is run."""
     lines = path.read_text(encoding="utf-8").split("\n")
-    first = re.search(r"<!-- run first: (\S+) -->", "\n".join(lines))
+    first = re.search(r"^<!-- run first: (\S+) -->", "\n".join(lines), re.M)
     blocks, reason, table, at = [], None, False, 0
     while at < len(lines):
         if lines[at].startswith("|") and table:

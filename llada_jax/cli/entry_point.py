@@ -91,12 +91,15 @@ def importing() -> Iterator[None]:
     The garbage collector pauses, which would take a seventh of that time and find next to nothing. At the end the
     compilation cache is turned on, if jax has been imported.
     """
+    was_collecting, had_jax = gc.isenabled(), "jax" in sys.modules
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
-    gc.freeze()  # modules live as long as the process
+        if was_collecting:
+            gc.enable()
+    if not had_jax:
+        gc.freeze()  # modules live as long as the process
     compilation_cache.enable()
 
 

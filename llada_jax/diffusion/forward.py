@@ -21,7 +21,7 @@ class Corrupted(NamedTuple):
     tokens_BT: jax.Array  # int32, the ids x_t, which are MASK where a token is masked
     mask_BT: jax.Array  # bool, True where a token is masked; only these tokens have a loss
     weight_BT: jax.Array  # fp32, the weight of each token's nll in the loss of its row; 0 where it is not masked
-    p_mask_B: jax.Array  # fp32, the mask ratio of each row, (1 - eps) t + eps
+    p_mask_B: jax.Array  # fp32, the mask ratio of each row; `pretrain` says how it follows from t
 
 
 def step_key(seed: int, step: jax.Array) -> jax.Array:
@@ -80,10 +80,11 @@ def pretrain(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionCon
     the mask ratio of each token.
 
     Three settings change this; their defaults are the paper's. config.loss_weight chooses other weights (LOSS_WEIGHTS).
-    config.t_range draws t from a part of (0, 1): the expectation is then the mean over this part, which is no bound on
-    the likelihood. With config.complementary, the rows 2k and 2k + 1, which must hold the same tokens, have the mask
-    ratios p_mask = (1 - 2 eps) t + eps and 1 - p_mask, and each token is masked in exactly one of the two. The mask
-    ratio of either row, on its own, is uniform in (eps, 1 - eps), so that the expectation of both losses is the bound.
+    config.t_range draws t from a part of (0, 1): with the weights "elbo", the expectation is then the mean over this
+    part, and with any weights it is no bound on the likelihood. With config.complementary, the rows 2k and 2k + 1,
+    which must hold the same tokens, have the mask ratios p_mask = (1 - 2 eps) t + eps and 1 - p_mask, and each token is
+    masked in exactly one of the two. The mask ratio of either row, on its own, is uniform in (eps, 1 - eps), so that
+    the expectation of both losses is the bound.
 
     Args:
       key: The key of the step.
