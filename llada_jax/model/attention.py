@@ -209,7 +209,9 @@ def splash_attention(
     q = laid_out((q_BTHK.astype(jnp.float32) * width**-0.5).astype(q_BTHK.dtype))
     k, v = laid_out(k_BSGK), laid_out(v_BSGK)
     q_block, kv_block = _block(q.shape[2]), _block(k.shape[2])
-    fitting = _BYTES // (-(-width // LANES) * LANES * k.itemsize)
+    # Keys whose gradients a TPU with 16 MiB of vector memory holds: 4096 in bfloat16 if heads are up to 128 wide. Wider
+    # heads need more memory for queries too.
+    fitting = 4096 // (-(-width // LANES)) ** 2 * 2 // k.itemsize
     kernel = splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.FullMask((q.shape[2], k.shape[2]))] * heads),
         block_sizes=splash.BlockSizes(
@@ -234,7 +236,6 @@ def splash_attention(
 
 
 LANES = 128  # lanes of a TPU's vector unit; the block sizes of splash attention are multiples of this number
-_BYTES = 2**20  # of the keys in a block: 4096 keys of width 128 in bfloat16. More of them do not fit into every TPU
 
 
 def _block(length: int, most: int = 512, multiple_of: int = LANES) -> int:

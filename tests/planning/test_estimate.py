@@ -12,12 +12,15 @@ import sys
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 from paths import ROOT
 
 from llada_jax.config import Config, UserError
 from llada_jax.devices import hardware, mesh
 from llada_jax.model import compute
+from llada_jax.model.attention import splash_attention
 from llada_jax.planning import estimate, topology
 from llada_jax.training import flops
 
@@ -57,6 +60,17 @@ def environment():
         yield
         jax.config.update("jax_enable_compilation_cache", True)
         jax.config.update("jax_disable_most_optimizations", few)
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize(("dtype", "width"), [("float32", 128), ("bfloat16", 256)])
+def test_attention_fits_a_tpu_of_which_nothing_is_known(dtype, width):
+    """Its compiler gets no options, so a kernel has 16 MiB of vector memory, forward and backward."""
+    (device, *_) = topologies.get_topology_desc(platform="tpu", topology_name="v4:2x2x1").devices
+    assert not hardware.compiler_options(device)
+    x = jax.ShapeDtypeStruct((1, 4096, 2, width), dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+    loss = lambda *x: splash_attention(*x, None).astype(jnp.float32).sum()  # noqa: E731
+    jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
 
 
 @needs_tpu_compiler
