@@ -89,8 +89,7 @@ def apply_rope(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.A
 def apply_rope_on_tpu(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
     """Computes `apply_rope` for TPUs, whose vector registers are as wide as a head and slow to work on half of one.
 
-    The matrix unit exchanges the two halves of each head. This is exact for finite numbers: each sum has one
-    term that is not zero.
+    The matrix unit exchanges the halves of each head, exactly for finite numbers: one term of each sum is not zero.
     """
     width = x_BTHK.shape[-1]
     exchange_KK = jnp.roll(jnp.eye(width, dtype=x_BTHK.dtype), width // 2, axis=0)
