@@ -14,10 +14,11 @@ from absl import flags
 
 from llada_jax.cli import entry_point, paths
 from llada_jax.config import UserError
+from llada_jax.formats import FORMATS
 
 _INPUT = paths.define("input", None, "A training workdir, a published folder, or a folder that convert wrote.")
 _OUTPUT = paths.define("output", None, "The folder to write. It must be new or empty.")
-_FORMAT = flags.DEFINE_enum("format", None, ["huggingface", "orbax"], "The format to write.")
+_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "The format to write.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint of a workdir. Default: the newest.")
 _DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "The dtype of the weights. Default: unchanged.")
 _NAMING = flags.DEFINE_enum(

@@ -12,7 +12,7 @@ from llada_jax.cli.outputs import check_folder, whole_folder
 from llada_jax.config import Config, UserError
 from llada_jax.devices import mesh as meshes
 from llada_jax.diffusion.forward import is_chat
-from llada_jax.formats import huggingface, published, tensor_names, weights, workdir
+from llada_jax.formats import FORMATS, huggingface, published, tensor_names, weights, workdir
 from llada_jax.formats.arrays import SaveFailed
 from llada_jax.formats.companions import companion_files, put_files
 from llada_jax.formats.generation_config import generation_config
@@ -21,8 +21,6 @@ from llada_jax.model.transformer import Transformer, split
 from llada_jax.text.agreement import fitted, notes_of, with_tokenizer
 from llada_jax.text.named_ids import GENERATION_CONFIG
 from llada_jax.text.tokenizer import Tokenizer, find_tokenizer
-
-FORMATS = ("huggingface", "orbax")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -198,14 +198,13 @@ def _check_optimizer(config: Config) -> None:
         "needs optimizer.beta1 and optimizer.beta2 of at most 0.99, or rounding would undo changes of the moments",
     )
     schedule_points(optimizer, config.steps)
-    if config.minutes:
-        absolute = [position for position, _ in optimizer.schedule if isinstance(position, int) and position > 0]
+    for position, _ in optimizer.schedule if config.minutes else ():
         _require(
-            not absolute,
+            not isinstance(position, int) or position == 0,
             "optimizer.schedule",
             optimizer.schedule,
-            f"counts steps (position {absolute[0] if absolute else ''}), but config.minutes={config.minutes:g} leaves "
-            "their number open: write positions as fractions of the run, such as 0.05",
+            f"counts steps (position {position}), but config.minutes={config.minutes:g} leaves their number open: "
+            "write positions as fractions of the run, such as 0.05",
         )
 
 
