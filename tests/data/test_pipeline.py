@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from paths import ROOT
 
-from llada_jax.config import UserError
+from llada_jax.config import Config, UserError
 from llada_jax.data.manifest import load_manifest
 from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.data.read import pipeline
 from llada_jax.data.read.pipeline import TrainingData, validation_rows
 from llada_jax.data.rows import SplitWriter
+from llada_jax.data.sets import open_training
 
 from .conftest import read_split, story, write_jsonl
 
@@ -76,6 +77,14 @@ def test_copies_of_sequences(sets):
     once = take(open_data(sets, **options), 3 * BATCH + 1, start=BATCH // 4)
     for pairs, single in zip((tokens, lengths), once, strict=True):
         np.testing.assert_array_equal(pairs, np.repeat(single, 2, axis=0)[: 6 * BATCH])
+
+
+@pytest.mark.parametrize("complementary", [False, True])
+def test_complementary_masks_get_pairs_of_rows(sets, complementary):
+    config = Config(batch_size=BATCH, sequence_length=T)
+    config.model.vocab_size, config.diffusion.complementary = VOCAB, complementary
+    tokens, _ = take(open_training(config, sets), 4 * BATCH)
+    assert [np.array_equal(*pair) for pair in tokens.reshape(-1, 2, T)] == [complementary] * 2 * BATCH
 
 
 def test_a_row_depends_on_seed_step_and_place_only(sets):
