@@ -1,5 +1,6 @@
 """All tests run on 8 simulated CPU devices and share one compilation cache."""
 
+import collections
 import os
 import shutil
 import tempfile
@@ -36,6 +37,21 @@ from llada_jax.text.train_tokenizer import train_tokenizer
 jax.config.update("jax_default_matmul_precision", "highest")  # otherwise a GPU would compute fp32 matmuls in TF32
 if os.environ["JAX_PLATFORMS"] != "cpu":
     DTYPES.update(gpu="float32", tpu="float32")  # to compare with the numbers of CPUs; tests of bfloat16 ask for it
+
+
+def pytest_addoption(parser):
+    parser.addoption("--cases", type=int, help="of each parametrized test run at most this many cases, spread evenly")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not (most := config.getoption("--cases")):
+        return
+    cases = collections.defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    kept = {of[i] for of in cases.values() for i in np.linspace(0, len(of) - 1, min(most, len(of))).astype(int)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(scope="session")

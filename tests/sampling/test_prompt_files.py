@@ -98,7 +98,7 @@ def test_any_file(tmp_path_factory, lines):
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.lists(LINES, max_size=4))
 def test_very_many_files(tmp_path_factory, lines):
     check(tmp_path_factory.getbasetemp() / "any.jsonl", b"\n".join(lines))

@@ -14,7 +14,7 @@ from llada_jax.text.tokenizer import load_tokenizer
 
 ANY_SPEED = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
 FEW = settings(max_examples=40, derandomize=True, **ANY_SPEED)
-MANY = settings(max_examples=300, **ANY_SPEED)
+MANY = settings(max_examples=120, **ANY_SPEED)
 
 PARTS = ["a", "b", "ab", "fox", " ", "  ", "\n", "_", "1", "\u00e9", "\u0301", "\u2581", "\U0001f600", "\x1c", "\ufeff"]
 LITERALS = ["<s>", "</s>", "<mask>", "[MASK]", "<x>", "CLS", "<a b>", "\u00e9!", "<|eot_id|>"]
