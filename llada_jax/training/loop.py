@@ -7,6 +7,7 @@ were not read.
 """
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from llada_jax.model import lora
 from llada_jax.model.transformer import abstract_model, split
 from llada_jax.scoring import bound
 from llada_jax.text.tokenizer import Tokenizer
-from llada_jax.training import metrics, samples, summary
+from llada_jax.training import goodput, metrics, samples, summary
 from llada_jax.training.checkpoint import Checkpoints
 from llada_jax.training.step import TrainState, make_train_step
 
@@ -46,6 +47,7 @@ class Loop:
         state: TrainState,
         frozen: dict,
         record: dict,
+        watch: goodput.Stopwatch,
     ):
         """Opens the output files, and removes from them what earlier starts wrote beyond the step of `state`.
 
@@ -61,11 +63,12 @@ class Loop:
           frozen: The parameters that the model has beside state.params and that are not trained (`lora.partition`), or
             {} if there are none.
           record: The record of the loop that `_save` put into the checkpoint, or {} at the start of a run.
+          watch: Counts where the time of this start goes.
         """
         self.config, self.folder, self.mesh = config, folder, device_mesh
         self.saved, self.tokenizer, self.held_out = saved, tokenizer, held_out
         self.graphdef, _ = split(abstract_model(config.model, compute))
-        self.frozen = frozen
+        self.frozen, self.watch, self.device = frozen, watch, goodput.Device()
         self.first_step = self.done = int(state.step)
         self.pending: tuple[int, dict] | None = None  # (step, metrics) that are dispatched and not read yet
         self.window = metrics.Window(config.logging.buckets, record.get("window"))
@@ -74,6 +77,7 @@ class Loop:
         self.steps_since_log = self.tokens_since_log = 0
         self.widths: set[int] = set()  # widths of batches for which the train step is compiled
         self.untimed: set[int] = set()  # steps whose time was mostly compilation
+        self.extra: dict = {}  # values that wait for the next record of a log line
         self.bits_per_byte = float("nan")
         self.tracing = False
         self.stop = StopSignal()
@@ -125,6 +129,7 @@ class Loop:
             prefetch=config.data.prefetch,
             threads=config.data.read_threads,
         )
+        self.watch.switch("train")
         try:
             if self.first_step == 0 and config.init_from and self.held_out is not None:
                 self.writer.write(0, self._validate(state))  # how good the weights are before this run trains them
@@ -140,10 +145,13 @@ class Loop:
 
     def _step(self, train_step, state: TrainState, batches) -> TrainState:
         first = self.done == self.first_step
+        asked = time.perf_counter()
         rows = next(batches)[1]
+        self.watch.move(self.device.idle(asked), "data")
         width = rows["tokens"].shape[1]
         compiles = width not in self.widths  # batches of conversations have a few different widths
         self.widths.add(width)
+        before = self.watch.switch("compile" if compiles else "train")
         if compiles and not first:
             log(f"compiling the train step for rows of {width} tokens ...")
             go_on = self.speed.pause()
@@ -154,6 +162,7 @@ class Loop:
                 log(summary.first_batch(self.config, batch, self.tokenizer, self.done))
                 log("compiling the train step ...")
             state, values = train_step(state, batch, self.frozen)
+            self.device.follow(values["loss"])
             self._look()
         self.done += 1
         self.pending = (self.done, values)
@@ -166,6 +175,7 @@ class Loop:
             jax.block_until_ready(values)
             self.untimed.add(self.done)
             go_on()
+        self.watch.switch(before)
         return state
 
     def _logs(self, step: int) -> bool:
@@ -191,6 +201,8 @@ class Loop:
             record |= self.speed.summary(self.steps_since_log, self.tokens_since_log, self.config.steps - step, rows)
             self.window = metrics.Window(self.config.logging.buckets)
             self.steps_since_log = self.tokens_since_log = 0
+            record |= self.extra | self.watch.record()
+            self.extra = {}
             log(metrics.log_line(step, self.config.steps, record))
             self.saved.check()
         if record:
@@ -223,8 +235,11 @@ class Loop:
         go_on()
 
     def _save(self, state: TrainState) -> None:
-        self.writer.sync()
-        self.saved.save(state, {"window": self.window.sums, "skipped_in_a_row": self.skipped_in_a_row})
+        begin = time.perf_counter()
+        with self.watch.of("checkpoint"):
+            self.writer.sync()
+            self.saved.save(state, {"window": self.window.sums, "skipped_in_a_row": self.skipped_in_a_row})
+        self.extra["checkpoint_stall_seconds"] = time.perf_counter() - begin
 
     def _leave(self, state: TrainState) -> int:
         self._look()
@@ -249,7 +264,7 @@ class Loop:
 
     def _validate(self, state: TrainState) -> dict:
         config = self.config
-        with self._named("validation"):
+        with self._named("validation"), self.watch.of("evaluate"):
             values = bound.validate(
                 self.graphdef,
                 lora.combine(state.params, self.frozen),
@@ -271,7 +286,7 @@ class Loop:
             return
         chat = is_chat(self.config)
         params = lora.combine(state.params, self.frozen)
-        with self._named("samples"):
+        with self._named("samples"), self.watch.of("evaluate"):
             found = samples.sample_texts(
                 self.graphdef, params, self.tokenizer, self.config.sampling, self.config.seed, chat
             )
@@ -314,6 +329,7 @@ class Loop:
             for work that needs all processes.
         """
         try:
+            self.device.close()
             self._end_profile()
             if together or distributed.count() == 1:
                 self.saved.close()
