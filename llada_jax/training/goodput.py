@@ -24,8 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-
-import jax
+from typing import Any
 
 KINDS = ("startup", "compile", "train", "data", "checkpoint", "evaluate")
 LOST = ("redone", "down")
@@ -95,8 +94,8 @@ class Device:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._end: Future[float] | None = None
 
-    def follow(self, value: jax.Array) -> None:
-        """Makes a step that was just dispatched the newest one; `value` is one of its results."""
+    def follow(self, value: Any) -> None:
+        """Makes a step that was just dispatched the newest one; `value` is an array of its results."""
         self._end = self._executor.submit(_finished, value)
 
     def idle(self, since: float) -> float:
@@ -110,7 +109,7 @@ class Device:
         self._executor.shutdown(wait=False)
 
 
-def _finished(value: jax.Array) -> float:
+def _finished(value: Any) -> float:
     with contextlib.suppress(Exception):  # the training loop raises the same error
         value.block_until_ready()
     return time.perf_counter()
@@ -153,10 +152,8 @@ def account(starts: Sequence[dict], records: Sequence[dict], step: int, began: f
     if not starts or "began" not in starts[-1]:
         return {}
     last = latest(starts[-1], records)
-    here = [
-        record for record in records if record.get("time", 0) >= starts[-1]["began"] and "this_start/train" in record
-    ]
-    kept = [(record["step"], record["this_start/train"]) for record in here if record["step"] <= step]
+    here = [one for one in records if one.get("time", 0) >= starts[-1]["began"] and one["step"] <= step]
+    kept = [(one["step"], one.get("this_start/train", 0.0)) for one in here]
     base, trained = kept[-1] if kept else (starts[-1]["step"], 0.0)
     redone, reached = 0.0, max(base, step)
     if last["step"] > reached:  # between two log lines, all steps count as equally long
@@ -181,10 +178,15 @@ def latest(start: Mapping, records: Sequence[dict]) -> dict:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Returns the records of a file of JSON lines that are whole; [] if there is no such file."""
+    """Returns the whole records of starts.jsonl or metrics.jsonl; [] if there is no such file."""
+    return records_in(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def records_in(text: str) -> list[dict]:
+    """Returns the records of a text of JSON lines that have a step. A line that a kill has torn is left out."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in text.splitlines():
         with contextlib.suppress(ValueError):
             record = json.loads(line)
-            found += [record] if isinstance(record, dict) else []
+            found += [record] if isinstance(record, dict) and isinstance(record.get("step"), int) else []
     return found
