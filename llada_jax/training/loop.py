@@ -7,6 +7,7 @@ were not read.
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,8 +28,9 @@ from llada_jax.model import lora
 from llada_jax.model.transformer import abstract_model, split
 from llada_jax.scoring import bound
 from llada_jax.text.tokenizer import Tokenizer
-from llada_jax.training import goodput, metrics, samples, summary
+from llada_jax.training import goodput, metrics, samples, spikes, summary
 from llada_jax.training.checkpoint import Checkpoints
+from llada_jax.training.hosts import Hosts
 from llada_jax.training.step import TrainState, make_train_step
 
 
@@ -72,6 +74,7 @@ class Loop:
         self.first_step = self.done = int(state.step)
         self.pending: tuple[int, dict] | None = None  # (step, metrics) that are dispatched and not read yet
         self.window = metrics.Window(config.logging.buckets, record.get("window"))
+        self.spikes, self.hosts = spikes.Spikes(record.get("spikes")), Hosts()
         self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
         self.speed = metrics.Speed(config.model, config.sequence_length)
         self.steps_since_log = self.tokens_since_log = 0
@@ -107,6 +110,7 @@ class Loop:
           SaveFailed: If a checkpoint could not be written.
           UserError: If a row of the data is damaged.
         """
+        self.data = data
         together = False  # whether all processes end in the same way
         try:
             code = self._train(state, data)
@@ -147,7 +151,8 @@ class Loop:
         first = self.done == self.first_step
         asked = time.perf_counter()
         rows = next(batches)[1]
-        self.watch.move(self.device.idle(asked), "data")
+        waited = self.device.idle(asked)
+        self.watch.move(waited, "data")
         width = rows["tokens"].shape[1]
         compiles = width not in self.widths  # batches of conversations have a few different widths
         self.widths.add(width)
@@ -161,6 +166,8 @@ class Loop:
             if first:
                 log(summary.first_batch(self.config, batch, self.tokenizer, self.done))
                 log("compiling the train step ...")
+            if not compiles:
+                self.hosts.add(waited, self.device.idle(asked))
             state, values = train_step(state, batch, self.frozen)
             self.device.follow(values["loss"])
             self._look()
@@ -193,7 +200,7 @@ class Loop:
             self.steps_since_log += 1
             self.tokens_since_log += int(values["tokens"])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if values["skipped"] else 0
-        record = dict(extra or {})
+        record = dict(extra or {}) | self._spike(step, values)
         if self._logs(step):
             record |= self.window.summary()
             record |= {name: float(values[name]) for name in ("learning_rate", "grad_norm")}
@@ -201,7 +208,10 @@ class Loop:
             record |= self.speed.summary(self.steps_since_log, self.tokens_since_log, self.config.steps - step, rows)
             self.window = metrics.Window(self.config.logging.buckets)
             self.steps_since_log = self.tokens_since_log = 0
-            record |= self.extra | self.watch.record()
+            late, line = self.hosts.look(record["step_seconds"])
+            record |= self.extra | late | self.watch.record()
+            if line:
+                log(line)
             self.extra = {}
             log(metrics.log_line(step, self.config.steps, record))
             self.saved.check()
@@ -213,6 +223,16 @@ class Loop:
                 "none of them was applied. Branch from an earlier checkpoint (--config.init_from, "
                 "--config.init_step) with a lower learning rate, or check the data of these steps"
             )
+
+    def _spike(self, step: int, values: dict) -> dict:
+        """Tells of a spike of the loss or the gradient norm at this step; returns what its record says of it."""
+        found = self.spikes.look(step, values)
+        if found is None or distributed.index() != 0:
+            return {}
+        rows = self.data.origins(step - 1)  # steps of the data are counted from 0
+        before = max((saved for saved in self.saved.steps() if saved < step), default=None)
+        log(spikes.advice(found["spike/text"], rows, self.config, self.folder, before, step, sys.argv))
+        return found | {"spike/rows": rows}
 
     def _between_steps(self, state: TrainState) -> None:
         """Does what is due at this step: validation, samples, a checkpoint."""
@@ -238,7 +258,8 @@ class Loop:
         begin = time.perf_counter()
         with self.watch.of("checkpoint"):
             self.writer.sync()
-            self.saved.save(state, {"window": self.window.sums, "skipped_in_a_row": self.skipped_in_a_row})
+            record = {"window": self.window.sums, "skipped_in_a_row": self.skipped_in_a_row}
+            self.saved.save(state, record | {"spikes": self.spikes.sums})
         self.extra["checkpoint_stall_seconds"] = time.perf_counter() - begin
 
     def _leave(self, state: TrainState) -> int:
