@@ -86,6 +86,6 @@ def lines(record: Mapping) -> list[str]:
         f"  data: {record['data_rows_per_second_per_host']:.3g} rows, "
         f"{record['data_bytes_per_second_per_host'] / 1e6:.3g} MB per second for each host",
         f"  from a kill to the next step: {sum(parts.values()):.0f} s ({noticed}{parts['startup']:.0f} s to start, "
-        f"{parts['read']:.1f} s to read the checkpoint) and what the launcher takes, if the compiled step is in the "
-        f"cache; then {record['redone_steps']:,.0f} steps are done again on average, {record['redone_seconds']:,.0f} s",
+        f"{parts['read']:.1f} s to read the checkpoint), and the launcher's time",
+        f"  then {record['redone_steps']:,.0f} steps are done again on average, {record['redone_seconds']:,.0f} s",
     ]
