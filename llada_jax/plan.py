@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from llada_jax.cli import entry_point, outputs, paths, streams
 from llada_jax.config import UserError
-from llada_jax.planning import clock, timeline, topology
+from llada_jax.planning import clock, storage, timeline, topology
 from llada_jax.planning.estimate import loss_turns, page, plan
 from llada_jax.planning.hlo import Module
 
@@ -38,6 +38,12 @@ _KERNEL_SHARE = flags.DEFINE_float(
     "The default is an assumption about the chip.",
 )
 
+_STORAGE = flags.DEFINE_float(
+    "storage_gb_per_s",
+    storage.RATE / 1e9,
+    "Gigabytes (10^9 bytes) per second that each host is taken to read from the storage, or to write to it.",
+)
+
 
 def main() -> int:
     """Prints the plan and returns the exit code."""
@@ -47,6 +53,8 @@ def main() -> int:
     share, estimated = _KERNEL_SHARE.value, topology.parse(_TOPOLOGY.value)[1].clock is not None
     if share is not None and not 0 < share <= 1:
         raise UserError(f"--kernel_share={share:g}: must be greater than 0 and at most 1, e.g. --kernel_share=0.5")
+    if not (rate := _STORAGE.value * 1e9) > 0:
+        raise UserError(f"--storage_gb_per_s={_STORAGE.value:g}: must be greater than 0, e.g. --storage_gb_per_s=1")
     files = {}
     for flag in (_HLO, _HTML, _TRACE):
         if flag.value and flag is not _HLO and not estimated:
@@ -57,7 +65,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     # Programs compiled for described devices cannot be loaded from the cache again.
     jax.config.update("jax_enable_compilation_cache", False)
-    record, text = plan(config, _TOPOLOGY.value, share)
+    record, text = plan(config, _TOPOLOGY.value, share, rate)
     if files["hlo"]:
         outputs.write_text(files["hlo"], text, "hlo")
     if (files["html"] or files["trace"]) and record.get("estimated_step_seconds"):

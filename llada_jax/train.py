@@ -28,11 +28,13 @@ def main() -> int:
     _choose_length(config, config_flags.get_override_values(flags.FLAGS[_CONFIG.name]))
     with entry_point.importing():
         from llada_jax.devices import distributed
+        from llada_jax.training import goodput
         from llada_jax.training.config_check import check_distributed
         from llada_jax.training.run import train
 
     check_distributed(config)
-    return distributed.run(lambda: train(config, _WORKDIR.value), config.distributed, *process_flags.given())
+    began = goodput.process_began()
+    return distributed.run(lambda: train(config, _WORKDIR.value, began), config.distributed, *process_flags.given())
 
 
 def _choose_length(config: Config, given: Mapping[str, Any]) -> None:

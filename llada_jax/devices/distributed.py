@@ -45,6 +45,7 @@ _TPU_CLUSTERS = ("gcetpu", "gketpu")
 ABORTED = 134  # JAX's exit code when another process has died; the run is then worth restarting
 
 _uses: collections.Counter = collections.Counter()
+_alone: dict[str, Any] = {}  # what the only process has published
 _leaving = threading.Lock()  # acquired by the thread that ends this process, and never released
 
 
@@ -132,6 +133,25 @@ def first_problem(what: str, problem: str | None) -> str | None:
         global_state.client.key_value_set(f"{key}/{index():08}", where)
     global_state.client.wait_at_barrier(key, _LONG_MS)
     return next((text for _, text in sorted(global_state.client.key_value_dir_get(key + "/"))), None)
+
+
+def publish(what: str, value: Any) -> None:
+    """Puts a value of this process, which can be written as JSON, in place of its last one under the same name.
+
+    Waits for no other process; `published` reads the values.
+    """
+    if count() == 1:
+        _alone[what] = value
+        return
+    global_state.client.key_value_set(f"llada_jax/{what}/{index():08}", json.dumps(value), allow_overwrite=True)
+
+
+def published(what: str) -> dict[int, Any]:
+    """Returns the newest value that each process has published under a name, by the index of the process."""
+    if count() == 1:
+        return {0: _alone[what]} if what in _alone else {}
+    found = global_state.client.key_value_dir_get(f"llada_jax/{what}/")
+    return {int(key.rpartition("/")[2]): json.loads(text) for key, text in sorted(found)}
 
 
 def barrier(what: str) -> None:

@@ -20,7 +20,7 @@ from llada_jax.diffusion.forward import is_chat
 from llada_jax.model import lora
 from llada_jax.model.compute import resolve_compute
 from llada_jax.model.transformer import abstract_model, parameter_count, split
-from llada_jax.planning import clock, collectives, report, topology
+from llada_jax.planning import clock, collectives, report, storage, topology
 from llada_jax.planning.hlo import Module
 from llada_jax.training import config_check, flops
 from llada_jax.training.step import make_state, make_train_step
@@ -30,13 +30,16 @@ COMPILERS = {"tpu": "libtpu", "gpu": "jax-cuda13-plugin"}
 GPU_SHARE = 0.9
 
 
-def plan(config: Config, target: str, kernel_share: float | None = None) -> tuple[dict, str]:
+def plan(
+    config: Config, target: str, kernel_share: float | None = None, storage_rate: float = storage.RATE
+) -> tuple[dict, str]:
     """Compiles the train step of a run for a topology and returns what it needs.
 
     Args:
       config: The run's configuration. config.model.vocab_size must be set, because no tokenizer is read.
       target: The topology, in the form that --topology takes.
       kernel_share: The share of the peak that attention kernels are taken to reach; None means that of the chip.
+      storage_rate: The bytes per second that each host is taken to read from the storage, or to write to it.
 
     Returns:
       A dict of JSON values whose names include their units, and the text of the compiled train step. The text is ""
@@ -105,7 +108,8 @@ def plan(config: Config, target: str, kernel_share: float | None = None) -> tupl
     module = Module(text)
     record |= costs(config, hardware, module)
     turns = loss_turns(config, chips)
-    return record | clock.estimate(config, target, module, turns, record["flops_per_step"], kernel_share), text
+    record |= clock.estimate(config, target, module, turns, record["flops_per_step"], kernel_share)
+    return record | storage.costs(config, device_mesh, record, storage_rate), text
 
 
 def lower(config: Config, device_mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
@@ -227,6 +231,7 @@ def page(record: dict) -> str:
             f"recipe at that floor: {record['recipe_steps']:,} steps, {record['recipe_tokens'] / 1e12:.2f} T tokens, "
             f"{record['recipe_days_at_floor']:.1f} days, {record['recipe_chip_hours_at_floor']:,.0f} chip hours",
             *report.lines(record),
+            *storage.lines(record),
         ]
     if record["fits"] and place == "node":
         lines.append(

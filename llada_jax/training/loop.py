@@ -7,6 +7,8 @@ were not read.
 """
 
 import contextlib
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,8 +28,9 @@ from llada_jax.model import lora
 from llada_jax.model.transformer import abstract_model, split
 from llada_jax.scoring import bound
 from llada_jax.text.tokenizer import Tokenizer
-from llada_jax.training import metrics, samples, summary
+from llada_jax.training import goodput, metrics, samples, spikes, summary
 from llada_jax.training.checkpoint import Checkpoints
+from llada_jax.training.hosts import Hosts
 from llada_jax.training.step import TrainState, make_train_step
 
 
@@ -46,6 +49,7 @@ class Loop:
         state: TrainState,
         frozen: dict,
         record: dict,
+        watch: goodput.Stopwatch,
     ):
         """Opens the output files, and removes from them what earlier starts wrote beyond the step of `state`.
 
@@ -61,19 +65,22 @@ class Loop:
           frozen: The parameters that the model has beside state.params and that are not trained (`lora.partition`), or
             {} if there are none.
           record: The record of the loop that `_save` put into the checkpoint, or {} at the start of a run.
+          watch: Counts where the time of this start goes.
         """
         self.config, self.folder, self.mesh = config, folder, device_mesh
         self.saved, self.tokenizer, self.held_out = saved, tokenizer, held_out
         self.graphdef, _ = split(abstract_model(config.model, compute))
-        self.frozen = frozen
+        self.frozen, self.watch, self.device = frozen, watch, goodput.Device()
         self.first_step = self.done = int(state.step)
         self.pending: tuple[int, dict] | None = None  # (step, metrics) that are dispatched and not read yet
         self.window = metrics.Window(config.logging.buckets, record.get("window"))
+        self.spikes, self.hosts = spikes.Spikes(record.get("spikes")), Hosts()
         self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
         self.speed = metrics.Speed(config.model, config.sequence_length)
         self.steps_since_log = self.tokens_since_log = 0
         self.widths: set[int] = set()  # widths of batches for which the train step is compiled
         self.untimed: set[int] = set()  # steps whose time was mostly compilation
+        self.extra: dict = {}  # values that wait for the next record of a log line
         self.bits_per_byte = float("nan")
         self.tracing = False
         self.stop = StopSignal()
@@ -103,6 +110,7 @@ class Loop:
           SaveFailed: If a checkpoint could not be written.
           UserError: If a row of the data is damaged.
         """
+        self.data = data
         together = False  # whether all processes end in the same way
         try:
             code = self._train(state, data)
@@ -125,6 +133,7 @@ class Loop:
             prefetch=config.data.prefetch,
             threads=config.data.read_threads,
         )
+        self.watch.switch("train")
         try:
             if self.first_step == 0 and config.init_from and self.held_out is not None:
                 self.writer.write(0, self._validate(state))  # how good the weights are before this run trains them
@@ -140,10 +149,14 @@ class Loop:
 
     def _step(self, train_step, state: TrainState, batches) -> TrainState:
         first = self.done == self.first_step
+        asked = time.perf_counter()
         rows = next(batches)[1]
+        waited = self.device.idle(asked)
+        self.watch.move(waited, "data")
         width = rows["tokens"].shape[1]
         compiles = width not in self.widths  # batches of conversations have a few different widths
         self.widths.add(width)
+        before = self.watch.switch("compile" if compiles else "train")
         if compiles and not first:
             log(f"compiling the train step for rows of {width} tokens ...")
             go_on = self.speed.pause()
@@ -153,7 +166,10 @@ class Loop:
             if first:
                 log(summary.first_batch(self.config, batch, self.tokenizer, self.done))
                 log("compiling the train step ...")
+            if not compiles:
+                self.hosts.add(waited, self.device.idle(asked))
             state, values = train_step(state, batch, self.frozen)
+            self.device.follow(values["loss"])
             self._look()
         self.done += 1
         self.pending = (self.done, values)
@@ -166,6 +182,7 @@ class Loop:
             jax.block_until_ready(values)
             self.untimed.add(self.done)
             go_on()
+        self.watch.switch(before)
         return state
 
     def _logs(self, step: int) -> bool:
@@ -183,7 +200,7 @@ class Loop:
             self.steps_since_log += 1
             self.tokens_since_log += int(values["tokens"])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if values["skipped"] else 0
-        record = dict(extra or {})
+        record = dict(extra or {}) | self._spike(step, values)
         if self._logs(step):
             record |= self.window.summary()
             record |= {name: float(values[name]) for name in ("learning_rate", "grad_norm")}
@@ -191,6 +208,11 @@ class Loop:
             record |= self.speed.summary(self.steps_since_log, self.tokens_since_log, self.config.steps - step, rows)
             self.window = metrics.Window(self.config.logging.buckets)
             self.steps_since_log = self.tokens_since_log = 0
+            late, line = self.hosts.look(record["step_seconds"])
+            record |= self.extra | late | self.watch.record()
+            if line:
+                log(line)
+            self.extra = {}
             log(metrics.log_line(step, self.config.steps, record))
             self.saved.check()
         if record:
@@ -201,6 +223,16 @@ class Loop:
                 "none of them was applied. Branch from an earlier checkpoint (--config.init_from, "
                 "--config.init_step) with a lower learning rate, or check the data of these steps"
             )
+
+    def _spike(self, step: int, values: dict) -> dict:
+        """Tells of a spike of the loss or the gradient norm at this step; returns what its record says of it."""
+        found = self.spikes.look(step, values)
+        if found is None or distributed.index() != 0:
+            return {}
+        rows = self.data.origins(step - 1)  # steps of the data are counted from 0
+        before = max((saved for saved in self.saved.steps() if saved < step), default=None)
+        log(spikes.advice(found["spike/text"], rows, self.config, self.folder, before, step, sys.argv))
+        return found | {"spike/rows": rows}
 
     def _between_steps(self, state: TrainState) -> None:
         """Does what is due at this step: validation, samples, a checkpoint."""
@@ -223,8 +255,12 @@ class Loop:
         go_on()
 
     def _save(self, state: TrainState) -> None:
-        self.writer.sync()
-        self.saved.save(state, {"window": self.window.sums, "skipped_in_a_row": self.skipped_in_a_row})
+        begin = time.perf_counter()
+        with self.watch.of("checkpoint"):
+            self.writer.sync()
+            record = {"window": self.window.sums, "skipped_in_a_row": self.skipped_in_a_row}
+            self.saved.save(state, record | {"spikes": self.spikes.sums})
+        self.extra["checkpoint_stall_seconds"] = time.perf_counter() - begin
 
     def _leave(self, state: TrainState) -> int:
         self._look()
@@ -249,7 +285,7 @@ class Loop:
 
     def _validate(self, state: TrainState) -> dict:
         config = self.config
-        with self._named("validation"):
+        with self._named("validation"), self.watch.of("evaluate"):
             values = bound.validate(
                 self.graphdef,
                 lora.combine(state.params, self.frozen),
@@ -271,7 +307,7 @@ class Loop:
             return
         chat = is_chat(self.config)
         params = lora.combine(state.params, self.frozen)
-        with self._named("samples"):
+        with self._named("samples"), self.watch.of("evaluate"):
             found = samples.sample_texts(
                 self.graphdef, params, self.tokenizer, self.config.sampling, self.config.seed, chat
             )
@@ -314,6 +350,7 @@ class Loop:
             for work that needs all processes.
         """
         try:
+            self.device.close()
             self._end_profile()
             if together or distributed.count() == 1:
                 self.saved.close()

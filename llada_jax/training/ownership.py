@@ -88,19 +88,21 @@ def _check_shared(workdir: Path, mark: str) -> None:
     )
 
 
-def record_start(workdir: Path, config: Config, step: int) -> None:
+def record_start(workdir: Path, config: Config, step: int, account: dict | None = None) -> None:
     """Appends a line to starts.jsonl: time, step, command, config, commit, versions and hardware of this start.
 
     Args:
       workdir: The workdir of the run.
       config: The resolved configuration.
       step: The step that this start begins at.
+      account: Where the time of the run went until now: further fields of the line (`goodput.py`).
     """
     devices = jax.devices()
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "array_record", "numpy")
     record = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "step": step,
+        **(account or {}),
         "command": sys.argv,
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},

@@ -25,18 +25,19 @@ from llada_jax.model import lora
 from llada_jax.model.compute import resolve_compute
 from llada_jax.model.transformer import abstract_model, parameter_count, split
 from llada_jax.text.agreement import resolve_ids
-from llada_jax.training import config_check, extension, metrics, minutes, ownership, samples, start
+from llada_jax.training import config_check, extension, goodput, metrics, minutes, ownership, samples, start
 from llada_jax.training.checkpoint import Checkpoints
 from llada_jax.training.loop import Loop
 
 
-def train(config: Config, folder: str | os.PathLike) -> int:
+def train(config: Config, folder: str | os.PathLike, began: float | None = None) -> int:
     """Starts or resumes a training run.
 
     Args:
       config: The configuration of the run. The settings that it leaves to the tokenizer (special ids, vocabulary) and
         to config.init_from (the architecture) are filled in, in place.
       folder: The workdir of the run, which is created if needed.
+      began: The time at which the process began, in seconds since 1970. None means now.
 
     Returns:
       The exit code: 0 if the run is finished, 1 if it stopped because of values that are not finite or of files that
@@ -50,13 +51,13 @@ def train(config: Config, folder: str | os.PathLike) -> int:
     if "://" in os.fspath(folder):
         raise UserError(f"--workdir={folder}: a local or mounted folder is needed")
     folder = Path(paths.expanded(folder))
-    started = minutes.now()
+    started, watch = minutes.now(), goodput.Stopwatch(began)
     distributed.check_same(
         "config", configs.to_dict(config), lambda first: _difference(config, configs.from_dict(first))
     )
     with ownership.locked(folder):
         try:
-            return _run(config, folder, started)
+            return _run(config, folder, started, watch)
         except (NonFinite, SaveFailed) as error:
             reason = str(error)
         except OSError as error:
@@ -73,7 +74,7 @@ def _difference(config: Config, first: Config) -> str:
     return f"config.{name} is {ours}, but in process 0 it is {theirs}: start all processes with the same command"
 
 
-def _run(config: Config, folder: Path, started: float) -> int:
+def _run(config: Config, folder: Path, started: float, watch: goodput.Stopwatch) -> int:
     # Decide where the run begins.
     begin = start.decide(config, folder)
     config.model = begin.architecture(config.model)
@@ -138,11 +139,13 @@ def _run(config: Config, folder: Path, started: float) -> int:
             if begin.source and not begin.resumes:
                 keep_companions(folder, Path(begin.source))
             workdir.write_config(folder, config, identity)
-            ownership.record_start(folder, config, first_step)
+            lines = [goodput.read_lines(folder / name) for name in ("starts.jsonl", "metrics.jsonl")]
+            watch.earlier = goodput.account(*lines, first_step, watch.began)
+            ownership.record_start(folder, config, first_step, watch.start())
         distributed.barrier("workdir is ready")
 
         # Train.
-        loop = Loop(config, folder, device_mesh, compute, saved, sets.tokenizer, held_out, state, frozen, record)
+        loop = Loop(config, folder, device_mesh, compute, saved, sets.tokenizer, held_out, state, frozen, record, watch)
         return loop.run(state, data)
 
 

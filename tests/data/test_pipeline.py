@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader
 from paths import ROOT
 
 from llada_jax.config import Config, UserError
@@ -14,7 +15,7 @@ from llada_jax.data.manifest import load_manifest
 from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.data.read import pipeline
 from llada_jax.data.read.pipeline import TrainingData, validation_rows
-from llada_jax.data.rows import SplitWriter
+from llada_jax.data.rows import SplitWriter, decode_row
 from llada_jax.data.sets import open_training
 
 from .conftest import read_split, story, write_jsonl
@@ -68,6 +69,20 @@ def test_shapes_and_identity(sets):
     }
     assert data.hashes == tuple(load_manifest(path).sha256 for path in sets)
     assert data.eos_id == data.manifests[0].eos_id
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_the_rows_of_a_step_lie_where_it_is_said(sets, copies):
+    data = open_data(sets, copies=copies)
+    named = data.origins(7)
+    assert len(named) > 1 or copies == 2
+    found = []
+    for path, shards in named.items():
+        for shard, places in shards.items():
+            records = ArrayRecordReader(str(Path(path) / shard)).read(places)
+            manifest = load_manifest(path)
+            found += [decode_row(record, manifest.dtype, T).tokens for record in records]
+    assert as_counter(np.array(found * copies)) == as_counter(data.batch(7, range(BATCH))["tokens"])
 
 
 def test_copies_of_sequences(sets):

@@ -103,8 +103,16 @@ def test_plan_of_a_small_model_on_tpu():
     expected = (record["executed_flops_per_step"] - attention * 16 * 256) / 4
     assert products["flops"] == pytest.approx(expected, rel=0.05)
     assert 0.05 < products["share_of_peak"] < 1 and record["estimated_mfu"] < record["mfu_at_floor"]
+    # The checkpoint is what one host holds: it is restored from the same bytes. A row is its tokens and two numbers.
+    assert (
+        record["hosts"] == 1 and 12 * record["parameters"] < record["checkpoint_bytes"] < record["argument_bytes"] * 4
+    )
+    assert record["checkpoint_read_bytes_per_host"] == record["checkpoint_bytes"]
+    assert record["data_rows_per_second_per_host"] == pytest.approx(16 / step)
+    assert record["data_bytes_per_second_per_host"] == pytest.approx(16 / step * (8 + 2 * 256))
+    assert record["restart_seconds"]["notice"] == 0 and record["redone_seconds"] == pytest.approx(500 * step)
     page = estimate.page(record)
-    assert "v5e:2x2: 4 chips" in page and page.endswith("\nfits")
+    assert "v5e:2x2: 4 chips" in page and "from a kill to the next step" in page and page.endswith("\nfits")
 
 
 @needs_tpu_compiler
@@ -118,6 +126,10 @@ def test_two_slices_reduce_over_the_network_once_per_step():
     layers = 3 * (4 * 256 * 256 + 3 * 256 * 512)
     expected = (2 * layers + 4 * 2 * 1024 * 256) / 4
     assert 0.9 * expected < crossed < 1.5 * expected
+    # Each slice has a replica, of which the hosts write a part each and read their whole share.
+    assert record["hosts"] == 2 and record["checkpoint_read_bytes_per_host"] == record["checkpoint_bytes"]
+    assert record["checkpoint_write_seconds"] == pytest.approx(record["checkpoint_read_seconds"] / 2)
+    assert record["restart_seconds"]["notice"] == 40
     config.mesh.data = 1
     with pytest.raises(UserError, match="config.mesh.data=1 is not a multiple of the 2 slices"):
         estimate.plan(config, "2xv5e:2x2")

@@ -95,7 +95,7 @@ def board_steps(folder: Path) -> dict[str, list[int]]:
             for value in event.summary.value:
                 if value.HasField("simple_value"):
                     shown.setdefault(value.tag, []).append(event.step)
-    return {tag: steps for tag, steps in shown.items() if steps and tag not in tiny.TIMED}
+    return {tag: steps for tag, steps in shown.items() if steps and not tiny.is_timed(tag)}
 
 
 @contextlib.contextmanager

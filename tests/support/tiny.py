@@ -13,8 +13,10 @@ from llada_jax.config import Config
 
 # These metrics differ between any two runs.
 TIMED = (
-    "step_seconds", "tokens_per_second", "tokens_per_second_per_device", "seconds_left", "mfu", "mfu_full_head"
+    "step_seconds", "tokens_per_second", "tokens_per_second_per_device", "seconds_left", "mfu", "mfu_full_head", "time",
+    "goodput", "checkpoint_stall_seconds",
 )  # fmt: skip
+TIMED_GROUPS = ("goodput/", "this_start/", "hosts/")
 
 
 def get_config() -> Config:
@@ -66,7 +68,12 @@ def start(arguments: list[str], devices: int = 1, **options) -> subprocess.Popen
     )  # fmt: skip
 
 
+def is_timed(name: str) -> bool:
+    """Returns whether a metric depends on the clock, so that it differs between any two runs."""
+    return name in TIMED or name.startswith(TIMED_GROUPS)
+
+
 def records(workdir: Path) -> list[dict]:
     """Returns the records of metrics.jsonl without the values that depend on the clock."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in TIMED} for line in lines]
+    return [{name: value for name, value in json.loads(line).items() if not is_timed(name)} for line in lines]

@@ -17,6 +17,7 @@ from runs import assert_same_run, record_of, terminate, wait_for, when_done
 from llada_jax.cli import entry_point
 from llada_jax.config import UserError
 from llada_jax.formats import workdir
+from llada_jax.training import goodput
 
 TWO_MOMENTS = (["saving", "5"], ["saving", "20"])
 ALL_MOMENTS = (["publish"], ["config"], ["dispatched", "4"], ["saving", "5"], ["written", "14"], ["saving", "20"])
@@ -74,6 +75,9 @@ def test_the_last_line_is_torn_and_steps_are_beyond_the_checkpoint(run, copy, re
     assert_same_run(folder, reference)
     written = [record["step"] for record in tiny.records(folder)]
     assert written == sorted(set(written)) == [3, 6, 7, 9, 12, 14, 15, 18, 20]
+    earlier = goodput.read_lines(folder / "starts.jsonl")[1]["earlier"]
+    assert earlier["start"]["step"] == 20 and 0 < earlier["seconds"]["redone"] < earlier["start"]["seconds"]["train"]
+    assert goodput.read_lines(folder / "metrics.jsonl")[-1]["goodput/redone"] == earlier["seconds"]["redone"]
 
 
 def test_a_finished_run_is_finished(run, copy, reference, capfd):

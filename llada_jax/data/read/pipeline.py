@@ -9,9 +9,11 @@ Three parts turn n into a row:
   random lengths   In every block of `random_length_every` consecutive rows of the run, one row is cut short.
 """
 
+import bisect
 import fractions
 import functools
 import hashlib
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -86,6 +88,21 @@ class Data:
         """Returns the index of the set that sequence n of the run comes from, its item there, and the set's epoch."""
         which, place = _select(n, self._proportions)
         return which, int(self._shuffled[which][place]), place // self._sizes[which]
+
+    def _record(self, n: int) -> tuple[int, int]:
+        """Returns the index of the set that sequence n of the run comes from, and of the record in that set."""
+        return self._place(n)[:2]
+
+    def origins(self, step: int) -> dict[str, dict[str, list[int]]]:
+        """Returns where the rows of a step come from: path of the set -> name of the shard -> places in the shard."""
+        found: dict[str, dict[str, list[int]]] = {}
+        ends = [list(itertools.accumulate(shard.rows for shard in one.train.shards)) for one in self.manifests]
+        for which, index in sorted({self._record(self._sequence(step, row)) for row in range(self._batch_size)}):
+            k = bisect.bisect_right(ends[which], index)
+            shard = self.manifests[which].train.shards[k]
+            places = found.setdefault(self._sets[which].path, {}).setdefault(shard.name, [])
+            places.append(index - (ends[which][k] - shard.rows))
+        return found
 
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """Returns the rows of one step.
