@@ -178,6 +178,9 @@ class OptimizerConfig:
     # adamw (as in the paper) | muon (Muon for the matrices inside the layers, AdamW for all other parameters)
     name: str = "adamw"
     peak_learning_rate: float = 4e-4  # the learning rate is this value times the factor that `schedule` gives
+    # Muon's updates are multiplied by this, so that AdamW can have another learning rate beside it: peak_learning_rate
+    # and weight decay are AdamW's.
+    muon_scale: float = 1.0
     # Points (position, factor) of a polyline. A position that is an int counts steps; one that is a float is a fraction
     # of config.steps. So 1 is the first step, and 1.0 is the end of the run. The factor is linear between two points,
     # and constant before the first and after the last point. The same position twice makes a jump.

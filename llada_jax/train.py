@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from llada_jax.cli import entry_point, paths, process_flags
+from llada_jax.cli import entry_point, huge_pages, paths, process_flags
 from llada_jax.config import Config, UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Config file, e.g. configs/quickstart.py")
@@ -26,6 +26,8 @@ def main() -> int:
     if not _WORKDIR.value:
         raise UserError("--workdir=DIR is missing: name a folder for the checkpoints, metrics and samples")
     _choose_length(config, config_flags.get_override_values(flags.FLAGS[_CONFIG.name]))
+    if __name__ == "__main__":  # a process that only calls this function must go on
+        huge_pages.restart()
     with entry_point.importing():
         from llada_jax.devices import distributed
         from llada_jax.training import goodput

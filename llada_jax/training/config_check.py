@@ -25,6 +25,7 @@ _NOT_NEGATIVE = (
     "sampling.temperature", "checkpoint.permanent_every", "compute.unroll", "model.lora.rank",
     "diffusion.random_length_every", "optimizer.clip_norm", "optimizer.weight_decay", "optimizer.peak_learning_rate",
     "minutes", "data.workers", "profile.steps", "profile.first_step", "model.vocab_size", "model.layers",
+    "optimizer.muon_scale",
 )  # fmt: skip
 _ONE_OF = {
     "diffusion.objective": OBJECTIVES,
@@ -196,6 +197,12 @@ def _check_optimizer(config: Config) -> None:
         "optimizer.state_dtype",
         optimizer.state_dtype,
         "needs optimizer.beta1 and optimizer.beta2 of at most 0.99, or rounding would undo changes of the moments",
+    )
+    _require(
+        optimizer.muon_scale == 1.0 or optimizer.name == "muon",
+        "optimizer.muon_scale",
+        optimizer.muon_scale,
+        f"changes nothing with optimizer.name={optimizer.name}: set it back to 1.0",
     )
     schedule_points(optimizer, config.steps)
     for position, _ in optimizer.schedule if config.minutes else ():

@@ -4,6 +4,7 @@ The train step combines the two. They are separate because a skipped step must s
 must not change Adam's moments and bias correction: the schedule counts the steps of the run, Adam counts updates.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -110,7 +111,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """Builds the chain of gradient clipping by global norm, Adam or Muon, and decoupled weight decay.
 
     The caller still has to multiply the updates by -learning rate. With config.name "muon", Muon updates the matrices
-    inside the layers, and Adam updates all other parameters (embedding, head, norm weights).
+    inside the layers, and Adam updates all other parameters (embedding, head, norm weights). config.muon_scale scales
+    the updates of Muon.
 
     Raises:
       UserError: If config.name or config.state_dtype is unknown.
@@ -120,7 +122,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     rule = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.adam_eps)
     if config.name == "muon":
-        muon = optax.chain(optax.trace(MUON_MOMENTUM, nesterov=True), optax.stateless(_orthogonalise_all))
+        orthogonal = functools.partial(_orthogonalise_all, scale=config.muon_scale)
+        muon = optax.chain(optax.trace(MUON_MOMENTUM, nesterov=True), optax.stateless(orthogonal))
         rule = optax.partition({"adam": rule, "muon": muon}, _muon_or_adam)
     if config.state_dtype not in STATE_DTYPES:
         raise UserError(f"config.optimizer.state_dtype={config.state_dtype!r}: choose one of {', '.join(STATE_DTYPES)}")
@@ -170,8 +173,8 @@ def _muon_or_adam(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(choose, params)
 
 
-def _orthogonalise_all(updates: dict, _: dict | None = None) -> dict:
-    return jax.tree_util.tree_map_with_path(lambda path, x: _orthogonalise_stack(path[-1].key, x), updates)
+def _orthogonalise_all(updates: dict, _: dict | None = None, scale: float = 1.0) -> dict:
+    return jax.tree_util.tree_map_with_path(lambda path, x: scale * _orthogonalise_stack(path[-1].key, x), updates)
 
 
 def _orthogonalise_stack(name: str, x: jax.Array) -> jax.Array:

@@ -85,12 +85,13 @@ def test_a_range_is_kept_as_config_json_gives_it_back(value):
                          "sampling.gen_length", "sampling.temperature", "checkpoint.permanent_every",
                          "compute.unroll", "diffusion.random_length_every", "optimizer.clip_norm",
                          "optimizer.weight_decay", "optimizer.peak_learning_rate", "data.workers", "profile.steps",
-                         "profile.first_step", "model.vocab_size")]
+                         "profile.first_step", "model.vocab_size", "optimizer.muon_scale")]
     + [("seed", 2**32), ("validation.seed", 2**32), ("model.heads", 24), ("model.kv_heads", 5),
        ("diffusion.eps", 0.0), ("diffusion.eps", 1.0), ("diffusion.eps", -1e-3), ("data.validation_fraction", 1.0),
        ("data.validation_fraction", -0.1), ("optimizer.beta1", 1.0), ("optimizer.beta2", 1.0),
        ("optimizer.beta2", -0.5), ("optimizer.adam_eps", 0.0), ("optimizer.adam_eps", -1e-8), ("accumulation", 3),
-       ("diffusion.eps", 1.5), ("model.rope_theta", 0.0), ("model.norm_eps", -1e-5), ("model.heads", 4096)],
+       ("diffusion.eps", 1.5), ("model.rope_theta", 0.0), ("model.norm_eps", -1e-5), ("model.heads", 4096),
+       ("optimizer.muon_scale", 0.5)],
 )  # fmt: skip
 def test_impossible_value(name, value):
     with pytest.raises(UserError, match=rf"^config\.{name}={value} ") as caught:

@@ -185,9 +185,9 @@ def test_no_schedule_hides_in_the_optimizer_state(rng):
 def test_muon_is_for_matrices_within_layers(rng):
     """Muon updates the matrices in the layers, AdamW all other parameters.
 
-    Each matrix of a layer is updated on its own, from its Nesterov momentum.
+    Each matrix of a layer is updated on its own, from its Nesterov momentum. muon_scale multiplies only these updates.
     """
-    config = OptimizerConfig(name="muon", clip_norm=0.0, weight_decay=0.0)
+    config = OptimizerConfig(name="muon", muon_scale=0.25, clip_norm=0.0, weight_decay=0.0)
     adam, muon = make_optimizer(dataclasses.replace(config, name="adamw")), make_optimizer(config)
     params, (first, second) = params_like(rng), (params_like(rng), params_like(rng))
     with jax.set_mesh(mesh.one_device_mesh()):
@@ -198,7 +198,7 @@ def test_muon_is_for_matrices_within_layers(rng):
 
         ours, theirs = (jax.device_get(jax.jit(two_steps, static_argnums=0)(o)) for o in (muon, adam))
         q = 0.95 * (0.95 * first["blocks"]["q_proj"] + second["blocks"]["q_proj"]) + second["blocks"]["q_proj"]
-        expected = [[orthogonalise(q[layer, :, head]) for head in range(2)] for layer in range(2)]
+        expected = [[orthogonalise(q[layer, :, head]) / 4 for head in range(2)] for layer in range(2)]
     for name in ("embedding", "head", "final_norm"):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=TEN, atol=TEN)
     for name in ("attn_norm", "ff_norm"):
