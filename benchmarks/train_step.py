@@ -19,6 +19,7 @@ from llada_jax.cli import entry_point, paths
 from llada_jax.config import Config, UserError
 from llada_jax.devices import mesh
 from llada_jax.devices.hardware import compiler_options
+from llada_jax.diffusion.forward import masked_share
 from llada_jax.model import lora
 from llada_jax.model.compute import resolve_compute
 from llada_jax.model.transformer import Transformer, abstract_model, split
@@ -157,7 +158,7 @@ def measure(name: str, config: Config, steps: int) -> dict:
                 jax.block_until_ready((state, values))
     compile_seconds, timed = seconds[0], np.array(seconds[2:])
     tokens = config.batch_size * config.sequence_length
-    flops = flops_count.flops_per_token(config.model, config.sequence_length) * tokens
+    flops = flops_count.flops_per_token(config.model, config.sequence_length, masked_share(config.diffusion)) * tokens
     full = flops_count.flops_per_token(config.model, config.sequence_length, head_share=1.0) * tokens
     device = jax.devices()[0]
     peak, memory = flops_count.peak_flops(device.device_kind), device.memory_stats() or {}

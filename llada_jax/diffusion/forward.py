@@ -162,6 +162,14 @@ def _most_masked(config: DiffusionConfig) -> float:
     return 1 - config.eps if config.complementary else 1
 
 
+def masked_share(config: DiffusionConfig) -> float:
+    """Returns the share of the tokens of a batch that are masked on average, if all of them may be: the mean of t.
+
+    This is 0.5 for all of (0, 1), and for complementary rows. It leaves out eps, which adds less than eps to it.
+    """
+    return sum(config.t_range) / 2
+
+
 def t_of(p_mask_B: jax.Array, config: DiffusionConfig) -> jax.Array:
     """Returns the t of rows whose mask ratio is p_mask_B."""
     return (p_mask_B - config.eps) / (_most_masked(config) - config.eps)

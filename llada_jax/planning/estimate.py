@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from llada_jax.config import Config, UserError
 from llada_jax.devices import mesh
 from llada_jax.devices.hardware import GIB, GPU, compiler_options
-from llada_jax.diffusion.forward import is_chat
+from llada_jax.diffusion.forward import is_chat, masked_share
 from llada_jax.model import lora
 from llada_jax.model.compute import resolve_compute
 from llada_jax.model.transformer import abstract_model, parameter_count, split
@@ -157,7 +157,8 @@ def costs(config: Config, hardware: topology.Topology, module: Module) -> dict:
     """
     chip, chips = hardware.chip, len(hardware.devices)
     tokens = config.batch_size * config.sequence_length
-    per_token = flops.flops_per_token(config.model, config.sequence_length)
+    share = masked_share(config.diffusion)
+    per_token = flops.flops_per_token(config.model, config.sequence_length, share)
     executed = per_token + flops.recomputed_flops_per_token(config.model, config.sequence_length, config.compute)
     found = collectives.collectives(module, chips, hardware.slices, unknown_trips=loss_turns(config, chips))
     floors = {
@@ -169,6 +170,7 @@ def costs(config: Config, hardware: topology.Topology, module: Module) -> dict:
     steps = int(60 * config.minutes / seconds) if config.minutes else config.steps
     hours = steps * seconds / 3600
     return {
+        "masked_share": share,
         "flops_per_token": per_token,
         "flops_per_token_full_head": flops.flops_per_token(config.model, config.sequence_length, head_share=1.0),
         "flops_per_step": per_token * tokens,
@@ -186,13 +188,14 @@ def costs(config: Config, hardware: topology.Topology, module: Module) -> dict:
 
 
 def loss_turns(config: Config, chips: int) -> int:
-    """Returns how often the loop over chunks of the loss runs on each device if half of its positions are masked.
+    """Returns how often the loop over chunks of the loss runs on each device, for the mean number of masked positions.
 
     The number matters because the devices of a tensor group hold the same rows and communicate in every iteration.
     """
     data, fsdp, _ = mesh.axis_sizes(config.mesh, chips)
     positions = config.batch_size * config.sequence_length // (data * fsdp * config.accumulation)
-    return max(1, math.ceil(positions / 2 / min(config.compute.loss_chunk, positions)))
+    masked = round(positions * masked_share(config.diffusion))
+    return max(1, math.ceil(masked / min(config.compute.loss_chunk, positions)))
 
 
 def page(record: dict) -> str:
@@ -215,7 +218,7 @@ def page(record: dict) -> str:
             f"peak {gib['peak']} of {gib['memory']}; compiled in {record['compile_seconds']:.0f} s",
             f"FLOPs: {record['flops_per_token'] / 1e9:.1f} G per token, {record['flops_per_step'] / 1e15:.1f} P per "
             f"step; {record['executed_flops_per_step'] / 1e15:.1f} P with what the backward pass computes again",
-            "  half of the positions are taken as masked, for the head and its loop",
+            f"  {record['masked_share']:.0%} of the positions are taken as masked, for the head and its loop",
         ]
         for kind, sums in sorted(record["collectives"].items()):
             network = f", {sums['network_bytes'] / GIB:.2f} over the network" if sums["network_bytes"] else ""

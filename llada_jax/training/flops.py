@@ -20,8 +20,9 @@ def flops_per_token(model: ModelConfig, sequence_length: float, head_share: floa
     Args:
       model: The architecture. Its vocab_size must be set.
       sequence_length: The length T of the sequences.
-      head_share: The share of the positions that the output head is applied to. The default is 0.5 because half of
-        the positions are masked on average; 1.0 means all positions.
+      head_share: The share of the positions that the output head is applied to; `diffusion.forward.masked_share` is
+        the one of a run. The default is that of the paper's runs, where half of the positions are masked on average;
+        1.0 means all positions.
     """
     attention = 2 * model.width * (model.heads + model.kv_heads) * model.head_width
     layer = attention + 3 * model.width * model.feed_forward

@@ -23,7 +23,7 @@ from llada_jax.devices import distributed, mesh
 from llada_jax.devices.distributed import log
 from llada_jax.devices.hardware import compiler_options
 from llada_jax.devices.preemption import StopSignal
-from llada_jax.diffusion.forward import is_chat
+from llada_jax.diffusion.forward import is_chat, masked_share
 from llada_jax.model import lora
 from llada_jax.model.transformer import abstract_model, split
 from llada_jax.scoring import bound
@@ -76,7 +76,7 @@ class Loop:
         self.window = metrics.Window(config.logging.buckets, record.get("window"))
         self.spikes, self.hosts = spikes.Spikes(record.get("spikes")), Hosts()
         self.skipped_in_a_row = record.get("skipped_in_a_row", 0)
-        self.speed = metrics.Speed(config.model, config.sequence_length)
+        self.speed = metrics.Speed(config.model, config.sequence_length, masked_share=masked_share(config.diffusion))
         self.steps_since_log = self.tokens_since_log = 0
         self.widths: set[int] = set()  # widths of batches for which the train step is compiled
         self.untimed: set[int] = set()  # steps whose time was mostly compilation

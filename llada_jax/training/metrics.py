@@ -60,8 +60,14 @@ class Window:
 class Speed:
     """Computes tokens per second, MFU and the remaining time from the steps between two log lines."""
 
-    def __init__(self, model: ModelConfig, sequence_length: int, clock: Callable[[], float] = time.perf_counter):
-        self._model, self._length = model, sequence_length
+    def __init__(
+        self,
+        model: ModelConfig,
+        sequence_length: int,
+        clock: Callable[[], float] = time.perf_counter,
+        masked_share: float = 0.5,
+    ):
+        self._model, self._length, self._masked_share = model, sequence_length, masked_share
         self._devices = jax.device_count()
         self._peak = peak_flops(jax.devices()[0].device_kind)
         self._clock, self._since = clock, clock()
@@ -86,8 +92,8 @@ class Speed:
     def summary(self, steps: int, tokens: int, steps_left: int, rows: int | None = None) -> dict:
         """Returns the rates since the last call, or since the clock was restarted.
 
-        The MFU counts the head as if half of all tokens were masked, including prompts. For the 8B model this
-        overstates the FLOPs by up to 4 %.
+        The MFU counts the head as if the share `masked_share` of all tokens were masked, including prompts. For the 8B
+        model and a share of 0.5, this overstates the FLOPs by up to 4 %.
 
         Args:
           steps: Number of steps since the last call.
@@ -112,7 +118,7 @@ class Speed:
         if self._peak:
             # Padding does no useful work, so count only the FLOPs of real tokens.
             length = tokens / rows if rows else self._length
-            for name, share in (("mfu", 0.5), ("mfu_full_head", 1.0)):
+            for name, share in (("mfu", self._masked_share), ("mfu_full_head", 1.0)):
                 result[name] = rate * flops_per_token(self._model, length, share) / self._devices / self._peak
         return result
 

@@ -102,6 +102,8 @@ def test_pretraining_with_rows_of_all_lengths(toy, settings):
     noisy = draw(config, forward.pretrain, toy.x_0, length, None, 5000)
     for n, nll in toy.nll.items():
         check_mean(losses(noisy, nll, np.array(length) == n, 0, n), exact_loss(nll, config))
+    share = noisy.mask_BT.sum() / noisy.mask_BT.shape[0] / sum(length)
+    assert -0.004 < share - forward.masked_share(config) < EPS + 0.004
 
 
 @pytest.mark.parametrize("settings", SETTINGS)

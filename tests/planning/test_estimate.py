@@ -180,6 +180,14 @@ def test_temporaries_need_memory_too(monkeypatch):
         record, _ = estimate.plan(small(), "v5e:2x4")
         assert record["fits"] == fits
         assert fits or record["why"] == "the peak is 17.0 GiB, but only 16.0 GiB are usable"
+    assert record["flops_per_token"] == flops.flops_per_token(small().model, 256, 0.5)
+    assert "  50% of the positions are taken as masked" in estimate.page(record)
+    config = small()
+    config.diffusion.t_range = (0.2, 0.9)
+    record, _ = estimate.plan(config, "v5e:2x4")
+    assert record["masked_share"] == pytest.approx(0.55)
+    assert record["flops_per_token"] == pytest.approx(flops.flops_per_token(config.model, 256, 0.55))
+    assert "  55% of the positions are taken as masked" in estimate.page(record)
 
 
 def test_turns_of_the_loss_are_those_of_a_device():
@@ -187,6 +195,9 @@ def test_turns_of_the_loss_are_those_of_a_device():
     assert estimate.loss_turns(config, 4) == 4  # 512 of 1024 positions
     config.accumulation = 2
     assert estimate.loss_turns(config, 4) == 2
+    config.diffusion.t_range = (0.5, 1.0)
+    assert estimate.loss_turns(config, 4) == 3  # 384 of 512 positions
+    config.diffusion.t_range = (0.0, 1.0)
     config.mesh.tensor = 2  # Two devices now hold the same rows, so each device's loop covers twice as many.
     assert estimate.loss_turns(config, 4) == 4
     config.compute.loss_chunk = 10_000

@@ -141,6 +141,9 @@ def test_speed_and_mfu(monkeypatch):
     assert got["mfu_full_head"] == pytest.approx(1e4 * 51.4e9 / 4 / 459e12, rel=2e-3)
     clock.now += 1
     assert speed.summary(1, 500, 0)["tokens_per_second"] == pytest.approx(500)  # counts only since the last call
+    speed = Speed(EIGHT, 4096, clock, masked_share=0.75)
+    clock.now += 10
+    assert speed.summary(5, 100_000, 20)["mfu"] == pytest.approx((got["mfu"] + got["mfu_full_head"]) / 2)
 
 
 def test_speed_leaves_pauses_out():
