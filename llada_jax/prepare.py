@@ -12,6 +12,7 @@ from absl import flags
 from llada_jax.cli import entry_point, paths
 from llada_jax.config import UserError
 from llada_jax.data.prepare.answers import RULES
+from llada_jax.data.prepare.filters import DEDUPE, Filters, found_files
 from llada_jax.data.prepare.left_out import LARGEST_SHARE, ON_ERROR
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
@@ -75,6 +76,31 @@ _WORKERS = flags.DEFINE_integer(
 _TEXT_KEY = flags.DEFINE_string(
     "text_key", "text", "Key of the text in a .jsonl file, and name of its column in a .parquet file; a.b is b in a."
 )
+_DEDUPE = flags.DEFINE_enum(
+    "dedupe",
+    "none",
+    DEDUPE,
+    "Leave out documents that occur earlier in the input: exact compares the whole text; near also finds documents "
+    "that are mostly the same, by MinHash (needs the extra filters).",
+)
+_QUALITY = flags.DEFINE_list(
+    "quality",
+    [],
+    "Rules of quality that documents must keep, from gopher, gopher_repetition and c4, separated by commas. They are "
+    "made for English pages of the web. c4 also removes single lines.",
+)
+_LANGUAGES = flags.DEFINE_list(
+    "languages",
+    [],
+    "Languages to keep, for example en,de; documents in others are left out. Without this flag, all are kept. Needs "
+    "the extra filters.",
+)
+_DECONTAMINATE = paths.define_multi(
+    "decontaminate",
+    [],
+    "File or glob of an evaluation set (.txt, .jsonl or .json): documents that have 13 words in a row in common with "
+    "it are left out. The flag may be repeated.",
+)
 flags.mark_flags_as_required(["input", "output"])
 
 
@@ -89,7 +115,9 @@ def main() -> None:
         "on_error": _ON_ERROR.value,
     }
     if _CHAT.value:
-        _refuse("--chat", {"train_tokenizer": _TRAIN_TOKENIZER, "text_key": _TEXT_KEY})
+        text_only = {"train_tokenizer": _TRAIN_TOKENIZER, "text_key": _TEXT_KEY, "dedupe": _DEDUPE}
+        text_only |= {"quality": _QUALITY, "languages": _LANGUAGES, "decontaminate": _DECONTAMINATE}
+        _refuse("--chat", text_only)
         if _TOKENIZER.value is None:
             raise UserError("--tokenizer is missing: pass the tokenizer of the model that you want to tune")
         chat = {"too_long": _TOO_LONG.value, "group_key": _GROUP_KEY.value}
@@ -103,9 +131,16 @@ def main() -> None:
         tokenizer=_TOKENIZER.value,
         train_tokenizer=_TRAIN_TOKENIZER.value,
         text_key=_TEXT_KEY.value,
+        filters=_filters(),
         **same,
     )
     print(text_summary(output, manifest, time.monotonic() - start))
+
+
+def _filters() -> Filters:
+    """Returns the filters that the flags ask for."""
+    quality, languages = (tuple(map(str.strip, holder.value)) for holder in (_QUALITY, _LANGUAGES))
+    return Filters(_DEDUPE.value, quality, languages, found_files(_DECONTAMINATE.value))
 
 
 def _refuse(kind: str, others: dict[str, flags.FlagHolder]) -> None:

@@ -16,7 +16,7 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -47,6 +47,7 @@ class Piece(NamedTuple):
     blank: bool  # whether it says nothing; such a piece always continues the piece before it
     where: str  # its file and, where that has lines, its line, for messages
     item: int  # its position in the whole input
+    removed: bool = False  # whether a filter leaves it out (see filters.py)
 
 
 class Corpus:
@@ -58,15 +59,26 @@ class Corpus:
       position: The number of these bytes that the current iteration has read, for a progress bar.
       faults: The bad documents of the current iteration.
       good: The number of documents that the current iteration has read and that are not bad. The reader may change it.
+      items: The number of pieces and bad documents that the current iteration has read.
+      filter: A function that each piece goes through before it is yielded; None changes nothing.
     """
 
-    def __init__(self, inputs: Sequence[str], text_key: str = "text", on_error: str = "stop"):
+    filter: Callable[[Piece], Piece] | None = None
+
+    def __init__(
+        self,
+        inputs: Sequence[str],
+        text_key: str = "text",
+        on_error: str = "stop",
+        files: Sequence[tuple[int, Path]] | None = None,
+    ):
         """Finds the files that the inputs name.
 
         Args:
           inputs: Files, globs or "stdlib".
           text_key: The key of the text in a .jsonl file, and the name of its column in a .parquet file.
           on_error: What is done with a bad document: "stop" or "skip".
+          files: (index of the input, file) of the files to read. None means all files that the inputs name.
 
         Raises:
           UserError: If an input names no file or an unknown kind of file, or if a file is named twice.
@@ -74,9 +86,14 @@ class Corpus:
         self.faults = Faults(on_error)
         self.inputs = tuple(inputs)
         self._text_key = text_key
-        self._files = input_files(self.inputs)
+        self._files = input_files(self.inputs) if files is None else list(files)
         self.total_bytes = sum(file.stat().st_size for _, file in self._files)
-        self.position = self.good = self._items = 0
+        self.position = self.good = self.items = 0
+
+    @property
+    def files(self) -> list[tuple[int, Path]]:
+        """(index of the input, file) of all files, in the order in which they are read."""
+        return list(self._files)
 
     def file_count(self, source: int) -> int:
         """Returns the number of files that input number `source` stands for."""
@@ -94,19 +111,20 @@ class Corpus:
             text = text if begun else text.lstrip(BOM)
             blank = is_blank(text)
             if begun or not blank:  # blank pieces before the first one that says something are left out
-                yield Piece(text, source, last, blank, where, self._items)
+                piece = Piece(text, source, last, blank, where, self.items)
+                yield self.filter(piece) if self.filter else piece
             begun = not last and (begun or not blank)
 
     def _walk(self) -> Iterator[tuple[int, Any]]:
         """Yields (index of the input, item that `_read` yields) for all files and items, except for bad ones."""
         self.faults.clear()
-        self.good = self._items = finished = 0
+        self.good = self.items = finished = 0
         for source, file in self._files:
             for item, position in self._read(source, file):
                 self.position = finished + position
-                self._items += 1
+                self.items += 1
                 if isinstance(item, BadItem):
-                    self.faults.add(item, self._items)
+                    self.faults.add(item, self.items)
                 else:
                     yield source, item
             finished += file.stat().st_size
