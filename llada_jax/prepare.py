@@ -13,6 +13,7 @@ from llada_jax.cli import entry_point, paths
 from llada_jax.config import UserError
 from llada_jax.data.prepare.answers import RULES
 from llada_jax.data.prepare.filters import DEDUPE, Filters, found_files
+from llada_jax.data.prepare.fleet import RUNNERS, prepare_on_fleet
 from llada_jax.data.prepare.left_out import LARGEST_SHARE, ON_ERROR
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
@@ -22,9 +23,12 @@ _INPUT = paths.define_multi(
     "input",
     None,
     "File or glob to read: .txt or .jsonl (both also compressed as .gz or .xz), or .parquet. The word stdlib stands "
-    "for the source files of Python's standard library. The flag may be repeated.",
+    "for the source files of Python's standard library. A URL such as gs://BUCKET/*.jsonl.gz is read where it lies. "
+    "The flag may be repeated.",
 )
-_OUTPUT = paths.define("output", None, "Folder to write. It must not exist yet, or must be empty.")
+_OUTPUT = paths.define(
+    "output", None, "Folder to write; with --runner also gs://BUCKET/SET. It must not exist yet, or must be empty."
+)
 _CHAT = flags.DEFINE_boolean(
     "chat",
     False,
@@ -101,6 +105,16 @@ _DECONTAMINATE = paths.define_multi(
     "File or glob of an evaluation set (.txt, .jsonl or .json): documents that have 13 words in a row in common with "
     "it are left out. The flag may be repeated.",
 )
+_RUNNER = flags.DEFINE_enum(
+    "runner",
+    None,
+    RUNNERS,
+    "Prepare text by Apache Beam (extra beam) on this machine (direct) or on a fleet: the same set, byte for byte. A "
+    "file is one unit of work. What is unfinished lies in OUTPUT.unfinished; the same command goes on with it.",
+)
+_RUNNER_OPTIONS = flags.DEFINE_string(
+    "runner_options", "", "With --runner: options of Beam, as on a command line, for example '--project=P --region=R'."
+)
 flags.mark_flags_as_required(["input", "output"])
 
 
@@ -116,6 +130,7 @@ def main() -> None:
     }
     if _CHAT.value:
         text_only = {"train_tokenizer": _TRAIN_TOKENIZER, "text_key": _TEXT_KEY, "dedupe": _DEDUPE}
+        text_only |= {"runner": _RUNNER, "runner_options": _RUNNER_OPTIONS}
         text_only |= {"quality": _QUALITY, "languages": _LANGUAGES, "decontaminate": _DECONTAMINATE}
         _refuse("--chat", text_only)
         if _TOKENIZER.value is None:
@@ -125,15 +140,16 @@ def main() -> None:
         print(chat_summary(output, manifest, _TOKENIZER.value, time.monotonic() - start))
         return
     _refuse("text", {"too_long": _TOO_LONG, "group_key": _GROUP_KEY})
-    manifest = prepare(
-        _INPUT.value,
-        output,
-        tokenizer=_TOKENIZER.value,
-        train_tokenizer=_TRAIN_TOKENIZER.value,
-        text_key=_TEXT_KEY.value,
-        filters=_filters(),
-        **same,
-    )
+    same |= {"text_key": _TEXT_KEY.value, "filters": _filters()}
+    if _RUNNER.value is not None:
+        if _TOKENIZER.value is None or _TRAIN_TOKENIZER.value is not None:
+            raise UserError("--runner needs --tokenizer: train one on a part of the text first, without --runner")
+        runner = {"runner": _RUNNER.value, "runner_options": _RUNNER_OPTIONS.value}
+        manifest = prepare_on_fleet(_INPUT.value, output, tokenizer=_TOKENIZER.value, **runner, **same)
+    else:
+        _refuse("text without --runner", {"runner_options": _RUNNER_OPTIONS})
+        trained = {"train_tokenizer": _TRAIN_TOKENIZER.value}
+        manifest = prepare(_INPUT.value, output, tokenizer=_TOKENIZER.value, **trained, **same)
     print(text_summary(output, manifest, time.monotonic() - start))
 
 

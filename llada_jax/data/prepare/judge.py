@@ -22,7 +22,7 @@ from llada_jax.data.prepare.pool import Pool
 from llada_jax.data.prepare.text import Corpus, Piece
 
 _BATCH_CHARACTERS = 1 << 18
-_EXAMPLES = 3  # number of documents that are shown for each reason
+EXAMPLES = 3  # number of documents that are shown for each reason
 _EXAMPLE_CHARACTERS = 100
 
 
@@ -72,20 +72,12 @@ class Verdicts:
         """Returns the piece as it is prepared: marked as removed, or with the lines that C4's rules leave."""
         if reason := REASONS[self.reasons[piece.item]]:
             found = self._examples.setdefault(reason, {})
-            if len(found) < _EXAMPLES and not piece.blank:  # every pass finds the same first ones
+            if len(found) < EXAMPLES and not piece.blank:  # every pass finds the same first ones
                 found[piece.item] = printable(f"{piece.where}: {piece.text[:_EXAMPLE_CHARACTERS].strip()}")
             return piece._replace(removed=True)
         text = piece.text if piece.blank else self._filters.edit(piece.text)
         # The last line of a piece that the text goes on after keeps its end.
         return piece._replace(text=text if piece.last or text is piece.text else f"{text}\n")
-
-    def check_some_left(self) -> None:
-        """Raises UserError if the filters leave out everything."""
-        total = sum(source.documents for source in self.sources)
-        removed = sum((Counter(source.removed) for source in self.sources), Counter())
-        if total and removed.total() == total:
-            reason, count = removed.most_common(1)[0]
-            raise UserError(f"the filters leave out all {total:,} documents; most often ({count:,}): {reason}")
 
     @property
     def examples(self) -> dict[str, tuple[str, ...]]:
@@ -95,6 +87,15 @@ class Verdicts:
     def described(self) -> Filtered:
         """Returns what the manifest says, once the whole input was read."""
         return self._filters.described(self.sources, self.examples)
+
+
+def check_some_left(sources: Sequence[FilteredSource]) -> None:
+    """Raises UserError if the filters leave out everything."""
+    total = sum(source.documents for source in sources)
+    removed = sum((Counter(source.removed) for source in sources), Counter())
+    if total and removed.total() == total:
+        reason, count = removed.most_common(1)[0]
+        raise UserError(f"the filters leave out all {total:,} documents; most often ({count:,}): {reason}")
 
 
 class Places(NamedTuple):

@@ -29,19 +29,26 @@ def check_settings(
     Raises:
       UserError: If a setting is impossible, or if something other than an empty folder exists at that path.
     """
+    check_numbers(sequence_length, fraction, workers, shard_rows)
+    if not os.fspath(output):
+        raise UserError("output is missing: name the folder to write")
+    if "://" in os.fspath(output):
+        raise UserError(
+            f"output {output} is not a local folder: prepare into a local folder and copy it there, or use --runner"
+        )
+    target = Path(os.path.abspath(output))
+    refuse_existing(target)
+    return target
+
+
+def check_numbers(sequence_length: int, fraction: float, workers: int, shard_rows: int) -> None:
+    """Raises UserError if one of these settings of a preparation is impossible; see `check_settings`."""
     if not 2 <= sequence_length <= _MAX_SEQUENCE_LENGTH:
         raise UserError(f"sequence_length={sequence_length}: it must be from 2 to {_MAX_SEQUENCE_LENGTH}")
     if not 0 <= fraction < 1:
         raise UserError(f"validation_fraction={fraction}: it must be at least 0 and below 1")
     if workers < 0 or shard_rows < 0:
         raise UserError(f"workers={workers} and shard_rows={shard_rows} must not be negative")
-    if not os.fspath(output):
-        raise UserError("output is missing: name the folder to write")
-    if "://" in os.fspath(output):
-        raise UserError(f"output {output} is not a local folder: prepare into a local folder, then copy it there")
-    target = Path(os.path.abspath(output))
-    refuse_existing(target)
-    return target
 
 
 def cores() -> int:

@@ -23,7 +23,7 @@ from llada_jax.config import UserError
 from llada_jax.data.manifest import SPLITS, TOKENIZER_FOLDER, Manifest, Source, Split, tokenizer_fields
 from llada_jax.data.prepare.filters import Filters
 from llada_jax.data.prepare.held_out import HASH_RULE, held_out_below, text_hash
-from llada_jax.data.prepare.judge import Verdicts, judge
+from llada_jax.data.prepare.judge import Verdicts, check_some_left, judge
 from llada_jax.data.prepare.left_out import BadItem
 from llada_jax.data.prepare.output import (
     SHARD_BYTES,
@@ -175,7 +175,7 @@ def held_out_bound(corpus: Corpus, verdicts: Verdicts | None, fraction: float) -
     """
     if verdicts is not None:
         corpus.filter = verdicts
-        verdicts.check_some_left()
+        check_some_left(verdicts.sources)
     return held_out_below(_texts(corpus), fraction, corpus.inputs)
 
 
