@@ -121,13 +121,15 @@ def prepare_on_fleet(
         identity="",
     )
     files = [(source, str(file), *storage.stamp(file)) for source, file in corpus.files]
-    identity = repr((_FORMAT, tuple(inputs), files, loaded.sha256, validation_fraction, job))
+    evaluation = filters.described([], {}).decontaminate
+    identity = repr((_FORMAT, tuple(inputs), files, loaded.sha256, validation_fraction, job, evaluation))
     own = (
         runner == "direct" and "direct_running_mode" not in runner_options
     )  # one process of Beam, with workers of ours
     job = job._replace(identity=hashlib.sha256(identity.encode()).hexdigest(), workers=workers or cores() if own else 1)
     with outputs.write_errors(output), _ownership(job, place):
         _save_tokenizer(loaded, f"{work}/{TOKENIZER_FOLDER}")
+        job = _with_evaluation_files(job)
         storage.save(f"{work}/inputs", (tuple(inputs), corpus.files))
         run = partial(_run, job, runner, runner_options, progress)
         settled = _judge(run, job, len(files)) if filters.active else []
@@ -146,7 +148,7 @@ def prepare_on_fleet(
             validation=_split(1, tokenised, plans, shards),
             sources=_sources(corpus, tokenised),
             left_out=_faults(job, tokenised).checked(sum(each.good for each in tokenised), "documents"),
-            filtered=_filtered(job, corpus, settled, tokenised) if filters.active else None,
+            filtered=_filtered(filters, corpus, settled, tokenised) if filters.active else None,
         )
         _publish(job, loaded, target, manifest)
     return manifest
@@ -188,6 +190,16 @@ def _save_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
     with tempfile.TemporaryDirectory() as local:
         tokenizer.save(local)
         storage.copy_folder(local, folder)
+
+
+def _with_evaluation_files(job: Job) -> Job:
+    """Copies the files of evaluation sets to where all workers see them."""
+    copies = []
+    for number, file in enumerate(job.filters.decontaminate):
+        copies.append(f"{job.work}/evaluation/{number}-{os.path.basename(file)}")
+        with storage.whole(copies[-1]) as copy:
+            copy.write(Path(file).read_bytes())
+    return job._replace(filters=job.filters._replace(decontaminate=tuple(copies)))
 
 
 @contextlib.contextmanager
@@ -330,12 +342,12 @@ def _sources(corpus: Corpus, tokenised: Sequence[Tokenised]) -> tuple[Source, ..
     return tuple(Source(name, corpus.file_count(i), *map(int, totals[i])) for i, name in enumerate(corpus.inputs))
 
 
-def _filtered(job: Job, corpus: Corpus, settled: Sequence[Settled], tokenised: Sequence[Tokenised]) -> Filtered:
+def _filtered(filters: Filters, corpus: Corpus, settled: Sequence[Settled], tokenised: Sequence[Tokenised]) -> Filtered:
     examples: dict[str, tuple[str, ...]] = {}
     for each in tokenised:
         for reason, found in each.examples.items():
             examples[reason] = (*examples.get(reason, ()), *found)[:EXAMPLES]
-    return job.filters.described(_added(corpus, settled), dict(sorted(examples.items())))
+    return filters.described(_added(corpus, settled), dict(sorted(examples.items())))
 
 
 def _added(corpus: Corpus, settled: Sequence[Settled]) -> list[FilteredSource]:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llada_jax.config import UserError
+from llada_jax.data.prepare import storage
 from llada_jax.data.prepare.json_lines import BOM
 from llada_jax.data.prepare.left_out import BadItem
-from llada_jax.data.prepare.text import kind_of, opened, records
+from llada_jax.data.prepare.text import InputFile, kind_of, opened, records
 
 LONGEST, SHORTEST = 13, 8
 
@@ -37,7 +38,7 @@ def runs_of(files: Sequence[str]) -> dict[int, frozenset[str]]:
     """
     found: dict[int, set[str]] = {}
     for file in files:
-        for text in _texts(Path(file)):
+        for text in _texts(storage.RemoteFile(file) if storage.is_remote(file) else Path(file)):
             words = words_of(text)
             n = min(len(words), LONGEST)
             if n >= SHORTEST:
@@ -57,10 +58,11 @@ def _runs(words: Sequence[str], n: int) -> Iterator[str]:
     return (" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
-def _texts(file: Path) -> Iterator[str]:
+def _texts(file: InputFile) -> Iterator[str]:
     if file.suffix == ".json":
         try:
-            yield from _strings(json.loads(file.read_text(encoding="utf-8")))
+            with file.open("rb") as stream:
+                yield from _strings(json.load(stream))
         except (OSError, ValueError) as error:
             raise UserError(f"decontaminate: {file} cannot be read: {error}") from error
         return
