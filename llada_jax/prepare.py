@@ -12,6 +12,8 @@ from absl import flags
 from llada_jax.cli import entry_point, paths
 from llada_jax.config import UserError
 from llada_jax.data.prepare.answers import RULES
+from llada_jax.data.prepare.filters import DEDUPE, Filters, found_files
+from llada_jax.data.prepare.fleet import RUNNERS, prepare_on_fleet
 from llada_jax.data.prepare.left_out import LARGEST_SHARE, ON_ERROR
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
@@ -21,9 +23,12 @@ _INPUT = paths.define_multi(
     "input",
     None,
     "File or glob to read: .txt or .jsonl (both also compressed as .gz or .xz), or .parquet. The word stdlib stands "
-    "for the source files of Python's standard library. The flag may be repeated.",
+    "for the source files of Python's standard library. A URL such as gs://BUCKET/*.jsonl.gz is read where it lies. "
+    "The flag may be repeated.",
 )
-_OUTPUT = paths.define("output", None, "Folder to write. It must not exist yet, or must be empty.")
+_OUTPUT = paths.define(
+    "output", None, "Folder to write; with --runner also gs://BUCKET/SET. It must not exist yet, or must be empty."
+)
 _CHAT = flags.DEFINE_boolean(
     "chat",
     False,
@@ -75,6 +80,41 @@ _WORKERS = flags.DEFINE_integer(
 _TEXT_KEY = flags.DEFINE_string(
     "text_key", "text", "Key of the text in a .jsonl file, and name of its column in a .parquet file; a.b is b in a."
 )
+_DEDUPE = flags.DEFINE_enum(
+    "dedupe",
+    "none",
+    DEDUPE,
+    "Leave out documents that occur earlier in the input: exact compares the whole text; near also finds documents "
+    "that are mostly the same, by MinHash (needs the extra filters).",
+)
+_QUALITY = flags.DEFINE_list(
+    "quality",
+    [],
+    "Rules of quality that documents must keep, from gopher, gopher_repetition and c4, separated by commas. They are "
+    "made for English pages of the web. c4 also removes single lines.",
+)
+_LANGUAGES = flags.DEFINE_list(
+    "languages",
+    [],
+    "Languages to keep, for example en,de; documents in others are left out. Without this flag, all are kept. Needs "
+    "the extra filters.",
+)
+_DECONTAMINATE = paths.define_multi(
+    "decontaminate",
+    [],
+    "File or glob of an evaluation set (.txt, .jsonl or .json): documents that have 13 words in a row in common with "
+    "it are left out. The flag may be repeated.",
+)
+_RUNNER = flags.DEFINE_enum(
+    "runner",
+    None,
+    RUNNERS,
+    "Prepare text by Apache Beam (extra beam) on this machine (direct) or on a fleet: the same set, byte for byte. A "
+    "file is one unit of work. What is unfinished lies in OUTPUT.unfinished; the same command goes on with it.",
+)
+_RUNNER_OPTIONS = flags.DEFINE_string(
+    "runner_options", "", "With --runner: options of Beam, as on a command line, for example '--project=P --region=R'."
+)
 flags.mark_flags_as_required(["input", "output"])
 
 
@@ -89,7 +129,10 @@ def main() -> None:
         "on_error": _ON_ERROR.value,
     }
     if _CHAT.value:
-        _refuse("--chat", {"train_tokenizer": _TRAIN_TOKENIZER, "text_key": _TEXT_KEY})
+        text_only = {"train_tokenizer": _TRAIN_TOKENIZER, "text_key": _TEXT_KEY, "dedupe": _DEDUPE}
+        text_only |= {"runner": _RUNNER, "runner_options": _RUNNER_OPTIONS}
+        text_only |= {"quality": _QUALITY, "languages": _LANGUAGES, "decontaminate": _DECONTAMINATE}
+        _refuse("--chat", text_only)
         if _TOKENIZER.value is None:
             raise UserError("--tokenizer is missing: pass the tokenizer of the model that you want to tune")
         chat = {"too_long": _TOO_LONG.value, "group_key": _GROUP_KEY.value}
@@ -97,15 +140,23 @@ def main() -> None:
         print(chat_summary(output, manifest, _TOKENIZER.value, time.monotonic() - start))
         return
     _refuse("text", {"too_long": _TOO_LONG, "group_key": _GROUP_KEY})
-    manifest = prepare(
-        _INPUT.value,
-        output,
-        tokenizer=_TOKENIZER.value,
-        train_tokenizer=_TRAIN_TOKENIZER.value,
-        text_key=_TEXT_KEY.value,
-        **same,
-    )
+    same |= {"text_key": _TEXT_KEY.value, "filters": _filters()}
+    if _RUNNER.value is not None:
+        if _TOKENIZER.value is None or _TRAIN_TOKENIZER.value is not None:
+            raise UserError("--runner needs --tokenizer: train one on a part of the text first, without --runner")
+        runner = {"runner": _RUNNER.value, "runner_options": _RUNNER_OPTIONS.value}
+        manifest = prepare_on_fleet(_INPUT.value, output, tokenizer=_TOKENIZER.value, **runner, **same)
+    else:
+        _refuse("text without --runner", {"runner_options": _RUNNER_OPTIONS})
+        trained = {"train_tokenizer": _TRAIN_TOKENIZER.value}
+        manifest = prepare(_INPUT.value, output, tokenizer=_TOKENIZER.value, **trained, **same)
     print(text_summary(output, manifest, time.monotonic() - start))
+
+
+def _filters() -> Filters:
+    """Returns the filters that the flags ask for."""
+    quality, languages = (tuple(map(str.strip, holder.value)) for holder in (_QUALITY, _LANGUAGES))
+    return Filters(_DEDUPE.value, quality, languages, found_files(_DECONTAMINATE.value))
 
 
 def _refuse(kind: str, others: dict[str, flags.FlagHolder]) -> None:

@@ -59,6 +59,28 @@ class LeftOut:
 
 
 @dataclasses.dataclass(frozen=True)
+class FilteredSource:
+    """Counts what the filters of a preparation left out of one input."""
+
+    input: str  # the input as the user gave it
+    documents: int  # number of documents that were judged
+    removed: dict[str, int]  # number of documents left out, by the reason
+    lines: int  # number of lines that C4's rules removed from documents that stay
+
+
+@dataclasses.dataclass(frozen=True)
+class Filtered:
+    """Says which filters a preparation had, and what they left out; data/prepare/filters.py explains them."""
+
+    dedupe: str
+    quality: tuple[str, ...]
+    languages: tuple[str, ...]
+    decontaminate: tuple[str, ...]  # name and sha256 of each file
+    sources: tuple[FilteredSource, ...]
+    examples: dict[str, tuple[str, ...]]  # the first documents of each reason: where they are, and how they begin
+
+
+@dataclasses.dataclass(frozen=True)
 class Chat:
     """Holds what only the manifest of a set of conversations has; data/pairs.py explains the rows of such a set."""
 
@@ -104,6 +126,7 @@ class Manifest:
     sources: tuple[Source, ...]
     chat: Chat | None = None  # None for packed text
     left_out: tuple[LeftOut, ...] = ()  # bad documents or conversations that are not in the set, the largest kind first
+    filtered: Filtered | None = None  # None if there were no filters
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -116,6 +139,8 @@ class Manifest:
             del fields["chat"]["context_only"]
         if not self.left_out:
             del fields["left_out"]
+        if self.filtered is None:
+            del fields["filtered"]
         return json.dumps(fields, indent=1, sort_keys=True) + "\n"
 
     @property
@@ -192,9 +217,18 @@ def load_manifest(directory: str | os.PathLike) -> Manifest:
             fields["left_out"] = tuple(
                 LeftOut(**{**kind, "examples": tuple(kind["examples"])}) for kind in fields.get("left_out", ())
             )
+            if filtered := fields.get("filtered"):
+                fields["filtered"] = _filtered(filtered)
             return Manifest(**fields)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: prepare the set again") from error
     raise UserError(
         f"{file} has format {version}, but this version of llada_jax reads format {FORMAT}: prepare the set again"
     )
+
+
+def _filtered(fields: dict[str, Any]) -> Filtered:
+    lists = {name: tuple(fields[name]) for name in ("quality", "languages", "decontaminate")}
+    sources = tuple(FilteredSource(**source) for source in fields["sources"])
+    examples = {reason: tuple(found) for reason, found in fields["examples"].items()}
+    return Filtered(**{**fields, **lists, "sources": sources, "examples": examples})

@@ -67,11 +67,11 @@ class Conversations(Corpus):
                 read = read_line(record, where, self._group_key)
                 group = self._group(record, read.messages, where)
             except BadItem as error:
-                self.faults.add(error, self._items)
+                self.faults.add(error, self.items)
                 continue
             self.good += 1
             self.unread.update(read.unread)
-            yield Conversation(read.messages, source, where, group, self._items, read.masked, read.variables)
+            yield Conversation(read.messages, source, where, group, self.items, read.masked, read.variables)
 
     def _group(self, record: dict[str, Any], messages: list[dict[str, Any]], where: str) -> str:
         if self._group_key is None:

@@ -75,6 +75,18 @@ class Faults:
         examples.sort()
         del examples[_EXAMPLES:]
 
+    @property
+    def found(self) -> dict[str, tuple[int, list[tuple[int, str]]]]:
+        """The bad items by their kind: how many there are, and the first of them with their positions."""
+        return {kind: (count, list(self._examples[kind])) for kind, count in self._counts.items()}
+
+    def merge(self, found: dict[str, tuple[int, list[tuple[int, str]]]], before: int) -> None:
+        """Adds what another `Faults` has found in a part of the input that has `before` items in front of it."""
+        for kind, (count, examples) in found.items():
+            self._counts[kind] += count
+            moved = [(position + before, text) for position, text in examples]
+            self._examples[kind] = sorted(self._examples.get(kind, []) + moved)[:_EXAMPLES]
+
     def checked(self, kept: int, what: str) -> tuple[LeftOut, ...]:
         """Returns all kinds of bad items, the largest first.
 

@@ -29,19 +29,26 @@ def check_settings(
     Raises:
       UserError: If a setting is impossible, or if something other than an empty folder exists at that path.
     """
+    check_numbers(sequence_length, fraction, workers, shard_rows)
+    if not os.fspath(output):
+        raise UserError("output is missing: name the folder to write")
+    if "://" in os.fspath(output):
+        raise UserError(
+            f"output {output} is not a local folder: prepare into a local folder and copy it there, or use --runner"
+        )
+    target = Path(os.path.abspath(output))
+    refuse_existing(target)
+    return target
+
+
+def check_numbers(sequence_length: int, fraction: float, workers: int, shard_rows: int) -> None:
+    """Raises UserError if one of these settings of a preparation is impossible; see `check_settings`."""
     if not 2 <= sequence_length <= _MAX_SEQUENCE_LENGTH:
         raise UserError(f"sequence_length={sequence_length}: it must be from 2 to {_MAX_SEQUENCE_LENGTH}")
     if not 0 <= fraction < 1:
         raise UserError(f"validation_fraction={fraction}: it must be at least 0 and below 1")
     if workers < 0 or shard_rows < 0:
         raise UserError(f"workers={workers} and shard_rows={shard_rows} must not be negative")
-    if not os.fspath(output):
-        raise UserError("output is missing: name the folder to write")
-    if "://" in os.fspath(output):
-        raise UserError(f"output {output} is not a local folder: prepare into a local folder, then copy it there")
-    target = Path(os.path.abspath(output))
-    refuse_existing(target)
-    return target
 
 
 def cores() -> int:
@@ -79,13 +86,15 @@ def publish(folder: Path, target: Path, manifest: Manifest) -> None:
 class Progress:
     """Shows progress on stderr: a bar in a terminal, otherwise one line every half minute."""
 
-    def __init__(self, total: int, enabled: bool):
+    def __init__(self, total: int, enabled: bool, what: str = "preparing"):
         """Starts the clock.
 
         Args:
           total: Size of the input in bytes.
           enabled: Whether anything is shown.
+          what: What is being done.
         """
+        self._what = what
         self._total = total
         self._tokens = 0
         self._start = self._last = time.monotonic()
@@ -94,7 +103,7 @@ class Progress:
         if enabled and not self._lines:
             import tqdm
 
-            self._bar = tqdm.tqdm(total=total, unit="B", unit_scale=True, desc="preparing", file=sys.stderr)
+            self._bar = tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=what, file=sys.stderr)
 
     def update(self, position: int, tokens: int) -> None:
         """Updates the display.
@@ -107,11 +116,14 @@ class Progress:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.update(position - self._bar.n)
-            self._bar.set_postfix_str(f"{self._tokens / max(now - self._start, 1e-9):,.0f} tokens/s", refresh=False)
+            if self._tokens:
+                rate = self._tokens / max(now - self._start, 1e-9)
+                self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
         elif self._lines and now - self._last > 30:
             self._last = now
             done = 100 * position // max(self._total, 1)
-            print(f"preparing: {done} % of the input, {self._tokens:,} tokens", file=sys.stderr, flush=True)
+            tokens = f", {self._tokens:,} tokens" if self._tokens else ""
+            print(f"{self._what}: {done} % of the input{tokens}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

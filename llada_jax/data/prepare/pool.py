@@ -43,8 +43,11 @@ class Work(Protocol):
 
     tag: Any  # data of the caller; it stays in the caller's process
 
-    def tokenize(self, tokenizer: Tokenizer, token_bytes: np.ndarray) -> Any:
-        """Returns the result. A UserError that is raised here is raised again where the results are read."""
+    def tokenize(self, tokenizer: Tokenizer | None, token_bytes: np.ndarray | None) -> Any:
+        """Returns the result; a pool without a tokenizer passes None.
+
+        A UserError that is raised here is raised again where the results are read.
+        """
 
 
 class Batch(NamedTuple):
@@ -95,27 +98,27 @@ def tokenize(tokenizer: Tokenizer, token_bytes: np.ndarray, batch: Batch) -> Tok
 
 
 class Pool:
-    """Runs the worker processes for one tokenizer, as a context manager."""
+    """Runs the worker processes for one tokenizer, or for none, as a context manager."""
 
-    def __init__(self, tokenizer_path: str | os.PathLike, workers: int):
+    def __init__(self, tokenizer_path: str | os.PathLike | None, workers: int):
         """Starts the workers.
 
         Args:
-          tokenizer_path: The file or folder that each worker loads the tokenizer from.
+          tokenizer_path: The file or folder that each worker loads the tokenizer from. None means that the work needs
+            no tokenizer.
           workers: The number of worker processes. With 1, the calling process itself does the work.
         """
         self._workers = workers
         self._processes: list[subprocess.Popen] = []
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         if workers == 1:
-            self._tokenizer = load_tokenizer(tokenizer_path)
-            self._token_bytes = self._tokenizer.token_bytes()
+            self._tools = _tools(tokenizer_path)
             return
         environment = dict(os.environ)
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_PACKAGE_ROOT, environment.get("PYTHONPATH")]))
         environment |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         # -P keeps Python from importing a file of the current folder in place of a standard module of the same name.
-        command = [sys.executable, "-P", "-m", "llada_jax.data.prepare.pool", os.fspath(tokenizer_path)]
+        command = [sys.executable, "-P", "-m", "llada_jax.data.prepare.pool", os.fspath(tokenizer_path or "")]
         for _ in range(workers):
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             self._processes.append(process)
@@ -131,7 +134,7 @@ class Pool:
         """
         if self._workers == 1:
             for batch in batches:
-                yield batch, batch.tokenize(self._tokenizer, self._token_bytes)
+                yield batch, batch.tokenize(*self._tools)
             return
         running: deque[tuple[Work, Future[Any]]] = deque()
         for batch in batches:
@@ -182,20 +185,27 @@ class Pool:
         self.close()
 
 
+def _tools(tokenizer_path: str | os.PathLike | None) -> tuple[Tokenizer | None, np.ndarray | None]:
+    """Returns the tokenizer and the bytes of text that each of its ids stands for, or (None, None) without a path."""
+    if not tokenizer_path:
+        return None, None
+    tokenizer = load_tokenizer(tokenizer_path)
+    return tokenizer, tokenizer.token_bytes()
+
+
 def _serve(tokenizer_path: str) -> None:
     """Runs a worker, which reads batches from stdin and writes their results to stdout until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group, but the parent handles it
     source, sink = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # text that a library prints goes to stderr, so that it does not end up among the results
-    tokenizer = load_tokenizer(tokenizer_path)
-    token_bytes = tokenizer.token_bytes()
+    tools = _tools(tokenizer_path)
     while True:
         try:
             batch = pickle.load(source)
         except EOFError:
             return
         try:
-            result: Any = batch.tokenize(tokenizer, token_bytes)
+            result: Any = batch.tokenize(*tools)
         except UserError as error:
             result = error
         except Exception:

@@ -14,13 +14,16 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from llada_jax.cli.outputs import temporary_folder, write_errors
 from llada_jax.config import UserError
-from llada_jax.data.manifest import SPLITS, TOKENIZER_FOLDER, Manifest, Source, tokenizer_fields
+from llada_jax.data.manifest import SPLITS, TOKENIZER_FOLDER, Manifest, Source, Split, tokenizer_fields
+from llada_jax.data.prepare.filters import Filters
 from llada_jax.data.prepare.held_out import HASH_RULE, held_out_below, text_hash
+from llada_jax.data.prepare.judge import Verdicts, check_some_left, judge
 from llada_jax.data.prepare.left_out import BadItem
 from llada_jax.data.prepare.output import (
     SHARD_BYTES,
@@ -37,7 +40,19 @@ from llada_jax.text.agreement import notes_of
 from llada_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.text.train_tokenizer import train_tokenizer
 
+NO_FILTERS = Filters()
+
 _BATCH_CHARACTERS = 1 << 18  # number of characters that a worker tokenises at a time
+
+
+class TokenWriter(Protocol):
+    """Takes the token stream of one split, as `rows.SplitWriter` does."""
+
+    def add(self, ids: np.ndarray, counts: np.ndarray) -> None:
+        """Appends tokens, each with the number of bytes of text that it stands for."""
+
+    def end_document(self) -> None:
+        """Appends EOS and counts a document."""
 
 
 def prepare(
@@ -52,6 +67,7 @@ def prepare(
     shard_rows: int = 0,
     text_key: str = "text",
     on_error: str = "stop",
+    filters: Filters = NO_FILTERS,
     progress: bool = True,
 ) -> Manifest:
     """Prepares a set for training in the folder `output`, which appears only when it is complete.
@@ -75,6 +91,8 @@ def prepare(
         in a.
       on_error: What is done with a bad document: "stop" raises UserError, "skip" leaves it out and counts it in the
         manifest. See data/prepare/left_out.py.
+      filters: Which documents are left out on purpose, and counted in the manifest. The default is none; see
+        data/prepare/filters.py. The input is read once more for them.
       progress: Whether to report the progress on stderr.
 
     Returns:
@@ -89,7 +107,9 @@ def prepare(
     target = check_settings(output, sequence_length, validation_fraction, workers, shard_rows)
     corpus = Corpus(inputs, text_key, on_error)
     loaded = load_tokenizer(tokenizer) if tokenizer is not None else None
-    below = held_out_below(_texts(corpus), validation_fraction, corpus.inputs)
+    workers = workers or cores()
+    verdicts = judge(corpus, filters.checked(), workers, progress) if filters.active else None
+    below = held_out_bound(corpus, verdicts, validation_fraction)
     for line in notes_of(loaded, tokenizer) if progress else ():
         print(line, file=sys.stderr)
     with write_errors(output), temporary_folder(target) as folder:
@@ -98,52 +118,89 @@ def prepare(
         else:
             loaded.save(folder / TOKENIZER_FOLDER)
         dtype = id_dtype(loaded)
-        shard_rows = shard_rows or max(1, SHARD_BYTES // (8 + sequence_length * np.dtype(dtype).itemsize))
+        shard_rows = shard_rows or rows_per_shard(sequence_length, dtype)
         writers = [SplitWriter(folder, name, sequence_length, dtype, loaded.eos_id, shard_rows) for name in SPLITS]
-        sources = _write_rows(corpus, below, folder, writers, workers or cores(), progress)
+        with Pool(folder / TOKENIZER_FOLDER, workers) as pool:
+            sources = write_tokens(corpus, below, pool, writers, progress)
         left_out = corpus.faults.checked(corpus.good, "documents")
         train, validation = (writer.finish() for writer in writers)
-        if not train.rows:
-            raise UserError(
-                "all of the text is held out for validation: give more text or a smaller validation_fraction"
-            )
-        manifest = Manifest(
-            **tokenizer_fields(loaded),
+        manifest = text_manifest(
+            loaded,
             sequence_length=sequence_length,
-            dtype=dtype,
             validation_fraction=validation_fraction,
-            validation_hash=HASH_RULE,
             validation_below=below,
             train=train,
             validation=validation,
             sources=sources,
             left_out=left_out,
+            filtered=verdicts and verdicts.described(),
         )
         publish(folder, target, manifest)
     return manifest
 
 
+def rows_per_shard(sequence_length: int, dtype: str) -> int:
+    """Returns how many rows of a sequence length fit into a shard of about 256 MiB."""
+    return max(1, SHARD_BYTES // (8 + sequence_length * np.dtype(dtype).itemsize))
+
+
+def text_manifest(tokenizer: Tokenizer, *, train: Split, **fields: Any) -> Manifest:
+    """Returns the manifest of a set of packed text.
+
+    Args:
+      tokenizer: The tokenizer of the set.
+      train: The rows to train on.
+      **fields: The other fields of the manifest that neither the tokenizer nor the kind of the set decides.
+
+    Raises:
+      UserError: If there are no rows to train on.
+    """
+    if not train.rows:
+        raise UserError("all of the text is held out for validation: give more text or a smaller validation_fraction")
+    return Manifest(
+        **tokenizer_fields(tokenizer), dtype=id_dtype(tokenizer), validation_hash=HASH_RULE, train=train, **fields
+    )
+
+
+def held_out_bound(corpus: Corpus, verdicts: Verdicts | None, fraction: float) -> int:
+    """Returns the bound of the hashes of held-out text, see held_out.py; from now on the corpus is filtered.
+
+    Args:
+      corpus: The input.
+      verdicts: What the filters leave out, or None without filters.
+      fraction: The share of the documents that is held out.
+
+    Raises:
+      UserError: If no text is left, or not enough to hold out some of it.
+    """
+    if verdicts is not None:
+        corpus.filter = verdicts
+        check_some_left(verdicts.sources)
+    return held_out_below(_texts(corpus), fraction, corpus.inputs)
+
+
 def _texts(corpus: Corpus) -> Iterator[str]:
     """Yields the pieces that say something, and then checks that not too many documents are bad."""
-    yield from (piece.text for piece in corpus if not piece.blank)
+    yield from (piece.text for piece in corpus if not piece.blank and not piece.removed)
     corpus.faults.checked(corpus.good, "documents")
 
 
 def _train(corpus: Corpus, below: int, size: int, folder: Path, progress: bool) -> Tokenizer:
     if progress:
         print(f"training a tokenizer of {size} tokens", file=sys.stderr)
-    texts = (piece.text for piece in corpus if not piece.blank and text_hash(piece.text) >= below)
+    kept = (piece.text for piece in corpus if not piece.blank and not piece.removed)
+    texts = (text for text in kept if text_hash(text) >= below)
     return train_tokenizer(texts, size, folder)
 
 
-def _write_rows(
-    corpus: Corpus, below: int, folder: Path, writers: Sequence[SplitWriter], workers: int, progress: bool
+def write_tokens(
+    corpus: Corpus, below: int, pool: Pool, writers: Sequence[TokenWriter], progress: bool
 ) -> tuple[Source, ...]:
     """Tokenises the corpus, adds the tokens to the writers (train, validation), and returns the counts per input."""
     totals = np.zeros((len(corpus.inputs), 3), np.int64)  # documents, tokens, bytes
     report = Progress(corpus.total_bytes, progress)
     stretch = 0  # bytes of the current stretch of text
-    with Pool(folder / TOKENIZER_FOLDER, workers) as pool, report:
+    with report:
         for batch, tokens in pool.map(_batches(corpus, below)):
             start = 0
             for i, ((piece, split, ends), length) in enumerate(zip(batch.tag[0], tokens.lengths, strict=True)):
@@ -197,6 +254,11 @@ def _stretches(corpus: Corpus, below: int) -> Iterator[tuple[Piece, int, bool, b
     """
     waiting: tuple[Piece, int, bool] | None = None
     for piece in corpus:
+        if piece.removed:  # what was left out ends a stretch
+            if waiting is not None:
+                yield *waiting, True
+            waiting = None
+            continue
         split = waiting[1] if piece.blank and waiting else int(text_hash(piece.text) < below)
         continued = False
         if waiting is not None:

@@ -21,7 +21,7 @@ def text_summary(output: str, manifest: Manifest, seconds: float) -> str:
         f"tokens\n"
         f"{tokens:,} tokens, {(train.bytes + validation.bytes) / tokens:.2f} bytes per token, "
         f"vocabulary {manifest.tokenizer_size:,}, {seconds:.1f} s ({tokens / seconds:,.0f} tokens/s)\n"
-        f"{_left_out(manifest)}"
+        f"{_left_out(manifest)}{_filtered(manifest)}"
         f"next: {_next_command(output, manifest.sequence_length)}"
     )
 
@@ -56,6 +56,22 @@ def _left_out(manifest: Manifest) -> str:
     for kind in manifest.left_out:
         lines.append(f"left out, {kind.kind}: {kind.count:,}")
         lines += [f"  {example}" for example in kind.examples]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _filtered(manifest: Manifest) -> str:
+    """Returns the lines about what the filters left out: the counts of each input, then examples of each reason."""
+    if manifest.filtered is None:
+        return ""
+    lines = []
+    for source in manifest.filtered.sources:
+        removed = sum(source.removed.values())
+        more = f"; {source.lines:,} lines of others" if source.lines else ""
+        lines.append(f"filtered, {source.input}: {removed:,} of {source.documents:,} documents left out{more}")
+        for reason, count in sorted(source.removed.items(), key=lambda item: (-item[1], item[0])):
+            lines.append(f"  {count:,}  {reason}")
+    for reason, examples in manifest.filtered.examples.items():
+        lines.append(f"for example, {reason}: {examples[0]}")
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -16,12 +16,12 @@ import io
 import lzma
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from llada_jax.config import UserError
-from llada_jax.data.prepare import stdlib
+from llada_jax.data.prepare import stdlib, storage
 from llada_jax.data.prepare.blank import is_blank
 from llada_jax.data.prepare.json_lines import BOM, json_lines, under
 from llada_jax.data.prepare.left_out import BadItem, Faults
@@ -30,6 +30,8 @@ from llada_jax.data.prepare.parquet import read_parquet
 WHOLE_CHARACTERS = 65_536  # a .txt file of at most this length is one piece
 PIECE_CHARACTERS = 16_384  # maximum length of a piece of a longer .txt file
 STDLIB = "stdlib"  # the input that stands for the source files of the standard library
+
+InputFile = Path | storage.RemoteFile
 
 _READ_CHARACTERS = 1 << 20
 _START_BYTES = 1024  # number of bytes from which the encoding of a file is told
@@ -47,6 +49,7 @@ class Piece(NamedTuple):
     blank: bool  # whether it says nothing; such a piece always continues the piece before it
     where: str  # its file and, where that has lines, its line, for messages
     item: int  # its position in the whole input
+    removed: bool = False  # whether a filter leaves it out (see filters.py)
 
 
 class Corpus:
@@ -58,15 +61,26 @@ class Corpus:
       position: The number of these bytes that the current iteration has read, for a progress bar.
       faults: The bad documents of the current iteration.
       good: The number of documents that the current iteration has read and that are not bad. The reader may change it.
+      items: The number of pieces and bad documents that the current iteration has read.
+      filter: A function that each piece goes through before it is yielded; None changes nothing.
     """
 
-    def __init__(self, inputs: Sequence[str], text_key: str = "text", on_error: str = "stop"):
+    filter: Callable[[Piece], Piece] | None = None
+
+    def __init__(
+        self,
+        inputs: Sequence[str],
+        text_key: str = "text",
+        on_error: str = "stop",
+        files: Sequence[tuple[int, InputFile]] | None = None,
+    ):
         """Finds the files that the inputs name.
 
         Args:
           inputs: Files, globs or "stdlib".
           text_key: The key of the text in a .jsonl file, and the name of its column in a .parquet file.
           on_error: What is done with a bad document: "stop" or "skip".
+          files: (index of the input, file) of the files to read. None means all files that the inputs name.
 
         Raises:
           UserError: If an input names no file or an unknown kind of file, or if a file is named twice.
@@ -74,9 +88,14 @@ class Corpus:
         self.faults = Faults(on_error)
         self.inputs = tuple(inputs)
         self._text_key = text_key
-        self._files = input_files(self.inputs)
-        self.total_bytes = sum(file.stat().st_size for _, file in self._files)
-        self.position = self.good = self._items = 0
+        self._files = input_files(self.inputs) if files is None else list(files)
+        self.total_bytes = sum(storage.size_of(file) for _, file in self._files)
+        self.position = self.good = self.items = 0
+
+    @property
+    def files(self) -> list[tuple[int, InputFile]]:
+        """(index of the input, file) of all files, in the order in which they are read."""
+        return list(self._files)
 
     def file_count(self, source: int) -> int:
         """Returns the number of files that input number `source` stands for."""
@@ -94,25 +113,26 @@ class Corpus:
             text = text if begun else text.lstrip(BOM)
             blank = is_blank(text)
             if begun or not blank:  # blank pieces before the first one that says something are left out
-                yield Piece(text, source, last, blank, where, self._items)
+                piece = Piece(text, source, last, blank, where, self.items)
+                yield self.filter(piece) if self.filter else piece
             begun = not last and (begun or not blank)
 
     def _walk(self) -> Iterator[tuple[int, Any]]:
         """Yields (index of the input, item that `_read` yields) for all files and items, except for bad ones."""
         self.faults.clear()
-        self.good = self._items = finished = 0
+        self.good = self.items = finished = 0
         for source, file in self._files:
             for item, position in self._read(source, file):
                 self.position = finished + position
-                self._items += 1
+                self.items += 1
                 if isinstance(item, BadItem):
-                    self.faults.add(item, self._items)
+                    self.faults.add(item, self.items)
                 else:
                     yield source, item
-            finished += file.stat().st_size
+            finished += storage.size_of(file)
         self.position = finished
 
-    def _read(self, source: int, file: Path) -> Iterator[tuple[Any, int]]:
+    def _read(self, source: int, file: InputFile) -> Iterator[tuple[Any, int]]:
         """Yields ((text, whether it ends its document, where it is) or what is wrong with it, bytes read so far)."""
         if self.inputs[source] == STDLIB:
             yield (stdlib.read_source(file), True, str(file)), 0
@@ -129,15 +149,15 @@ class Corpus:
                 yield piece, raw.tell()
 
 
-def input_files(inputs: Sequence[str]) -> list[tuple[int, Path]]:
+def input_files(inputs: Sequence[str]) -> list[tuple[int, InputFile]]:
     """Returns (index of the input, file) for all files that the inputs name; raises UserError as `Corpus` does."""
     if not inputs:
         raise UserError("no input: give at least one file, glob or the word stdlib")
-    found: list[tuple[int, Path]] = []
+    found: list[tuple[int, InputFile]] = []
     seen: dict[str, str] = {}
     for source, name in enumerate(inputs):
         for file in stdlib.source_files() if name == STDLIB else _expand(name):
-            path = os.path.realpath(file)
+            path = str(file) if storage.is_remote(file) else os.path.realpath(file)
             if path in seen:
                 raise UserError(f"input {name}: {file} is already given by input {seen[path]}; name every file once")
             seen[path] = name
@@ -146,7 +166,7 @@ def input_files(inputs: Sequence[str]) -> list[tuple[int, Path]]:
 
 
 @contextlib.contextmanager
-def opened(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+def opened(file: InputFile) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Opens a file and yields two streams: the file as it is stored, and its decompressed content.
 
     Raises:
@@ -162,7 +182,14 @@ def opened(file: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         raise UserError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
-def _expand(name: str) -> list[Path]:
+def _expand(name: str) -> list[InputFile]:
+    if storage.is_remote(name):
+        files = storage.find(name)
+        if not files:
+            raise UserError(f"input {name}: there is no such file")
+        for file in files:
+            kind_of(file)
+        return files
     if os.path.isdir(name):
         raise UserError(f"input {name} is a folder: name files in it, such as {os.path.join(name, '*.jsonl')}")
     names = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
@@ -176,7 +203,7 @@ def _expand(name: str) -> list[Path]:
     return files
 
 
-def kind_of(file: Path) -> tuple[str, str]:
+def kind_of(file: InputFile) -> tuple[str, str]:
     """Returns the format and the compression of a file, both as the ending of a file name ("" = not compressed).
 
     Raises:
@@ -189,7 +216,7 @@ def kind_of(file: Path) -> tuple[str, str]:
     return kind, compression
 
 
-def _read_txt(file: Path, stream: BinaryIO, whole_first: bool) -> Iterator[tuple[str, bool, str] | BadItem]:
+def _read_txt(file: InputFile, stream: BinaryIO, whole_first: bool) -> Iterator[tuple[str, bool, str] | BadItem]:
     """Yields the pieces of a file, or what is wrong with it.
 
     Args:
@@ -221,7 +248,7 @@ def _read_txt(file: Path, stream: BinaryIO, whole_first: bool) -> Iterator[tuple
         yield _first_fault(file) or BadItem(f"{file} is not UTF-8 text: {error.reason}", "not UTF-8")
 
 
-def _first_fault(file: Path) -> BadItem | None:
+def _first_fault(file: InputFile) -> BadItem | None:
     """Returns what is wrong with the first byte of a .txt file that is not UTF-8, or None if all of it is UTF-8."""
     decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
     with opened(file) as (_, stream):
@@ -261,7 +288,7 @@ def cut(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _read_jsonl(file: Path, stream: BinaryIO, key: str) -> Iterator[tuple[str, bool, str] | BadItem]:
+def _read_jsonl(file: InputFile, stream: BinaryIO, key: str) -> Iterator[tuple[str, bool, str] | BadItem]:
     for where, record in records(file, stream):
         try:
             if isinstance(record, BadItem):
@@ -279,7 +306,7 @@ def _read_jsonl(file: Path, stream: BinaryIO, key: str) -> Iterator[tuple[str, b
             yield BadItem(f"{where}: {error}", "a key occurs twice")
 
 
-def records(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+def records(file: InputFile, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
     """Yields what `json_lines` yields.
 
     Raises:
