@@ -14,9 +14,9 @@ from llada_jax.devices.hardware import GIB, GPU
 from llada_jax.training.step import make_state
 
 RATE = 1e9  # bytes per second that a host is taken to read from the storage, or to write to it
-# Seconds from the birth of the processes to the read of the checkpoint: imports, devices, data. Measured on one CPU
-# machine without other load, see "Restarts" in benchmarks/RESULTS.md; finding the other hosts is not in it.
-STARTUP = 4.0
+# Seconds from the birth of the processes to the read of the checkpoint. An assumption: imports, devices and data take
+# 2.2 seconds of CPU time on a CPU machine ("Restarts" in benchmarks/RESULTS.md), and chips must be initialised too.
+STARTUP = 10.0
 
 
 def costs(config: Config, mesh: jax.sharding.Mesh, record: Mapping, rate: float = RATE) -> dict:

@@ -191,6 +191,9 @@ def test_conversations_have_the_same_length_everywhere(launch, prepared, tmp_pat
 
 def test_only_one_process_writes_and_speaks(whole):
     written = [set(re.findall(r"^writes (.*)$", Path(f"{whole[0]}.{i}").read_text(), re.MULTILINE)) for i in (0, 1)]
+    # The processes tell each other how long they were late, without waiting for each other.
+    last = json.loads((whole[0] / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["hosts/slowest"] in (0, 1) and 0 <= last["hosts/data_seconds_max"] <= last["this_start/train"]
     assert {"lock", "metrics.jsonl", "starts.jsonl", "samples.txt", "config.tmp"} <= written[0]
     assert [name for name in written[1] if not name.startswith("checkpoints/")] == []
     # The collectives of simulated devices print lines too, in pieces.
