@@ -36,8 +36,9 @@ class Hardware(NamedTuple):
 
 
 # The choices of remat differ in what all 32 layers store for the backward pass, per sequence of 4096 tokens: full
-# 1.0 GiB (the inputs of the layers), attention 2.0 GiB, dots 13 GiB. They also differ in the FLOPs that they execute
-# beyond those of the model: full 28 %, attention 24 %, dots 2 %. So dots is chosen wherever memory suffices for it.
+# 1.0 GiB (the inputs of the layers), attention 2.0 GiB, rotated 4.0 GiB, dots 13 GiB. They also differ in the FLOPs
+# that they execute beyond those of the model: full 28 %, attention 24 %, rotated 19 %, dots 2 %. So dots is chosen
+# wherever memory suffices for it.
 # The comments below say how many sequences of a micro-batch are on each chip.
 HARDWARE = {
     "": Hardware(),

@@ -84,7 +84,8 @@ class ComputeConfig:
     dtype: str = ""
     # Which results of a layer's forward pass are stored for the backward pass. The others are computed again (remat).
     #   none       no rematerialisation: all results are stored
-    #   dots       the results of matmuls and of attention are stored
+    #   dots       the results of matmuls, RoPE and attention are stored
+    #   rotated    the results of RoPE and of attention are stored
     #   attention  the result of attention is stored
     #   full       full rematerialisation: only the input of the layer is stored
     remat: str = "full"

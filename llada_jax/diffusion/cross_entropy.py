@@ -114,9 +114,10 @@ def _local(h_BTD, head_DV, targets_BT, weight_BT, *, chunk, gradients):
         nll_N = nll_N.at[write_C].set(nll_C, mode="drop")
         if gradients:
             with jax.named_scope("gradients"):
-                # d nll / d logits = softmax - one-hot
-                dlogits_CV = exp_CV * (weight_C / sum_C)[:, None]
-                dlogits_CV = dlogits_CV.at[jnp.arange(chunk), target_C].add(-jnp.where(here_C, weight_C, 0.0))
+                # d nll / d logits = softmax - one-hot. A comparison gives the one-hot in the pass over the rest; for a
+                # scatter, TPUs would copy the whole fp32 array into another layout and back.
+                one_hot_CV = jnp.arange(exp_CV.shape[1]) == jnp.where(here_C, target_C, -1)[:, None]
+                dlogits_CV = exp_CV * (weight_C / sum_C)[:, None] - jnp.where(one_hot_CV, weight_C[:, None], 0.0)
                 dlogits_CV = dlogits_CV.astype(h_CD.dtype)
                 dh_CD = jnp.einsum("cv,dv->cd", dlogits_CV, head_DV, preferred_element_type=jnp.float32)
                 dh_ND = dh_ND.at[write_C].set(jax.lax.psum(dh_CD, "tensor").astype(h_ND.dtype), mode="drop")

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from llada_jax.config import UserError
 from llada_jax.devices import mesh
-from llada_jax.model.cpu import MASKED_OUT, SAVED_NAME, cpu_attention, real_mask
+from llada_jax.model.cpu import MASKED_OUT, ROTATED_NAME, SAVED_NAME, cpu_attention, real_mask
 
 
 @jax.named_scope("attention")
@@ -208,6 +208,8 @@ def splash_attention(
 
     q = laid_out((q_BTHK.astype(jnp.float32) * width**-0.5).astype(q_BTHK.dtype))
     k, v = laid_out(k_BSGK), laid_out(v_BSGK)
+    # Where rotated queries and keys are kept, these are: the backward pass needs no others.
+    q, k = checkpoint_name(q, ROTATED_NAME), checkpoint_name(k, ROTATED_NAME)
     q_block, kv_block = _block(q.shape[2]), _block(k.shape[2])
     # Keys whose gradients a TPU with 16 MiB of vector memory holds: 4096 in bfloat16 if heads are up to 128 wide. Wider
     # heads need more memory for queries too.

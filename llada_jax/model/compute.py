@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.config import ComputeConfig, ModelConfig, UserError
-from llada_jax.model.attention import SAVED_NAME, choose_kernel
+from llada_jax.model.attention import choose_kernel
+from llada_jax.model.cpu import ROTATED_NAME, SAVED_NAME
 
 
 def _save_attention(primitive, *_, **params) -> bool:
@@ -17,15 +18,18 @@ def _save_attention(primitive, *_, **params) -> bool:
     )
 
 
+_both = jax.checkpoint_policies.save_from_both_policies
+_save_rotated = jax.checkpoint_policies.save_only_these_names(ROTATED_NAME)
+
 # What is kept of a layer's forward pass for the backward pass, in addition to the layer's input. The backward pass
 # computes everything else again. The keys are the values of config.compute.remat.
 REMAT = {
     "none": None,  # everything is kept
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": _save_attention,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _save_attention
-    ),
+    "rotated": _both(_save_attention, _save_rotated),
+    # The backward pass needs queries and keys only as they are after the rotation, so they are kept only once.
+    "dots": _both(_both(_save_attention, _save_rotated), jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 
 

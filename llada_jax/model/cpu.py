@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 MASKED_OUT = -1e30  # score of a key that is not real; finite, so that a row without any real key does not give NaN
 SAVED_NAME = "attention"  # checkpoint_name of the arrays that the backward pass needs; remat policies can keep them
+ROTATED_NAME = "rotated"  # checkpoint_name of queries and keys after RoPE, in the form that the kernel takes them
 SCORES = 2**19  # scores that are computed at a time; they and the arrays computed from them stay in the caches
 
 

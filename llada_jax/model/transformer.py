@@ -15,13 +15,14 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llada_jax.config import ComputeConfig, ModelConfig
 from llada_jax.devices import mesh
 from llada_jax.model.attention import attention
 from llada_jax.model.compute import remat_policy, resolve_compute
-from llada_jax.model.cpu import project
+from llada_jax.model.cpu import ROTATED_NAME, project
 
 # The matrices inside a layer, each with the letters of its input dimensions and of its output dimensions.
 MATRICES = {
@@ -179,7 +180,7 @@ class Block(nnx.Module):
             k_BTGK = linear("k_proj", h_BTD, mesh.HEADS_BTHK)
             v_BTGK = linear("v_proj", h_BTD, mesh.HEADS_BTHK)
         with jax.named_scope("attention"):
-            q_BTHK, k_BTGK = rotate(q_BTHK, *rope), rotate(k_BTGK, *rope)
+            q_BTHK, k_BTGK = (checkpoint_name(rotate(x, *rope), ROTATED_NAME) for x in (q_BTHK, k_BTGK))
         o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, real, kernel=compute.attention, query_chunk=compute.query_chunk)
         with jax.named_scope("attention_projections"):
             x_BTD += linear("attn_out", o_BTHK, mesh.HIDDEN_BTD)

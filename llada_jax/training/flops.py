@@ -66,5 +66,9 @@ def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, compute
     projections = 2 * model.width * (model.heads + model.kv_heads) * model.head_width
     adapters = sum(size for name, size in _adapter_parameters(model).items() if name != "ff_out_b")
     matmuls = 2 * (projections + 2 * model.width * model.feed_forward + adapters)
-    again += {"none": 0, "dots": 0, "attention": matmuls, "full": matmuls + attention}[compute.remat]
+    # Half of the projections are those to queries and keys: width x (heads + kv_heads) x head_width numbers.
+    rotated = matmuls - projections
+    again += {"none": 0, "dots": 0, "rotated": rotated, "attention": matmuls, "full": matmuls + attention}[
+        compute.remat
+    ]
     return model.layers * again

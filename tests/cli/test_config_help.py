@@ -92,9 +92,9 @@ def test_a_list_in_a_comment_stays_a_list():
     (remat,) = (setting for setting in config_help.settings() if setting.name == "compute.remat")
     first, *items = remat.comment.splitlines()
     assert first.endswith("The others are computed again (remat).")
-    assert [item.split()[0] for item in items] == ["none", "dots", "attention", "full"]
+    assert [item.split()[0] for item in items] == ["none", "dots", "rotated", "attention", "full"]
     lines = entries(config_help.render(80))["compute.remat"]
-    assert lines[-4:] == ["  " * 3 + item for item in items]
+    assert lines[-5:] == ["  " * 3 + item for item in items]
     # What does not fit on a line goes on below the meaning.
     start, going_on = entries(config_help.render(70))["compute.attention"][2:4]
     assert (

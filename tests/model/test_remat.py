@@ -29,8 +29,8 @@ def test_full_remat_keeps_less_than_none():
 
 
 @pytest.mark.parametrize("kernel", ["cpu", "xla", "splash_interpreted"])
-@pytest.mark.parametrize("remat", ["attention", "dots"])
-def test_outputs_of_attention_are_kept_once(kernel, remat):
+@pytest.mark.parametrize("remat", ["attention", "rotated", "dots"])
+def test_what_attention_needs_is_kept_once(kernel, remat):
     compute = ComputeConfig(dtype="float32", remat=remat, attention=kernel, query_chunk=4)
     with jax.set_mesh(mesh.one_device_mesh()):
         graphdef, params = split(models.abstract_model(CONFIG, compute))
@@ -38,8 +38,8 @@ def test_outputs_of_attention_are_kept_once(kernel, remat):
         run = lambda p, t: merge(graphdef, p).trunk(*mesh.place_rows(t))  # noqa: E731
         kept = jax.tree.leaves(jax.eval_shape(lambda p, t: jax.vjp(lambda p: run(p, t), p)[1], params, tokens))
     heads = [x for x in kept if x.ndim == 5 and x.shape[1] == B and x.shape[-1] == CONFIG.head_width]
-    products = 3 if remat == "dots" and kernel != "cpu" else 0  # queries, keys and values
-    assert len(heads) == products + 1
+    inputs = {"attention": 0, "rotated": 2, "dots": 2 if kernel == "cpu" else 3}[remat]  # queries, keys and values
+    assert len(heads) == inputs + 1
 
 
 def test_exchanged_halves_of_heads_are_not_kept():
