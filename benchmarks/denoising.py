@@ -1,7 +1,7 @@
 r"""Draws how a model fills in masked tokens, as a picture that moves: python benchmarks/denoising.py --model=DIR
 
     python benchmarks/denoising.py --model=runs/quickstart --prompt="class Queue:" --output=docs/denoising.svg \
-        --gen_length=48 --block_length=16
+        --gen_length=48 --block_length=16 --temperature=0.8
 
 The picture is one .svg file without scripts, fonts or other files. It moves by CSS; where CSS animation is not
 supported, or not wanted (prefers-reduced-motion), it shows the finished text. The flags are those of llada_jax.sample.

@@ -8,7 +8,8 @@ generated tables). Some whole files are held out. --config.data.input=FILES take
 The run takes about five minutes (config.minutes), with the preparation of the text: how many steps that are is decided
 from a few timed ones. --config.minutes=N makes it longer or shorter, --config.steps=N sets the number of steps.
 
-The results below are bits per byte: the likelihood bound (Eq. 6, all mask ratios) of held-out files.
+The results below are bits per byte: the likelihood bound (Eq. 6, all mask ratios) of held-out files. With the settings
+of this file, 2,005 steps (2.1 M tokens) gave 1.683. The settings of the first line gave 1.719 after 5.7 M tokens.
 
 Trials of 2026-11-26, each with 0.6 M tokens and the whole schedule, one seed, on a 2-core machine with AVX2 only. Each
 line keeps what the lines above it changed. The bounds are of the same text, but rows of 64 tokens have half as much
@@ -87,10 +88,11 @@ def get_config() -> Config:
     config.sampling.steps = 40
     config.sampling.gen_length = 40
     config.sampling.block_length = 8
-    config.sampling.temperature = 0.3
+    config.sampling.temperature = 0.8  # at 0.6 and below it repeats itself: "the list of the list of the list"
     config.sampling.prompts = (
         "class Queue:\n    def __init__(self",
-        "    if not isinstance(value,[MASK]):\n        raise[MASK][MASK][MASK][MASK]\n    return[MASK]",
-        "    try:\n        return self.[MASK]\n    except[MASK]:\n        return[MASK]\n",
+        "def read(self, size",
+        "    if not isinstance(value,[MASK]):\n        raise[MASK][MASK][MASK][MASK][MASK][MASK]\n    return[MASK]",
+        "    for[MASK] in[MASK][MASK][MASK]:\n        if[MASK][MASK][MASK]:\n            return[MASK]\n",
     )
     return config
