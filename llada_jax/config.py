@@ -145,7 +145,12 @@ class DataConfig:
 
     # Prepared sets, separated by commas: folders written by llada_jax.prepare, or remote sets such as gs://BUCKET/SET.
     path: str = ""
-    cache: str = ""  # the folder in which each host keeps copies of remote sets; "" = ~/.cache/llada_jax
+    # Whether each host copies sets in gs:// and s3:// to `cache` before it trains. Otherwise rows are read where they
+    # lie. Sets in az:// and hf:// are always copied.
+    copy: bool = False
+    # The folder in which each host keeps what it copies of remote sets: their tokenizer and the indices of their rows,
+    # or the whole sets; "" = ~/.cache/llada_jax.
+    cache: str = ""
     # The shares of the sets in the training rows, in any scale and in the order of `path`. () = in proportion to the
     # number of rows of each set (the number of conversations, for objectives on conversations).
     weights: tuple[float, ...] = ()

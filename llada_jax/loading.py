@@ -16,6 +16,8 @@ from llada_jax.formats import workdir
 from llada_jax.formats.generation_config import with_ends_of_source
 from llada_jax.model.compute import compute_dtype, resolve_compute
 from llada_jax.model.transformer import Transformer
+from llada_jax.storage import objects
+from llada_jax.storage.objects import Place
 from llada_jax.text.agreement import fitted, notes_of, with_tokenizer
 from llada_jax.text.tokenizer import Tokenizer, find_tokenizer
 
@@ -32,7 +34,8 @@ def load(
 
     Args:
       path: A training workdir, a published folder (config.json and *.safetensors), or a folder from `convert`. A
-        leading ~ stands for a home folder.
+        leading ~ stands for a home folder. It may lie in a bucket (gs://); a published folder is then copied to
+        ~/.cache/llada_jax/models first.
       mesh: The mesh that the parameters are placed on. None means the mesh in use, or a mesh of one device if none is
         set.
       dtype: The dtype of the parameters and of the computation. None means float32 on a CPU and bfloat16 on
@@ -46,7 +49,7 @@ def load(
     Raises:
       UserError: If there is no model in the folder, or if it cannot be used. The message says why in one line.
     """
-    path = Path(expanded(path))
+    path = objects.place(expanded(path))
     trained_here = workdir.is_workdir(path, "model ")
     if not trained_here and step is not None:
         raise UserError(f"{path} is a published folder: it has no step {step}")
@@ -68,21 +71,23 @@ def load(
         return model, tokenizer
 
 
-def _from_workdir(path: Path, dtype: jnp.dtype, step: int | None) -> tuple[Transformer, Tokenizer | None]:
+def _from_workdir(path: Place, dtype: jnp.dtype, step: int | None) -> tuple[Transformer, Tokenizer | None]:
     # Imported here because Orbax takes a second to load, which a published folder does not need.
     from llada_jax.formats import weights
 
-    config = with_ends_of_source(workdir.read_config(path)[0].model, path / workdir.PUBLISHED_FILES)
-    tokenizer = fitted(find_tokenizer(path / workdir.TOKENIZER), config, path)
+    files = workdir.local_files(path, distributed.log)
+    config = with_ends_of_source(workdir.read_config(files)[0].model, files / workdir.PUBLISHED_FILES)
+    tokenizer = fitted(find_tokenizer(files / workdir.TOKENIZER), config, path)
     _tell(notes_of(tokenizer, path))
     model = weights.load_model(path, step, jax.sharding.get_mesh(), dtype)
     model.config = with_tokenizer(dataclasses.replace(model.config, end_ids=config.end_ids), tokenizer)
     return model, tokenizer
 
 
-def _from_published(path: Path, dtype: jnp.dtype) -> tuple[Transformer, Tokenizer | None]:
+def _from_published(path: Place, dtype: jnp.dtype) -> tuple[Transformer, Tokenizer | None]:
     from llada_jax.formats import huggingface
 
+    path = workdir.local_files(path, distributed.log)
     found = huggingface.inspect(path)
     tokenizer = fitted(find_tokenizer(path), found.config, path)
     _tell([*found.notes, *notes_of(tokenizer, path)])

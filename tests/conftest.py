@@ -26,6 +26,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from bucket import bucket, storage_server  # noqa: F401 - fixtures of tests on object storage
 
 import llada_jax
 from llada_jax.config import ComputeConfig, ModelConfig

@@ -4,11 +4,14 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
 from llada_jax.config import UserError
+from llada_jax.data.row_index import index_name, index_size
+from llada_jax.storage import ranges
 from llada_jax.text.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -25,6 +28,7 @@ class Shard:
     rows: int
     size: int  # size of the file in bytes
     sha256: str  # sha256 of the file
+    index_sha256: str = ""  # sha256 of the row index of a shard, see data/row_index.py; "" if it has none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,12 +145,21 @@ class Manifest:
             del fields["left_out"]
         if self.filtered is None:
             del fields["filtered"]
-        return json.dumps(fields, indent=1, sort_keys=True) + "\n"
+        for shard in _shards_in(fields):
+            if not shard["index_sha256"]:
+                del shard["index_sha256"]
+        return _json(fields)
 
     @property
     def sha256(self) -> str:
-        """Returns the hash that identifies the data. It covers the hashes of all shards and of the tokenizer."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """Returns the hash that identifies the data. It covers the hashes of all shards and of the tokenizer.
+
+        It does not cover the row indices, which follow from the shards: a set has the same hash with and without them.
+        """
+        fields = json.loads(self.to_json())
+        for shard in _shards_in(fields):
+            shard.pop("index_sha256", None)
+        return hashlib.sha256(_json(fields).encode()).hexdigest()
 
     @property
     def needed_rows(self) -> int:
@@ -170,9 +183,25 @@ class Manifest:
         return self.chat and {"train": self.chat.train_index, "validation": self.chat.validation_index}[name]
 
     def files(self) -> list[Shard]:
-        """Returns all shards and, for conversations, the index files."""
+        """Returns all shards and their row indices and, for conversations, the index files."""
         shards = [shard for name in SPLITS for shard in self.split(name).shards]
-        return shards + [index for name in SPLITS if (index := self.index(name))]
+        rows = [
+            Shard(index_name(shard.name), shard.rows, index_size(shard.rows), shard.index_sha256)
+            for shard in shards
+            if shard.index_sha256
+        ]
+        return shards + rows + [index for name in SPLITS if (index := self.index(name))]
+
+
+def _json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=1, sort_keys=True) + "\n"
+
+
+def _shards_in(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the fields of all files that the fields of a manifest name."""
+    chat = fields.get("chat") or {}
+    shards = [shard for name in SPLITS for shard in fields[name]["shards"]]
+    return shards + [chat[name] for name in ("train_index", "validation_index") if name in chat]
 
 
 def tokenizer_fields(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -187,18 +216,34 @@ def tokenizer_fields(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def load_manifest(directory: str | os.PathLike) -> Manifest:
+def read_file(file: epath.Path) -> bytes:
+    """Returns the content of a small file of a set; a request that a bucket fails to answer is repeated.
+
+    Raises:
+      FileNotFoundError: If there is no such file.
+      UserError, StorageFailed: If the bucket cannot be read.
+    """
+    if not ranges.supported(os.fspath(file)):
+        return file.read_bytes()
+    return ranges.Folder(os.fspath(file.parent)).whole(file.name)
+
+
+def load_manifest(
+    directory: str | os.PathLike, read: Callable[[epath.Path], bytes] = epath.Path.read_bytes
+) -> Manifest:
     """Reads the manifest of a prepared set.
 
     Args:
       directory: The folder of the set. It may be any path that etils.epath opens, for example one on gs://.
+      read: The function that reads the file.
 
     Raises:
       UserError: If the folder has no manifest, or if the manifest is damaged or has another format version.
+      StorageFailed: If the folder is in a bucket that does not answer.
     """
     file = epath.Path(directory) / MANIFEST_FILE
     try:
-        content = file.read_bytes()
+        content = read(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{directory} is not a prepared set, because it has no {MANIFEST_FILE}: run python -m llada_jax.prepare"

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 
 from llada_jax.config import UserError
-from llada_jax.data.manifest import Manifest, Shard, Split
+from llada_jax.data.manifest import Manifest, Shard, Split, read_file
 from llada_jax.data.rows import ShardWriter, finished_file
 
 HEADER = np.dtype("<u4")
@@ -129,7 +129,7 @@ def load_index(path: str, manifest: Manifest, split: str) -> tuple[np.ndarray, n
     entry = manifest.index(split)
     file = epath.Path(path) / entry.name
     try:
-        content = file.read_bytes()
+        content = read_file(file)
     except FileNotFoundError as error:
         raise UserError(f"{file} is missing: copy the whole folder, or prepare the set again") from error
     if hashlib.sha256(content).hexdigest() != entry.sha256:

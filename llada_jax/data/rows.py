@@ -1,5 +1,7 @@
 """Packs tokens into rows of the sequence length, and defines the records that hold these rows."""
 
+import array
+import dataclasses
 import hashlib
 import os
 from pathlib import Path
@@ -9,6 +11,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from llada_jax.data.manifest import Shard, Split
+from llada_jax.data.row_index import checksum, write_index
 
 HEADER = np.dtype("<u4")  # a record begins with two of these: the row's tokens and its bytes of text
 # With one record per group, any row can be read alone. With one thread, the bytes of a file do not depend on timing.
@@ -65,7 +68,7 @@ class HeldOut(NamedTuple):
 
 
 class ShardWriter:
-    """Writes the records of one split as shards."""
+    """Writes the records of one split as shards, each with the index of its rows."""
 
     def __init__(self, directory: Path, name: str, shard_rows: int):
         """Creates the writer.
@@ -78,7 +81,7 @@ class ShardWriter:
         self._directory, self._name, self._shard_rows = directory, name, shard_rows
         self._writer: ArrayRecordWriter | None = None
         self._shards: list[Shard] = []
-        self._written = 0  # rows in the open shard
+        self._checksums = array.array("I")  # of the rows in the open shard
         self.rows = 0
 
     def write(self, record: bytes) -> None:
@@ -94,8 +97,8 @@ class ShardWriter:
         except RuntimeError as error:
             raise OSError(str(error)) from error
         self.rows += 1
-        self._written += 1
-        if self._written == self._shard_rows:
+        self._checksums.append(checksum(record))
+        if len(self._checksums) == self._shard_rows:
             self._close_shard()
 
     def finish(self) -> tuple[Shard, ...]:
@@ -114,12 +117,14 @@ class ShardWriter:
             self._writer.close()
         except RuntimeError as error:
             raise OSError(str(error)) from error
+        written = len(self._checksums)
         reader = ArrayRecordReader(str(path))
-        if not reader.ok() or reader.num_records() != self._written:
+        if not reader.ok() or reader.num_records() != written:
             raise OSError(f"{path.name} was not written completely (is the disk full?)")
         reader.close()
-        self._shards.append(finished_file(path, self._written))
-        self._writer, self._written = None, 0
+        index = finished_file(write_index(path, self._checksums), written)
+        self._shards.append(dataclasses.replace(finished_file(path, written), index_sha256=index.sha256))
+        self._writer, self._checksums = None, array.array("I")
 
 
 def finished_file(path: Path, rows: int) -> Shard:

@@ -6,8 +6,9 @@ several hosts, each process runs the same command and finds the other processes 
   automatically  if JAX recognizes a cluster that announces several processes: Slurm (srun), Cloud TPU, GKE;
   by flags       if all N processes get --coordinator_address=HOST:PORT --num_processes=N --process_id=I.
 
-All processes share one workdir on a mounted file system. Process 0 alone makes every decision that does not follow
-from the data that all processes share (Does a checkpoint exist? Is the workdir in use?); see `first_decides`.
+All processes share one workdir, on a mounted file system or in a bucket. Process 0 alone makes every decision that does
+not follow from the data that all processes share (Does a checkpoint exist? Is the workdir in use?); see
+`first_decides`.
 
 No process is left hanging. If a process fails, it announces its exit code, and the other processes exit with the same
 code within seconds. If a process dies without announcing anything (kill -9, a lost host), its death is detected after

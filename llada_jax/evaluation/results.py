@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 
 from llada_jax import __version__
+from llada_jax.devices import distributed
 from llada_jax.formats import published, workdir
+from llada_jax.storage import objects
+from llada_jax.storage.objects import Place
 
 _PACKAGES = ("jax", "jaxlib", "flax", "lm_eval", "datasets", "tokenizers", "sentencepiece", "numpy")
 
@@ -27,23 +30,28 @@ def identify(path: str, step: int | None = None) -> dict[str, Any]:
       checkpoint, the weights' hash is the hash of the checkpoint's record, which has a fingerprint of every array. For
       a published folder, it is a hash of the names, sizes and modification times of the *.safetensors files.
     """
-    folder = Path(path)
-    record: dict[str, Any] = {"path": str(folder.resolve()), "step": None}
-    if (folder / workdir.CHECKPOINTS).is_dir():
+    folder = objects.place(path)
+    where = path if objects.is_bucket(path) else str(Path(path).resolve())
+    record: dict[str, Any] = {"path": where, "step": None}
+    remote = objects.is_bucket(path)
+    if workdir.is_workdir(folder, "--model=") if remote else (folder / workdir.CHECKPOINTS).is_dir():
         record["step"] = workdir.choose_step(folder, step)
         weights = _content(workdir.checkpoint_path(folder, record["step"]) / "run" / "metadata")
         # For a model with adapters, the weights of the frozen base model count as well.
         weights += _content(workdir.checkpoint_path(folder / workdir.FROZEN, 0) / "run" / "metadata")
     else:
+        folder = workdir.local_files(path, distributed.log)
         found = [(file.name, file.stat()) for file in sorted(folder.glob("*.safetensors"))]
         weights = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in found]).encode()
+        if remote:
+            weights = folder.name.encode()  # the name of the copy is a hash of the generations of its objects
     return record | {"config": digest(_content(folder / published.CONFIG)), "weights": digest(weights)}
 
 
-def _content(path: Path) -> bytes:
+def _content(path: Place) -> bytes:
     """Returns the content of a file, empty if it cannot be read: loading the model reports what is missing."""
     try:
-        return path.read_bytes()
+        return objects.read(path)
     except OSError:
         return b""
 

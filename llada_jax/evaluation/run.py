@@ -35,6 +35,7 @@ from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.settings import check_settings, resolve
 from llada_jax.sampling.text_completion import Options
+from llada_jax.storage import objects
 from llada_jax.text.tokenizer import Tokenizer
 
 REVERSAL = "reversal"
@@ -176,7 +177,7 @@ def check(job: Evaluation) -> None:
         raise UserError("nothing to evaluate: pass --tasks=NAME,... or --recipe=NAME (--list shows the recipes)")
     if distributed.index() == 0:
         _check_places(job)
-    if not Path(job.model).is_dir():
+    if not objects.is_bucket(job.model) and not Path(job.model).is_dir():
         raise UserError(f"--model={job.model} is not a folder; pass a training workdir or a published model's folder")
     if REVERSAL in job.tasks and not job.data:
         raise UserError("--tasks=reversal needs --data=FILE.json, a file with the couplets")

@@ -12,7 +12,6 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +26,8 @@ from llada_jax.devices import distributed
 from llada_jax.formats.fingerprint import fingerprint
 from llada_jax.formats.orbax_errors import one_line
 from llada_jax.formats.workdir import checkpoint_path
+from llada_jax.storage import objects, retries
+from llada_jax.storage.objects import Place
 
 
 class Damaged(Exception):
@@ -67,7 +68,7 @@ def save_args(step: int, tree: dict, record: dict) -> ocp.args.Composite:
 
 
 @contextlib.contextmanager
-def save_errors(directory: Path, remedy: str = "") -> Iterator[None]:
+def save_errors(directory: Place, remedy: str = "") -> Iterator[None]:
     """Turns any exception of the block, which writes checkpoints to `directory`, into SaveFailed.
 
     Args:
@@ -82,12 +83,12 @@ def save_errors(directory: Path, remedy: str = "") -> Iterator[None]:
         raise SaveFailed(f"a checkpoint could not be written to {directory}: {one_line(error)}{remedy}") from error
 
 
-def read_record(path: Path) -> dict:
+def read_record(path: Place) -> dict:
     """Returns the record of the checkpoint in the folder `path`."""
-    return json.loads((path / "run" / "metadata").read_text())
+    return json.loads(objects.read(path / "run" / "metadata"))
 
 
-def read(path: Path, target: dict, partial: bool = True) -> tuple[dict, dict]:
+def read(path: Place, target: dict, partial: bool = True) -> tuple[dict, dict]:
     """Reads arrays of a checkpoint and checks them against their fingerprints.
 
     Each process reads the part that its devices need. All processes must call this with the same arguments.
@@ -108,9 +109,11 @@ def read(path: Path, target: dict, partial: bool = True) -> tuple[dict, dict]:
     try:
         tree, record = _read_arrays(path, target, partial), read_record(path)
         expected = record["fingerprint"]
-    except (MemoryError, jax.errors.JaxRuntimeError):
-        raise  # most likely there is not enough memory, which is not a fault of the files
+    except (MemoryError, jax.errors.JaxRuntimeError, UserError):
+        raise  # most likely there is not enough memory or no access, which is not a fault of the files
     except Exception as error:  # Orbax and TensorStore raise many kinds
+        if objects.is_bucket(path) and retries.storage_to_blame(error):
+            raise retries.StorageFailed(str(path), one_line(error)) from error
         if failed := machine_error(error, path):
             raise failed from error  # a run must not put such a checkpoint aside
         problem = one_line(error)
@@ -123,7 +126,7 @@ def read(path: Path, target: dict, partial: bool = True) -> tuple[dict, dict]:
     return tree, record
 
 
-def _read_arrays(path: Path, target: dict, partial: bool) -> dict:
+def _read_arrays(path: Place, target: dict, partial: bool) -> dict:
     # Orbax's managers wait until all processes have read, so they would wait forever if one process failed. Its handler
     # does not wait.
     restore_args = ocp.checkpoint_utils.construct_restore_args(target)

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from llada_jax.formats.companions import companion_files, put_files
 from llada_jax.formats.generation_config import generation_config
 from llada_jax.formats.published import CONFIG, as_json
 from llada_jax.model.transformer import Transformer, split
+from llada_jax.storage import objects
+from llada_jax.storage.objects import Place
 from llada_jax.text.agreement import fitted, notes_of, with_tokenizer
 from llada_jax.text.named_ids import GENERATION_CONFIG
 from llada_jax.text.tokenizer import Tokenizer, find_tokenizer
@@ -27,11 +30,11 @@ from llada_jax.text.tokenizer import Tokenizer, find_tokenizer
 class Source:
     """What is known of a model folder before its weights are read."""
 
-    path: Path
+    path: Place
     step: int | None  # the step of a workdir's checkpoint; None for a published folder
     config: Config  # the configuration; for a published folder only `model` and `sequence_length` are known
     identity: dict  # the hashes of the run's data and tokenizer; {} for a published folder
-    tokenizer: Path  # the folder that holds the tokenizer's files, if there are any
+    tokenizer: Path  # the folder on this machine with the tokenizer's files, if there are any
     dtype: str  # the dtype in which the weights are held in memory: float32 or bfloat16
     naming: str  # the naming of the tensors: llada or llama
     companions: Path | None  # the folder that holds the companion files of a published folder
@@ -68,7 +71,8 @@ def convert(
 
     Args:
       source: A training workdir, a published folder, or a folder that this function wrote.
-      output: A new or empty folder.
+      output: A new or empty folder. It may lie in a bucket (gs://): everything is then written into a temporary folder
+        first, and uploaded.
       form: "huggingface" or "orbax".
       step: The step of a workdir's checkpoint. None means the newest.
       dtype: The dtype of all weights, "float32" or "bfloat16". None keeps the dtype of each tensor.
@@ -91,8 +95,11 @@ def convert(
             raise UserError(f"{name}={value!r}: choose {' or '.join(filter(None, known))}")
     if not isinstance(shard_bytes, int) or shard_bytes < 1:
         raise UserError(f"shard_bytes={shard_bytes}: a positive integer is needed")
+    if objects.is_bucket(output):
+        _convert_into_bucket(source, output, form, step, dtype, naming, shard_bytes, progress)
+        return
     check_folder(output)
-    found = _source(Path(source), step)
+    found = _source(objects.place(source), step)
     if form == "orbax" and naming not in (None, found.naming):
         raise UserError("naming is for format=huggingface: leave it out for format=orbax")
     tokenizer = fitted(find_tokenizer(found.tokenizer), found.config.model, found.path)
@@ -109,11 +116,38 @@ def convert(
             _write_workdir(found, tokenizer, model, output)
 
 
-def _source(path: Path, step: int | None) -> Source:
+def _convert_into_bucket(
+    source: str | os.PathLike, output: str | os.PathLike, form: str, step: int | None, *settings: Any
+) -> None:
+    """Converts into a temporary folder on this machine, and uploads what is in it."""
+    objects.check(output, "output ")
+    if objects.names(output):
+        raise UserError(f"output {output} exists: name another folder, or remove its objects")
+    dtype, naming, shard_bytes, progress = settings
+    with tempfile.TemporaryDirectory(prefix="llada_jax-") as temporary:
+        folder = Path(temporary) / "output"
+        options = {"step": step, "dtype": dtype, "naming": naming, "shard_bytes": shard_bytes, "progress": progress}
+        convert(source, folder, form, **options)
+        # Nothing is renamed in a bucket: what makes the folder complete comes last.
+        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+        checkpoint = [name for name in files if name.startswith(f"{workdir.CHECKPOINTS}/")]
+        for name, path in files.items():
+            if name not in (CONFIG, *checkpoint):
+                objects.write(objects.place(output) / name, path.read_bytes())
+        objects.write(objects.place(output) / CONFIG, files[CONFIG].read_bytes())
+        for name in checkpoint:
+            objects.write(objects.place(output) / name, files[name].read_bytes())
+        if checkpoint:
+            done = "/".join((*checkpoint[0].split("/")[:2], workdir.COMPLETE))
+            objects.write(objects.place(output) / done, b"written by llada_jax.convert")
+
+
+def _source(path: Place, step: int | None) -> Source:
     if workdir.is_workdir(path, "input "):
         return _from_workdir(path, workdir.choose_step(path, step))
     if step is not None:
         raise UserError(f"step={step}: {path} is not a training workdir and has no steps: leave step out")
+    path = workdir.local_files(path, lambda line: print(line, file=sys.stderr))
     found = huggingface.inspect(path)
     config = Config(model=found.config)
     config.sequence_length = published.sequence_length(found.fields) or config.sequence_length
@@ -133,10 +167,11 @@ def _source(path: Path, step: int | None) -> Source:
     )
 
 
-def _from_workdir(path: Path, step: int) -> Source:
+def _from_workdir(path: Place, step: int) -> Source:
+    files = workdir.local_files(path, lambda line: print(line, file=sys.stderr))
     config, identity = workdir.read_config(path)
     record = weights.weights_record(path, step) or {}
-    kept = path / workdir.PUBLISHED_FILES
+    kept = files / workdir.PUBLISHED_FILES
     companions = kept if (kept / CONFIG).is_file() else None
     naming = record.get("naming", "llada")
     fields = published.read_json(companions / CONFIG) if companions else {}
@@ -147,7 +182,7 @@ def _from_workdir(path: Path, step: int) -> Source:
         step=step,
         config=config,
         identity=identity,
-        tokenizer=path / workdir.TOKENIZER,
+        tokenizer=files / workdir.TOKENIZER,
         dtype=record.get("dtype", "float32"),
         naming=naming,
         companions=companions,

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +25,8 @@ from llada_jax.formats import arrays, published, workdir
 from llada_jax.formats.orbax_errors import quiet
 from llada_jax.model import lora
 from llada_jax.model.transformer import Transformer, abstract_model, merge, split
+from llada_jax.storage import objects
+from llada_jax.storage.objects import Place
 
 
 def weights_record(folder: str | os.PathLike, step: int) -> dict | None:
@@ -55,7 +56,7 @@ def save_weights(folder: str | os.PathLike, step: int, params: dict, record: dic
       SaveFailed: If the checkpoint cannot be written, or if a parameter is not finite.
     """
     quiet()
-    directory = Path(folder).absolute() / workdir.CHECKPOINTS
+    directory = objects.absolute(folder) / workdir.CHECKPOINTS
     dtype = jax.tree.leaves(params)[0].dtype.name
     manager = ocp.CheckpointManager(directory)
     with arrays.save_errors(directory):
@@ -137,7 +138,7 @@ def load_model(folder: str | os.PathLike, step: int | None, mesh: Mesh, dtype: A
 
 def _adapters(folder: str | os.PathLike) -> LoraConfig:
     """Returns the adapters that the checkpoints of a workdir hold: none if there is no config.json."""
-    if not (Path(folder) / published.CONFIG).exists():
+    if not objects.exists(objects.place(folder) / published.CONFIG):
         return LoraConfig()
     return workdir.read_config(folder)[0].model.lora
 
@@ -157,12 +158,15 @@ def save_frozen(folder: str | os.PathLike, frozen: dict) -> None:
       UserError: If frozen/ holds something that this function did not write.
     """
     if frozen:
-        target = Path(folder) / workdir.FROZEN
+        target = objects.place(folder) / workdir.FROZEN
         distributed.first_decides("frozen weights", lambda: _make_room(target))
         save_weights(target, 0, frozen, {})
 
 
-def _make_room(target: Path) -> None:
+def _make_room(target: Place) -> None:
+    if objects.is_bucket(target):
+        objects.delete_all(target)
+        return
     if target.exists() and [path.name for path in target.iterdir()] not in ([], [workdir.CHECKPOINTS]):
         raise UserError(
             f"{target} is where the weights go that adapters are added to, but it holds something else: remove it"
@@ -172,7 +176,7 @@ def _make_room(target: Path) -> None:
 
 def load_frozen(folder: str | os.PathLike, config: Config, mesh: Mesh, dtype: Any) -> dict:
     """Reads what `save_frozen` wrote, in `dtype`, on `mesh`. Raises UserError if it is missing or damaged."""
-    target = Path(folder) / workdir.FROZEN
+    target = objects.place(folder) / workdir.FROZEN
     if not workdir.steps_in(target):
         raise UserError(f"{target} is missing: the checkpoints of {folder} hold adapters alone; copy the whole workdir")
     return load_params(target, None, config, mesh, dtype)

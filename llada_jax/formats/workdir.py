@@ -11,19 +11,23 @@ Nothing here imports Orbax, which takes a second to load.
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from llada_jax import config as configs
 from llada_jax.config import Config, UserError
 from llada_jax.formats import published
+from llada_jax.storage import copies, objects
+from llada_jax.storage.objects import Place
 
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 FROZEN = "frozen"
 PUBLISHED_FILES = "published"
+COMPLETE = "commit_success.txt"  # the object that makes a checkpoint in a bucket complete
 
 
-def is_workdir(path: Path, name: str) -> bool:
+def is_workdir(path: Place, name: str) -> bool:
     """Returns True for a training workdir and False for a published folder.
 
     Args:
@@ -33,6 +37,14 @@ def is_workdir(path: Path, name: str) -> bool:
     Raises:
       UserError: If the path is neither.
     """
+    if objects.is_bucket(path):
+        objects.check(path, name)
+        there = objects.names(path)
+        if any(file.startswith(f"{CHECKPOINTS}/") for file in there):
+            return True
+        if any("/" not in file and ".safetensors" in file for file in there):
+            return False
+        raise UserError(f"{name}{path} has no model: it has neither {CHECKPOINTS}/ nor *.safetensors")
     if not path.is_dir():
         raise UserError(f"{name}{path} is not a folder: pass a training workdir or a published model's folder")
     if (path / CHECKPOINTS).is_dir():
@@ -53,9 +65,9 @@ def read_config(workdir: str | os.PathLike) -> tuple[Config, dict]:
     Raises:
       UserError: If there is no config.json, or if it is damaged.
     """
-    path = Path(workdir) / published.CONFIG
+    path = objects.place(workdir) / published.CONFIG
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(objects.read(path))
         return configs.from_dict(record["config"]), record["identity"]
     except FileNotFoundError:
         raise UserError(f"{workdir} is not a training workdir: it has no config.json") from None
@@ -84,8 +96,12 @@ def write_config(workdir: str | os.PathLike, config: Config, identity: dict) -> 
 def steps_in(workdir: str | os.PathLike) -> list[int]:
     """Returns the steps of the complete checkpoints of a workdir in ascending order.
 
-    A checkpoint that is still being written has a name that is not a number.
+    A checkpoint that is still being written has a name that is not a number. In a bucket, where nothing can be renamed,
+    it lacks the object that Orbax writes last.
     """
+    if objects.is_bucket(workdir):
+        parts = [name.split("/") for name in objects.names(objects.place(workdir) / CHECKPOINTS)]
+        return sorted(int(part[0]) for part in parts if part[0].isdigit() and part[1:] == [COMPLETE])
     folder = Path(workdir) / CHECKPOINTS
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
@@ -108,9 +124,25 @@ def choose_step(workdir: str | os.PathLike, step: int | None) -> int:
     return step
 
 
-def checkpoint_path(workdir: str | os.PathLike, step: int) -> Path:
+def checkpoint_path(workdir: str | os.PathLike, step: int) -> Place:
     """Returns the folder of a checkpoint."""
-    return Path(workdir).absolute() / CHECKPOINTS / str(step)
+    return objects.absolute(workdir) / CHECKPOINTS / str(step)
+
+
+def local_files(path: str | os.PathLike, report: Callable[[str], None]) -> Path:
+    """Returns the folder on this machine that has the files of a model folder which libraries read as files.
+
+    Args:
+      path: A training workdir or a published folder. On this machine, it is returned as it is. Of a workdir in a
+        bucket, the small files are copied, and of a published folder everything.
+      report: A function that is called with one line of text before weights are copied.
+    """
+    if not objects.is_bucket(path):
+        return Path(path)
+    if is_workdir(objects.place(path), ""):
+        small = (f"{TOKENIZER}/", f"{PUBLISHED_FILES}/", published.CONFIG)
+        return copies.local_copy(path, lambda name: name.startswith(small), report, (CHECKPOINTS,))
+    return copies.local_copy(path, lambda name: True, report)
 
 
 def trained_length(folder: str | Path) -> int | None:
@@ -120,7 +152,7 @@ def trained_length(folder: str | Path) -> int | None:
       folder: A training workdir or a published folder.
     """
     try:
-        record = json.loads((Path(folder) / published.CONFIG).read_bytes())
+        record = json.loads(objects.read(objects.place(folder) / published.CONFIG))
         run = record.get("config")  # only the config.json of a workdir has this field
         return published.sequence_length(record) if run is None else run.get("sequence_length")
     except (OSError, ValueError, AttributeError, RecursionError):

@@ -1,4 +1,5 @@
 """A training run: where it begins, its steps, its checkpoints, and its metrics.
 
-May import: scoring, formats, data, sampling, model, diffusion, devices, text, cli, config. Start reading at `run.py`.
+May import: scoring, formats, data, sampling, model, diffusion, devices, text, cli, storage, config. Start reading at
+`run.py`.
 """

@@ -5,10 +5,10 @@ fingerprints by which a damaged array is recognised, is in `formats/arrays.py`. 
 `formats/weights.py`.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
@@ -20,6 +20,7 @@ from llada_jax.devices import distributed
 from llada_jax.formats import arrays, workdir
 from llada_jax.formats.arrays import Damaged
 from llada_jax.formats.orbax_errors import quiet
+from llada_jax.storage import objects
 from llada_jax.training.step import TrainState, make_state
 
 _REMEDY = "; the same command continues from the newest complete checkpoint"
@@ -41,19 +42,18 @@ class Checkpoints:
           config: How often checkpoints are saved, and how many are kept.
         """
         quiet()
-        self.directory = Path(folder).absolute() / workdir.CHECKPOINTS
+        self.directory = objects.absolute(folder) / workdir.CHECKPOINTS
         self._every = config.every
         policies = [preservation_policy.LatestN(config.keep)]
         if config.permanent_every:
             policies.append(preservation_policy.EveryNSteps(config.permanent_every))
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),  # the training loop decides
-                preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-                cleanup_tmp_directories=True,
-            ),
+        options = ocp.CheckpointManagerOptions(
+            save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),  # the training loop decides
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
         )
+        with arrays.save_errors(self.directory) if objects.is_bucket(folder) else contextlib.nullcontext():
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints in ascending order."""
@@ -101,7 +101,8 @@ class Checkpoints:
     def restore(self, config: Config, mesh: Mesh, report: Callable[[str], None]) -> tuple[TrainState, dict]:
         """Restores the newest checkpoint that is not damaged.
 
-        A damaged checkpoint is reported and renamed to damaged-STEP, and then the checkpoint before it is tried.
+        A damaged checkpoint is reported and renamed to damaged-STEP, and then the checkpoint before it is tried. In a
+        bucket it is moved to damaged/STEP in the workdir, because Orbax removes from checkpoints/ what is unfinished.
 
         Args:
           config: The configuration of the run, which the shapes come from.
@@ -141,6 +142,10 @@ class Checkpoints:
             return
         if distributed.index() == 0:
             for step in steps:
+                if objects.is_bucket(self.directory):
+                    aside = self.directory.parent / "damaged" / str(step)
+                    objects.move_all(self.directory / str(step), aside, workdir.COMPLETE)
+                    continue
                 aside = self.directory / f"damaged-{step}"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.directory / str(step)).rename(aside)

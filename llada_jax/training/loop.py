@@ -10,7 +10,6 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 
@@ -27,9 +26,12 @@ from llada_jax.diffusion.forward import is_chat, masked_share
 from llada_jax.model import lora
 from llada_jax.model.transformer import abstract_model, split
 from llada_jax.scoring import bound
+from llada_jax.storage.lease import LeaseLost
+from llada_jax.storage.retries import StorageFailed
 from llada_jax.text.tokenizer import Tokenizer
 from llada_jax.training import goodput, metrics, samples, spikes, summary
 from llada_jax.training.checkpoint import Checkpoints
+from llada_jax.training.home import Home
 from llada_jax.training.hosts import Hosts
 from llada_jax.training.step import TrainState, make_train_step
 
@@ -40,7 +42,7 @@ class Loop:
     def __init__(
         self,
         config: Config,
-        folder: Path,
+        home: Home,
         device_mesh: jax.sharding.Mesh,
         compute: ComputeConfig,
         saved: Checkpoints,
@@ -55,7 +57,7 @@ class Loop:
 
         Args:
           config: The configuration of the run.
-          folder: The workdir of the run.
+          home: The workdir of the run.
           device_mesh: The mesh of the run, which must be in use.
           compute: The resolved config.compute (`compute.resolve_compute`).
           saved: The checkpoints of the workdir.
@@ -67,7 +69,8 @@ class Loop:
           record: The record of the loop that `_save` put into the checkpoint, or {} at the start of a run.
           watch: Counts where the time of this start goes.
         """
-        self.config, self.folder, self.mesh = config, folder, device_mesh
+        self.config, self.home, self.mesh = config, home, device_mesh
+        self.folder = folder = home.folder
         self.saved, self.tokenizer, self.held_out = saved, tokenizer, held_out
         self.graphdef, _ = split(abstract_model(config.model, compute))
         self.frozen, self.watch, self.device = frozen, watch, goodput.Device()
@@ -138,6 +141,7 @@ class Loop:
             if self.first_step == 0 and config.init_from and self.held_out is not None:
                 self.writer.write(0, self._validate(state))  # how good the weights are before this run trains them
             while self.done < config.steps:
+                self.home.check()
                 if self.stop.received(self.done):
                     return self._leave(state)
                 self._profile(state)
@@ -231,7 +235,7 @@ class Loop:
             return {}
         rows = self.data.origins(step - 1)  # steps of the data are counted from 0
         before = max((saved for saved in self.saved.steps() if saved < step), default=None)
-        log(spikes.advice(found["spike/text"], rows, self.config, self.folder, before, step, sys.argv))
+        log(spikes.advice(found["spike/text"], rows, self.config, self.home.path, before, step, sys.argv))
         return found | {"spike/rows": rows}
 
     def _between_steps(self, state: TrainState) -> None:
@@ -258,6 +262,7 @@ class Loop:
         begin = time.perf_counter()
         with self.watch.of("checkpoint"):
             self.writer.sync()
+            self.home.upload()
             record = {"window": self.window.sums, "skipped_in_a_row": self.skipped_in_a_row}
             self.saved.save(state, record | {"spikes": self.spikes.sums})
         self.extra["checkpoint_stall_seconds"] = time.perf_counter() - begin
@@ -271,7 +276,7 @@ class Loop:
 
     def _finish(self, state: TrainState) -> int:
         if self.first_step == self.config.steps:
-            log(f"{self.folder} is finished: nothing to train up to step {self.config.steps}")
+            log(f"{self.home.path} is finished: nothing to train up to step {self.config.steps}")
             if self.held_out is not None:
                 self._validate(state)
         self._save(state)
@@ -280,7 +285,7 @@ class Loop:
         if self.config.report and self.held_out is not None and distributed.index() == 0:
             marks = summary.yardsticks(self.held_out, self.tokenizer)
             held_out_bytes = int(self.held_out.bytes_N.sum())
-            print(summary.final_report(str(self.folder), self.bits_per_byte, marks, held_out_bytes))
+            print(summary.final_report(str(self.home.path), self.bits_per_byte, marks, held_out_bytes))
         return entry_point.FINISHED
 
     def _validate(self, state: TrainState) -> dict:
@@ -340,7 +345,7 @@ class Loop:
         if self.tracing:
             self.tracing = False
             jax.profiler.stop_trace()
-            log(f"profile from step {self.config.profile.first_step} to {self.done} in {self.folder / 'profile'}")
+            log(f"profile from step {self.config.profile.first_step} to {self.done} in {self.home.path / 'profile'}")
 
     def _close(self, together: bool) -> None:
         """Finishes what is being written. Raises SaveFailed if a checkpoint could not be written.
@@ -357,6 +362,8 @@ class Loop:
         finally:
             self.writer.close()
             self.stop.close()
+            with contextlib.nullcontext() if together else contextlib.suppress(LeaseLost, StorageFailed):
+                self.home.upload()
 
 
 def _falls_on(step: int, every: int) -> bool:

@@ -26,6 +26,8 @@ from llada_jax.devices.hardware import compiler_options
 from llada_jax.diffusion.forward import is_chat
 from llada_jax.model import lora
 from llada_jax.scoring import bound
+from llada_jax.storage import objects
+from llada_jax.storage.objects import Place
 from llada_jax.text.tokenizer import Tokenizer
 from llada_jax.training.checkpoint import Checkpoints
 from llada_jax.training.samples import sample_texts
@@ -136,7 +138,7 @@ def decide(config: Config, seconds: float, costs: Costs) -> int:
 def measure(
     config: Config,
     graphdef: nnx.GraphDef,
-    folder: Path,
+    folder: Place,
     state: TrainState,
     frozen: dict,
     data: Data,
@@ -181,7 +183,7 @@ def _second(run: Callable[[], object]) -> float:
     return now() - begin
 
 
-def _time_save(folder: Path, state: TrainState) -> float:
+def _time_save(folder: Place, state: TrainState) -> float:
     name = distributed.first_decides("trial", lambda: _new_folder(folder))
     try:
         saved = Checkpoints(folder / name, CheckpointConfig())
@@ -193,14 +195,24 @@ def _time_save(folder: Path, state: TrainState) -> float:
         distributed.barrier("trial is not in use")
     finally:
         if distributed.index() == 0:
-            shutil.rmtree(folder / name, ignore_errors=True)
+            _remove(folder / name)
     return seconds
 
 
-def _new_folder(folder: Path) -> str:
+def _remove(folder: Place) -> None:
+    if objects.is_bucket(folder):
+        objects.delete_all(folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _new_folder(folder: Place) -> str:
     """Returns the name of a new folder for a trial, and removes those of trials that were killed."""
+    if objects.is_bucket(folder):
+        _remove(folder / f"{TRIAL}save")
+        return f"{TRIAL}save"
     for killed in folder.glob(f"{TRIAL}*"):
-        shutil.rmtree(killed, ignore_errors=True)
+        _remove(killed)
     return Path(tempfile.mkdtemp(prefix=TRIAL, dir=folder)).name
 
 

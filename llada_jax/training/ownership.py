@@ -25,6 +25,10 @@ from llada_jax.config import Config, UserError
 from llada_jax.devices import distributed
 from llada_jax.formats.published import CONFIG
 from llada_jax.formats.workdir import CHECKPOINTS, FROZEN, PUBLISHED_FILES, TOKENIZER
+from llada_jax.storage import objects
+from llada_jax.storage.lease import mark_of
+from llada_jax.storage.objects import Place
+from llada_jax.training.home import BucketHome, Home, working_copy
 
 _FILES = ("metrics.jsonl", "samples.txt", "starts.jsonl", "wandb_id", CONFIG)
 _FOLDERS = ("tensorboard", "profile", "data", "wandb", CHECKPOINTS, FROZEN, PUBLISHED_FILES, TOKENIZER)
@@ -32,21 +36,35 @@ _SHARED_SECONDS = 20  # how long a network file system may take to show one host
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
+def locked(workdir: Place) -> Iterator[Home]:
     """Creates a workdir if needed, and owns it until the block ends or the process dies.
 
     If the run has several processes, the first one takes the lock for all. Each of the others checks that it sees the
-    same folder.
+    same folder. In a bucket, the lock is a lease (`storage/lease.py`), which a dead owner loses.
+
+    Yields:
+      The workdir, and in process 0 the folder for its files.
 
     Raises:
       UserError: If another run owns the workdir, if it cannot be written, or if it is not the same folder for all
         processes.
     """
     with contextlib.ExitStack() as owned:
-        mark = distributed.first_decides("workdir", lambda: _own(workdir, owned))
+        homes: list[Home] = []
+
+        def own() -> str:
+            if objects.is_bucket(workdir):
+                home = BucketHome(workdir, f"--workdir={workdir}", distributed.log)
+                homes.append(home)
+                owned.callback(home.close)
+                return home.lease.mark
+            return _own(workdir, owned)
+
+        mark = distributed.first_decides("workdir", own)
         if distributed.index():
             _check_shared(workdir, mark)
-        yield
+        folder = working_copy(workdir) if objects.is_bucket(workdir) else workdir
+        yield homes[0] if homes else Home(workdir, folder)
 
 
 def _own(workdir: Path, owned: contextlib.ExitStack) -> str:
@@ -75,8 +93,12 @@ def _own(workdir: Path, owned: contextlib.ExitStack) -> str:
     return mark
 
 
-def _check_shared(workdir: Path, mark: str) -> None:
+def _check_shared(workdir: Place, mark: str) -> None:
     """Raises UserError unless process 0 has written `mark` into this folder."""
+    if objects.is_bucket(workdir):
+        if (found := mark_of(workdir / "lock")) != mark:
+            raise UserError(f"--workdir={workdir} is owned by {found} as {platform.node()} sees it, not by {mark}")
+        return
     for _ in range(_SHARED_SECONDS):
         with contextlib.suppress(OSError):
             if (workdir / "lock").read_text() == mark:

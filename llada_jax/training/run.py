@@ -7,7 +7,6 @@ comes before the first compilation.
 
 import os
 import sys
-from pathlib import Path
 
 import jax
 
@@ -24,9 +23,12 @@ from llada_jax.formats.companions import keep_companions
 from llada_jax.model import lora
 from llada_jax.model.compute import resolve_compute
 from llada_jax.model.transformer import abstract_model, parameter_count, split
+from llada_jax.storage import objects
+from llada_jax.storage.lease import LeaseLost
 from llada_jax.text.agreement import resolve_ids
 from llada_jax.training import config_check, extension, goodput, metrics, minutes, ownership, samples, start
 from llada_jax.training.checkpoint import Checkpoints
+from llada_jax.training.home import Home
 from llada_jax.training.loop import Loop
 
 
@@ -48,22 +50,21 @@ def train(config: Config, folder: str | os.PathLike, began: float | None = None)
     """
     paths.expand_settings(config)
     config_check.validate(config)
-    if "://" in os.fspath(folder):
-        raise UserError(f"--workdir={folder}: a local or mounted folder is needed")
-    folder = Path(paths.expanded(folder))
+    objects.check(folder, "--workdir=")
+    path = objects.place(paths.expanded(folder))
     started, watch = minutes.now(), goodput.Stopwatch(began)
     distributed.check_same(
         "config", configs.to_dict(config), lambda first: _difference(config, configs.from_dict(first))
     )
-    with ownership.locked(folder):
-        try:
-            return _run(config, folder, started, watch)
-        except (NonFinite, SaveFailed) as error:
-            reason = str(error)
-        except OSError as error:
-            if error.errno not in machine_errors.MACHINE:
-                raise
-            reason = f"{error.filename or folder} cannot be written or read: {machine_errors.reason(error)}"
+    try:
+        with ownership.locked(path) as home:
+            return _run(config, home, started, watch)
+    except (NonFinite, SaveFailed, LeaseLost) as error:
+        reason = str(error)
+    except OSError as error:
+        if error.errno not in machine_errors.MACHINE:
+            raise
+        reason = f"{error.filename or path} cannot be written or read: {machine_errors.reason(error)}"
     if distributed.announce(entry_point.FAILURE):
         print(f"stopped: {reason}", file=sys.stderr, flush=True)
     return entry_point.FAILURE
@@ -74,9 +75,11 @@ def _difference(config: Config, first: Config) -> str:
     return f"config.{name} is {ours}, but in process 0 it is {theirs}: start all processes with the same command"
 
 
-def _run(config: Config, folder: Path, started: float, watch: goodput.Stopwatch) -> int:
+def _run(config: Config, home: Home, started: float, watch: goodput.Stopwatch) -> int:
+    path, folder = home.path, home.folder
+
     # Decide where the run begins.
-    begin = start.decide(config, folder)
+    begin = start.decide(config, path)
     config.model = begin.architecture(config.model)
     if config.minutes:
         minutes.check(config, begin.earlier, begin.kind is start.Kind.BRANCHED)
@@ -90,7 +93,7 @@ def _run(config: Config, folder: Path, started: float, watch: goodput.Stopwatch)
     compute = _check_devices(config, device_mesh)
 
     # Open the data, which decides the vocabulary and the special ids.
-    sets = prepared.find_sets(config, folder, begin.earlier, begin.told)
+    sets = prepared.find_sets(config, path, begin.earlier, begin.told, folder)
     resolve_ids(config.model, sets.tokenizer, is_chat(config), "" if begin.resumes else begin.source)
     mesh.check_model(config.model, tuple(device_mesh.shape.values()))
     samples.check_prompts(sets.tokenizer, config, is_chat(config))
@@ -106,13 +109,13 @@ def _run(config: Config, folder: Path, started: float, watch: goodput.Stopwatch)
 
     with jax.set_mesh(device_mesh):
         # Make the state that the first step is computed from.
-        saved = Checkpoints(folder, config.checkpoint)
+        saved = Checkpoints(path, config.checkpoint)
         loading = minutes.now()
         state, frozen, record = begin.first_state(config, device_mesh, compute.dtype, saved)
         if config.minutes and not begin.resumes:
             loading = minutes.now() - loading
             graphdef, _ = split(abstract_model(config.model, compute))
-            costs = minutes.measure(config, graphdef, folder, state, frozen, data, held_out, sets.tokenizer)
+            costs = minutes.measure(config, graphdef, path, state, frozen, data, held_out, sets.tokenizer)
             gone = minutes.now() - started + loading  # the trial has used the state up: it is made once more
             config.steps = minutes.decide(config, 60 * config.minutes - gone, costs)
             state = frozen = None  # or there would be two of them
@@ -133,19 +136,20 @@ def _run(config: Config, folder: Path, started: float, watch: goodput.Stopwatch)
 
         # Fill the workdir first, so that no checkpoint is ever without the files that explain it.
         if not begin.resumes:
-            weights.save_frozen(folder, frozen)
+            weights.save_frozen(path, frozen)
         if distributed.index() == 0:
             ownership.keep_tokenizer(folder, sets.tokenizer_folder)
             if begin.source and not begin.resumes:
-                keep_companions(folder, Path(begin.source))
+                keep_companions(folder, workdir.local_files(begin.source, log))
             workdir.write_config(folder, config, identity)
             lines = [goodput.read_lines(folder / name) for name in ("starts.jsonl", "metrics.jsonl")]
             watch.earlier = goodput.account(*lines, first_step, watch.began)
             ownership.record_start(folder, config, first_step, watch.start())
+            home.upload()
         distributed.barrier("workdir is ready")
 
         # Train.
-        loop = Loop(config, folder, device_mesh, compute, saved, sets.tokenizer, held_out, state, frozen, record, watch)
+        loop = Loop(config, home, device_mesh, compute, saved, sets.tokenizer, held_out, state, frozen, record, watch)
         return loop.run(state, data)
 
 

@@ -11,7 +11,6 @@ weights    only the weights of config.init_from are taken: it is a published fol
 import dataclasses
 import enum
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,8 @@ from llada_jax.diffusion.forward import is_chat
 from llada_jax.formats import huggingface, published, weights, workdir
 from llada_jax.model import lora
 from llada_jax.model.transformer import split
+from llada_jax.storage import objects
+from llada_jax.storage.objects import Place
 from llada_jax.text.agreement import fitted, template_hash
 from llada_jax.text.tokenizer import find_tokenizer
 from llada_jax.training.checkpoint import Checkpoints, load_state
@@ -190,10 +191,11 @@ class Start:
         log(f"starting from the weights of {self.source}")
         wanted = lora.plain(config.model)
         # The folder is read again here, and may have changed since the decision.
-        return split(huggingface.load_model(self.source, dtype, lambda m: check_fits(m, wanted, self.source)))[1]
+        files = workdir.local_files(self.source, log)
+        return split(huggingface.load_model(files, dtype, lambda m: check_fits(m, wanted, self.source)))[1]
 
 
-def decide(config: Config, folder: Path) -> Start:
+def decide(config: Config, folder: Place) -> Start:
     """Decides where a run begins, in the same way for all its processes. No device is touched and no array is read.
 
     Args:
@@ -213,27 +215,28 @@ def decide(config: Config, folder: Path) -> Start:
 
 def _check_seen(begin: Start) -> None:
     """Raises UserError unless this process, too, sees the source: its arrays are read hours later."""
-    source = Path(begin.source)
+    source = objects.place(begin.source)
     if workdir.is_workdir(source, f"process {distributed.index()}: config.init_from="):
         workdir.choose_step(source, begin.step)
-    else:
+    elif not objects.is_bucket(source):  # of a bucket, every host makes a copy
         published.read_json(source / published.CONFIG)
 
 
-def _look(config: Config, folder: Path) -> Start:
+def _look(config: Config, folder: Place) -> Start:
     if steps := workdir.steps_in(folder):
         return _resumed(folder, steps)
     if not config.init_from:
         return Start(Kind.NEW)
-    source = Path(config.init_from)
+    source = objects.place(config.init_from)
     if workdir.is_workdir(source, "config.init_from="):
         return _from_workdir(config, source, workdir.choose_step(source, config.init_step))
     if config.init_step is not None:
         raise UserError(
             f"config.init_step={config.init_step}: {source} is a published folder and has no steps: leave init_step out"
         )
-    found = huggingface.inspect(source)
-    tokenizer = fitted(find_tokenizer(source), found.config, source)
+    files = workdir.local_files(source, log)
+    found = huggingface.inspect(files)
+    tokenizer = fitted(find_tokenizer(files), found.config, source)
     told = tokenizer.notes if tokenizer and prepares_with(config, folder) != config.init_from else ()
     for note in (*found.notes, *(f"{source}: {note}" for note in told)):
         log(note)
@@ -247,19 +250,19 @@ def _look(config: Config, folder: Path) -> Start:
     )
 
 
-def _resumed(folder: Path, steps: list[int]) -> Start:
+def _resumed(folder: Place, steps: list[int]) -> Start:
     if weights.weights_record(folder, steps[-1]):
         raise UserError(
             f"{folder} holds only weights, not a run that can be resumed: take another --workdir, and start from them "
             f"with --config.init_from={folder}"
         )
-    if not (folder / published.CONFIG).exists():
+    if not objects.exists(folder / published.CONFIG):
         raise UserError(f"{folder} has checkpoints but no config.json, so it cannot be resumed: take another --workdir")
     stored, identity = workdir.read_config(folder)
     return Start(Kind.RESUMED, str(folder), config=stored, identity=identity)
 
 
-def _from_workdir(config: Config, source: Path, step: int) -> Start:
+def _from_workdir(config: Config, source: Place, step: int) -> Start:
     parent, identity = workdir.read_config(source)
     adapts_anew = config.model.lora.rank > 0 and parent.model.lora.rank == 0
     alone = config.init_weights_only or adapts_anew or weights.weights_record(source, step) is not None
@@ -273,11 +276,12 @@ def _from_workdir(config: Config, source: Path, step: int) -> Start:
     )
 
 
-def _template(config: Config, source: Path) -> str | None:
+def _template(config: Config, source: Place) -> str | None:
     """Returns the hash of the chat template of the model to tune; None if no conversations are learned."""
     if not is_chat(config):
         return None
-    tokenizer = find_tokenizer(source) or find_tokenizer(source / workdir.TOKENIZER)
+    files = workdir.local_files(source, log)
+    tokenizer = find_tokenizer(files) or find_tokenizer(files / workdir.TOKENIZER)
     return tokenizer and template_hash(tokenizer)
 
 

@@ -81,7 +81,7 @@ def test_what_is_in_the_folder(prepared, corpus, tokenizer_folder):
     manifest = load_manifest(prepared)
     assert len(manifest.train.shards) > 2
     shards = [*manifest.train.shards, *manifest.validation.shards]
-    assert set(content(prepared)) == {"manifest.json", "tokenizer/tokenizer.model", *(shard.name for shard in shards)}
+    assert set(content(prepared)) == {"manifest.json", "tokenizer/tokenizer.model", *(f.name for f in manifest.files())}
     for shard in shards:
         file = prepared / shard.name
         assert (file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()) == (shard.size, shard.sha256)

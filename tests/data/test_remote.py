@@ -17,6 +17,7 @@ from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.data.read.chat import ChatData
 from llada_jax.data.read.remote import local_copy
+from llada_jax.storage import retries
 from llada_jax.text.tokenizer import load_tokenizer
 from llada_jax.training.run import train
 
@@ -68,8 +69,8 @@ def test_a_set_is_copied_whole_and_once(bucket, prepared, tmp_path):
     lines = []
     folder = local_copy("gs://bucket/set", str(tmp_path), lines.append)
     assert Path(folder).parent == tmp_path and files(Path(folder)) == files(prepared)
-    shards = len(list(prepared.glob("*.arrayrecord")))
-    assert shards > 3 and len(lines) == 1 and f"copying {shards} files" in lines[0]
+    shards = len(list(prepared.glob("*.arrayrecord")))  # each with its row index
+    assert shards > 3 and len(lines) == 1 and f"copying {2 * shards} files" in lines[0]
     Bucket.opened.clear()
     assert local_copy("gs://bucket/set", str(tmp_path), lines.append) == folder
     assert Bucket.opened == ["manifest.json"] and len(lines) == 1
@@ -104,7 +105,7 @@ def test_a_copy_that_was_broken_off_goes_on(bucket, prepared, tmp_path):
 def test_a_run_reads_from_a_bucket(bucket, prepared, tmp_path):
     config = tiny.get_config()
     config.steps, config.validation.rows, config.sampling.prompts = 2, 0, ()
-    config.data.path, config.data.cache = "gs://bucket/set", str(tmp_path / "cache")
+    config.data.path, config.data.cache, config.data.copy = "gs://bucket/set", str(tmp_path / "cache"), True
     assert train(config, tmp_path / "bucket") == 0
     config = tiny.get_config()
     config.steps, config.validation.rows, config.sampling.prompts = 2, 0, ()
@@ -140,7 +141,10 @@ def test_what_is_wrong_with_a_remote_set(bucket, tmp_path, monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(Bucket, "_open", no_network)
-    with pytest.raises(UserError, match="gs://bucket/set cannot be read: ConnectionError: no route to host"):
+    monkeypatch.setattr(retries, "POLICY", retries.Policy(tries=3, first_wait=0.01))
+    with pytest.raises(
+        retries.StorageFailed, match="failed 3 times in .*ConnectionError: no route to host: 'gs://bucket/set'"
+    ):
         local_copy("gs://bucket/set", str(tmp_path / "other"))
 
 

@@ -26,7 +26,7 @@ def test_identity_is_content():
     config = Config()
     config.data.weights = (0.5, 0.5)
     manifests = [types.SimpleNamespace(sha256="a"), types.SimpleNamespace(sha256="b")]
-    identity = PreparedSets(["x", "y"], manifests, types.SimpleNamespace(sha256="t")).identity(config)
+    identity = PreparedSets(["x", "y"], manifests, types.SimpleNamespace(sha256="t"), "x/tokenizer").identity(config)
     assert identity == {"data": ["a", "b"], "weights": [0.5, 0.5], "tokenizer": "t"}
     json.dumps(identity)
 

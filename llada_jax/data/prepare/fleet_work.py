@@ -4,6 +4,7 @@ Each function does one unit of work and may be called again, after a failure or 
 under the same names, a whole file at a time, the file that says "done" last. If that file is there, nothing is done.
 """
 
+import dataclasses
 import functools
 import tempfile
 import threading
@@ -22,6 +23,7 @@ from llada_jax.data.prepare.judge import Places, Verdicts, by_item, counted, jud
 from llada_jax.data.prepare.pool import Pool
 from llada_jax.data.prepare.prepare_text import write_tokens
 from llada_jax.data.prepare.text import Corpus
+from llada_jax.data.row_index import index_name
 from llada_jax.data.rows import SplitWriter
 
 _READ_TOKENS = 1 << 22  # number of tokens that are read at a time
@@ -152,7 +154,8 @@ def write_shard(job: Job, number: int) -> tuple[int, Shard]:
             raise OSError(f"{job.work} has lost tokens: remove it and prepare again")
         name = f"{SPLITS[plan.split]}-{plan.number:05d}.arrayrecord"
         storage.move(Path(folder) / shard.name, f"{job.output}/{name}")
-    shard = Shard(name, shard.rows, shard.size, shard.sha256)
+        storage.move(Path(folder) / index_name(shard.name), f"{job.output}/{index_name(name)}")
+    shard = dataclasses.replace(shard, name=name)
     storage.save(job.path("shards", number), shard)
     return number, shard
 

@@ -16,7 +16,7 @@ import numpy as np
 from llada_jax.config import UserError
 from llada_jax.data.pairs import Pair, load_index
 from llada_jax.data.read.pipeline import Data, digest, in_turn
-from llada_jax.data.read.shards import open_sets
+from llada_jax.data.read.shards import open_sets, read_rows
 from llada_jax.data.rows import HeldOut
 
 WIDTHS = 4  # maximum number of different lengths of the arrays
@@ -50,9 +50,10 @@ class ChatData(Data):
         sequence_length: int,
         vocab_size: int,
         copies: int = 1,
+        cache: str = "",
     ):
         """Opens and checks the sets. `pipeline.TrainingData` explains the arguments and the errors."""
-        sets = open_sets(paths, "train", sequence_length, vocab_size, chat=True)
+        sets = open_sets(paths, "train", sequence_length, vocab_size, chat=True, cache=cache)
         self._indices = [load_index(rows.path, rows.manifest, "train") for rows in sets]
         super().__init__(sets, [len(starts) - 1 for starts, _ in self._indices], weights, seed, batch_size, copies)
         self._T = sequence_length
@@ -82,9 +83,9 @@ class ChatData(Data):
         longest = int(max(self._indices[which][1][index] for which, index in records))
         tokens_BT = np.full((len(rows), width_of(longest, self._T)), self.eos_id, np.int32)
         prompt = np.empty(len(rows), np.int32)
-        for k, row in enumerate(rows):
-            which, index = records[int(row)]
-            pair: Pair = self._sets[which][index]
+        places = [records[int(row)] for row in rows]
+        pairs: list[Pair] = read_rows(self._sets, places)
+        for k, ((which, index), pair) in enumerate(zip(places, pairs, strict=True)):
             if pair.length != self._indices[which][1][index]:
                 raise UserError(
                     f"{self._sets[which].path}: row {index} is not as long as the index says: prepare the set again"
@@ -103,7 +104,9 @@ class ChatData(Data):
         return which, int(first) + turn % int(count)
 
 
-def held_out_answers(paths: Sequence[str], rows: int, sequence_length: int, vocab_size: int) -> HeldOut:
+def held_out_answers(
+    paths: Sequence[str], rows: int, sequence_length: int, vocab_size: int, cache: str = ""
+) -> HeldOut:
     """Returns the last answers of some held-out conversations, taken from the sets in turn; always the same ones.
 
     Unlike in training, the length of a row does not include the padding up to the longest row. The likelihood bound
@@ -114,17 +117,18 @@ def held_out_answers(paths: Sequence[str], rows: int, sequence_length: int, voca
       rows: The number of answers to return. The result has fewer if the sets hold out fewer conversations.
       sequence_length: T, which must be the sequence length of the sets.
       vocab_size: The vocabulary size of the model; every id must be below it.
+      cache: The folder for the row indices of sets in buckets; "" means ~/.cache/llada_jax.
 
     Raises:
       UserError: If a set or a shard cannot be used, as for `ChatData`.
     """
-    sets = open_sets(paths, "validation", sequence_length, vocab_size, chat=True)
+    sets = open_sets(paths, "validation", sequence_length, vocab_size, chat=True, cache=cache)
     last = []
     for s in sets:
         starts, _ = load_index(s.path, s.manifest, "validation")
         # Files are often sorted, and then their first conversations are not typical. A hash picks a sample instead.
         last.append(sorted((starts[1:] - 1).tolist(), key=lambda row: digest(0, "held out", row)))
-    pairs: list[Pair] = [sets[which][last[which][i]] for which, i in in_turn([*map(len, last)], rows)]
+    pairs: list[Pair] = read_rows(sets, [(which, last[which][i]) for which, i in in_turn([*map(len, last)], rows)])
     width = width_of(max((pair.length for pair in pairs), default=1), sequence_length)
     tokens_NT = np.full((len(pairs), width), sets[0].manifest.eos_id, np.int32)
     for row_T, pair in zip(tokens_NT, pairs, strict=True):

@@ -24,8 +24,11 @@ import numpy as np
 
 from llada_jax.config import UserError
 from llada_jax.data.manifest import Manifest
-from llada_jax.data.read.shards import Rows, open_sets
+from llada_jax.data.read.shards import Rows, open_sets, read_rows
 from llada_jax.data.rows import HeldOut, Row
+from llada_jax.storage.ranges import IN_FLIGHT
+
+_ROWS_AHEAD = 2 * IN_FLIGHT  # the least number of rows that are read ahead from a bucket
 
 
 class Data:
@@ -126,14 +129,19 @@ class Data:
         Args:
           start_step: The first step.
           rows: The places of the rows in the global batch, as in `batch`.
-          prefetch: The number of batches that are read ahead in the background; 0 means none.
-          threads: The number of background threads that read batches.
+          prefetch: The number of batches that are read ahead in the background; 0 means none. If rows come from a
+            bucket, as many more are read ahead as keep its connections busy.
+          threads: The number of background threads that read batches. If rows come from a bucket, each batch that is
+            read ahead has one.
         """
         step = start_step
         if prefetch < 1:
             while True:
                 yield step, self.batch(step, rows)
                 step += 1
+        if any(each.in_place for each in self._sets):  # then threads wait for answers more than they compute
+            prefetch = max(prefetch, -(-_ROWS_AHEAD // max(1, len(rows))))
+            threads = max(threads, prefetch)
         executor = ThreadPoolExecutor(max(1, threads), thread_name_prefix="data")
         ahead: deque[Future[dict[str, np.ndarray]]] = deque()
         try:
@@ -162,6 +170,7 @@ class TrainingData(Data):
         random_length_every: int,
         vocab_size: int,
         copies: int = 1,
+        cache: str = "",
     ):
         """Opens and checks the sets.
 
@@ -176,11 +185,12 @@ class TrainingData(Data):
             1..T; 0 means that no row gets one.
           vocab_size: The vocabulary size of the model; every id must be below it.
           copies: The number of consecutive rows that hold the same sequence, with the same length.
+          cache: The folder for the row indices of sets in buckets; "" means ~/.cache/llada_jax.
 
         Raises:
           UserError: If a set, a weight or a shard cannot be used.
         """
-        sets = open_sets(paths, "train", sequence_length, vocab_size, chat=False)
+        sets = open_sets(paths, "train", sequence_length, vocab_size, chat=False, cache=cache)
         super().__init__(sets, [len(rows) for rows in sets], weights, seed, batch_size, copies)
         self._T, self._every = sequence_length, random_length_every
         self._random_length = functools.lru_cache(maxsize=64)(self._draw_random_length)
@@ -194,10 +204,9 @@ class TrainingData(Data):
         """
         tokens = np.empty((len(rows), self._T), np.int32)
         lengths = np.empty(len(rows), np.int32)
-        for k, row in enumerate(rows):
-            n = self._sequence(step, row)
-            which, index, _ = self._place(n)
-            record: Row = self._sets[which][index]
+        sequences = [self._sequence(step, row) for row in rows]
+        records: list[Row] = read_rows(self._sets, [self._place(n)[:2] for n in sequences])
+        for k, (n, record) in enumerate(zip(sequences, records, strict=True)):
             length = record.length
             if self._every:
                 block, offset = divmod(n, self._every)
@@ -217,7 +226,7 @@ class TrainingData(Data):
         return int(offset) % self._every, int(length) % self._T + 1
 
 
-def validation_rows(paths: Sequence[str], rows: int, sequence_length: int, vocab_size: int) -> HeldOut:
+def validation_rows(paths: Sequence[str], rows: int, sequence_length: int, vocab_size: int, cache: str = "") -> HeldOut:
     """Returns the first held-out rows of packed text, taken from the sets in turn; always the same ones.
 
     Args:
@@ -225,12 +234,13 @@ def validation_rows(paths: Sequence[str], rows: int, sequence_length: int, vocab
       rows: The number of rows to return. The result has fewer if the sets hold out fewer rows.
       sequence_length: T, which must be the sequence length of the sets.
       vocab_size: The vocabulary size of the model; every id must be below it.
+      cache: The folder for the row indices of sets in buckets; "" means ~/.cache/llada_jax.
 
     Raises:
       UserError: If a set or a shard cannot be used, as for `TrainingData`.
     """
-    sets = open_sets(paths, "validation", sequence_length, vocab_size, chat=False)
-    chosen: list[Row] = [sets[which][i] for which, i in in_turn([*map(len, sets)], rows)]
+    sets = open_sets(paths, "validation", sequence_length, vocab_size, chat=False, cache=cache)
+    chosen: list[Row] = read_rows(sets, in_turn([*map(len, sets)], rows))
     tokens = np.array([row.tokens for row in chosen], np.int32).reshape(len(chosen), sequence_length)
     length = np.array([row.length for row in chosen], np.int32)
     return HeldOut(tokens, length, np.zeros_like(length), np.array([row.bytes for row in chosen], np.int64))
