@@ -1,4 +1,4 @@
-"""Tests two processes of two devices each on one machine: they run like one process, and none is left hanging."""
+"""Tests two processes of four devices each on one machine: they run like one process, and none is left hanging."""
 
 import fcntl
 import importlib.util
@@ -55,9 +55,9 @@ def local():
 
 @pytest.fixture(scope="module")
 def launch(local):
-    """Returns launch(command, devices=2), which runs two processes of the command until they end."""
+    """Returns launch(command, devices=4), which runs two processes of the command until they end."""
 
-    def start(command: list[str], devices: int = 2) -> End:
+    def start(command: list[str], devices: int = 4) -> End:
         flags = ["--processes=2", f"--devices={devices}", f"--patience={GONE}", "--"]
         lines: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
@@ -152,7 +152,7 @@ def assert_equal_within_tolerance(folder: Path, other: Path, first: int = 0) -> 
 
 
 def test_the_losses_of_one_process_with_as_many_devices(whole, alone, tmp_path):
-    assert alone(tmp_path, 4) == 0
+    assert alone(tmp_path, 8) == 0
     assert_equal_within_tolerance(whole[0], tmp_path)
     ours, theirs = tiny.records(whole[0])[0], tiny.records(tmp_path)[0]
     assert ours["step"] == 2  # the loss of two steps from the same weights: the first learning rate is 0
@@ -234,7 +234,7 @@ def test_any_death_is_the_death_of_all_and_the_run_goes_on(several, whole, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("devices", [4, 8])
 def test_one_process_continues_what_two_began(whole, alone, tmp_path, devices):
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)
@@ -249,7 +249,7 @@ def test_one_process_continues_what_two_began(whole, alone, tmp_path, devices):
     "point, override, message",
     [
         pytest.param("nothing", "nonsense=1", "nonsense", marks=pytest.mark.slow),
-        pytest.param("nothing", "mesh.fsdp=3", "takes 3 devices, but there are 4", marks=pytest.mark.slow),
+        pytest.param("nothing", "mesh.fsdp=3", "takes 3 devices, but there are 8", marks=pytest.mark.slow),
         ("other", "steps=20", "process 1 (of 2): config.seed is 5, but in process 0 it is 0: start all processes with"),
         ("busy", "steps=20", "is in use by another process"),
     ],
