@@ -144,6 +144,8 @@ def main() -> None:
     if _RUNNER.value is not None:
         if _TOKENIZER.value is None or _TRAIN_TOKENIZER.value is not None:
             raise UserError("--runner needs --tokenizer: train one on a part of the text first, without --runner")
+        if _RUNNER.value != "direct":
+            _refuse(f"--runner={_RUNNER.value}, whose own options set it (--runner_options)", {"workers": _WORKERS})
         runner = {"runner": _RUNNER.value, "runner_options": _RUNNER_OPTIONS.value}
         manifest = prepare_on_fleet(_INPUT.value, output, tokenizer=_TOKENIZER.value, **runner, **same)
     else:

@@ -140,6 +140,9 @@ def test_mistakes(corpus, tokenizer_folder, tmp_path):
         with pytest.raises(UserError) as caught:
             fleet(corpus, tmp_path / "set", tokenizer_folder, filters=filters(corpus), **options)
         assert words in str(caught.value)
+    # What is done goes on if bad documents may be left out, but not the other way round.
+    manifest = fleet(corpus, tmp_path / "set", tokenizer_folder, filters=filters(corpus))
+    assert manifest.left_out[0].count == 1
     with pytest.raises(UserError, match="means the files of this machine"):
         fleet(["stdlib"], tmp_path / "set", tokenizer_folder, runner="spark")
 

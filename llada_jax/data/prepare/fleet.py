@@ -122,7 +122,9 @@ def prepare_on_fleet(
     )
     files = [(source, str(file), *storage.stamp(file)) for source, file in corpus.files]
     evaluation = filters.described([], {}).decontaminate
-    identity = repr((_FORMAT, tuple(inputs), files, loaded.sha256, validation_fraction, job, evaluation))
+    # Not on_error: after a bad document, on_error="skip" may go on with the files that are done.
+    settings = job._replace(on_error="")
+    identity = repr((_FORMAT, tuple(inputs), files, loaded.sha256, validation_fraction, settings, evaluation))
     own = (
         runner == "direct" and "direct_running_mode" not in runner_options
     )  # one process of Beam, with workers of ours
@@ -304,8 +306,9 @@ def _judge(run: Callable, job: Job, count: int) -> list[Settled]:
             | "settle" >> beam.Map(partial(fleet_work.settle, job))
         )
 
-    if done := storage.load(f"{job.work}/verdicts.done"):
-        return done
+    done = storage.load(f"{job.work}/verdicts.done")
+    if done and not any(each.error for each in done):
+        return sorted(done, key=lambda each: each.index)
     return run("verdicts", count, work)
 
 

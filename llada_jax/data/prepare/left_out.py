@@ -7,6 +7,7 @@ from llada_jax.data.manifest import LeftOut
 
 ON_ERROR = ("stop", "skip")
 LARGEST_SHARE = 0.1  # if a larger share of the input is bad, the preparation fails even with on_error="skip"
+_SKIP_HELPS = "python -m llada_jax.prepare --on_error=skip leaves it out"
 _EXAMPLES = 3  # number of examples that are kept of each kind
 
 
@@ -68,7 +69,7 @@ class Faults:
           UserError: If bad items are not left out.
         """
         if not self._skip:
-            raise UserError(f"{error}; python -m llada_jax.prepare --on_error=skip leaves it out") from None
+            raise UserError(f"{error}; {_SKIP_HELPS}") from None
         self._counts[error.kind] += 1
         examples = self._examples.setdefault(error.kind, [])
         examples.append((position, str(error)))
@@ -81,8 +82,14 @@ class Faults:
         return {kind: (count, list(self._examples[kind])) for kind, count in self._counts.items()}
 
     def merge(self, found: dict[str, tuple[int, list[tuple[int, str]]]], before: int) -> None:
-        """Adds what another `Faults` has found in a part of the input that has `before` items in front of it."""
+        """Adds what another `Faults` has found in a part of the input that has `before` items in front of it.
+
+        Raises:
+          UserError: If bad items are not left out.
+        """
         for kind, (count, examples) in found.items():
+            if not self._skip:
+                raise UserError(f"{examples[0][1]}; {_SKIP_HELPS}")
             self._counts[kind] += count
             moved = [(position + before, text) for position, text in examples]
             self._examples[kind] = sorted(self._examples.get(kind, []) + moved)[:_EXAMPLES]
