@@ -110,7 +110,7 @@ def model_folder(tmp_path_factory) -> Path:
     """Returns the folder of a published model with random weights and a tokenizer of 400 tokens. Do not change it."""
     folder = tmp_path_factory.mktemp("model") / "toy"
     shutil.copytree(Path(__file__).parent / "parity" / "gqa", folder)
-    train_tokenizer([Path(__file__).read_text()], 400, folder)
+    train_tokenizer([(Path(__file__).parent / "support" / "sample_text.txt").read_text()], 400, folder)
     return folder
 
 
