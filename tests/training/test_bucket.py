@@ -60,6 +60,7 @@ def records(bucket) -> list[int]:
     return [json.loads(line)["step"] for line in bucket.read("runs/one/metrics.jsonl").splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_run_of_a_local_workdir(run, reference, place, bucket, tmp_path):
     bucket.faults(FAULTS)
     with when_done(7, terminate):
