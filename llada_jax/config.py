@@ -241,13 +241,20 @@ class LoggingConfig:
 class SamplerConfig:
     """The reverse process. It is hashable, because it is static data of the compiled sampler."""
 
-    steps: int = 64  # the number of reverse steps in all, shared between the blocks
+    steps: int = 64  # the number of reverse steps in all, shared between the blocks; only commit=schedule uses it
     gen_length: int = 64  # the number of MASK tokens appended to the prompt; 0 = only fill in MASK tokens of the prompt
     block_length: int = 32  # the number of MASK tokens per block; blocks are finished from left to right
     temperature: float = 0.0  # the scale of the Gumbel noise added to the logits; 0 = greedy decoding
-    # Which predictions of a reverse step are kept, while the others are masked again: low_confidence (the most probable
-    # ones are kept) | random (a random choice is kept).
+    top_k: int = 0  # draw from this number of most probable tokens only; 0 = from all. Needs a temperature.
+    top_p: float = 1.0  # draw from the fewest most probable tokens that have this probability together; 1 = from all
+    # What the predictions of a reverse step are scored by; those with the highest scores are kept, and the others are
+    # masked again: low_confidence (the probability) | margin (how much more probable the best token is than the second)
+    # | entropy (the negative entropy) | random.
     remasking: str = "low_confidence"
+    # How many predictions a reverse step keeps: schedule (a number that follows from `steps`) | threshold | factor |
+    # frechet | entropy | local (as many as are sure, at least one; sampling/commit.py has the rules).
+    commit: str = "schedule"
+    commit_bound: float | None = None  # the bound of the rule; None = 0.9, 1.0, 0.25, 0.01 nats, 0.9, in that order
     # w of Eq. 16 in arXiv 2502.09992: how far classifier-free guidance moves the logits away from those that the model
     # gives without the prompt. 0 = no guidance; otherwise each reverse step takes two forward passes.
     cfg_scale: float = 0.0

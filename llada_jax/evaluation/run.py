@@ -67,7 +67,11 @@ class Evaluation:
     gen_length: int | None = None
     block_length: int | None = None
     temperature: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
     remasking: str = "low_confidence"
+    commit: str = "schedule"
+    commit_bound: float | None = None
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
     max_length: int | None = None
@@ -80,8 +84,9 @@ class Evaluation:
 
     def settings(self) -> dict[str, Any]:
         """Returns the settings that the figures depend on, besides model and tasks, as arguments of `harness.LLaDA`."""
-        names = ("mc_samples", "cfg_scale", "gen_length", "steps", "block_length", "temperature", "remasking")
-        names += ("logits_eos_inf", "confidence_eos_eot_inf", "max_length", "seed")
+        names = ("mc_samples", "cfg_scale", "gen_length", "steps", "block_length", "temperature", "top_k", "top_p")
+        names += ("remasking", "commit", "commit_bound", "logits_eos_inf", "confidence_eos_eot_inf")
+        names += ("max_length", "seed")
         return {name: getattr(self, name) for name in names}
 
     def options(self) -> Options:
@@ -90,7 +95,11 @@ class Evaluation:
         return Options(
             steps=self.steps,
             gen_length=self.gen_length,
+            top_k=self.top_k,
+            top_p=self.top_p,
             remasking=self.remasking,
+            commit=self.commit,
+            commit_bound=self.commit_bound,
             cfg_scale=self.cfg_scale,
             logits_eos_inf=self.logits_eos_inf,
             confidence_eos_eot_inf=self.confidence_eos_eot_inf,

@@ -3,6 +3,8 @@
 Letters in names, in addition to those of `model/transformer.py`: C positions predicted together.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,16 +142,53 @@ def choose(
     return token_BC.astype(jnp.int32), jnp.exp(chosen_BC - max_BC) / jnp.sum(exp_BCV, axis=-1)
 
 
-def low_confidence(probability_BC: jax.Array, key_BC: jax.Array) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Predictions:
+    """What the scores of predictions are made of."""
+
+    probability_BC: jax.Array  # fp32: the probability of the chosen token, as `choose` returns it
+    logits_BCV: jax.Array  # fp32: the logits, with -inf for tokens that do not count in the softmax
+    allowed_V: jax.Array  # bool: True for tokens that may be chosen
+    key_BC: jax.Array  # PRNG keys
+
+
+def low_confidence(predictions: Predictions) -> jax.Array:
     """Scores each prediction by its probability, so that the least confident predictions are remasked."""
-    return probability_BC
+    return predictions.probability_BC
 
 
-def random(probability_BC: jax.Array, key_BC: jax.Array) -> jax.Array:
+def random(predictions: Predictions) -> jax.Array:
     """Scores each prediction by random noise, so that predictions are remasked at random."""
-    return jax.vmap(jax.vmap(jax.random.uniform))(key_BC)
+    return jax.vmap(jax.vmap(jax.random.uniform))(predictions.key_BC)
+
+
+def margin(predictions: Predictions) -> jax.Array:
+    """Scores by the probability of the best token less that of the second best, among those that may be chosen."""
+    logits_BCV = predictions.logits_BCV
+    weight_BCV = jnp.exp(logits_BCV - jnp.max(logits_BCV, axis=-1, keepdims=True))
+    may_BCV = jnp.where(predictions.allowed_V, weight_BCV, 0.0)
+    best_BC = jnp.max(may_BCV, axis=-1)
+    is_best_BCV = may_BCV == best_BC[..., None]
+    second_BC = jnp.max(jnp.where(is_best_BCV, 0.0, may_BCV), axis=-1)
+    second_BC = jnp.where(jnp.sum(is_best_BCV, axis=-1) > 1, best_BC, second_BC)  # two are equally probable
+    return (best_BC - second_BC) / jnp.sum(weight_BCV, axis=-1)
+
+
+def entropies(logits_BCV: jax.Array) -> jax.Array:
+    """Returns the entropies of the softmax over the vocabulary in nats, fp32 (B, C); logits may be -inf."""
+    below_BCV = logits_BCV - jnp.max(logits_BCV, axis=-1, keepdims=True)
+    weight_BCV = jnp.exp(below_BCV)
+    sum_BC = jnp.sum(weight_BCV, axis=-1)
+    return jnp.log(sum_BC) - jnp.sum(jnp.where(weight_BCV > 0, weight_BCV * below_BCV, 0.0), axis=-1) / sum_BC
+
+
+def entropy(predictions: Predictions) -> jax.Array:
+    """Scores each prediction by the negative entropy of the distribution at its position."""
+    return -entropies(predictions.logits_BCV)
 
 
 # The strategies by which a step scores its predictions. The predictions with the highest scores stay; among equal
 # scores, the one at the lowest position stays.
-REMASKING = {"low_confidence": low_confidence, "random": random}
+REMASKING = {"low_confidence": low_confidence, "random": random, "margin": margin, "entropy": entropy}
+LAST = -1e9  # a score below those of any strategy

@@ -7,6 +7,7 @@ import numpy as np
 
 from llada_jax.config import SamplerConfig, UserError
 from llada_jax.model.transformer import Transformer
+from llada_jax.sampling.commit import CHOICES, RULES, SCHEDULE
 from llada_jax.sampling.remasking import REMASKING
 from llada_jax.text.named_ids import others
 
@@ -26,7 +27,29 @@ def check_settings(config: SamplerConfig) -> SamplerConfig:
             raise UserError(f"{name}={getattr(config, name)}: it must be at most {LARGEST:g}, or float32 overflows")
     if config.remasking not in REMASKING:
         raise UserError(f"remasking={config.remasking!r}: choose one of {', '.join(REMASKING)}")
+    if config.top_k < 0 or config.top_k >= TO_THE_END:
+        raise UserError(f"top_k={config.top_k}: it must be 0 (all tokens) or the number of tokens to draw from")
+    if not 0 < config.top_p <= 1:
+        raise UserError(f"top_p={config.top_p}: it must be above 0 and at most 1 (all tokens)")
+    if not config.temperature and (config.top_k or config.top_p < 1):
+        name = "top_k" if config.top_k else "top_p"
+        raise UserError(f"{name} has no effect at temperature 0, where always the most probable token is taken")
+    _check_commit(config)
     return config
+
+
+def _check_commit(config: SamplerConfig) -> None:
+    if config.commit not in CHOICES:
+        raise UserError(f"commit={config.commit!r}: choose one of {', '.join(CHOICES)}")
+    if config.commit == SCHEDULE:
+        if config.commit_bound is not None:
+            raise UserError(f"commit_bound={config.commit_bound} has no effect with commit=schedule")
+        return
+    fitting = RULES[config.commit].remasking
+    if config.remasking not in fitting:
+        raise UserError(f"commit={config.commit} needs remasking={' or '.join(fitting)}, not {config.remasking}")
+    if config.commit_bound is not None and not config.commit_bound >= 0:
+        raise UserError(f"commit_bound={config.commit_bound}: it must be at least 0")
 
 
 def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:

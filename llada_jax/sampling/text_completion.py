@@ -24,13 +24,23 @@ class Options:
     gen_length: int | None = None  # None = 64, or 0 if the prompt itself contains MASK tokens
     block_length: int = DEFAULTS.block_length
     temperature: float = 0.0
-    remasking: str = "low_confidence"
+    top_k: int = DEFAULTS.top_k
+    top_p: float = DEFAULTS.top_p
+    remasking: str = DEFAULTS.remasking
+    commit: str = DEFAULTS.commit
+    commit_bound: float | None = None
     cfg_scale: float = 0.0
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
 
     def sampler(self, masks: int, gen_length: int) -> SamplerConfig:
-        """Returns the sampler's settings for prompts that contain up to `masks` MASK tokens."""
+        """Returns the sampler's settings for prompts that contain up to `masks` MASK tokens.
+
+        Raises:
+          UserError: If the number of steps is given but follows from the rule of `commit`.
+        """
+        if self.steps is not None and self.commit != DEFAULTS.commit:
+            raise UserError(f"steps={self.steps} has no effect with commit={self.commit}: the number of steps follows")
         # One step per token would be too few: all blocks get equal shares of the steps, but the last may be short.
         blocks = -(-(masks + gen_length) // max(self.block_length, 1))
         steps = max(1, blocks * self.block_length) if self.steps is None else self.steps

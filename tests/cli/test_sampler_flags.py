@@ -11,6 +11,7 @@ from paths import PYTHONPATH
 from llada_jax.cli import sampler_flags
 from llada_jax.conversation.conversation import Settings
 from llada_jax.sampling import text_completion
+from llada_jax.sampling.commit import RULES
 from llada_jax.sampling.text_completion import Options
 
 NAMES = {flag.name for flag in sampler_flags._FLAGS}
@@ -33,6 +34,9 @@ def test_the_defaults_are_those_of_the_commands():
         values = {name: getattr(options, name, 0) for name in NAMES}
         assert values.pop("steps") is None and default("steps", command) == "one for each token"
         length = values.pop("gen_length")
+        bounds = ", ".join(f"{rule.bound:g}" for rule in RULES.values())
+        assert values.pop("commit_bound") is None
+        assert default("commit_bound", command) == f"{bounds}, in the order of the rules"
         assert default("gen_length", command).split(",")[0] == str(length or text_completion.DEFAULTS.gen_length)
         words = {name: value if isinstance(value, str) else f"{value:g}" for name, value in values.items()}
         words |= {name: str(value).lower() for name, value in values.items() if isinstance(value, bool)}

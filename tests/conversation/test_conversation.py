@@ -218,7 +218,7 @@ def test_most_turns_and_settings_compile_nothing(loaded):
         ("cfg_scale", "-1", "cfg_scale=-1"),
         ("logits_eos_inf", "perhaps", "it must be on or off"),
         ("seed", "-1", "seed=-1"),
-        ("top_p", "0.9", "no setting 'top_p': choose one of steps, "),
+        ("beams", "4", "no setting 'beams': choose one of steps, "),
     ],
 )
 def test_an_impossible_setting_changes_nothing(loaded, name, text, words):

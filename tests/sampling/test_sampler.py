@@ -12,7 +12,7 @@ from paths import PARITY
 import llada_jax
 from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig, UserError
 from llada_jax.model.transformer import initialise, merge, split
-from llada_jax.sampling import sampler
+from llada_jax.sampling import canvas, sampler
 from llada_jax.sampling.sampler import denoise, denoise_steps, generate
 from llada_jax.sampling.settings import resolve
 
@@ -242,9 +242,9 @@ def shapes_in(jaxpr) -> set[tuple[int, ...]]:
 def test_the_head_sees_the_active_block_only(model, prompts):
     config = resolve(settings(), model)
     with sampler.mesh.mesh_of(model.embedding[...]):
-        rows, tokens_BT = sampler._start(model, prompts[0], config, jax.random.key(0), prompts[1])
-        dials, static = sampler._arguments(config)
-        zero = sampler._scalar(0)
+        rows, tokens_BT = canvas.start(model, prompts[0], config, jax.random.key(0), prompts[1])
+        dials, static = canvas.arguments(config)
+        zero = canvas.scalar(0)
         closed = jax.make_jaxpr(lambda m, r, t: denoise(m, r, t, zero, zero, dials, config=static))(
             model, rows, tokens_BT
         )

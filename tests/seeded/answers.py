@@ -51,13 +51,35 @@ FAULTS = (
     ),
     Fault(
         "left-padding-is-not-rotated",
-        "llada_jax/sampling/sampler.py",
+        "llada_jax/sampling/canvas.py",
         old="aligned_BT, real_BT = (np.take_along_axis(x, at_BT, axis=1) for x in (tokens_BT, real_BT))",
         new="aligned_BT = np.take_along_axis(tokens_BT, at_BT, axis=1)",
         harm="Left-padded prompts attend to their padding and not to the end of their own canvas.",
         tests=(
             _SAMPLER + "test_a_row_is_the_same_alone_as_in_a_batch",
             _SAMPLER + "test_tokens_are_those_of_the_published_code[gqa-0]",
+        ),
+    ),
+    Fault(
+        "sure-rules-commit-the-one-that-fails",
+        "llada_jax/sampling/commit.py",
+        old="return (n_K + 1) * (1 - ranked.score_BK) < bound",
+        new="return n_K * (1 - ranked.score_BK) < bound",
+        harm="With commit=factor, a step keeps one token more than the bound allows.",
+        tests=(
+            "sampling/test_commit.py::test_rules_are_their_formulas",
+            "sampling/test_commit.py::test_generate_is_the_plain_sampler[factor-plain]",
+        ),
+    ),
+    Fault(
+        "largest-entropy-of-the-batch",
+        "llada_jax/sampling/commit.py",
+        old="highest_BK = jax.lax.cummax(ranked.entropy_BK, axis=1)",
+        new="highest_BK = jax.lax.cummax(ranked.entropy_BK, axis=0)",
+        harm="With commit=entropy, what a row keeps depends on the other rows of its batch.",
+        tests=(
+            "sampling/test_commit.py::test_rules_are_their_formulas",
+            "sampling/test_commit.py::test_generate_is_the_plain_sampler[entropy-plain]",
         ),
     ),
     Fault(

@@ -42,8 +42,37 @@ def logits_of(model, canvas_T, real_T, given_T, cfg_scale: float) -> np.ndarray:
     return without_TV + (cfg_scale + 1) * (one(canvas_T) - without_TV)
 
 
-def row(model, prompt_T, real_T, config: SamplerConfig, key) -> np.ndarray:
-    """Returns the finished canvas of one row."""
+def steps_by_rule(canvas, blocks: list[list[int]], mask_id: int):
+    """Yields (block, tokens of the block that are filled, None) as long as a token is masked."""
+    for index, block in enumerate(blocks):
+        while left := sum(int(canvas[i] == mask_id) for i in block):
+            yield index, len(block) - left, None
+
+
+def kept_by_rule(config: SamplerConfig, candidates: list[tuple]) -> int | list[bool]:
+    """Returns which of the candidates (-score, position, token, entropy), the best first, the rule of commit keeps."""
+    default = {"threshold": 0.9, "factor": 1.0, "frechet": 0.25, "entropy": 0.01, "local": 0.9}[config.commit]
+    bound = default if config.commit_bound is None else config.commit_bound
+    scores, entropies = [-c[0] for c in candidates], [c[3] for c in candidates]
+    near = [any(abs(c[1] - d[1]) <= 4 and -d[0] >= bound for d in candidates) for c in candidates]
+    kept = []
+    for n in range(1, len(candidates) + 1):
+        score, first = scores[n - 1], entropies[:n]
+        value = {
+            "threshold": score - bound,
+            "factor": bound - (n + 1) * (1 - score),
+            "frechet": sum(scores[:n]) - (n - 1) - (1 - score) - bound,
+            "entropy": bound - (sum(first) - max(first)),
+            "local": score - (min(bound, 0.75) if near[n - 1] else bound),
+        }[config.commit]
+        # Entropies and sums of a few doubts have errors of some 1e-6 in fp32.
+        assert n == 1 or abs(value) > 1e-5, f"the rule is within rounding of its bound at position {candidates[n - 1]}"
+        kept.append(n == 1 or value > 0)
+    return kept
+
+
+def row(model, prompt_T, real_T, config: SamplerConfig, key) -> tuple[np.ndarray, int]:
+    """Returns the finished canvas of one row, and the number of reverse steps."""
     mask_id, size = model.config.mask_id, model.config.vocab_size
     ends = [i for i in (config.eos_id, config.eot_id, *(config.end_ids or ())) if i is not None]
     holes = [i for first, end in model.config.holes for i in range(first, end)]
@@ -54,11 +83,17 @@ def row(model, prompt_T, real_T, config: SamplerConfig, key) -> np.ndarray:
     blocks = [todo[i : i + config.block_length] for i in range(0, len(todo), config.block_length)]
     # A choice compares two logits. A guided logit is (w + 1) times a logit minus w times another one.
     margin = 2 * (2 * config.cfg_scale + 1) * rounding.of_logits(model.config, len(canvas))
-    for block, step, count in schedule(len(todo), config.steps, config.block_length):
+    taken = 0
+    for block, step, count in (
+        schedule(len(todo), config.steps, config.block_length)
+        if config.commit == "schedule"
+        else steps_by_rule(canvas, blocks, mask_id)
+    ):
         before = [i for done in blocks[:block] for i in done if i >= len(prompt_T)]
         if config.stop_at_end and set(canvas[before].tolist()) & set(ends):
             canvas[[i for i in todo if canvas[i] == mask_id]] = config.eos_id
             break
+        taken += 1
         logits_TV = logits_of(model, canvas, real, given, config.cfg_scale)
         step_key, margins = jax.random.fold_in(jax.random.fold_in(key, block), step), {}
         off, candidates = margin * rounding.size(logits_TV), []
@@ -77,24 +112,38 @@ def row(model, prompt_T, real_T, config: SamplerConfig, key) -> np.ndarray:
             margins[position] = noisy[token] - np.partition(noisy, -2)[-2]
             if config.confidence_eos_eot_inf:
                 logits[ends] = -np.inf
-            score = np.exp(logits[token]) / np.exp(logits).sum()
+            probability = np.exp(logits) / np.exp(logits).sum()
+            entropy = -sum(p * np.log(p) for p in probability if p > 0)
+            score = probability[token]
             if config.remasking == "random":
                 score = float(jax.random.uniform(score_key))
+            if config.remasking == "margin":
+                may = np.delete(probability, [mask_id, *holes, *range(model.config.token_count or size, size)])
+                score = np.sort(may)[-1] - np.sort(may)[-2]
+            if config.remasking == "entropy":
+                score = -entropy
             if config.confidence_eos_eot_inf and token in ends:
-                score = -1.0
-            candidates.append((-score, position, token))
-        chosen, left = sorted(candidates)[:count], sorted(candidates)[count:]
-        for _, position, token in chosen:
+                score = -1e9
+            candidates.append((-score, position, token, entropy))
+        candidates.sort()
+        if count is None:
+            kept = kept_by_rule(config, candidates)
+            count = sum(kept)
+            candidates = [c for c, k in zip(candidates, kept, strict=True) if k] + [
+                c for c, k in zip(candidates, kept, strict=True) if not k
+            ]
+        chosen, left = candidates[:count], candidates[count:]
+        for _, position, token, _ in chosen:
             canvas[position] = token
             assert margins[position] > off, f"two tokens at position {position} are as likely as each other"
-        if left and left[0][0] < 0:
+        if left and left[0][0] < 0 and config.commit == "schedule":
             # The logarithm of a probability is a logit minus the logarithm of a sum, which has the same error.
             gap = np.log(chosen[-1][0] / left[0][0])
             assert gap > 2 * off, f"positions {chosen[-1][1]} and {left[0][1]} are as sure as each other"
-    return canvas
+    return canvas, taken
 
 
-def generate(model, prompts, config: SamplerConfig, key) -> np.ndarray:
+def generate(model, prompts, config: SamplerConfig, key, return_steps: bool = False):
     """Returns the finished canvas of all rows; row i uses the key fold_in(key, i).
 
     Args:
@@ -102,6 +151,9 @@ def generate(model, prompts, config: SamplerConfig, key) -> np.ndarray:
       prompts: The ids (B, T), and bool (B, T), True for real tokens.
       config: The settings of the sampler.
       key: The key of all rows.
+      return_steps: Whether to return the number of reverse steps of each row as well.
     """
     rows = enumerate(zip(*prompts, strict=True))
-    return np.stack([row(model, *prompt, config, jax.random.fold_in(key, i)) for i, prompt in rows])
+    done = [row(model, *prompt, config, jax.random.fold_in(key, i)) for i, prompt in rows]
+    out_BT = np.stack([canvas for canvas, _ in done])
+    return (out_BT, [steps for _, steps in done]) if return_steps else out_BT
