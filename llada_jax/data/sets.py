@@ -74,7 +74,7 @@ def find_sets(
     """
     tells = not prepares_with(config, workdir)  # otherwise the preparation tells the notes of the tokenizer
     paths = distributed.first_decides("prepared sets", lambda: _paths(config, workdir, earlier, working_copy))
-    if any(map(remote.is_remote, paths)):
+    if any(map(objects.is_bucket, paths)):
         paths = [_reachable(path, config) for path in paths]
         tokenizer_folder = remote.local_tokenizer(paths[0], config.data.cache)
         distributed.barrier("copied")  # hosts copy at different speeds, and later waits are shorter than that
@@ -98,7 +98,7 @@ def find_sets(
 
 def _reachable(path: str, config: Config) -> str:
     """Returns where this host reads a set: the path itself, or the folder of a copy that is made first."""
-    if not remote.is_remote(path):
+    if not objects.is_bucket(path):
         return path
     if not remote.read_in_place(path, config.data.copy):
         if not config.data.copy:

@@ -2,13 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from importlib import resources
 
+from llada_jax.cli import pages
 from llada_jax.planning import parts, report
 from llada_jax.planning.hlo import Module
 from llada_jax.planning.schedule import UNITS, Block, Event
-
-_DATA, _SCRIPT = "/*DATA*/null", "/*SCRIPT*/"  # the places in timeline.html where the data and the script go
 
 
 def html(record: dict, module: Module, block: Block) -> str:
@@ -59,12 +57,7 @@ def html(record: dict, module: Module, block: Block) -> str:
         "notes": report.lines(record)[:5],
         "dearest": record["estimated_dearest"],
     }
-    page, script = (
-        resources.files(__package__).joinpath(f"timeline.{kind}").read_text(encoding="utf-8") for kind in ("html", "js")
-    )
-    # "</" would end the page's script.
-    page = page.replace(_SCRIPT, script)
-    return page.replace(_DATA, json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/"))
+    return pages.page(__package__, "timeline", data)
 
 
 def trace(module: Module, block: Block) -> str:

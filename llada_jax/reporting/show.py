@@ -1,21 +1,12 @@
 """Shows a report: as lines of text, and as a page that refers to no other file."""
 
-import json
-from importlib import resources
-
+from llada_jax.cli import pages
 from llada_jax.training.goodput import KINDS, LOST, share
-
-_DATA, _SCRIPT = "/*DATA*/null", "/*SCRIPT*/"  # the places in report.html where the data and the script go
 
 
 def page(report: dict) -> str:
     """Returns the page of a report, as `gather.gather` returns it."""
-    html, script = (
-        resources.files(__package__).joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "js")
-    )
-    # "</" would end the page's script.
-    data = json.dumps(report | {"kinds": (*KINDS, *LOST)}, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
-    return html.replace(_SCRIPT, script).replace(_DATA, data)
+    return pages.page(__package__, "report", report | {"kinds": (*KINDS, *LOST)})
 
 
 def text(report: dict) -> str:

@@ -198,8 +198,8 @@ def denoise(
     Returns:
       The canvas, int32 (B, T), replicated on every device; the number of steps done by now; the largest total number of
       steps, as far as it is known by now; the number of steps that each row took in this call, int32 (B,), replicated;
-      and bool (), whether the output of the model was
-      finite wherever a token was predicted from it. If not, the canvas means nothing.
+      and bool (), whether the output of the model was finite wherever a token was predicted from it. If not, the canvas
+      means nothing.
     """
     # Cast the weights here, once. Otherwise every step would cast the fp32 master weights again.
     model = jax.tree.map(lambda p: p.astype(compute_dtype(model.compute)), model)
@@ -251,8 +251,7 @@ def generate(
 
     The program is compiled once per shape (B, T), block_length, remasking, commit, and whether there is a temperature,
     guidance, top_k and top_p. The values of steps, temperature, cfg_scale, top_k, top_p, commit_bound and key are
-    traced. The caller need not set a mesh; on a mesh the rows are split
-    over its batch axes.
+    traced. The caller need not set a mesh; on a mesh the rows are split over its batch axes.
 
     Only tokens other than MASK are chosen. The config of a model from `llada_jax.load` knows from its tokenizer which
     ids are tokens (token_count, holes). If there was no tokenizer, all ids below token_count count as tokens.

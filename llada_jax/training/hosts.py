@@ -13,10 +13,8 @@ import statistics
 
 from llada_jax.devices import distributed
 
-SHARE, TIMES = (
-    0.1,
-    3.0,
-)  # a host is clearly slower if it is late by this share of a step, and so often the others' median
+# A host is clearly slower if it is late by this share of a step, and by so many times the median of the others.
+SHARE, TIMES = 0.1, 3.0
 _KEY = "hosts"
 
 

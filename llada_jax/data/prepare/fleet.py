@@ -125,9 +125,7 @@ def prepare_on_fleet(
     # Not on_error: after a bad document, on_error="skip" may go on with the files that are done.
     settings = job._replace(on_error="")
     identity = repr((_FORMAT, tuple(inputs), files, loaded.sha256, validation_fraction, settings, evaluation))
-    own = (
-        runner == "direct" and "direct_running_mode" not in runner_options
-    )  # one process of Beam, with workers of ours
+    own = runner == "direct" and "direct_running_mode" not in runner_options  # one process of Beam, with our workers
     job = job._replace(identity=hashlib.sha256(identity.encode()).hexdigest(), workers=workers or cores() if own else 1)
     with outputs.write_errors(output), _ownership(job, place):
         _save_tokenizer(loaded, f"{work}/{TOKENIZER_FOLDER}")

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from llada_jax.config import UserError
+from llada_jax.storage.objects import is_bucket
 
 _CHUNK = 1 << 24  # bytes
 
@@ -40,7 +41,7 @@ class RemoteFile(NamedTuple):
 
 def is_remote(path: str | os.PathLike | RemoteFile) -> bool:
     """Returns whether a path is a URL."""
-    return isinstance(path, RemoteFile) or "://" in os.fspath(path)
+    return isinstance(path, RemoteFile) or is_bucket(path)
 
 
 def open_file(path: str, mode: str) -> Any:

@@ -30,15 +30,11 @@ from etils import epath
 from llada_jax.config import UserError
 from llada_jax.data.manifest import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, Shard, load_manifest, read_file
 from llada_jax.storage import ranges, retries
+from llada_jax.storage.objects import is_bucket
 from llada_jax.storage.retries import StorageFailed
 
 _COPIES_AT_ONCE = 8
 _CHUNK = 1 << 24  # bytes
-
-
-def is_remote(path: str) -> bool:
-    """Returns whether a set lies in a bucket, or in another storage that is no folder of this host."""
-    return "://" in path
 
 
 def cache_folder(manifest: Manifest, cache: str) -> Path:
@@ -63,7 +59,7 @@ def local_tokenizer(path: str, cache: str) -> str:
       UserError: If the tokenizer cannot be copied.
       StorageFailed: If the storage does not answer.
     """
-    if not is_remote(path):
+    if not is_bucket(path):
         return os.path.join(path, TOKENIZER_FOLDER)
     folder = cache_folder(manifest_of(path), cache)
     try:
@@ -90,7 +86,7 @@ def local_copy(path: str, cache: str, report: Callable[[str], None] = print) -> 
     Raises:
       UserError: If there is no such set, if it cannot be read or copied, or if a file is not what the manifest says.
     """
-    if not is_remote(path):
+    if not is_bucket(path):
         return path
     with _readable(path):
         manifest = retries.call(path, lambda: load_manifest(path), retries.POLICY)
@@ -155,7 +151,7 @@ def _readable(path: str | epath.Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: copy the whole folder there, or prepare the set again") from error
     except Exception as error:
-        if not is_remote(os.fspath(path)):
+        if not is_bucket(os.fspath(path)):
             raise
         raise UserError(f"{path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}") from error
 

@@ -23,6 +23,7 @@ from llada_jax.data.pairs import Pair, decode_pair
 from llada_jax.data.read import remote
 from llada_jax.data.read.in_place import InPlace
 from llada_jax.data.rows import Row, decode_row
+from llada_jax.storage.objects import is_bucket
 
 _OPEN_THREADS = 16  # shards checked in parallel when a run starts
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # the fastest setting for random access
@@ -140,7 +141,7 @@ class Rows:
         self._shards = manifest.split(split).shards
         self._len = sum(shard.rows for shard in self._shards)
         self._ends = list(itertools.accumulate(shard.rows for shard in self._shards))
-        self.in_place = remote.is_remote(path)
+        self.in_place = is_bucket(path)
         self._source: _Local | InPlace
         if self.in_place:
             self._source = InPlace(path, self._shards, remote.cache_folder(manifest, cache))

@@ -1,0 +1,23 @@
+"""Makes pages that refer to no other file: a page of HTML with its data and its script inside."""
+
+import json
+from importlib import resources
+from typing import Any
+
+_DATA, _SCRIPT = "/*DATA*/null", "/*SCRIPT*/"  # the places in the .html file where the data and the script go
+
+
+def page(package: str, name: str, data: dict[str, Any]) -> str:
+    """Returns the page NAME.html of a package, with the script NAME.js and the data in it.
+
+    Args:
+      package: The package that the two files belong to.
+      name: The name of the files.
+      data: A JSON object, which the script sees as `data`. All numbers must be finite.
+    """
+    html, script = (
+        resources.files(package).joinpath(f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("html", "js")
+    )
+    # "</" would end the page's script.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+    return html.replace(_SCRIPT, script).replace(_DATA, text)
