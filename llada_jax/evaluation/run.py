@@ -91,20 +91,8 @@ class Evaluation:
 
     def options(self) -> Options:
         """Returns the settings of generation for evaluations that do not use lm_eval."""
-        given = {name: getattr(self, name) for name in ("block_length", "temperature")}
-        return Options(
-            steps=self.steps,
-            gen_length=self.gen_length,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            remasking=self.remasking,
-            commit=self.commit,
-            commit_bound=self.commit_bound,
-            cfg_scale=self.cfg_scale,
-            logits_eos_inf=self.logits_eos_inf,
-            confidence_eos_eot_inf=self.confidence_eos_eot_inf,
-            **{name: value for name, value in given.items() if value is not None},
-        )
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(Options)}
+        return Options(**{name: value for name, value in given.items() if value is not None})
 
 
 def run(job: Evaluation) -> int:
