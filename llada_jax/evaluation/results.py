@@ -30,10 +30,8 @@ def identify(path: str, step: int | None = None) -> dict[str, Any]:
       checkpoint, the weights' hash is the hash of the checkpoint's record, which has a fingerprint of every array. For
       a published folder, it is a hash of the names, sizes and modification times of the *.safetensors files.
     """
-    folder = objects.place(path)
-    where = path if objects.is_bucket(path) else str(Path(path).resolve())
-    record: dict[str, Any] = {"path": where, "step": None}
-    remote = objects.is_bucket(path)
+    folder, remote = objects.place(path), objects.is_bucket(path)
+    record: dict[str, Any] = {"path": path if remote else str(Path(path).resolve()), "step": None}
     if workdir.is_workdir(folder, "--model=") if remote else (folder / workdir.CHECKPOINTS).is_dir():
         record["step"] = workdir.choose_step(folder, step)
         weights = _content(workdir.checkpoint_path(folder, record["step"]) / "run" / "metadata")
