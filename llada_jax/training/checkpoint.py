@@ -47,12 +47,15 @@ class Checkpoints:
         policies = [preservation_policy.LatestN(config.keep)]
         if config.permanent_every:
             policies.append(preservation_policy.EveryNSteps(config.permanent_every))
+        in_bucket = objects.is_bucket(folder)
+        if in_bucket:
+            _remove_unfinished(folder)
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=save_decision_policy.FixedIntervalPolicy(1),  # the training loop decides
             preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not in_bucket,
         )
-        with arrays.save_errors(self.directory) if objects.is_bucket(folder) else contextlib.nullcontext():
+        with arrays.save_errors(self.directory) if in_bucket else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def steps(self) -> list[int]:
@@ -151,6 +154,20 @@ class Checkpoints:
                 (self.directory / str(step)).rename(aside)
         distributed.barrier("damaged checkpoints put aside")
         self._manager.reload()
+
+
+def _remove_unfinished(folder: str | os.PathLike) -> None:
+    """Removes from a workdir in a bucket what a run that died left of checkpoints.
+
+    Orbax would remove it in the background while it lists the checkpoints, and its listing fails if it finds that there
+    are some and then that there are none.
+    """
+    if distributed.index() == 0:
+        directory = objects.absolute(folder) / workdir.CHECKPOINTS
+        complete = map(str, workdir.steps_in(folder))
+        for name in {name.partition("/")[0] for name in objects.names(directory)}.difference(complete):
+            objects.delete_all(directory / name)
+    distributed.barrier("unfinished checkpoints removed")
 
 
 def load_state(folder: str | os.PathLike, step: int | None, config: Config, mesh: Mesh) -> TrainState:

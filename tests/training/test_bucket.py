@@ -16,7 +16,7 @@ from runs import assert_same_run, terminate, when_done
 
 import llada_jax
 from llada_jax.cli import entry_point
-from llada_jax.config import UserError
+from llada_jax.config import CheckpointConfig, UserError
 from llada_jax.evaluation.results import identify
 from llada_jax.formats import workdir
 from llada_jax.formats.conversion import convert
@@ -25,6 +25,7 @@ from llada_jax.storage import lease, objects, retries
 from llada_jax.storage.lease import Lease
 from llada_jax.storage.retries import Policy
 from llada_jax.training import home
+from llada_jax.training.checkpoint import Checkpoints
 
 KILLS = int(os.environ.get("LLADA_JAX_TEST_KILLS", "3"))
 FAULTS = [
@@ -90,6 +91,14 @@ def test_what_is_unfinished_or_damaged_is_not_taken_for_whole(run, copy, referen
         and "damaged/15/commit_success.txt" not in bucket.names()
     )
     assert records(bucket) == [3, 6, 7, 9, 12, 14, 15, 18, 20]
+
+
+def test_what_is_unfinished_is_gone_before_the_checkpoints_are_listed(copy, place, bucket):
+    bucket.upload(copy(5), "runs/one")
+    bucket.delete("runs/one/checkpoints/5/commit_success.txt")
+    checkpoints = Checkpoints(place, CheckpointConfig())
+    assert bucket.names("runs/one/checkpoints/") == [] and checkpoints.steps() == []
+    checkpoints.close()
 
 
 def test_one_owner_and_an_owner_that_has_lost_its_lease_stops(run, place, bucket, capfd):
