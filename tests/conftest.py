@@ -46,6 +46,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    # The files with slow tests come first, so that no worker is left alone with one of them at the end.
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
     if not (most := config.getoption("--cases")):
         return
     cases = collections.defaultdict(list)
