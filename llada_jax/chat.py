@@ -45,7 +45,7 @@ def main() -> int:
         dialogue.check_dialogue([{"role": "system", "content": _SYSTEM.value}])
     folder = model_flags.model()
 
-    model, tokenizer = load_with_tokenizer(folder, step=model_flags.STEP.value)
+    model, tokenizer = load_with_tokenizer(folder, step=model_flags.STEP.value, weights=model_flags.WEIGHTS.value)
     conversation = Conversation(model, tokenizer, settings, record["messages"])
     if _SYSTEM.value is not None:
         conversation.instruct(_SYSTEM.value)

@@ -75,6 +75,7 @@ def main() -> int:
         recipe=_RECIPE.value,
         step=model_flags.STEP.value,
         dtype=_DTYPE.value,
+        weights=model_flags.WEIGHTS.value,
         include_path=tuple(_INCLUDE_PATH.value),
         **settings,
         **{flag.name: flag.value for flag in _REST},

@@ -57,7 +57,9 @@ def main() -> None:
     if output is None:
         streams.require_stdout("pass --output=FILE")
 
-    model, tokenizer = load_with_tokenizer(model_flags.model(), step=model_flags.STEP.value)
+    model, tokenizer = load_with_tokenizer(
+        model_flags.model(), step=model_flags.STEP.value, weights=model_flags.WEIGHTS.value
+    )
     texts, key = [record["prompt"] for record in records], jax.random.key(seed)
     shown = _SHOW.value and terminal.can_draw(sys.stderr)
     if _SHOW.value and not shown:

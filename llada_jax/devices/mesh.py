@@ -52,6 +52,14 @@ PARAMETERS = {
     "up_proj_b": P(None, "tensor"),  # RF
     "ff_out_a": P("tensor", None),  # FR
     "ff_out_b": P(None, "fsdp"),  # RD
+    # The scales of int8 matrices (model/int8.py) are sharded like the outputs of their matrix.
+    "q_proj_scale": P("tensor", None),  # HK
+    "k_proj_scale": P("tensor", None),  # GK
+    "v_proj_scale": P("tensor", None),  # GK
+    "attn_out_scale": P("fsdp"),  # D
+    "ff_proj_scale": P("tensor"),  # F
+    "up_proj_scale": P("tensor"),  # F
+    "ff_out_scale": P("fsdp"),  # D
 }
 
 ROWS_B = P(BATCH)

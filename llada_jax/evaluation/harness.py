@@ -58,7 +58,7 @@ class LLaDA(TemplateLM):
       tokenizer: The tokenizer, if `pretrained` is a model and not a folder.
       model: Another name for `pretrained`.
       step: The step of a checkpoint in a training workdir. None means the newest checkpoint.
-      dtype: The dtype as in `llada_jax.load`.
+      dtype, weights: As in `llada_jax.load`.
       mesh: The mesh as in `llada_jax.load`.
       mc_samples: The number of Monte Carlo samples per likelihood. Short answers, always those of one token, are
         scored exactly instead, see `scoring.likelihood.log_likelihoods`.
@@ -88,6 +88,7 @@ class LLaDA(TemplateLM):
         model: str | Path | Transformer | None = None,
         step: int | None = None,
         dtype: str | None = None,
+        weights: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
         mc_samples: int = 128,
         cfg_scale: float = 0.0,
@@ -114,7 +115,7 @@ class LLaDA(TemplateLM):
             raise UserError("pretrained=DIR is missing: pass a training workdir, or a folder with a published model")
         if isinstance(source, str | Path):
             source = paths.expanded(source)
-            self.model, self.tokenizer = loading.load_with_tokenizer(source, mesh, dtype, step)
+            self.model, self.tokenizer = loading.load_with_tokenizer(source, mesh, dtype, step, weights)
             self.max_length = workdir.trained_length(source) if max_length is None else max_length
         else:
             if tokenizer is None:

@@ -55,6 +55,7 @@ class Evaluation:
     recipe: str | None = None
     step: int | None = None
     dtype: str | None = None
+    weights: str | None = None
     include_path: tuple[str, ...] = ()
     data: str | None = None  # file of couplets for the task "reversal"
     num_fewshot: int | None = None
@@ -126,10 +127,12 @@ def run(job: Evaluation) -> int:
     # Process 0 chooses the checkpoint for all, because a running training may save a newer one at any time.
     identity = distributed.first_decides("model", lambda: identify(job.model, job.step))
     step = job.step if identity["step"] is None else identity["step"]
-    model, tokenizer = loading.load_with_tokenizer(job.model, devices, job.dtype, step)
+    model, tokenizer = loading.load_with_tokenizer(job.model, devices, job.dtype, step, job.weights)
     # The ends are in files of the folder that neither hash covers, and they decide what is generated.
     ends = sorted({i for i in (model.config.eos_id, model.config.eot_id, *model.config.end_ids) if i is not None})
     identity |= {"dtype": model.compute.dtype, "tokenizer": tokenizer.sha256, "ends": ends}
+    if job.weights:
+        identity["weights"] = job.weights
     _check_model(job, model, tokenizer)
     results: dict[str, Any] = {"results": {}, "n-shot": {}}
     batch_size = job.batch_size or 8 * devices.shape["data"] * devices.shape["fsdp"]

@@ -30,6 +30,7 @@ from llada_jax.formats.generation_config import with_ends
 from llada_jax.formats.published import CONFIG, as_json, model_config, read_json
 from llada_jax.formats.tensor_files import Folder
 from llada_jax.formats.tensor_names import PublishedTensor, published_tensors
+from llada_jax.model.int8 import is_int8
 from llada_jax.model.transformer import Transformer, abstract_model, merge, split
 
 SHARD_BYTES = 5 * 10**9
@@ -169,6 +170,7 @@ def load_model(
     dtype: jnp.dtype,
     update: Callable[[ModelConfig], ModelConfig] = lambda config: config,
     progress: bool = False,
+    change: Callable[[str, jax.Array], jax.Array] | None = None,
 ) -> Transformer:
     """Loads the model of a published folder, sharded over the mesh in use.
 
@@ -178,6 +180,8 @@ def load_model(
       update: A function that completes the architecture read from config.json, for example with what only the
         tokenizer knows.
       progress: Whether to show a progress bar on stderr.
+      change: A function that is called with each parameter's name and array as soon as it is read, and returns the
+        array that takes its place.
 
     Raises:
       UserError: If a tensor is missing, is not expected or has a wrong shape, if a file is damaged, if a field of
@@ -197,7 +201,7 @@ def load_model(
             def read(name: str, target: jax.ShapeDtypeStruct) -> jax.Array:
                 array = _read_parameter(folder, tensors[name], target, dtype)
                 bar.update()
-                return array
+                return array if change is None else change(name, array)
 
             params = {name: read(name, target) for name, target in targets.items() if name != "blocks"}
             params["blocks"] = {name: read(name, target) for name, target in targets["blocks"].items()}
@@ -251,6 +255,8 @@ def save_model(
       UserError: If the folder exists and is not empty, if it cannot be written, if a setting has an invalid value, or
         if `original` belongs to another model.
     """
+    if is_int8(model):
+        raise UserError("the matrices of this model are int8: load it without weights=int8 to write it")
     dtype = jnp.dtype(model.embedding[...].dtype if dtype is None else dtype)
     if dtype.name not in ("float32", "bfloat16"):
         raise UserError(f"dtype={dtype.name}: choose float32 or bfloat16")

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,12 +67,19 @@ def save_weights(folder: str | os.PathLike, step: int, params: dict, record: dic
         manager.close()
 
 
-def load_params(folder: str | os.PathLike, step: int | None, config: Config, mesh: Mesh, dtype: Any = None) -> dict:
+def load_params(
+    folder: str | os.PathLike,
+    step: int | None,
+    config: Config,
+    mesh: Mesh,
+    dtype: Any = None,
+    change: Callable[[str, jax.Array], jax.Array] | None = None,
+) -> dict:
     """Reads the parameters of the model in a workdir.
 
     The parameters of a run with low-rank adapters are those of the merged model (`lora.merge`), whatever
-    config.model.lora says. If `dtype` is not the dtype that was saved, the parameters are read one at a time, so that
-    only the largest of them needs memory beside the result.
+    config.model.lora says. If `dtype` is not the dtype that was saved, or if there is a `change`, the parameters are
+    read one at a time, so that only the largest of them needs memory beside the result.
 
     Args:
       folder: The workdir.
@@ -79,6 +87,8 @@ def load_params(folder: str | os.PathLike, step: int | None, config: Config, mes
       config: The configuration that the shapes come from.
       mesh: The mesh that the parameters are placed on.
       dtype: The dtype of the result. None means float32.
+      change: A function that is called with each parameter's name and array in that dtype, and returns the array that
+        takes its place. With adapters it is called after they are merged.
 
     Returns:
       Nested dicts of arrays.
@@ -94,12 +104,16 @@ def load_params(folder: str | os.PathLike, step: int | None, config: Config, mes
         target = arrays.abstract(lambda: lora.initialise(model, config.compute, key), mesh)
         frozen = load_frozen(folder, config, mesh, wanted)
         with jax.set_mesh(mesh):
-            return lora.merge(lora.combine(arrays.load(folder, step, {"params": target})["params"], frozen), model)
+            params = lora.merge(lora.combine(arrays.load(folder, step, {"params": target})["params"], frozen), model)
+            if change is not None:
+                for name in list(params["blocks"]):
+                    params["blocks"][name] = change(name, params["blocks"].pop(name))
+            return params
     target = arrays.abstract(lambda: split(Transformer(lora.plain(config.model), config.compute, key))[1], mesh)
     saved = jnp.dtype((weights_record(folder, step) or {}).get("dtype", "float32"))
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, saved, sharding=x.sharding), target)
     with jax.set_mesh(mesh):
-        if saved == wanted:
+        if saved == wanted and change is None:
             return arrays.load(folder, step, {"params": target})["params"]
 
         def read(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -108,12 +122,19 @@ def load_params(folder: str | os.PathLike, step: int | None, config: Config, mes
             for key in reversed(path):
                 part = {key.key: part}
             (array,) = jax.tree.leaves(arrays.load(folder, step, {"params": part}))
-            return jax.block_until_ready(cast(array, wanted))
+            array = jax.block_until_ready(array if saved == wanted else cast(array, wanted))
+            return array if change is None else change(path[-1].key, array)
 
         return jax.tree_util.tree_map_with_path(read, target)
 
 
-def load_model(folder: str | os.PathLike, step: int | None, mesh: Mesh, dtype: Any = None) -> Transformer:
+def load_model(
+    folder: str | os.PathLike,
+    step: int | None,
+    mesh: Mesh,
+    dtype: Any = None,
+    change: Callable[[str, jax.Array], jax.Array] | None = None,
+) -> Transformer:
     """Reads the model in a workdir. A run with low-rank adapters gives the merged model, which has none.
 
     Args:
@@ -122,6 +143,7 @@ def load_model(folder: str | os.PathLike, step: int | None, mesh: Mesh, dtype: A
       mesh: The mesh that the parameters are placed on.
       dtype: The dtype of the parameters and of the computation. None means float32 parameters, and the computation as
         the run had it.
+      change: As for `load_params`.
 
     Raises:
       UserError: As `load_params`, or if the workdir has no config.json.
@@ -130,7 +152,7 @@ def load_model(folder: str | os.PathLike, step: int | None, mesh: Mesh, dtype: A
     config.model = lora.plain(config.model)
     if dtype is not None:
         config.compute.dtype = jnp.dtype(dtype).name
-    params = load_params(folder, step, config, mesh, dtype)
+    params = load_params(folder, step, config, mesh, dtype, change)
     with jax.set_mesh(mesh):
         graphdef, _ = split(abstract_model(config.model, config.compute))
     return merge(graphdef, params)

@@ -1,4 +1,4 @@
-"""The Transformer, its attention kernels, and its low-rank adapters.
+"""The Transformer, its attention kernels, its low-rank adapters, and int8 weights.
 
 May import: devices, config. Start reading at `transformer.py`.
 """

@@ -35,6 +35,8 @@ MATRICES = {
     "ff_out": ("f", "d"),
 }
 
+SCALE = "_scale"  # what model/int8.py appends to the name of a matrix for the name of its scales
+
 # GPUs multiply matrices several times faster if their rows are multiples of 16 bytes (8 numbers in bfloat16). The
 # feed-forward width of the paper's 1B model, 5634, is not: such matrices are used with zeros added, which changes no
 # sum. A multiple of 64 was a little faster than one of 8, but must not add much.
@@ -148,11 +150,13 @@ class Block(nnx.Module):
         # the rotation that goes with it.
         rotate = apply_rope_on_tpu if compute.attention == "splash" else apply_rope
 
-        def use(name: str, letters: str) -> jax.Array:
-            # The cast comes before the gather, because bfloat16 halves the number of bytes that are transferred.
-            weight = getattr(self, name)[...].astype(x_BTD.dtype)
+        def use(name: str, letters: str, dtype: jnp.dtype = x_BTD.dtype) -> jax.Array:
+            weight = getattr(self, name)[...]
             spec = mesh.gathered(mesh.PARAMETERS[name])
-            weight = jax.reshard(weight, spec)
+            if weight.dtype == jnp.int8:
+                weight = jax.reshard(weight, spec).astype(dtype)
+            else:  # The cast comes before the gather, because bfloat16 halves the number of bytes that are transferred.
+                weight = jax.reshard(weight.astype(dtype), spec)
             shards = mesh.tensor_shards()
             added = added_columns(config.feed_forward // shards)
             if not added or "f" not in letters:
@@ -164,6 +168,8 @@ class Block(nnx.Module):
         def linear(name: str, x: jax.Array, out_sharding: P) -> jax.Array:
             inputs, outputs = MATRICES[name]
             y = product(f"bt{inputs},{inputs}{outputs}->bt{outputs}", x, use(name, inputs + outputs), out_sharding)
+            if hasattr(self, name + SCALE):
+                y = (y * use(name + SCALE, outputs, jnp.float32)).astype(y.dtype)
             if not hasattr(self, f"{name}_a"):
                 return y
             # The product with the adapter is added to y. W + A B is never formed, because its gradient would be as

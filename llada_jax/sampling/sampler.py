@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from llada_jax.config import NonFinite, SamplerConfig
 from llada_jax.devices import mesh
 from llada_jax.model.compute import compute_dtype
+from llada_jax.model.int8 import in_dtype
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.canvas import Dials, Rows, arguments, roll, scalar, start, take
 from llada_jax.sampling.commit import RULES, SCHEDULE, Ranked, progress
@@ -202,7 +203,7 @@ def denoise(
       means nothing.
     """
     # Cast the weights here, once. Otherwise every step would cast the fp32 master weights again.
-    model = jax.tree.map(lambda p: p.astype(compute_dtype(model.compute)), model)
+    model = in_dtype(model, compute_dtype(model.compute))
     tokens_BT = roll(jax.reshard(tokens_BT, mesh.TOKENS_BT), rows.shift_B)
 
     def steps_in_all(step, tokens_BT):

@@ -177,8 +177,8 @@ FAULTS = (
     Fault(
         "step-is-ignored",
         "llada_jax/loading.py",
-        old="model = weights.load_model(path, step, jax.sharding.get_mesh(), dtype)",
-        new="model = weights.load_model(path, None, jax.sharding.get_mesh(), dtype)",
+        old="model = weights.load_model(path, step, jax.sharding.get_mesh(), dtype, quantizer)",
+        new="model = weights.load_model(path, None, jax.sharding.get_mesh(), dtype, quantizer)",
         harm="--step=N loads the newest checkpoint, so a comparison of checkpoints compares one with itself.",
         tests=("test_loading.py::test_a_training_workdir",),
     ),
