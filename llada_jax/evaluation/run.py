@@ -174,7 +174,9 @@ def check(job: Evaluation) -> None:
         raise UserError("nothing to evaluate: pass --tasks=NAME,... or --recipe=NAME (--list shows the recipes)")
     if distributed.index() == 0:
         _check_places(job)
-    if not objects.is_bucket(job.model) and not Path(job.model).is_dir():
+    if objects.is_bucket(job.model):
+        workdir.is_workdir(objects.place(job.model), "--model=")
+    elif not Path(job.model).is_dir():
         raise UserError(f"--model={job.model} is not a folder; pass a training workdir or a published model's folder")
     if REVERSAL in job.tasks and not job.data:
         raise UserError("--tasks=reversal needs --data=FILE.json, a file with the couplets")
@@ -193,6 +195,8 @@ def _check_places(job: Evaluation) -> None:
     """Raises UserError unless --output and --cache can be written. Creates the folder of --cache."""
     check_file(job.output)
     if job.cache is not None:
+        if objects.is_bucket(job.cache):
+            raise UserError(f"--cache={job.cache}: name a file on this machine or on a mounted file system")
         path = Path(paths.expanded(job.cache)).absolute()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
