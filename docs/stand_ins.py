@@ -1,10 +1,11 @@
-"""Stand-ins for what the pages of the documentation presuppose: small data and models, and the programs of clusters.
+"""Stand-ins for what the pages of the documentation presuppose: small data and models, buckets, programs of clusters.
 
 A stand-in for a program checks what it is given as far as that is possible without a cluster: that files exist and are
 well-formed, that extras and settings exist. It prints what the next command needs, if any.
 """
 
 import configparser
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -14,12 +15,14 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+BUCKET = "gs://BUCKET"  # what the pages call the user's bucket
 PROGRAMS = [
     "pip", "pytest", "sbatch", "scontrol", "scancel", "squeue", "srun", "kubectl", "gcloud", "docker", "xpk",
-    "ssh-add", "tail", "tensorboard", "mkdocs", "wandb", "nvidia-smi",
+    "ssh-add", "sky", "tail", "tensorboard", "mkdocs", "wandb", "nvidia-smi",
 ]  # fmt: skip
 WORDS = "the a small quiet green tired fox engine child river walked sang ate and but never always home".split()
 
@@ -50,6 +53,29 @@ def environment(scratch: Path, script: Path) -> dict[str, str]:
         "TERM": "dumb",
         "POLL_SECONDS": "0",  # for launch/tpu_pod.sh
     }
+
+
+@contextlib.contextmanager
+def bucket() -> Iterator[dict[str, str]]:
+    """Yields the variables that lead commands to an emulated bucket. There is none if no emulator is installed."""
+    sys.path.append(str(ROOT / "tests" / "support"))
+    import bucket as emulated
+
+    if not emulated.emulator() or not importlib.util.find_spec("gcsfs"):
+        yield {}
+        return
+    with emulated.serve() as server:
+        yield server.environment | {"DOCS_BUCKET": server.new_bucket().name}
+
+
+def in_bucket(arguments: list[str]) -> list[str]:
+    """Returns arguments in which the emulated bucket stands for that of the pages. Ends if they need one in vain."""
+    if not any(BUCKET in argument for argument in arguments):
+        return arguments
+    if name := os.environ.get("DOCS_BUCKET"):
+        return [argument.replace(BUCKET, f"gs://{name}") for argument in arguments]
+    note("stand-in")
+    sys.exit(0)
 
 
 def write_inputs(folder: Path, root: Path) -> None:
@@ -121,9 +147,8 @@ def called(name: str, arguments: list[str]) -> int:
     """Does what the stand-in for a program does, and returns its exit code."""
     note("stand-in")
     try:
-        {"pip": _pip, "sbatch": _sbatch, "kubectl": _kubectl, "gcloud": _gcloud, "docker": _docker}.get(name, _nothing)(
-            arguments
-        )
+        known = {"pip": _pip, "sbatch": _sbatch, "kubectl": _kubectl, "gcloud": _gcloud, "docker": _docker, "sky": _sky}
+        known.get(name, _nothing)(arguments)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
@@ -182,7 +207,19 @@ def _kubectl(arguments: list[str]) -> None:
 
 
 def _gcloud(arguments: list[str]) -> None:
-    """Answers as if the machines of a queued resource were there, and as if their training had finished."""
+    """Answers as if the machines of a queued resource were there, and as if their training had finished.
+
+    `gcloud storage cp -r FOLDER gs://BUCKET/TARGET/` copies into the emulated bucket, if there is one.
+    """
+    if arguments[:2] == ["storage", "cp"]:
+        source, target = in_bucket(arguments[-2:])
+        _, _, prefix = target.removeprefix("gs://").partition("/")
+        sys.path.append(str(ROOT / "tests" / "support"))
+        import bucket as emulated
+
+        port = int(os.environ["STORAGE_EMULATOR_HOST"].rpartition(":")[2])
+        server = emulated.Server(port, 0, port, "")
+        emulated.Bucket(server, os.environ["DOCS_BUCKET"]).upload(source, f"{prefix}{Path(source).name}")
     if "describe" in arguments:
         print("ACTIVE")
     for argument in arguments:
@@ -191,6 +228,16 @@ def _gcloud(arguments: list[str]) -> None:
             subprocess.run(["bash", "-n", "-c", command], check=True)
             if "training: running" in command:
                 print("training: 0")
+
+
+def _sky(arguments: list[str]) -> None:
+    import yaml
+
+    if arguments[:2] == ["jobs", "launch"]:
+        task = yaml.safe_load(Path(arguments[2]).read_text())
+        for name, value in (pair.split("=") for pair in arguments[4::2]):
+            if name not in task["envs"]:
+                raise ValueError(f"{arguments[2]} has no variable {name}={value}")
 
 
 def _docker(arguments: list[str]) -> None:

@@ -2,10 +2,9 @@
 # Trains on one or several Cloud TPU pod slices, which are requested as a queued resource. Run this script on your own
 # machine, where gcloud is set up:
 #
-#   export NAME=llada-8b ZONE=us-east5-a REPO=https://github.com/YOU/llada_jax WORKDIR=/mnt/llada/runs/8b
-#   export MOUNT='mkdir -p /mnt/llada; mountpoint -q /mnt/llada || mount 10.0.0.2:/share /mnt/llada'
+#   export NAME=llada-8b ZONE=us-east5-a REPO=https://github.com/YOU/llada_jax WORKDIR=gs://BUCKET/runs/8b
 #   ssh-add ~/.ssh/google_compute_engine                                  # gcloud needs this for several workers
-#   launch/tpu_pod.sh run --config.data.path=/mnt/llada/data/pretrain     # create, install, start, watch, restart
+#   launch/tpu_pod.sh run --config.data.path=gs://BUCKET/sets/pretrain    # create, install, start, watch, restart
 #   launch/tpu_pod.sh create | install | start                            # the single steps of `run`
 #   launch/tpu_pod.sh logs        # follows the log of worker 0 (WORKER=5 and SLICE=1 choose another worker or slice)
 #   launch/tpu_pod.sh status      # prints the queued resource's state and the state of the training on each worker
@@ -17,8 +16,9 @@
 #     RUNTIME=v2-alpha-tpuv6e. For v5p, the number in TYPE counts cores, two per chip. Choose a CONFIG that fits.
 #   SLICES=2: two slices, joined by the data centre's network.
 #   SPOT= (empty): machines that are not preemptible.
-#   MOUNT: a command that mounts a file system (Filestore, Lustre, NFS). It runs as root on every worker. WORKDIR and
-#     the data must be on a file system that all workers mount.
+#   MOUNT: a command that runs as root on every worker before the training, for a WORKDIR and data on a file system that
+#     all workers mount: 'mkdir -p /mnt/llada; mountpoint -q /mnt/llada || mount 10.0.0.2:/share /mnt/llada'. A bucket
+#     needs no such command. The service account of the machines needs the two roles that docs/large_runs.md names.
 #
 # Every worker runs the same command: JAX finds the other workers through the machines' metadata, and training continues
 # from the newest complete checkpoint. You may end `run` with Ctrl-C and start it again: it then joins a training that
@@ -79,7 +79,7 @@ install() {
     [ -d llada_jax ] || git clone --quiet $(printf %q "$REPO") llada_jax
     cd llada_jax; git fetch --quiet; git checkout --quiet --detach $(printf %q "$COMMIT")
     [ -d .venv ] || ~/.local/bin/uv venv --quiet --python 3.12
-    ~/.local/bin/uv pip install --quiet -e '.[tpu]'"
+    ~/.local/bin/uv pip install --quiet -e '.[tpu,gcs]'"
 }
 
 # Starts the training detached, so that it continues after the connection has ended. Does nothing on workers on which

@@ -7,13 +7,13 @@ which refers to no other file. The run may still be going on.
 
 import json
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from llada_jax.cli import entry_point, outputs, paths
 from llada_jax.config import UserError
 from llada_jax.reporting import gather, show
+from llada_jax.storage import objects
 
 _WORKDIR = paths.define("workdir", None, "The workdir of the run.")
 _OUTPUT = paths.define("output", None, "File to write a page (HTML) to.")
@@ -24,10 +24,13 @@ def main() -> None:
     """Prints the report."""
     if not _WORKDIR.value:
         raise UserError("--workdir=DIR is missing: name the workdir of a training run")
-    folder = Path(_WORKDIR.value)
+    objects.check(_WORKDIR.value, "--workdir=")
+    folder = objects.place(_WORKDIR.value)
     output = outputs.check_file(_OUTPUT.value) if _OUTPUT.value else None
     found = gather.gather(folder)
     if not found["starts"]:
+        if objects.is_bucket(folder):
+            objects.require_bucket(folder)
         raise UserError(f"--workdir={folder} is not the workdir of a run: it has no starts.jsonl")
     if output:
         outputs.write_text(output, show.page(found))

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 import pytest
 from bucket import bucket, storage_server  # noqa: F401 - fixtures of tests on object storage
+from commands import command  # noqa: F401 - a fixture
 
 import llada_jax
 from llada_jax.config import ComputeConfig, ModelConfig

@@ -164,9 +164,7 @@ def _paths(config: Config, workdir: Place, earlier: Config | None, working_copy:
         trained = None if tokenizer else data.train_tokenizer
         prepare(inputs, target, tokenizer=tokenizer or None, train_tokenizer=trained, **same)
     if upload_to:
-        files = {path.relative_to(target).as_posix(): path for path in target.rglob("*") if path.is_file()}
-        for name in sorted(files, key=lambda name: name == MANIFEST_FILE):  # last, because it makes the set complete
-            objects.write(upload_to / name, files[name].read_bytes())
+        objects.upload(target, upload_to, last=MANIFEST_FILE)
         shutil.rmtree(target)
     return [str(upload_to or target)]
 

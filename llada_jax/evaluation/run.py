@@ -180,7 +180,9 @@ def check(job: Evaluation) -> None:
         raise UserError("nothing to evaluate: pass --tasks=NAME,... or --recipe=NAME (--list shows the recipes)")
     if distributed.index() == 0:
         _check_places(job)
-    if not objects.is_bucket(job.model) and not Path(job.model).is_dir():
+    if objects.is_bucket(job.model):
+        workdir.is_workdir(objects.place(job.model), "--model=")
+    elif not Path(job.model).is_dir():
         raise UserError(f"--model={job.model} is not a folder; pass a training workdir or a published model's folder")
     if REVERSAL in job.tasks and not job.data:
         raise UserError("--tasks=reversal needs --data=FILE.json, a file with the couplets")
@@ -201,6 +203,10 @@ def _check_places(job: Evaluation) -> None:
     """Raises UserError unless --output and --results_cache can be written. Creates the folder of the latter."""
     check_file(job.output)
     if job.results_cache is not None:
+        if objects.is_bucket(job.results_cache):
+            raise UserError(
+                f"--results_cache={job.results_cache}: name a file on this machine or on a mounted file system"
+            )
         path = Path(paths.expanded(job.results_cache)).absolute()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

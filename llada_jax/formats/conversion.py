@@ -123,23 +123,17 @@ def _convert_into_bucket(
     objects.check(output, "output ")
     if objects.names(output):
         raise UserError(f"output {output} exists: name another folder, or remove its objects")
+    objects.require_bucket(output)
     dtype, naming, shard_bytes, progress = settings
     with tempfile.TemporaryDirectory(prefix="llada_jax-") as temporary:
         folder = Path(temporary) / "output"
         options = {"step": step, "dtype": dtype, "naming": naming, "shard_bytes": shard_bytes, "progress": progress}
         convert(source, folder, form, **options)
-        # Nothing is renamed in a bucket: what makes the folder complete comes last.
-        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        checkpoint = [name for name in files if name.startswith(f"{workdir.CHECKPOINTS}/")]
-        for name, path in files.items():
-            if name not in (CONFIG, *checkpoint):
-                objects.write(objects.place(output) / name, path.read_bytes())
-        objects.write(objects.place(output) / CONFIG, files[CONFIG].read_bytes())
-        for name in checkpoint:
-            objects.write(objects.place(output) / name, files[name].read_bytes())
-        if checkpoint:
-            done = "/".join((*checkpoint[0].split("/")[:2], workdir.COMPLETE))
-            objects.write(objects.place(output) / done, b"written by llada_jax.convert")
+        last = CONFIG
+        for saved in workdir.steps_in(folder):
+            last = f"{workdir.CHECKPOINTS}/{saved}/{workdir.COMPLETE}"
+            (folder / last).write_text("written by llada_jax.convert")
+        objects.upload(folder, output, last)
 
 
 def _source(path: Place, step: int | None) -> Source:

@@ -44,6 +44,7 @@ def is_workdir(path: Place, name: str) -> bool:
             return True
         if any("/" not in file and ".safetensors" in file for file in there):
             return False
+        objects.require_bucket(path)
         raise UserError(f"{name}{path} has no model: it has neither {CHECKPOINTS}/ nor *.safetensors")
     if not path.is_dir():
         raise UserError(f"{name}{path} is not a folder: pass a training workdir or a published model's folder")

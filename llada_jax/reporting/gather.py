@@ -7,8 +7,9 @@ be made at any time, also of a run that is going on or was killed. No checkpoint
 import datetime
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
+from llada_jax.storage import objects
+from llada_jax.storage.objects import Place
 from llada_jax.training.goodput import KINDS, LOST, added, latest, records_in, share
 
 MOST_POINTS = 1000  # of a curve; if it has more, neighbours are averaged
@@ -32,17 +33,19 @@ CURVES = (
 _AROUND = ("commit", "versions", "hardware", "xla_flags")
 
 
-def read_text(folder: Path, name: str) -> str:
+def read_text(folder: Place, name: str) -> str:
     """Returns the text of a file of a workdir; "" if it is missing. All files are read here."""
-    path = folder / name
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    try:
+        return objects.read(folder / name).decode(errors="replace")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return ""
 
 
-def gather(folder: Path) -> dict:
+def gather(folder: Place) -> dict:
     """Returns all that a report says of a run, as JSON values.
 
     Args:
-      folder: The workdir of the run.
+      folder: The workdir of the run, which may lie in a bucket.
 
     Returns:
       A dict with

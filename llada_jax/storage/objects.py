@@ -5,7 +5,8 @@ object appears whole or not at all, and who reads after a write has returned fin
 and no rename.
 
 The engine is TensorStore, which Orbax uses for the arrays as well. Orbax reads and writes its small files through
-etils.epath, which needs gcsfs (pip install 'llada_jax[gcs]'); `check` prepares both.
+etils.epath, which needs gcsfs (pip install 'llada_jax[gcs]'); `check` prepares both. For streams, patterns and other
+kinds of storage there is data/prepare/storage.py, which says why there are two modules.
 """
 
 import functools
@@ -24,6 +25,7 @@ from llada_jax.storage import retries
 _IDLE_SECONDS = 60
 _AT_ONCE = 16  # requests
 _PIECE = 1 << 26  # number of bytes of a large object that one request reads
+_SLOWEST = 1 << 20  # bytes per second; an object that is written more slowly may be given up
 
 Place = Path | epath.Path  # a folder or a file: on this machine, or in a bucket
 
@@ -68,6 +70,23 @@ def check(path: str | os.PathLike, named: str) -> None:
     _prepare()
 
 
+def require_bucket(path: str | os.PathLike) -> None:
+    """Raises UserError if there is no such bucket. Call this if nothing was found: a list of its objects is empty, too.
+
+    Args:
+      path: An address that `check` has accepted.
+    """
+    import fsspec
+
+    name = os.fspath(path).removeprefix("gs://").partition("/")[0]
+    try:
+        fsspec.filesystem("gs").info(name)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such bucket") from None
+    except Exception:  # for example, nobody but its owner may look at the bucket itself
+        return
+
+
 @functools.cache
 def _prepare() -> None:
     """Sets what the libraries wait for, and turns off the listings that gcsfs keeps, which others' writes outdate."""
@@ -99,11 +118,12 @@ def _split(path: str | os.PathLike) -> tuple[Any, str]:
     return _bucket(bucket), name
 
 
-def _call(path: str | os.PathLike, request) -> Any:
-    """Sends a request as `retries.call` does. Refusals are mistakes of the user, told in one line."""
+def _call(path: str | os.PathLike, request, size: int = 0) -> Any:
+    """Sends a request with `size` bytes as `retries.call` does. Refusals are mistakes of the user, told in one line."""
     try:
         policy = retries.POLICY
-        return retries.call(os.fspath(path), lambda: request().result(timeout=policy.seconds), policy)
+        seconds = policy.seconds + size / _SLOWEST
+        return retries.call(os.fspath(path), lambda: request().result(timeout=seconds), policy)
     except ValueError as error:  # all kinds of TensorStore's errors
         text = " ".join(str(error).split())
         why = "there is no such bucket" if retries.status(error) == 404 else "it cannot be used"
@@ -175,7 +195,7 @@ def names(folder: str | os.PathLike) -> list[str]:
 def write(path: str | os.PathLike, content: bytes) -> None:
     """Writes an object, whole or not at all. It is in the bucket when this returns."""
     store, name = _split(path)
-    _call(path, lambda: store.write(name, content))
+    _call(path, lambda: store.write(name, content), len(content))
 
 
 def write_all(folder: str | os.PathLike, files: Mapping[str, bytes | Path]) -> None:
@@ -193,6 +213,22 @@ def write_all(folder: str | os.PathLike, files: Mapping[str, bytes | Path]) -> N
 
     with ThreadPoolExecutor(_AT_ONCE) as executor:
         list(executor.map(put, files.items()))
+
+
+def upload(folder: Path, target: str | os.PathLike, last: str) -> None:
+    """Writes all files of a folder on this machine into a folder of a bucket, one after the other.
+
+    A file is held in memory while it is written.
+
+    Args:
+      folder: The folder on this machine.
+      target: The address of the folder in the bucket.
+      last: The name, relative to the folder, of the file that makes the folder in the bucket complete. It is written
+        when all others are there, because nothing can be renamed in a bucket.
+    """
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    for name in sorted(names, key=lambda name: (name == last, name)):
+        write(place(target) / name, (folder / name).read_bytes())
 
 
 def write_if(path: str | os.PathLike, content: bytes, generation: bytes) -> bytes | None:

@@ -1,6 +1,7 @@
 """Reads sets where they lie in a bucket: an emulator of Cloud Storage, with faults on the way."""
 
 import dataclasses
+import hashlib
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 from bucket import rule
+from runs import train_on
 
 from llada_jax.cli import machine_errors
 from llada_jax.config import UserError
@@ -16,7 +18,6 @@ from llada_jax.data.read.chat import held_out_answers
 from llada_jax.data.read.pipeline import validation_rows
 from llada_jax.data.row_index import ENTRY
 from llada_jax.storage import ranges, retries
-from llada_jax.training.run import train
 
 from . import test_chat, test_pipeline
 from .conftest import read_split
@@ -171,6 +172,26 @@ def test_a_flipped_byte_is_named(bucket, text, tmp_path):
     assert "\n" not in str(caught.value) and start < stop
 
 
+def test_a_row_of_another_preparation_is_not_taken_for_its_own(bucket, text, tmp_path):
+    """A row that is whole, but not the one that the index was made for."""
+    manifest = load_manifest(text)
+    shard = manifest.train.shards[0]
+    name = shard.name.replace(".arrayrecord", ".rows")
+    entries = np.frombuffer((Path(text) / name).read_bytes(), ENTRY).copy()
+    entries["checksum"][5] ^= 1
+    shards = (dataclasses.replace(shard, index_sha256=hashlib.sha256(entries.tobytes()).hexdigest()),)
+    train = dataclasses.replace(manifest.train, shards=shards + manifest.train.shards[1:])
+    bucket.upload(text, "set")
+    bucket.write(f"set/{name}", entries.tobytes())
+    bucket.write(f"set/{MANIFEST_FILE}", dataclasses.replace(manifest, train=train).to_json().encode())
+    rows = test_pipeline.open_data([f"{bucket.url}/set"], cache=str(tmp_path))._sets[0]
+    bucket.reset()
+    bucket.faults([rule("flip", match=ROWS, times=1)])
+    assert len(rows.read([4])) == 1 and bucket.count(ROWS) == 2  # damaged on the way: read once more
+    with pytest.raises(UserError, match=f"{shard.name}, row 5, is damaged: it does not have the checksum of the row"):
+        rows.read([5])
+
+
 def test_what_is_wrong_with_a_set(bucket, text, tmp_path):
     def opened():
         return test_pipeline.open_data([f"{bucket.url}/set"], cache=str(tmp_path))
@@ -208,7 +229,7 @@ def test_what_is_wrong_with_a_set(bucket, text, tmp_path):
         data.batch(0, range(8))
 
 
-def test_a_run_reads_in_place_and_is_resumed(bucket, tmp_path, capsys):
+def test_a_run_reads_in_place_and_is_resumed(bucket, tmp_path, capsys, quick):
     from llada_jax.data.prepare.prepare_text import prepare
 
     corpus = tiny.write_corpus(tmp_path / "corpus.jsonl", 500)
@@ -221,7 +242,7 @@ def test_a_run_reads_in_place_and_is_resumed(bucket, tmp_path, capsys):
         config = tiny.get_config()
         config.steps, config.validation.every, config.sampling.prompts = steps, 0, ()
         config.data.path, config.data.cache = path, str(tmp_path / "cache")
-        return train(config, workdir)
+        return train_on(1, config, workdir)
 
     assert run(str(tmp_path / "set"), tmp_path / "local", 12) == 0
     capsys.readouterr()

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 import rounding
 import tiny
+from bucket import rule
 from jax._src.clusters import cloud_tpu_cluster
 from paths import PARITY, PYTHONPATH, SUPPORT
 from runs import train_on
@@ -55,9 +58,12 @@ def local():
 
 @pytest.fixture(scope="module")
 def launch(local):
-    """Returns launch(command, devices=4), which runs two processes of the command until they end."""
+    """Returns launch(command, devices=4, meanwhile=None), which runs two processes of the command until they end.
 
-    def start(command: list[str], devices: int = 4) -> End:
+    `meanwhile` is called with the processes as soon as they have started.
+    """
+
+    def start(command: list[str], devices: int = 4, meanwhile: Callable | None = None) -> End:
         flags = ["--processes=2", f"--devices={devices}", f"--patience={GONE}", "--"]
         lines: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
@@ -66,6 +72,8 @@ def launch(local):
             job = local.Job(local.parse([*flags, *command]))
             hanging = threading.Timer(ALL, job.send, (signal.SIGKILL,))
             hanging.start()
+            if meanwhile:
+                meanwhile(job.processes)
             job.wait(threading.Event())
             hanging.cancel()
         return End([process.returncode for process in job.processes], "".join(lines))
@@ -231,6 +239,35 @@ def test_any_death_is_the_death_of_all_and_the_run_goes_on(several, whole, tmp_p
     assert tiny.records(folder) == tiny.records(whole[0])
     assert state_of(folder) == state_of(whole[0])
     assert (folder / "samples.txt").read_text() == (whole[0] / "samples.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_workdir_in_a_bucket(launch, prepared, whole, bucket, monkeypatch, tmp_path):
+    """One of two processes dies while its part of a checkpoint is on the way; the next start is the local run."""
+    pytest.importorskip("gcsfs")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place, folder = f"{bucket.url}/run", tmp_path / "run"
+    flags = tiny.command(place, f"data.path={prepared}", *FAST)
+    command = [sys.executable, str(SUPPORT / "in_bucket.py"), *flags]
+
+    def kill_one_when_held(processes: list[subprocess.Popen]) -> None:
+        while not bucket.injected("hang") and processes[1].poll() is None:
+            time.sleep(0.1)
+        processes[1].kill()
+
+    bucket.faults([rule("hang", match="POST .*run/checkpoints/10/state/ocdbt.process_1/")])
+    end = launch(command, meanwhile=kill_one_when_held)
+    assert end.codes[1] == -signal.SIGKILL and end.codes[0] in ABORTED, end
+    assert bucket.injected("hang") and workdir.steps_in(place) == [5], end.said
+    assert [name for name in bucket.names("run/checkpoints/10/") if "ocdbt.process_0" in name]
+    bucket.reset()
+    end = launch(command)
+    assert end.codes == [0, 0] and f"resuming {place} at step 5" in end.said, end.said
+    bucket.download("run", folder)
+    assert workdir.steps_in(folder) == [5, 10, 15, 20] and not (folder / "lock").exists()
+    assert tiny.records(folder) == tiny.records(whole[0]) and state_of(folder) == state_of(whole[0])
+    assert (folder / "samples.txt").read_text() == (whole[0] / "samples.txt").read_text()
+    assert len((folder / "starts.jsonl").read_text().splitlines()) == 2
 
 
 @pytest.mark.slow

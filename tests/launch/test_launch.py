@@ -4,6 +4,7 @@ Stand-ins replace the programs of the clusters.
 """
 
 import ast
+import configparser
 import json
 import os
 import re
@@ -16,6 +17,8 @@ import pytest
 import yaml
 from paths import ROOT
 from standins import lines, program, until
+
+from llada_jax.config import Config, leaves
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
@@ -153,26 +156,79 @@ def test_jobset_restarts_by_exit_code(jobset, pod, action):
 
 
 def test_kubectl_reads_the_pods(jobset, tmp_path):
-    """Lets kubectl decode the Job and the volume claim, which checks the types of their fields.
+    """Lets kubectl decode the Job, which checks the types of its fields.
 
     The flag --local works without a server, whereas --dry-run=client would contact one.
     """
     if not shutil.which("kubectl"):
         pytest.skip("kubectl is not installed")
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, "spec": _job(jobset)}
-    claim = yaml.safe_load((LAUNCH / "gke_workdir.yaml").read_text())
     environment = {**os.environ, "KUBECONFIG": str(tmp_path / "none")}
-    for item, change in ((job, ["set", "image", "train=x"]), (claim, ["label", "a=b"])):
-        path = tmp_path / "item.json"
-        path.write_text(json.dumps(item))
-        subprocess.run(["kubectl", *change, "--local", "-f", path, "-o", "name"], check=True, env=environment)
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(job))
+    change = ["set", "image", "train=x", "--local", "-f", path, "-o", "name"]
+    subprocess.run(["kubectl", *change], check=True, env=environment)
 
 
-def test_workdir_claim_is_the_one_mounted(jobset):
-    claim = yaml.safe_load((LAUNCH / "gke_workdir.yaml").read_text())
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    claims = [v["persistentVolumeClaim"]["claimName"] for v in _job(jobset)["template"]["spec"]["volumes"][:1]]
-    assert claims == [claim["metadata"]["name"]]
+def _check_training(words: list[str]) -> None:
+    """Checks that the flags of a training exist, and that its data and its workdir lie in a bucket."""
+    given = dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--"))
+    settings = {f"config.{name}" for name, _ in leaves(Config())}
+    known = {"config", "workdir", "coordinator_address", "num_processes", "process_id"} | settings
+    assert set(given) <= known, set(given) - known
+    assert {given[name].partition("://")[0] for name in ("workdir", "config.data.path")} == {"gs"}
+    assert (ROOT / given["config"].partition(":")[0]).is_file()
+
+
+def test_the_jobset_needs_no_disk_that_is_shared(jobset):
+    pod = _job(jobset)["template"]["spec"]
+    _check_training(pod["containers"][0]["args"])
+    assert [set(volume) - {"name"} for volume in pod["volumes"]] == [{"emptyDir"}]
+
+
+# SkyPilot. The fields are those of its task files, release 0.14.
+_TASK = {"name", "resources", "num_nodes", "workdir", "envs", "secrets", "file_mounts", "setup", "run", "config"}
+_RESOURCES = {
+    "infra", "accelerators", "accelerator_args", "cpus", "memory", "use_spot", "disk_size", "disk_tier", "image_id",
+    "job_recovery", "any_of", "ordered", "network_tier",
+}  # fmt: skip
+
+
+@pytest.fixture
+def task() -> dict:
+    return yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+
+
+def test_sky_task(task, tmp_path):
+    assert set(task) <= _TASK and set(task["resources"]) <= _RESOURCES
+    for name in ("setup", "run"):
+        script = tmp_path / f"{name}.sh"
+        script.write_text(f"#!/bin/bash\n{task[name]}")
+        subprocess.run(["bash", "-n", script], check=True)
+        if shutil.which("shellcheck"):
+            subprocess.run(["shellcheck", "--exclude=SC2154", script], check=True)
+    used = set(re.findall(r"\$\{?([A-Z_]+)", task["setup"] + task["run"]))
+    assert used <= task["envs"].keys() | {"SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "SECONDS"}
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert set(task["envs"]["EXTRAS"].split(",")) <= set(setup["options.extras_require"])
+
+
+@pytest.mark.parametrize(
+    "ended, steady, code",
+    [(0, 0, 0), (1, 0, 1), (2, 0, 2), (130, 0, 130), (143, 900, 75), (134, 0, 75), (137, 0, 75), (137, 900, 137)],
+)
+def test_sky_starts_again_by_exit_code(task, tmp_path, ended, steady, code):
+    """The job starts again after 75, and after no other exit code."""
+    assert task["resources"]["job_recovery"] == {"recover_on_exit_codes": [75]}
+    program(tmp_path / ".venv/bin", "python", f'printf "%s\\n" "$@" >flags; exit {ended}\n')
+    envs = {name: str(value) for name, value in task["envs"].items()} | {"BUCKET": "b", "STEADY_SECONDS": str(steady)}
+    envs |= {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    done = subprocess.run(["bash", "-c", task["run"]], cwd=tmp_path, env=os.environ | envs, check=False)
+    assert done.returncode == code
+    flags = lines(tmp_path / "flags")
+    _check_training(flags)
+    assert {"--coordinator_address=10.0.0.1:8476", "--num_processes=2", "--process_id=1"} <= set(flags)
 
 
 # Slurm. The stand-in for srun prints and returns what the real srun does for tasks that end with the codes in $TASKS.

@@ -34,8 +34,8 @@ esac
 """
 _TRAIN = r"""
 cd ..
-echo "$*" >>starts
 code=$(head -n 1 codes); sed -i 1d codes
+echo "$*" >>starts
 if [ "$code" = wait ]; then trap 'kill $!; exit 143' TERM; sleep 300 & wait; fi
 case $code in 134) kill -ABRT $$ ;; 137) kill -KILL $$ ;; *) exit "$code" ;; esac
 """

@@ -35,6 +35,23 @@ FAULTS = (
         harm="Whatever goes wrong while a file is written also destroys the file that was there before.",
         tests=("cli/test_outputs.py::test_a_failure_leaves_the_file_that_was_there",),
     ),
+    # storage
+    Fault(
+        "lease-without-its-condition",
+        "llada_jax/storage/objects.py",
+        old="stamp = _call(path, lambda: store.write(name, content, if_equal=generation))",
+        new="stamp = _call(path, lambda: store.write(name, content))",
+        harm="Two launchers own the same workdir in a bucket, and each overwrites the checkpoints of the other.",
+        tests=("storage/test_objects.py::test_conditional_writes",),
+    ),
+    Fault(
+        "marked-as-whole-too-early",
+        "llada_jax/storage/objects.py",
+        old="key=lambda name: (name == last, name)",
+        new="key=lambda name: (name != last, name)",
+        harm="If a conversion or a preparation into a bucket dies, what is half-written is taken for whole.",
+        tests=("storage/test_objects.py::test_what_makes_a_folder_whole_comes_last_and_goes_first",),
+    ),
     # text
     Fault(
         "message-writes-control-tokens",
@@ -109,7 +126,23 @@ FAULTS = (
         harm="The tokenizer is trained on the text that is held out, so the validation loss is too good.",
         tests=("data/test_prepare.py::test_tokenizer_is_not_trained_on_held_out_text",),
     ),
+    Fault(
+        "row-checksums-are-not-compared",
+        "llada_jax/data/read/in_place.py",
+        old='if self._shards[shard].index_sha256 and checksum(record) != int(entry["checksum"][0]):',
+        new="if False:",
+        harm="A shard in a bucket that was exchanged for that of another preparation is trained on without a word.",
+        tests=("data/test_in_place.py::test_a_row_of_another_preparation_is_not_taken_for_its_own",),
+    ),
     # formats
+    Fault(
+        "outage-counts-as-damage",
+        "llada_jax/formats/arrays.py",
+        old="if objects.is_bucket(path) and retries.storage_to_blame(error):",
+        new="if False:",
+        harm="After an outage of the storage, the newest checkpoint is put aside, and hours are computed again.",
+        tests=("training/test_bucket.py::test_a_storage_that_fails_is_not_a_damaged_checkpoint",),
+    ),
     Fault(
         "safetensors-offsets-of-float32",
         "llada_jax/formats/tensor_files.py",

@@ -1,6 +1,7 @@
 """Tests objects in a bucket: whole, conditional, listed, deleted; with failures in between."""
 
 import os
+import re
 import threading
 
 import pytest
@@ -32,6 +33,25 @@ def test_whole_objects(folder, tmp_path):
         objects.read(f"{folder}/c")
     objects.delete_all(folder)
     assert objects.names(folder) == [] and objects.read(f"{folder}0/x") and objects.read(f"{folder}-2/x")
+
+
+def asked(bucket, match: str) -> list[str]:
+    """Returns the requests so far that a regular expression is found in."""
+    return [what for what, _, _ in bucket.state()["requests"] if re.search(match, what)]
+
+
+def test_what_makes_a_folder_whole_comes_last_and_goes_first(folder, bucket, tmp_path):
+    for name in ("a", "b/manifest", "c", "d/e"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    objects.upload(tmp_path, folder, last="b/manifest")
+    assert objects.names(folder) == ["a", "b/manifest", "c", "d/e"] and objects.read(f"{folder}/d/e") == b"d/e"
+    written = asked(bucket, "^POST ")
+    assert len(written) == 4 and "b/manifest" in written[-1]
+    bucket.reset()
+    objects.move_all(folder, f"{folder}-aside", first="b/manifest")
+    assert objects.names(folder) == [] and objects.names(f"{folder}-aside") == ["a", "c", "d/e"]
+    assert "b/manifest" in asked(bucket, "^(DELETE|POST) ")[0]
 
 
 @pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 2000, 2500])

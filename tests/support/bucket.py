@@ -132,9 +132,9 @@ class Bucket:
         """Returns the number of requests whose "METHOD PATH?QUERY RANGE" the regular expression is found in."""
         return sum(1 for what, _, _ in self.state()["requests"] if re.search(match, what))
 
-    def injected(self) -> int:
-        """Returns the number of requests that a rule was applied to."""
-        return sum(1 for _, _, kind in self.state()["requests"] if kind)
+    def injected(self, kind: str = "") -> int:
+        """Returns the number of requests that a rule was applied to: any rule, or those of one kind."""
+        return sum(1 for _, _, found in self.state()["requests"] if found and kind in ("", found))
 
     def write(self, name: str, content: bytes) -> None:
         query = f"/upload/storage/v1/b/{self.name}/o?uploadType=media&name={urllib.parse.quote(name, safe='')}"
@@ -161,6 +161,14 @@ class Bucket:
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
                 self.write(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
+
+    def download(self, prefix: str, folder: str | os.PathLike) -> Path:
+        """Writes all objects PREFIX/RELATIVE PATH as files of a folder, and returns it."""
+        for name in self.names(f"{prefix}/"):
+            path = Path(folder) / name.removeprefix(f"{prefix}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.read(name))
+        return Path(folder)
 
     def _object(self, name: str) -> str:
         return f"/storage/v1/b/{self.name}/o/{urllib.parse.quote(name, safe='')}"

@@ -10,7 +10,7 @@ SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 
 
 def program(folder: Path, name: str, text: str) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
     path.write_text("#!/bin/bash\n" + text)
     path.chmod(0o755)

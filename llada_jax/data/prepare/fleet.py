@@ -51,7 +51,7 @@ from llada_jax.data.prepare.held_out import held_out_below
 from llada_jax.data.prepare.judge import EXAMPLES, check_some_left
 from llada_jax.data.prepare.left_out import Faults
 from llada_jax.data.prepare.output import check_numbers, cores, id_dtype, refuse_existing
-from llada_jax.data.prepare.prepare_text import NO_FILTERS, rows_per_shard, text_manifest
+from llada_jax.data.prepare.prepare_text import TextSettings, text_manifest
 from llada_jax.data.prepare.text import STDLIB, Corpus
 from llada_jax.text.agreement import notes_of
 from llada_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -67,14 +67,7 @@ def prepare_on_fleet(
     tokenizer: str,
     runner: str = "direct",
     runner_options: str = "",
-    sequence_length: int = 4096,
-    validation_fraction: float = 0.02,
-    workers: int = 0,
-    shard_rows: int = 0,
-    text_key: str = "text",
-    on_error: str = "stop",
-    filters: Filters = NO_FILTERS,
-    progress: bool = True,
+    **settings: Any,
 ) -> Manifest:
     """Prepares a set of text as `prepare_text.prepare` does, by Apache Beam.
 
@@ -83,16 +76,10 @@ def prepare_on_fleet(
       output: A folder that all workers see, or a URL such as gs://BUCKET/set.
       tokenizer: As for `prepare`. It cannot be trained here.
       runner: A name in RUNNERS. "direct" works on this machine.
-      runner_options: Beam's own options for the runner, as on a command line.
-      sequence_length: As for `prepare`, like all that follow.
-      validation_fraction: The share of the documents that is held out.
-      workers: The number of processes that tokenise with the direct runner, as for `prepare`. Other runners have
-        options of their own, and so has the direct runner (--direct_num_workers, --direct_running_mode).
-      shard_rows: The maximum number of rows per shard; 0 means as many as fit into about 256 MiB of ids.
-      text_key: The key of the text.
-      on_error: "stop" or "skip".
-      filters: Which documents are left out on purpose.
-      progress: Whether to say on stderr what is being done.
+      runner_options: Beam's own options for the runner, as on a command line. All runners but the direct one are told
+        here how many workers they have; the direct one has such options too (--direct_num_workers,
+        --direct_running_mode).
+      **settings: Fields of `TextSettings`, as for `prepare`.
 
     Returns:
       The manifest of the set.
@@ -100,49 +87,51 @@ def prepare_on_fleet(
     Raises:
       UserError: As `prepare`; if Beam is missing; or if OUTPUT.unfinished is the work of another preparation.
     """
-    _check(inputs, output, runner, workers)
+    given = TextSettings(**settings)
+    filters = given.filters
+    _check(inputs, output, runner)
     target = None if storage.is_remote(output) else Path(os.path.abspath(output))
-    check_numbers(sequence_length, validation_fraction, workers, shard_rows)
+    check_numbers(given.sequence_length, given.validation_fraction, given.workers, given.shard_rows)
     place = str(target or output.rstrip("/"))
-    corpus = Corpus(inputs, text_key, on_error)
-    loaded, dtype = _tokenizer(tokenizer, progress)
-    shard_rows = shard_rows or rows_per_shard(sequence_length, dtype)
+    corpus = Corpus(inputs, given.text_key, given.on_error)
+    loaded, dtype = _tokenizer(tokenizer, given.progress)
     work = f"{place}.unfinished"
     job = Job(
         work,
         f"{work}/set" if target else place,
-        sequence_length,
+        given.sequence_length,
         dtype,
         loaded.eos_id,
-        shard_rows,
-        text_key,
-        on_error,
+        given.rows(dtype),
+        given.text_key,
+        given.on_error,
         filters.checked(),
         identity="",
     )
     files = [(source, str(file), *storage.stamp(file)) for source, file in corpus.files]
     evaluation = filters.described([], {}).decontaminate
     # Not on_error: after a bad document, on_error="skip" may go on with the files that are done.
-    settings = job._replace(on_error="")
-    identity = repr((_FORMAT, tuple(inputs), files, loaded.sha256, validation_fraction, settings, evaluation))
+    fixed = job._replace(on_error="")
+    identity = repr((_FORMAT, tuple(inputs), files, loaded.sha256, given.validation_fraction, fixed, evaluation))
     own = runner == "direct" and "direct_running_mode" not in runner_options  # one process of Beam, with our workers
-    job = job._replace(identity=hashlib.sha256(identity.encode()).hexdigest(), workers=workers or cores() if own else 1)
+    workers = given.workers or cores() if own else 1
+    job = job._replace(identity=hashlib.sha256(identity.encode()).hexdigest(), workers=workers)
     with outputs.write_errors(output), _ownership(job, place):
         _save_tokenizer(loaded, f"{work}/{TOKENIZER_FOLDER}")
         job = _with_evaluation_files(job)
         storage.save(f"{work}/inputs", (tuple(inputs), corpus.files))
-        run = partial(_run, job, runner, runner_options, progress)
+        run = partial(_run, job, runner, runner_options, given.progress)
         settled = _judge(run, job, len(files)) if filters.active else []
         check_some_left(_added(corpus, settled))
-        below = held_out_below(_texts(job, len(files)), validation_fraction, corpus.inputs)
+        below = held_out_below(_texts(job, len(files)), given.validation_fraction, corpus.inputs)
         tokenised = run("tokens", len(files), partial(fleet_work.tokenise, job, below))
         plans = fleet_work.plan_shards(job, tokenised)
         storage.save(f"{work}/plans", plans)
         shards = [shard for _, shard in run("shards", len(plans), partial(fleet_work.write_shard, job))]
         manifest = text_manifest(
             loaded,
-            sequence_length=sequence_length,
-            validation_fraction=validation_fraction,
+            sequence_length=given.sequence_length,
+            validation_fraction=given.validation_fraction,
             validation_below=below,
             train=_split(0, tokenised, plans, shards),
             validation=_split(1, tokenised, plans, shards),
@@ -154,7 +143,7 @@ def prepare_on_fleet(
     return manifest
 
 
-def _check(inputs: Sequence[str], output: str, runner: str, workers: int) -> None:
+def _check(inputs: Sequence[str], output: str, runner: str) -> None:
     """Raises UserError if this runner cannot prepare these inputs into this output."""
     if runner not in RUNNERS:
         raise UserError(f"runner={runner}: choose one of {', '.join(RUNNERS)}")

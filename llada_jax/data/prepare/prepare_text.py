@@ -10,6 +10,7 @@ Held-out text. The hash of a document (or piece) decides whether it belongs to v
 data/prepare/held_out.py), so the same text is always in the same split.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -40,9 +41,32 @@ from llada_jax.text.agreement import notes_of
 from llada_jax.text.tokenizer import Tokenizer, load_tokenizer
 from llada_jax.text.train_tokenizer import train_tokenizer
 
-NO_FILTERS = Filters()
-
 _BATCH_CHARACTERS = 1 << 18  # number of characters that a worker tokenises at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSettings:
+    """How text is prepared, whether by `prepare` or on a fleet (`fleet.prepare_on_fleet`)."""
+
+    sequence_length: int = 4096  # tokens per row
+    validation_fraction: float = 0.02  # share of the documents that is held out; 0 = none
+    # Processes that tokenise; 0 = one per core. On a fleet, only for the direct runner. The set does not depend on it.
+    workers: int = 0
+    shard_rows: int = 0  # the most rows per shard; 0 = as many as fit into about 256 MiB of ids
+    # The key of the text in a .jsonl file, and the name of its column in a .parquet file. "a.b" stands for b in a.
+    text_key: str = "text"
+    # What is done with a bad document: "stop" raises UserError, "skip" leaves it out and counts it in the manifest. See
+    # data/prepare/left_out.py.
+    on_error: str = "stop"
+    # Which documents are left out on purpose, and counted in the manifest. The input is read once more for them. See
+    # data/prepare/filters.py.
+    filters: Filters = Filters()  # none
+    progress: bool = True  # whether to report the progress on stderr
+
+    def rows(self, dtype: str) -> int:
+        """Returns the most rows that a shard of ids of this dtype has."""
+        size = 8 + self.sequence_length * np.dtype(dtype).itemsize
+        return self.shard_rows or max(1, SHARD_BYTES // size)
 
 
 class TokenWriter(Protocol):
@@ -61,14 +85,7 @@ def prepare(
     *,
     tokenizer: str | None = None,
     train_tokenizer: int | None = None,
-    sequence_length: int = 4096,
-    validation_fraction: float = 0.02,
-    workers: int = 0,
-    shard_rows: int = 0,
-    text_key: str = "text",
-    on_error: str = "stop",
-    filters: Filters = NO_FILTERS,
-    progress: bool = True,
+    **settings: Any,
 ) -> Manifest:
     """Prepares a set for training in the folder `output`, which appears only when it is complete.
 
@@ -83,17 +100,7 @@ def prepare(
         means that a tokenizer is trained.
       train_tokenizer: The vocabulary size of a tokenizer that is trained on the text that is not held out. Exactly one
         of `tokenizer` and `train_tokenizer` must be given.
-      sequence_length: The number of tokens per row.
-      validation_fraction: The share of the documents that is held out; 0 means none.
-      workers: The number of processes that tokenise; 0 means one per core.
-      shard_rows: The maximum number of rows per shard; 0 means as many as fit into about 256 MiB of ids.
-      text_key: The key of the text in a .jsonl file, and the name of its column in a .parquet file. "a.b" stands for b
-        in a.
-      on_error: What is done with a bad document: "stop" raises UserError, "skip" leaves it out and counts it in the
-        manifest. See data/prepare/left_out.py.
-      filters: Which documents are left out on purpose, and counted in the manifest. The default is none; see
-        data/prepare/filters.py. The input is read once more for them.
-      progress: Whether to report the progress on stderr.
+      **settings: Fields of `TextSettings`.
 
     Returns:
       The manifest of the set.
@@ -104,30 +111,31 @@ def prepare(
     """
     if (tokenizer is None) == (train_tokenizer is None):
         raise UserError("give either tokenizer (a file or folder) or train_tokenizer (a vocabulary size)")
-    target = check_settings(output, sequence_length, validation_fraction, workers, shard_rows)
-    corpus = Corpus(inputs, text_key, on_error)
+    given = TextSettings(**settings)
+    target = check_settings(output, given.sequence_length, given.validation_fraction, given.workers, given.shard_rows)
+    corpus = Corpus(inputs, given.text_key, given.on_error)
     loaded = load_tokenizer(tokenizer) if tokenizer is not None else None
-    workers = workers or cores()
-    verdicts = judge(corpus, filters.checked(), workers, progress) if filters.active else None
-    below = held_out_bound(corpus, verdicts, validation_fraction)
-    for line in notes_of(loaded, tokenizer) if progress else ():
+    workers = given.workers or cores()
+    verdicts = judge(corpus, given.filters.checked(), workers, given.progress) if given.filters.active else None
+    below = held_out_bound(corpus, verdicts, given.validation_fraction)
+    for line in notes_of(loaded, tokenizer) if given.progress else ():
         print(line, file=sys.stderr)
     with write_errors(output), temporary_folder(target) as folder:
         if loaded is None:
-            loaded = _train(corpus, below, train_tokenizer, folder / TOKENIZER_FOLDER, progress)
+            loaded = _train(corpus, below, train_tokenizer, folder / TOKENIZER_FOLDER, given.progress)
         else:
             loaded.save(folder / TOKENIZER_FOLDER)
         dtype = id_dtype(loaded)
-        shard_rows = shard_rows or rows_per_shard(sequence_length, dtype)
-        writers = [SplitWriter(folder, name, sequence_length, dtype, loaded.eos_id, shard_rows) for name in SPLITS]
+        layout = (given.sequence_length, dtype, loaded.eos_id, given.rows(dtype))
+        writers = [SplitWriter(folder, name, *layout) for name in SPLITS]
         with Pool(folder / TOKENIZER_FOLDER, workers) as pool:
-            sources = write_tokens(corpus, below, pool, writers, progress)
+            sources = write_tokens(corpus, below, pool, writers, given.progress)
         left_out = corpus.faults.checked(corpus.good, "documents")
         train, validation = (writer.finish() for writer in writers)
         manifest = text_manifest(
             loaded,
-            sequence_length=sequence_length,
-            validation_fraction=validation_fraction,
+            sequence_length=given.sequence_length,
+            validation_fraction=given.validation_fraction,
             validation_below=below,
             train=train,
             validation=validation,
@@ -137,11 +145,6 @@ def prepare(
         )
         publish(folder, target, manifest)
     return manifest
-
-
-def rows_per_shard(sequence_length: int, dtype: str) -> int:
-    """Returns how many rows of a sequence length fit into a shard of about 256 MiB."""
-    return max(1, SHARD_BYTES // (8 + sequence_length * np.dtype(dtype).itemsize))
 
 
 def text_manifest(tokenizer: Tokenizer, *, train: Split, **fields: Any) -> Manifest:

@@ -1,4 +1,11 @@
-"""Reads and writes files in local folders and on object storage (gs:// and whatever else fsspec opens) in one way."""
+"""Reads and writes files in local folders and on object storage (gs:// and whatever else fsspec opens) in one way.
+
+This is not `llada_jax/storage/objects.py`, and neither can take the other's place. Input and output of a preparation
+may lie wherever fsspec reaches (s3://, az://, hf://, memory://, local folders), are found by patterns, and are read and
+written as streams of many gigabytes, from any offset. A workdir needs writes on the condition that an object has a
+certain generation. TensorStore has them and fsspec has not, but TensorStore holds an object in memory, and has few
+kinds of storage.
+"""
 
 import contextlib
 import io
