@@ -24,6 +24,7 @@ from llada_jax.config import NonFinite, SamplerConfig
 from llada_jax.devices import mesh
 from llada_jax.model.compute import compute_dtype
 from llada_jax.model.transformer import Transformer
+from llada_jax.sampling import watching
 from llada_jax.sampling.canvas import Dials, Rows, arguments, roll, scalar, start, take
 from llada_jax.sampling.commit import RULES, SCHEDULE, Ranked, progress
 from llada_jax.sampling.guidance import guided_trunk
@@ -118,11 +119,13 @@ def _reverse_step(
     step: jax.Array,
     dials: Dials,
     config: SamplerConfig,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    alternatives: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, watching.Seen | None]:
     """Takes one more reverse step in every row that is not finished.
 
     Returns:
-      The canvas; bool (B,), True for a row that took the step; and bool (), whether all predictions were finite.
+      The canvas; bool (B,), True for a row that took the step; bool (), whether all predictions were finite; and the
+      predictions with this number of alternatives, or None if `alternatives` is None.
     """
     block_B, inner_B, count_B, _ = _plan(rows, tokens_BT, step, dials.steps, config)
     batch, length = tokens_BT.shape
@@ -153,6 +156,9 @@ def _reverse_step(
         # Each slot of the block has its own key, so its noise does not depend on how slots are grouped into chunks.
         key_BC = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_B, part(index_BK))
         new = _predict(model, h_BTD, part(position_BK), key_BC, dials, config)
+        if alternatives is not None:
+            logits_BCV = model.logits(take(h_BTD, part(position_BK)[:, :, None]))  # the same that _predict computes
+            new += watching.likeliest(logits_BCV, new[0], allowed(model.config, config.mask_id), alternatives)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(old_BK, new_BC, i * chunk, axis=1)
             for old_BK, new_BC in zip(predicted, new, strict=True)
@@ -160,11 +166,15 @@ def _reverse_step(
 
     nothing_BK = jnp.full_like(position_BK, -jnp.inf, dtype=jnp.float32)
     predicted = (jnp.zeros_like(position_BK), nothing_BK, jnp.zeros_like(nothing_BK))
+    if alternatives is not None:
+        predicted += watching.nothing(position_BK, alternatives)
     if width == chunk:
-        token_BK, score_BK, entropy_BK = predict_chunk(0, predicted)
+        token_BK, score_BK, entropy_BK, *seen = predict_chunk(0, predicted)
     else:
         chunks = -(-jnp.max(jnp.sum(masked_BK, axis=1, dtype=jnp.int32)) // chunk)
-        token_BK, score_BK, entropy_BK = jax.lax.fori_loop(0, chunks, predict_chunk, predicted)
+        token_BK, score_BK, entropy_BK, *seen = jax.lax.fori_loop(0, chunks, predict_chunk, predicted)
+    if alternatives is not None:
+        seen = watching.Seen(position_BK, masked_BK & (count_B > 0)[:, None], score_BK, *seen)
 
     finite = ~jnp.any(jnp.isnan(score_BK) & masked_BK)
     # The sort is stable, so among equal scores the lowest position stays. Slots that are not masked always come last.
@@ -180,7 +190,7 @@ def _reverse_step(
     position_BK = jnp.where(kept_BK, position_BK, length)
     write = jax.vmap(lambda row_T, at_K, new_K: row_T.at[at_K].set(new_K, mode="drop"))
     write = jax.shard_map(write, in_specs=(mesh.TOKENS_BT,) * 3, out_specs=mesh.TOKENS_BT)
-    return write(tokens_BT, position_BK, token_BK), count_B > 0, finite
+    return write(tokens_BT, position_BK, token_BK), count_B > 0, finite, seen or None
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -210,7 +220,7 @@ def denoise(
 
     def advance(carry):
         step, _, tokens_BT, steps_B, _ = carry
-        tokens_BT, took_B, finite = _reverse_step(model, rows, tokens_BT, step, dials, config)
+        tokens_BT, took_B, finite, _ = _reverse_step(model, rows, tokens_BT, step, dials, config)
         return step + 1, steps_in_all(step + 1, tokens_BT), tokens_BT, steps_B + took_B, finite
 
     step, total, tokens_BT, steps_B, finite = jax.lax.while_loop(
@@ -227,6 +237,24 @@ def denoise(
         jax.reshard(steps_B, P(None)),
         finite,
     )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "alternatives"))
+def look(
+    model: Transformer,
+    rows: Rows,
+    tokens_BT: jax.Array,
+    step: jax.Array,
+    dials: Dials,
+    config: SamplerConfig,
+    alternatives: int,
+) -> watching.Seen:
+    """Returns what a reverse step predicts, replicated on every device, with positions that count the padding."""
+    model = jax.tree.map(lambda p: p.astype(compute_dtype(model.compute)), model)
+    tokens_BT = roll(jax.reshard(tokens_BT, mesh.TOKENS_BT), rows.shift_B)
+    seen = _reverse_step(model, rows, tokens_BT, step, dials, config, alternatives)[3]
+    seen = seen._replace(position_BK=(seen.position_BK + rows.shift_B[:, None]) % tokens_BT.shape[1])
+    return jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), seen)
 
 
 def _fill_with_end(rows: Rows, tokens_BT: jax.Array, step: jax.Array, dials: Dials, config: SamplerConfig) -> jax.Array:
@@ -295,26 +323,36 @@ def denoise_steps(
     config: SamplerConfig,
     key: jax.Array,
     prompt_mask_BT: jax.typing.ArrayLike | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    *,
+    alternatives: int | None = None,
+) -> Iterator[watching.Step]:
     """Does the same as `generate`, with the same compiled program, but yields the canvas after every step.
 
-    The arguments and the errors are those of `generate`.
+    Args:
+      model, prompt_BT, config, key, prompt_mask_BT: As for `generate`.
+      alternatives: With a number, each step also tells the scores and probabilities of its predictions, and this number
+        of most probable tokens at each position. A second program computes them, which takes as long as the step.
 
     Yields:
-      The canvas, int32 (B, T + gen_length), and bool of the same shape, True for a token that this step revealed: once
-      before the first step, with nothing revealed, and then after each step.
+      The canvas before the first step, with nothing new and without scores, and then each step.
+
+    Raises:
+      UserError, NonFinite: As `generate`.
     """
     config = resolve(config, model)
+    watching.check(alternatives, model.config.vocab_size)
     batch = len(prompt_BT)
     with mesh.mesh_of(model.embedding[...]):
         rows, tokens_BT = start(model, prompt_BT, config, key, prompt_mask_BT)
         dials, static = arguments(config)
     shown_BT = np.asarray(tokens_BT)[:batch]
-    yield shown_BT, np.zeros(shown_BT.shape, bool)
-    done, total = 0, int(shown_BT.shape[1] > 0)
+    yield watching.step(shown_BT, shown_BT, config.mask_id, None)
+    done, total, seen = 0, int(shown_BT.shape[1] > 0), None
     while done < total:
         # Enter the mesh for each step separately, because the consumer's own code runs between two steps.
         with mesh.mesh_of(model.embedding[...]):
+            if alternatives is not None:
+                seen = look(model, rows, tokens_BT, scalar(done), dials, config=static, alternatives=alternatives)
             tokens_BT, step, all_steps, _, finite = denoise(
                 model, rows, tokens_BT, scalar(done), scalar(done + 1), dials, config=static
             )
@@ -323,4 +361,4 @@ def denoise_steps(
         before_BT, shown_BT = shown_BT, np.asarray(tokens_BT)[:batch]
         done, total = int(step), int(all_steps)
         if done:
-            yield shown_BT, shown_BT != before_BT
+            yield watching.step(shown_BT, before_BT, config.mask_id, seen)
