@@ -68,7 +68,7 @@ def gif(records: Sequence[Record]) -> tuple[bytes, int]:
     file = io.BytesIO()
     # The format counts hundredths of a second.
     durations = [round(100 * one) * 10 for one in seconds]
-    drawn[0].save(file, "GIF", save_all=True, append_images=drawn[1:], duration=durations, loop=0, optimize=False)
+    drawn[0].save(file, "GIF", save_all=True, append_images=drawn[1:], duration=durations, loop=0, optimize=True)
     return file.getvalue(), len(pen.missing)
 
 

@@ -205,6 +205,6 @@ def _partial(token: Token | None) -> bool:
 def _settings(batch: Batch, options: Options) -> dict[str, Any]:
     """Returns the settings to name: the main ones, and those that are not the default."""
     values = {field.name: getattr(batch.config, field.name) for field in dataclasses.fields(options)}
-    if batch.config.commit != DEFAULTS.commit:
-        del values["steps"]  # the number of steps follows from the rule
+    if options.steps is None:
+        del values["steps"]  # the number of steps follows from the other settings
     return {name: value for name, value in values.items() if name in MAIN or value != getattr(DEFAULTS, name)}

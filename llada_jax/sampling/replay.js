@@ -29,12 +29,12 @@ function decode(packed) {
     for (let position = 0, n = 0; n < count; n++, next++) {
       position += packed.at[next];
       const events = found.happens[position], before = events[events.length - 1], code = packed.token[next];
-      at.push(position);
       if (code < TAKEN) {
         const same = before || { step: 0, token: packed.start[position], sure: -1, likely: [], again: false };
         events.push({ ...same, token: -2 - code, from: i + 1 });
         continue;
       }
+      at.push(position);
       const event = { step: i + 1, from: i + 1, token: code, sure: packed.sure[next], likely: [],
         again: events.some(one => one.token === TAKEN) || (code !== TAKEN && before !== undefined) };
       if (event.sure >= 0) for (let n = 0; n < data.alternatives; n++, likely++)
@@ -108,7 +108,7 @@ const look = at => {  // the class, the text and the color value of a position
   if (event && token < 0) name += " taken";
   if (event && token >= 0 && event.step && event.step === step) name += " new";
   if (event && token >= 0 && event.again) name += " again";
-  if (event && event.sure < 0) name += " unknown";
+  if (event && token >= 0 && event.sure < 0) name += " unknown";
   if (shown >= 0 && isControl(shown)) name += " control";
   if (at > sample.end && token >= 0) name += " after";
   const value = !event || token < 0 ? 0 : byId("color").value === "sure" ? event.sure / 10000 : event.step / sample.total;

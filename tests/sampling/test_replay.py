@@ -1,9 +1,13 @@
 """Tests the page and the moving picture that show how texts appeared."""
 
+import base64
 import dataclasses
 import importlib.util
 import io
+import json
 import re
+import shutil
+import subprocess
 
 import pytest
 import replayed
@@ -49,6 +53,84 @@ def test_the_page_holds_what_happened_and_needs_nothing_else():
         assert (sample["prompt"], sample["completion"], sample["end"]) == (record.prompt, record.completion, record.end)
     assert data["samples"][1]["sure"] == [7500, 10000, -1, 3000, 5000, 1250, -1, 6000, -1]
     assert data["samples"][1]["settings"] == {"steps": "5", "remasking": "<b>"}
+
+
+# What the browser does with the page: it goes through all steps and back, by slider and keys, and tells what it shows.
+SCRIPT = """<script>
+const key = (name, on) => on.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true }));
+const shown = () => sample.live.map(at => {
+  const { className, innerText } = sample.spans[at];
+  return [className.split(" ").slice(1).sort().join(" "), innerText];
+});
+pause();
+const states = [];
+for (let i = 0; i <= sample.total; i++) { slider.value = i; slider.oninput(); states.push(shown()); }
+const back = [];
+for (let i = sample.total; i >= 0; i--) { back.unshift(shown()); key("ArrowLeft", document.body); }
+slider.value = 3; slider.oninput();
+key("Home", canvas);
+const told = { states, back, tip: tip.innerText, said: byId("said").textContent };
+told.label = canvas.getAttribute("aria-label");
+key("ArrowRight", canvas);
+key("Escape", canvas);
+byId("color").value = "sure"; byId("color").onchange();
+byId("all").open = true; list();
+Object.assign(told, { closed: tip.style.display, color: sample.spans[4].style.getPropertyValue("--at"),
+  list: [...byId("list").children].map(line => line.innerText), finished: byId("finished").textContent });
+document.body.replaceChildren(Object.assign(document.createElement("pre"),
+  { id: "told", textContent: btoa(unescape(encodeURIComponent(JSON.stringify(told)))) }));
+</script></body>"""
+
+
+@pytest.mark.slow
+def test_a_browser_shows_what_happened(tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("there is no Chromium")
+    record = made_up()
+    page = tmp_path / "page.html"
+    page.write_text(replay.page([record], {}).replace("</body>", SCRIPT))
+    command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=2000", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    told = json.loads(base64.b64decode(re.search('<pre id="told">(.*?)</pre>', done.stdout)[1]))
+    assert told["back"] == told["states"]
+    names = [[name for name, _ in state] for state in told["states"]]
+    assert names == [
+        ["mask", "mask", "mask", "mask", "control mask"],
+        ["new text", "mask", "mask", "new text", "control mask"],
+        ["mask taken", "new text", "mask", "text", "control mask"],
+        ["again new text", "text", "new text", "text", "control mask"],
+        ["again text", "text", "text", "text", "control mask"],
+        ["again text", "text", "again new text", "text", "control new text unknown"],
+    ]
+    for state, tokens in zip(told["states"], replayed.texts(record), strict=True):
+        for (name, text), token in zip(state, tokens[1:], strict=True):
+            if "mask" not in name:
+                assert text.replace("⏎\n", "\n").strip() == harmless(token).strip()
+    assert (
+        told["tip"].split()
+        == (
+            "two⏎ position 2 kept in step 3 with 50.0 % ␣one 75.0 % two⏎ 20.0 % (part of a character) 0.0 % </s> 0.0 % "
+            "at this position: step 1: ␣one, 75.0 % step 2: taken back step 3: two⏎, 50.0 %"
+        )
+        .replace("(part of a character)", harmless(NEXT.text, True))
+        .split()
+    )
+    assert told["said"] == told["tip"] and "[1 masked]" in told["label"] and told["closed"] == "none"
+    assert float(told["color"]) == 1 and told["finished"] == "a <b>\n"
+    assert told["list"][1:4] == [
+        "taken back at 2; two⏎ at 3 (30.0 %)",
+        "two⏎ at 2 (50.0 %); ␣one at 4 (12.5 %)",
+        "",
+    ]
+
+
+def harmless(text: str, named: bool = False) -> str:
+    """Returns what the page shows of a text."""
+    if named:
+        text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return text.replace("\x07", "\ufffd").replace("\u2028", "↵")
 
 
 def test_no_text_can_leave_the_data_of_the_page():
