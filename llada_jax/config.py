@@ -255,6 +255,12 @@ class SamplerConfig:
     # frechet | entropy | local (as many as are sure, at least one; sampling/commit.py has the rules).
     commit: str = "schedule"
     commit_bound: float | None = None  # the bound of the rule; None = 0.9, 1.0, 0.25, 0.01 nats, 0.9, in that order
+    # Which keys and values are kept within a block: none | prefix (those of all tokens before the block) | dual (those
+    # of all tokens outside the block). Both approximate; sampling/cache.py has the details.
+    cache: str = "none"
+    cache_refresh: int = 0  # the number of steps of a row after which they are computed anew; 0 = once per block
+    # The number of MASK tokens behind the active block that the model sees, besides the last position; 0 = all.
+    suffix_window: int = 0
     # w of Eq. 16 in arXiv 2502.09992: how far classifier-free guidance moves the logits away from those that the model
     # gives without the prompt. 0 = no guidance; otherwise each reverse step takes two forward passes.
     cfg_scale: float = 0.0

@@ -5,7 +5,7 @@ The tasks are those of lm-evaluation-harness.
     --recipe=gsm8k-instruct    the published settings of a benchmark, which other flags override
     --list                     lists the recipes
     --include_path=DIR         a folder with task files of your own (YAML), which may use local data
-    --cache=PATH               keeps the results of requests: the same command continues an interrupted evaluation
+    --results_cache=PATH       keeps the results of requests: the same command continues an interrupted evaluation
     --tasks=reversal --data=FILE.json    the couplet test of the paper
 
 The results go to the file, a table of them to stdout, and everything else to stderr. On several hosts, start the same
@@ -39,7 +39,7 @@ _REST = (
     flags.DEFINE_boolean("confirm_run_unsafe_code", False, "Allow tasks that run code which the model has written."),
     flags.DEFINE_integer("max_length", None, "Tokens of prompt and answer together. Default: as in training."),
     flags.DEFINE_integer("batch_size", None, "Prompts that are generated at once. Default: 8 per batch shard."),
-    paths.define("cache", None, "The beginning of the paths of files that keep results."),
+    paths.define("results_cache", None, "The beginning of the paths of files that keep results."),
     flags.DEFINE_boolean("log_samples", False, "Also write every request, its answer and its scores."),
     flags.DEFINE_integer("fsdp", 1, "Devices that share the parameters. Rows are spread over all other devices too."),
     flags.DEFINE_integer("tensor", 1, "Devices that share each matrix product."),

@@ -16,6 +16,7 @@ follows from the published peak and from what the published matrix units (MXUs) 
 """
 
 import dataclasses
+import os
 
 import jax
 
@@ -122,6 +123,21 @@ def chip_named(name: str) -> Chip:
         if chip.name == name:
             return chip
     raise UserError(f"--topology: there is no chip {name!r}: choose from {', '.join(chip.name for chip in CHIPS)}")
+
+
+def free_memory(device: jax.Device) -> int | None:
+    """Returns the bytes of memory that a device has left, or None if nobody knows.
+
+    A device that does not say what is in use has all of its memory left. CPU devices share the memory of the machine.
+    """
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    if chip := chip_of(device.device_kind):
+        return int(chip.memory)
+    if device.platform == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+    return None
 
 
 def compiler_options(device: jax.Device, deterministic: bool = False) -> dict[str, bool | int]:

@@ -58,6 +58,7 @@ ROWS_B = P(BATCH)
 TOKENS_BT = P(BATCH, None)
 HIDDEN_BTD = P(BATCH, None, None)
 HEADS_BTHK = P(BATCH, None, "tensor", None)
+KEYS_LBSGK = P(None, BATCH, None, "tensor", None)
 FEED_FORWARD_BTF = P(BATCH, None, "tensor")
 LOGITS_BTV = P(BATCH, None, "tensor")
 

@@ -33,7 +33,7 @@ from llada_jax.evaluation import pairs, reversal, tasks
 from llada_jax.evaluation.results import as_json, digest, identify, table, versions
 from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling.settings import check_settings, resolve
+from llada_jax.sampling.settings import CACHES, check_settings, resolve
 from llada_jax.sampling.text_completion import Options
 from llada_jax.storage import objects
 from llada_jax.text.tokenizer import Tokenizer
@@ -72,12 +72,15 @@ class Evaluation:
     remasking: str = "low_confidence"
     commit: str = "schedule"
     commit_bound: float | None = None
+    cache: str = "none"
+    cache_refresh: int = 0
+    suffix_window: int = 0
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
     max_length: int | None = None
     batch_size: int | None = None
     seed: int = 0
-    cache: str | None = None
+    results_cache: str | None = None
     log_samples: bool = False
     fsdp: int = 1
     tensor: int = 1
@@ -86,7 +89,7 @@ class Evaluation:
         """Returns the settings that the figures depend on, besides model and tasks, as arguments of `harness.LLaDA`."""
         names = ("mc_samples", "cfg_scale", "gen_length", "steps", "block_length", "temperature", "top_k", "top_p")
         names += ("remasking", "commit", "commit_bound", "logits_eos_inf", "confidence_eos_eot_inf")
-        names += ("max_length", "seed")
+        names += ("cache", "cache_refresh", "suffix_window", "max_length", "seed")
         return {name: getattr(self, name) for name in names}
 
     def options(self) -> Options:
@@ -183,6 +186,8 @@ def check(job: Evaluation) -> None:
             raise UserError(f"--{name}={value}: it must be at least {least}")
     if job.limit is not None and (not 0 < job.limit < math.inf or (job.limit >= 1 and job.limit != int(job.limit))):
         raise UserError(f"--limit={job.limit}: pass a whole number of documents, or a share of them between 0 and 1")
+    if job.cache not in CACHES:
+        raise UserError(f"--cache={job.cache}: choose one of {', '.join(CACHES)}; --results_cache=PATH keeps results")
     options = job.options()
     check_settings(options.sampler(0, 1 if options.gen_length is None else options.gen_length))
     if any(name != REVERSAL for name in job.tasks) and importlib.util.find_spec("lm_eval") is None:
@@ -190,16 +195,16 @@ def check(job: Evaluation) -> None:
 
 
 def _check_places(job: Evaluation) -> None:
-    """Raises UserError unless --output and --cache can be written. Creates the folder of --cache."""
+    """Raises UserError unless --output and --results_cache can be written. Creates the folder of the latter."""
     check_file(job.output)
-    if job.cache is not None:
-        path = Path(paths.expanded(job.cache)).absolute()
+    if job.results_cache is not None:
+        path = Path(paths.expanded(job.results_cache)).absolute()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
                 pass
         except OSError as error:
-            raise UserError(f"--cache={job.cache} cannot be written: {error.strerror}") from None
+            raise UserError(f"--results_cache={job.results_cache} cannot be written: {error.strerror}") from None
 
 
 def _check_generation(job: Evaluation, unused: dict[str, Any], gen_kwargs: dict[str, Any]) -> None:
@@ -265,9 +270,9 @@ def _harness(
         logging.getLogger("lm_eval").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as elsewhere:
         cache = None
-        if job.cache is not None:
+        if job.results_cache is not None:
             # lm_eval identifies a result only by its request, so each model and set of settings needs its own file.
-            cache = f"{paths.expanded(job.cache)}-{_fingerprint(job, identity)}"
+            cache = f"{paths.expanded(job.results_cache)}-{_fingerprint(job, identity)}"
             cache = cache if distributed.index() == 0 else f"{elsewhere}/cache"
         with contextlib.redirect_stdout(sys.stderr), _errors_of_tasks(job, lm):  # stdout is reserved for the table
             results = lm_eval.simple_evaluate(

@@ -72,16 +72,24 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 @jax.named_scope("attention")
 def rope_table(length: int, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
     """Returns cos and sin, fp32 (T, K / 2), of the angles position * theta ** (-2 i / K)."""
+    return rope_at(jnp.arange(length, dtype=jnp.float32), head_width, theta)
+
+
+def rope_at(position: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Returns cos and sin as `rope_table` does, fp32 (..., K / 2), for any positions of shape (...)."""
     frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
+    angle = position.astype(jnp.float32)[..., None] * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
 @jax.named_scope("attention")
 def apply_rope(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
-    """Applies RoPE in fp32; component i of a head is rotated together with component i + K / 2 (rotate-half)."""
+    """Applies RoPE in fp32; component i of a head is rotated together with component i + K / 2 (rotate-half).
+
+    cos and sin are (T, K / 2), or (B, T, K / 2) where each row has positions of its own.
+    """
     first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_TK[:, None, :], sin_TK[:, None, :]
+    cos, sin = cos_TK[..., None, :], sin_TK[..., None, :]
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTHK.dtype)
 
@@ -95,8 +103,8 @@ def apply_rope_on_tpu(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -
     width = x_BTHK.shape[-1]
     exchange_KK = jnp.roll(jnp.eye(width, dtype=x_BTHK.dtype), width // 2, axis=0)
     exchanged = jnp.einsum("bthk,kj->bthj", x_BTHK, exchange_KK, precision=jax.lax.Precision.HIGHEST)
-    cos = jnp.concatenate([cos_TK, cos_TK], axis=-1)[:, None, :]
-    sin = jnp.concatenate([-sin_TK, sin_TK], axis=-1)[:, None, :]
+    cos = jnp.concatenate([cos_TK, cos_TK], axis=-1)[..., None, :]
+    sin = jnp.concatenate([-sin_TK, sin_TK], axis=-1)[..., None, :]
     return (x_BTHK.astype(jnp.float32) * cos + exchanged.astype(jnp.float32) * sin).astype(x_BTHK.dtype)
 
 
@@ -142,6 +150,14 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD, rope, real, config: ModelConfig, compute: ComputeConfig) -> jax.Array:
         """Adds attention and then the feed-forward network to x_BTD, in the dtype of x_BTD."""
+        return self.with_keys(x_BTD, rope, real, config, compute)[0]
+
+    def with_keys(self, x_BTD, rope, real, config: ModelConfig, compute: ComputeConfig, among=lambda k, v: (k, v)):
+        """Computes the layer, and returns the keys and values that were attended to as well.
+
+        `among` gets the rotated keys and the values of the input, (B, T, G, K), and may put them among others: what it
+        returns, (B, S, G, K), is attended to.
+        """
         # The attention kernel has been chosen for the devices in use, so "cpu" means that they are CPUs.
         product = project if compute.attention == "cpu" else _einsum
         # The kernel "splash" runs on TPUs only. "splash_interpreted" runs on any device, and so does the plain form of
@@ -181,7 +197,8 @@ class Block(nnx.Module):
             v_BTGK = linear("v_proj", h_BTD, mesh.HEADS_BTHK)
         with jax.named_scope("attention"):
             q_BTHK, k_BTGK = (checkpoint_name(rotate(x, *rope), ROTATED_NAME) for x in (q_BTHK, k_BTGK))
-        o_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, real, kernel=compute.attention, query_chunk=compute.query_chunk)
+            k_BSGK, v_BSGK = among(k_BTGK, v_BTGK)
+        o_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, real, kernel=compute.attention, query_chunk=compute.query_chunk)
         with jax.named_scope("attention_projections"):
             x_BTD += linear("attn_out", o_BTHK, mesh.HIDDEN_BTD)
 
@@ -190,7 +207,7 @@ class Block(nnx.Module):
             gate_BTF = linear("ff_proj", h_BTD, mesh.FEED_FORWARD_BTF)
             up_BTF = linear("up_proj", h_BTD, mesh.FEED_FORWARD_BTF)
             f_BTF = jax.nn.silu(gate_BTF) * up_BTF
-            return x_BTD + linear("ff_out", f_BTF, mesh.HIDDEN_BTD)
+            return x_BTD + linear("ff_out", f_BTF, mesh.HIDDEN_BTD), (k_BSGK, v_BSGK)
 
 
 class Transformer(nnx.Module):

@@ -44,6 +44,7 @@ class Dials:
     top_k: jax.Array  # int32
     top_p: jax.Array  # fp32
     commit_bound: jax.Array  # fp32
+    cache_refresh: jax.Array  # int32
 
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -63,7 +64,10 @@ def roll(tokens_BT: jax.Array, shift_B: jax.Array) -> jax.Array:
 def start(
     model: Transformer, prompt_BT, config: SamplerConfig, key: jax.Array, prompt_mask_BT
 ) -> tuple[Rows, jax.Array]:
-    """Returns the rows and the canvas before the first step, on the mesh in use, with B rounded up to its shards."""
+    """Returns the rows and the canvas before the first step, on the mesh in use, with B rounded up to its shards.
+
+    Each row of the canvas is turned so that it begins with its first real token. `roll` turns it back.
+    """
     prompt_BT = np.asarray(prompt_BT)
     real_BT = None if prompt_mask_BT is None else np.asarray(prompt_mask_BT).astype(bool)
     check_prompt(prompt_BT, real_BT, model.config.vocab_size)
@@ -94,7 +98,7 @@ def start(
         order_BT, masks_B, masks_B - config.gen_length, shift_B, real_BT, given_BT, np.arange(batch, dtype=np.int32)
     )
     rows = Rows(*fields, _row_keys(key_data, row_B, jax.random.key_impl(key)))
-    return rows, jax.reshard(mesh.place_rows(tokens_BT)[0], P(None, None))
+    return rows, mesh.place_rows(aligned_BT)[0]
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -118,6 +122,7 @@ def arguments(config: SamplerConfig) -> tuple[Dials, SamplerConfig]:
         top_k=scalar(config.top_k),
         top_p=scalar(config.top_p, np.float32),
         commit_bound=scalar(bound, np.float32),
+        cache_refresh=scalar(config.cache_refresh),
     )
     static = dataclasses.replace(
         config,
@@ -128,6 +133,7 @@ def arguments(config: SamplerConfig) -> tuple[Dials, SamplerConfig]:
         top_k=int(config.top_k > 0),
         top_p=0.5 if config.top_p < 1 else 1.0,
         commit_bound=None,
+        cache_refresh=0,
     )
     return dials, static
 

@@ -13,6 +13,7 @@ from llada_jax.text.named_ids import others
 
 LARGEST = 1e30  # a temperature or guidance scale; noise and logits times this number are still finite in float32
 TO_THE_END = np.iinfo(np.int32).max
+NONE, PREFIX, DUAL = CACHES = ("none", "prefix", "dual")
 
 
 def check_settings(config: SamplerConfig) -> SamplerConfig:
@@ -35,6 +36,7 @@ def check_settings(config: SamplerConfig) -> SamplerConfig:
         name = "top_k" if config.top_k else "top_p"
         raise UserError(f"{name} has no effect at temperature 0, where always the most probable token is taken")
     _check_commit(config)
+    _check_cache(config)
     return config
 
 
@@ -50,6 +52,17 @@ def _check_commit(config: SamplerConfig) -> None:
         raise UserError(f"commit={config.commit} needs remasking={' or '.join(fitting)}, not {config.remasking}")
     if config.commit_bound is not None and not config.commit_bound >= 0:
         raise UserError(f"commit_bound={config.commit_bound}: it must be at least 0")
+
+
+def _check_cache(config: SamplerConfig) -> None:
+    if config.cache not in CACHES:
+        raise UserError(f"cache={config.cache!r}: choose one of {', '.join(CACHES)}")
+    if not 0 <= config.cache_refresh < TO_THE_END:
+        raise UserError(f"cache_refresh={config.cache_refresh}: it must be 0 (once per block) or a number of steps")
+    if config.cache_refresh and config.cache == NONE:
+        raise UserError(f"cache_refresh={config.cache_refresh} has no effect with cache=none")
+    if not 0 <= config.suffix_window < TO_THE_END:
+        raise UserError(f"suffix_window={config.suffix_window}: it must be 0 (all) or a number of MASK tokens")
 
 
 def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:

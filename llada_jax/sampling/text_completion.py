@@ -29,6 +29,9 @@ class Options:
     remasking: str = DEFAULTS.remasking
     commit: str = DEFAULTS.commit
     commit_bound: float | None = None
+    cache: str = DEFAULTS.cache
+    cache_refresh: int = DEFAULTS.cache_refresh
+    suffix_window: int = DEFAULTS.suffix_window
     cfg_scale: float = 0.0
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False

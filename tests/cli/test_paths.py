@@ -17,7 +17,7 @@ from llada_jax.config import Config, UserError
 # The flags and settings of type text that are no paths.
 NO_PATHS = {
     "prompt", "system", "recipe", "dtype", "coordinator_address", "topology", "group_key", "text_key", "remasking",
-    "attention", "remat", "commit", "format", "naming", "tasks", "cases", "checkpoints", "shapes", "languages",
+    "attention", "remat", "commit", "cache", "format", "naming", "tasks", "cases", "checkpoints", "shapes", "languages",
     "quality", "runner_options",
     "load",  # like /load, which replaces ~ when it opens the file
 }  # fmt: skip
@@ -105,9 +105,7 @@ def test_every_flag_that_is_a_path_is_defined_as_one():
                 if isinstance(node.args[0], ast.Constant):
                     found[kind].add(node.args[0].value)
     assert found["text"] <= NO_PATHS
-    wanted = (
-        "workdir model output input tokenizer prompts include_path data cache hlo set profile decontaminate".split()
-    )
+    wanted = "workdir model output input tokenizer prompts include_path data results_cache hlo set profile".split()
     assert found["path"] >= {*wanted, "decontaminate"}
 
 

@@ -93,7 +93,7 @@ def assert_close(figures, wanted):
 def whole(place):
     """Returns the file of results of an evaluation that was not interrupted."""
     output = place / "whole.json"
-    assert run.run(job(place, output, log_samples=True, cache=str(place / "kept" / "cache"))) == 0
+    assert run.run(job(place, output, log_samples=True, results_cache=str(place / "kept" / "cache"))) == 0
     return output
 
 
@@ -119,7 +119,7 @@ def test_results_and_table(place, whole):
 def test_killed_and_continued(monkeypatch, place, whole, tmp_path):
     cache, output = tmp_path / "cache", tmp_path / "out.json"
     command = [sys.executable, str(SUPPORT / "interrupted.py"), "5"]
-    command += [*flags(place, output), f"--cache={cache}"]
+    command += [*flags(place, output), f"--results_cache={cache}"]
     killed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tiny.ROOT)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not output.exists() and killed.stdout == ""
@@ -135,7 +135,7 @@ def test_killed_and_continued(monkeypatch, place, whole, tmp_path):
         return in_portions(self, kind, given, *rest)
 
     monkeypatch.setattr(harness.LLaDA, "_in_portions", counted)
-    again = job(place, output, cache=str(cache), log_samples=True)
+    again = job(place, output, results_cache=str(cache), log_samples=True)
     assert run.run(again) == 0
     assert asked == [("loglikelihood", 8 - 5), ("generate_until", 2)]
     ours, theirs = read(output), read(whole)
@@ -146,7 +146,7 @@ def test_killed_and_continued(monkeypatch, place, whole, tmp_path):
         assert ours[name] == theirs[name], name
 
     asked.clear()
-    run.run(job(place, tmp_path / "other.json", "cloze", cache=str(cache), mc_samples=3))
+    run.run(job(place, tmp_path / "other.json", "cloze", results_cache=str(cache), mc_samples=3))
     assert asked == [("loglikelihood", 2)], "results are not reused with other settings"
 
 
@@ -162,7 +162,7 @@ def test_two_processes(place, whole, tmp_path):
         database.execute("delete from unnamed where rowid % 2")
     lines, output = [], tmp_path / "out.json"
     command = [sys.executable, "-m", "llada_jax.evaluate", *flags(place, output, "choice"), "--fsdp=2"]
-    command.append(f"--cache={tmp_path}/cache")
+    command.append(f"--results_cache={tmp_path}/cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", PYTHONPATH)
         patch.setattr(local, "print", lambda *line, **_: lines.append(*line), raising=False)
@@ -199,7 +199,7 @@ def test_another_model_at_the_same_place(place, tmp_path, form):
             shutil.rmtree(folder)
         shutil.copytree(source, folder) if form != "orbax" else convert(source, folder, "orbax")
         output = tmp_path / f"{factor}.json"
-        settings = {"cache": str(tmp_path / "cache"), "limit": 1.0}
+        settings = {"results_cache": str(tmp_path / "cache"), "limit": 1.0}
         assert run.run(dataclasses.replace(job(place, output, "cloze", **settings), model=str(folder))) == 0
         results.append(json.loads(output.read_text()))
     first, second = (result["results"]["cloze"]["perplexity,none"] for result in results)
@@ -233,7 +233,7 @@ def test_other_ends_are_another_model(monkeypatch, place, tmp_path):
     for ends in ([2, 7], [2, 9]):
         (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
         asked = dataclasses.replace(
-            job(place, tmp_path / "o", "sums", cache=str(tmp_path / "cache")), model=str(folder)
+            job(place, tmp_path / "o", "sums", results_cache=str(tmp_path / "cache")), model=str(folder)
         )
         run.run(asked)
     assert 9 in json.loads((tmp_path / "o").read_text())["model"]["ends"]
@@ -245,7 +245,7 @@ def test_what_other_processes_leave_alone(monkeypatch, capsys, place, tmp_path):
     monkeypatch.setenv("TQDM_DISABLE", "0")  # the evaluation changes it, and monkeypatch restores it afterwards
     monkeypatch.setattr(run.distributed, "index", lambda: 1)
     monkeypatch.setattr(lm_eval, "simple_evaluate", asked.update)
-    assert run.run(job(place, tmp_path / "out.json", "choice", cache=str(tmp_path / "cache"))) == 0
+    assert run.run(job(place, tmp_path / "out.json", "choice", results_cache=str(tmp_path / "cache"))) == 0
     assert not asked["use_cache"].startswith(str(tmp_path)) and list(tmp_path.iterdir()) == []
     assert capsys.readouterr() == ("", "") and os.environ["TQDM_DISABLE"] == "1"
 
@@ -256,7 +256,9 @@ def test_a_model_whose_output_is_not_finite(place, tmp_path):
     published_folders.spoil(folder)
     for tasks in ("cloze", "sums", "reversal"):
         cache = tmp_path / "cache" / tasks
-        asked = dataclasses.replace(job(place, tmp_path / "out.json", tasks, cache=str(cache)), model=str(folder))
+        asked = dataclasses.replace(
+            job(place, tmp_path / "out.json", tasks, results_cache=str(cache)), model=str(folder)
+        )
         with pytest.raises(NonFinite, match="the model's output is not finite"):
             run.run(asked)
         for kept in cache.parent.glob("*.db"):
@@ -297,7 +299,7 @@ def test_a_perplexity_that_no_float_can_hold(monkeypatch, place, tmp_path):
         ({"tasks": ""}, "nothing to evaluate"),
         ({"output": "none/out.json"}, "--output=none/out.json: there is no folder"),
         ({"output": "x" * 300}, "--output=x+ cannot be written: File name too long"),
-        ({"cache": "file/cache"}, "--cache=file/cache cannot be written: File exists"),
+        ({"results_cache": "file/cache"}, "--results_cache=file/cache cannot be written: File exists"),
         ({"limit": 1.5}, "--limit=1.5"),
         *(({"limit": number}, f"--limit={number}") for number in (math.nan, math.inf)),
         ({"output": "."}, "--output=. is a folder"),

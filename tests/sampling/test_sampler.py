@@ -12,7 +12,7 @@ from paths import PARITY
 import llada_jax
 from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig, UserError
 from llada_jax.model.transformer import initialise, merge, split
-from llada_jax.sampling import canvas, sampler
+from llada_jax.sampling import canvas, sampler, step
 from llada_jax.sampling.sampler import denoise, denoise_steps, generate
 from llada_jax.sampling.settings import resolve
 
@@ -223,7 +223,7 @@ def test_eight_devices_are_one(model, make_mesh, prompts):
 def test_the_head_in_chunks_is_the_head_at_once(model, prompts, monkeypatch):
     config, key = settings(temperature=1.0), jax.random.key(3)
     at_once_BT = np.asarray(generate(model, prompts[0], config, key, prompts[1]))
-    monkeypatch.setattr(sampler, "HEAD_CHUNK", 4)
+    monkeypatch.setattr(step, "HEAD_CHUNK", 4)
     denoise.clear_cache()
     np.testing.assert_array_equal(generate(model, prompts[0], config, key, prompts[1]), at_once_BT)
     denoise.clear_cache()
@@ -243,12 +243,10 @@ def shapes_in(jaxpr) -> set[tuple[int, ...]]:
 def test_the_head_sees_the_active_block_only(model, prompts):
     config = resolve(settings(), model)
     with sampler.mesh.mesh_of(model.embedding[...]):
-        rows, tokens_BT = canvas.start(model, prompts[0], config, jax.random.key(0), prompts[1])
+        rows, state = sampler.begin(model, prompts[0], config, jax.random.key(0), prompts[1])
         dials, static = canvas.arguments(config)
-        zero = canvas.scalar(0)
-        closed = jax.make_jaxpr(lambda m, r, t: denoise(m, r, t, zero, zero, dials, config=static))(
-            model, rows, tokens_BT
-        )
+        one = canvas.scalar(1)
+        closed = jax.make_jaxpr(lambda m, r, s: denoise(m, r, s, one, dials, config=static))(model, rows, state)
     logits = {shape for shape in shapes_in(closed.jaxpr) if shape[:1] == (3,) and shape[-1] == SIZES.vocab_size}
     assert logits == {(3, 6, SIZES.vocab_size)}
 

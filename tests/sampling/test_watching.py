@@ -1,11 +1,11 @@
 """Tests what a step that is watched tells, and how it is recorded."""
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
 import jax
 import numpy as np
-import plain_sampler
 import pytest
 import replayed
 
@@ -54,7 +54,9 @@ def test_the_probabilities_are_those_of_the_model(loaded, batch):
         for row, real_T in enumerate(batch.real_BT):
             start = int(np.sum(~real_T))
             canvas_T, given_T = before.tokens_BT[row, start:], steps[0].tokens_BT[row, start:] != mask_id
-            logits_TV = plain_sampler.logits_of(model, canvas_T, canvas_T >= 0, given_T, 0.5)
+            hidden_T = np.where(given_T, mask_id, canvas_T).astype(np.int32)
+            with_TV, without_TV = (np.asarray(model(x_T[None])[0], np.float64) for x_T in (canvas_T, hidden_T))
+            logits_TV = without_TV + 1.5 * (with_TV - without_TV)  # Eq. 16
             weight_TV = np.exp(logits_TV - logits_TV.max(axis=-1, keepdims=True))
             probability_TV = weight_TV / weight_TV.sum(axis=-1, keepdims=True)
             for at in np.flatnonzero(after.new_BT[row, start:]):
@@ -99,6 +101,25 @@ def test_a_split_vocabulary_has_the_same_probabilities(loaded, make_mesh, model_
     for a, b in zip(one[1:], split[1:], strict=True):
         np.testing.assert_array_equal(a.likely_BTN, b.likely_BTN)
         np.testing.assert_allclose(a.likely_probability_BTN, b.likely_probability_BTN, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_cache_has_the_probabilities_of_its_own_passes(loaded, batch):
+    """Where the cache is computed anew at every step they are those without it, and else others."""
+    model, key = loaded[0], row_keys(jax.random.key(3), batch.rows)
+    plain = dataclasses.replace(batch.config, temperature=0.0, top_k=0)
+    found = []
+    for config in (plain, dataclasses.replace(plain, cache="dual", cache_refresh=1),
+                   dataclasses.replace(plain, cache="dual")):  # fmt: skip
+        steps = denoise_steps(model, batch.prompt_BT, config, key, batch.real_BT, alternatives=3)
+        found.append(list(itertools.islice(steps, 4)))
+    for without, anew, kept in zip(*found, strict=True):
+        np.testing.assert_array_equal(without.tokens_BT, anew.tokens_BT)
+        assert kept.new_BT.sum() == without.new_BT.sum()
+        if without.probability_BT is not None:
+            np.testing.assert_allclose(anew.probability_BT, without.probability_BT, rtol=1e-4)
+    new_BT = found[0][3].new_BT & found[2][3].new_BT
+    assert (found[0][3].probability_BT != found[2][3].probability_BT)[new_BT].any()
 
 
 def test_the_record_and_its_page_are_what_happened(loaded, batch):

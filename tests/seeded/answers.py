@@ -35,7 +35,7 @@ FAULTS = (
     ),
     Fault(
         "end-before-its-block-is-finished",
-        "llada_jax/sampling/sampler.py",
+        "llada_jax/sampling/plan.py",
         old="(slot_T < (block_B * config.block_length)[:, None])",
         new="(slot_T < ((block_B + 1) * config.block_length)[:, None])",
         harm="An answer ends as soon as EOS appears, although tokens in front of it are still masked.",
@@ -43,9 +43,9 @@ FAULTS = (
     ),
     Fault(
         "noise-repeats-in-every-block",
-        "llada_jax/sampling/sampler.py",
-        old="jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.fold_in)(rows.key_B, block_B), inner_B)",
-        new="jax.vmap(jax.random.fold_in)(rows.key_B, inner_B)",
+        "llada_jax/sampling/step.py",
+        old="jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.fold_in)(rows.key_B, plan.block_B), plan.inner_B)",
+        new="jax.vmap(jax.random.fold_in)(rows.key_B, plan.inner_B)",
         harm="Every block of a sampled text draws with the same noise, so the blocks are not independent draws.",
         tests=(_SAMPLER + "test_generate_is_the_plain_sampler[sampled]",),
     ),
@@ -81,6 +81,25 @@ FAULTS = (
             "sampling/test_commit.py::test_rules_are_their_formulas",
             "sampling/test_commit.py::test_generate_is_the_plain_sampler[entropy-plain]",
         ),
+    ),
+    Fault(
+        "block-sees-its-old-keys",
+        "llada_jax/model/kv_cache.py",
+        old="write(old[:, :slots], slot_BN, x) for old, x in zip(kept, new, strict=True)",
+        new="old[:, :slots] for old in kept",
+        harm="With a cache, no step sees the tokens that the earlier steps of its block have filled in.",
+        tests=(
+            "model/test_kv_cache.py::test_fewer_queries_than_keys[cpu]",
+            "sampling/test_cache.py::test_generate_is_the_plain_sampler_with_stale_keys[dual]",
+        ),
+    ),
+    Fault(
+        "full-passes-of-other-rows",
+        "llada_jax/sampling/cache.py",
+        old="is_full = ~jnp.any(ready_B)",
+        new="is_full = jnp.any(going_B & ~ready_B)",
+        harm="With a cache, a row gets fresh keys whenever another row needs them, so its text depends on its batch.",
+        tests=("sampling/test_cache.py::test_generate_is_the_plain_sampler_with_stale_keys[dual-threshold]",),
     ),
     Fault(
         "end-of-turn-is-no-end",

@@ -30,16 +30,24 @@ def gumbel(key, size: int) -> np.ndarray:
     return -np.log(-np.log1p(-uniform))
 
 
-def logits_of(model, canvas_T, real_T, given_T, cfg_scale: float) -> np.ndarray:
-    """Returns logits, float64 (T, V), guided as in Eq. 16 of arXiv 2502.09992."""
+def guided(one, model, canvas_T, given_T, cfg_scale: float) -> np.ndarray:
+    """Returns logits, float64 (T, V), guided as in Eq. 16 of arXiv 2502.09992.
 
-    def one(canvas_T):
+    one(canvas_T, stream) returns the logits of one canvas: that with the prompt (stream 0), or that without (1).
+    """
+    if not cfg_scale:
+        return one(canvas_T, 0)
+    without_TV = one(np.where(given_T, model.config.mask_id, canvas_T).astype(np.int32), 1)
+    return without_TV + (cfg_scale + 1) * (one(canvas_T, 0) - without_TV)
+
+
+def logits_of(model, canvas_T, real_T, given_T, config: SamplerConfig, blocks: list[list[int]], block: int):
+    """Returns the guided logits of a pass over all tokens, float64 (T, V)."""
+
+    def one(canvas_T, stream):
         return np.asarray(model(canvas_T[None], real_T[None])[0]).astype(np.float64)
 
-    if not cfg_scale:
-        return one(canvas_T)
-    without_TV = one(np.where(given_T, model.config.mask_id, canvas_T).astype(np.int32))
-    return without_TV + (cfg_scale + 1) * (one(canvas_T) - without_TV)
+    return guided(one, model, canvas_T, given_T, config.cfg_scale)
 
 
 def steps_by_rule(canvas, blocks: list[list[int]], mask_id: int):
@@ -71,8 +79,17 @@ def kept_by_rule(config: SamplerConfig, candidates: list[tuple]) -> int | list[b
     return kept
 
 
-def row(model, prompt_T, real_T, config: SamplerConfig, key) -> tuple[np.ndarray, int]:
-    """Returns the finished canvas of one row, and the number of reverse steps."""
+def row(model, prompt_T, real_T, config: SamplerConfig, key, logits_of=logits_of) -> tuple[np.ndarray, int]:
+    """Returns the finished canvas of one row, and the number of reverse steps.
+
+    Args:
+      model: The mask predictor.
+      prompt_T: The ids of the prompt.
+      real_T: bool, True for real tokens.
+      config: The settings of the sampler.
+      key: The key of the row.
+      logits_of: The function that makes a forward pass.
+    """
     mask_id, size = model.config.mask_id, model.config.vocab_size
     ends = [i for i in (config.eos_id, config.eot_id, *(config.end_ids or ())) if i is not None]
     holes = [i for first, end in model.config.holes for i in range(first, end)]
@@ -94,7 +111,7 @@ def row(model, prompt_T, real_T, config: SamplerConfig, key) -> tuple[np.ndarray
             canvas[[i for i in todo if canvas[i] == mask_id]] = config.eos_id
             break
         taken += 1
-        logits_TV = logits_of(model, canvas, real, given, config.cfg_scale)
+        logits_TV = logits_of(model, canvas, real, given, config, blocks, block)
         step_key, margins = jax.random.fold_in(jax.random.fold_in(key, block), step), {}
         off, candidates = margin * rounding.size(logits_TV), []
         for index, position in enumerate(blocks[block]):
@@ -143,7 +160,7 @@ def row(model, prompt_T, real_T, config: SamplerConfig, key) -> tuple[np.ndarray
     return canvas, taken
 
 
-def generate(model, prompts, config: SamplerConfig, key, return_steps: bool = False):
+def generate(model, prompts, config: SamplerConfig, key, return_steps: bool = False, passes=lambda: logits_of):
     """Returns the finished canvas of all rows; row i uses the key fold_in(key, i).
 
     Args:
@@ -152,8 +169,9 @@ def generate(model, prompts, config: SamplerConfig, key, return_steps: bool = Fa
       config: The settings of the sampler.
       key: The key of all rows.
       return_steps: Whether to return the number of reverse steps of each row as well.
+      passes: A function that returns what makes the forward passes of one row.
     """
     rows = enumerate(zip(*prompts, strict=True))
-    done = [row(model, *prompt, config, jax.random.fold_in(key, i)) for i, prompt in rows]
+    done = [row(model, *prompt, config, jax.random.fold_in(key, i), passes()) for i, prompt in rows]
     out_BT = np.stack([canvas for canvas, _ in done])
     return (out_BT, [steps for _, steps in done]) if return_steps else out_BT

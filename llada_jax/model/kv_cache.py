@@ -1,0 +1,133 @@
+"""Keys and values of all layers that are kept from one forward pass for others, which then compute a few tokens only.
+
+The mask predictor has no causal mask: with any token, the keys and values of all others change in every layer but the
+first. So a pass that reads kept ones is an approximation, and its caller decides when they are computed anew.
+
+A cache has S slots per row. Which position of the row a slot stands for is up to the caller: the keys are kept as they
+are after the rotation, and the order of keys does not matter to attention.
+
+Letters in names, in addition to those of `transformer.py`: N tokens of one pass.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from llada_jax.config import ComputeConfig, ModelConfig
+from llada_jax.devices import mesh
+from llada_jax.model.compute import compute_dtype, resolve_compute
+from llada_jax.model.transformer import Transformer, embed, rms_norm, rope_at
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Cache:
+    """The rotated keys and the values of all layers, in the compute dtype, sharded over the rows and the heads."""
+
+    k_LBSGK: jax.Array
+    v_LBSGK: jax.Array
+
+
+def _shape(config: ModelConfig, batch: int, slots: int) -> tuple[int, ...]:
+    return (config.layers, batch, slots, config.kv_heads, config.head_width)
+
+
+def cache_bytes(config: ModelConfig, compute: ComputeConfig, batch: int, slots: int) -> int:
+    """Returns the bytes of a cache on all devices together: 2 L B S G K times those of the compute dtype."""
+    return 2 * math.prod(_shape(config, batch, slots)) * compute_dtype(compute).itemsize
+
+
+def empty_cache(config: ModelConfig, compute: ComputeConfig, batch: int, slots: int) -> Cache:
+    """Returns a cache of zeros on the mesh in use. Call this under `jax.jit`, or each device makes all of it."""
+    shape, dtype = _shape(config, batch, slots), compute_dtype(compute)
+    return Cache(*(jnp.zeros(shape, dtype, out_sharding=mesh.KEYS_LBSGK) for _ in range(2)))
+
+
+def writing_trunk(
+    model: Transformer, tokens_BN: jax.Array, position_BN: jax.Array | None, real: jax.Array | None, cache: Cache | None
+) -> tuple[jax.Array, Cache | None]:
+    """Computes what `Transformer.trunk` does, and puts keys and values into the first N slots of the cache.
+
+    Args:
+      model: The mask predictor.
+      tokens_BN: int32 ids of tokens, which attend to each other and to nothing else.
+      position_BN: int32, the positions of the tokens. None means that they are 0 to N - 1.
+      real: Which of the tokens may be attended to, in a form that `Transformer.trunk` accepts.
+      cache: The cache to write into, with at least N slots. None means that nothing is kept.
+
+    Returns:
+      The hidden states (B, N, D) after the final norm, in the compute dtype, and the new cache.
+    """
+    compute = _resolved(model)
+    rope = _rope(model, jnp.arange(tokens_BN.shape[1], dtype=jnp.float32) if position_BN is None else position_BN)
+
+    def layer(carry, inputs):
+        (x_BND, cache), (block, index) = carry, inputs
+        x_BND, new = block.with_keys(x_BND, rope, real, model.config, compute)
+        if cache is not None:
+            # Written in place, the cache is in memory only once.
+            write = lambda kept, x: jax.lax.dynamic_update_slice(kept, x[None], (index, 0, 0, 0, 0))  # noqa: E731
+            cache = Cache(*map(write, (cache.k_LBSGK, cache.v_LBSGK), new))
+        return (x_BND, cache), None
+
+    carry = embed(model.embedding[...], tokens_BN, jnp.dtype(compute.dtype)), cache
+    inputs = model.blocks, jnp.arange(model.config.layers)
+    (x_BND, cache), _ = jax.lax.scan(layer, carry, inputs, unroll=compute.unroll or model.config.layers)
+    return rms_norm(x_BND, model.final_norm[...], model.config.norm_eps), cache
+
+
+def reading_trunk(
+    model: Transformer,
+    tokens_BN: jax.Array,
+    position_BN: jax.Array,
+    slot_BN: jax.Array,
+    real: jax.Array | None,
+    cache: Cache,
+    slots: int,
+) -> jax.Array:
+    """Computes the hidden states of a few tokens, which attend to the cache with their own keys and values in it.
+
+    The new keys and values are written over those of their slots in each layer, before the attention of that layer. The
+    cache itself stays as it is.
+
+    Args:
+      model: The mask predictor.
+      tokens_BN: int32 ids of the tokens.
+      position_BN: int32, the positions of the tokens.
+      slot_BN: int32, the slot of each token. That of a token that only fills up the row is `slots` or larger: it is
+        attended to by no token, and its own hidden state means nothing.
+      real: Which of the slots may be attended to, in a form that `attention` accepts: None, bool (B, S) or int32 (B,).
+      cache: The cache.
+      slots: S, the number of slots of each row that are used, which are the first ones.
+
+    Returns:
+      The hidden states (B, N, D) after the final norm, in the compute dtype.
+    """
+    compute, rope = _resolved(model), _rope(model, position_BN)
+    heads = mesh.HEADS_BTHK
+    write = jax.vmap(lambda kept_SGK, slot_N, new_NGK: kept_SGK.at[slot_N].set(new_NGK, mode="drop"))
+    write = jax.shard_map(write, in_specs=(heads, mesh.TOKENS_BT, heads), out_specs=heads)
+
+    def layer(x_BND, inputs):
+        block, *kept = inputs
+
+        def among(*new):
+            return tuple(write(old[:, :slots], slot_BN, x) for old, x in zip(kept, new, strict=True))
+
+        return block.with_keys(x_BND, rope, real, model.config, compute, among)[0], None
+
+    x_BND = embed(model.embedding[...], tokens_BN, jnp.dtype(compute.dtype))
+    inputs = model.blocks, cache.k_LBSGK, cache.v_LBSGK
+    x_BND, _ = jax.lax.scan(layer, x_BND, inputs, unroll=compute.unroll or model.config.layers)
+    return rms_norm(x_BND, model.final_norm[...], model.config.norm_eps)
+
+
+def _resolved(model: Transformer) -> ComputeConfig:
+    compute = model.compute
+    return compute if compute.dtype and compute.attention != "auto" else resolve_compute(model.config, compute)
+
+
+def _rope(model: Transformer, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return rope_at(position, model.config.head_width, model.config.rope_theta)
