@@ -209,7 +209,7 @@ def denoise_steps(
     Args:
       model, prompt_BT, config, key, prompt_mask_BT: As for `generate`.
       alternatives: With a number, each step also tells the scores and probabilities of its predictions, and this number
-        of most probable tokens at each position. A second program computes them, which takes at least as long as the step.
+        of most probable tokens at each position. A second program computes them, which at least doubles the time.
 
     Yields:
       The canvas before the first step, with nothing new and without scores, and then each step.
