@@ -6,24 +6,23 @@ r"""Draws how a model fills in masked tokens, as a picture that moves: python be
 The picture is one .svg file without scripts, fonts or other files. It moves by CSS; where CSS animation is not
 supported, or not wanted (prefers-reduced-motion), it shows the finished text. The flags are those of llada_jax.sample.
 
-The sampler is called for one reverse step at a time, so that the picture shows exactly what it does. Tokens from the
-first EOS on are not drawn.
+It is drawn from the same record as the page of llada_jax.sample --save_html, so it shows exactly what the sampler does.
+Tokens from the first EOS on are not drawn.
 """
 
 import dataclasses
 from xml.sax.saxutils import escape
 
 import jax
-import numpy as np
 from absl import flags
 
 from llada_jax.cli import entry_point, model_flags, outputs, paths, sampler_flags
 from llada_jax.config import UserError
 from llada_jax.loading import load_with_tokenizer
-from llada_jax.sampling.sampler import denoise_steps
+from llada_jax.sampling.recording import Recorder, Token
 from llada_jax.sampling.settings import check_settings
 from llada_jax.sampling.terminal import harmless
-from llada_jax.sampling.text_completion import Options, encode_prompt, make_batches, row_keys, text_length
+from llada_jax.sampling.text_completion import Options
 from llada_jax.text.tokenizer import Tokenizer
 
 flags.adopt_module_key_flags(model_flags)
@@ -64,30 +63,23 @@ class Piece:
     step: int  # the reverse step that revealed the token; 0 = the token was given
 
 
-def denoise(model, tokenizer: Tokenizer, text: str, options: Options, seed: int) -> tuple[list[int], list[int], int]:
-    """Returns the ids of the finished canvas, the step that revealed each of them (0 = given), and the last step."""
-    prompt = encode_prompt(text, model, tokenizer, options)
-    (batch,) = make_batches(model, [prompt], options, batch_size=1)
-    start = int(np.sum(~batch.real_BT))
-    key = row_keys(jax.random.key(seed), batch.rows)
-    for step, (tokens_BT, new_BT) in enumerate(denoise_steps(model, batch.prompt_BT, batch.config, key, batch.real_BT)):
-        if not step:
-            step_T = np.zeros(tokens_BT.shape[1], int)
-        step_T[new_BT[0]] = step
-    tokens_T, step_T = tokens_BT[0, start:], step_T[start:]
-    end = len(prompt.ids_T) + text_length(tokens_T[len(prompt.ids_T) :], model, tokenizer)
-    return tokens_T[:end].tolist(), step_T[:end].tolist(), int(step_T[:end].max())
+def denoise(model, tokenizer: Tokenizer, text: str, options: Options, seed: int) -> list[tuple[Token, int]]:
+    """Returns the tokens up to the end of the text, each with the step that revealed it (0 = given)."""
+    recorder = Recorder(model, tokenizer, [text], options)
+    recorder.complete(jax.random.key(seed), batch_size=1)
+    record = recorder.records[0]
+    found = [(token, 0) for token in record.start]
+    for step, changes in enumerate(record.steps, 1):
+        for change in changes:
+            found[change.position] = change.token, found[change.position][1] if change.same else step
+    return [(token, step) for token, step in found[: record.end] if not token.control]
 
 
-def lay_out(ids: list[int], steps: list[int], tokenizer: Tokenizer) -> list[Piece]:
+def lay_out(tokens: list[tuple[Token, int]]) -> list[Piece]:
     """Returns the parts of all tokens with their places. A token that ends in the middle of a character has no text."""
-    pieces, done, line, column = [], "", 0, 0
-    for i, step in enumerate(steps):
-        text = tokenizer.decode(ids[: i + 1], skip_special=True)
-        if text.endswith("\ufffd") and i + 1 < len(ids):
-            continue
-        text = harmless(text)
-        for at, part in enumerate(text[len(done) :].split("\n")):
+    pieces, line, column = [], 0, 0
+    for token, step in tokens:
+        for at, part in enumerate(harmless(token.text).split("\n")):
             if at:
                 pieces.append(Piece(line, column, "", step))
                 line, column = line + 1, 0
@@ -98,7 +90,6 @@ def lay_out(ids: list[int], steps: list[int], tokenizer: Tokenizer) -> list[Piec
                 column += len(part[:COLUMNS])
                 if part := part[COLUMNS:]:
                     line, column = line + 1, 0
-        done = text
     while pieces and not pieces[-1].text.strip():  # nothing visible is left at the end
         pieces.pop()
     return pieces
@@ -211,11 +202,11 @@ def main() -> None:
     if _SECONDS.value <= 0:
         raise UserError(f"--seconds={_SECONDS.value}: it must be positive")
     model, tokenizer = load_with_tokenizer(model_flags.model(), step=model_flags.STEP.value)
-    ids, steps, last = denoise(model, tokenizer, _PROMPT.value, options, seed)
-    pieces = lay_out(ids, steps, tokenizer)
+    tokens = denoise(model, tokenizer, _PROMPT.value, options, seed)
+    pieces, last = lay_out(tokens), max((step for _, step in tokens), default=0)
     if not last or not pieces:
         raise UserError("nothing was filled in: take another prompt or a larger --gen_length")
-    text = harmless(tokenizer.decode(ids, skip_special=True))
+    text = harmless("".join(token.text for token, _ in tokens))
     outputs.write_text(output, picture(pieces, last, text, _SECONDS.value))
 
 

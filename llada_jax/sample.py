@@ -25,6 +25,8 @@ _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", 8, "The number of prompts per batch. It does not change the completions."
 )
 _SHOW = flags.DEFINE_boolean("show", False, "Draw in the terminal how the text appears.")
+_SAVE_HTML = paths.define("save_html", None, "A page (.html) to write that replays how the texts appeared.")
+_SAVE_GIF = paths.define("save_gif", None, "A moving picture (.gif) to write of how the texts appeared; needs Pillow.")
 
 
 def main() -> None:
@@ -33,9 +35,10 @@ def main() -> None:
         import jax
 
         from llada_jax.loading import load_with_tokenizer
-        from llada_jax.sampling import terminal
+        from llada_jax.sampling import keeping, terminal
         from llada_jax.sampling.drawing import complete_drawn
         from llada_jax.sampling.prompt_files import read_records, write_records
+        from llada_jax.sampling.recording import Recorder
         from llada_jax.sampling.settings import check_settings
         from llada_jax.sampling.text_completion import DEFAULTS, Options, complete
         from llada_jax.text.json_files import check_unicode
@@ -56,6 +59,7 @@ def main() -> None:
     output = None if _OUTPUT.value is None else outputs.check_file(_OUTPUT.value)
     if output is None:
         streams.require_stdout("pass --output=FILE")
+    kept = keeping.check({"save_html": _SAVE_HTML.value, "save_gif": _SAVE_GIF.value}, output, len(records))
 
     model, tokenizer = load_with_tokenizer(
         model_flags.model(), step=model_flags.STEP.value, weights=model_flags.WEIGHTS.value
@@ -64,11 +68,15 @@ def main() -> None:
     shown = _SHOW.value and terminal.can_draw(sys.stderr)
     if _SHOW.value and not shown:
         print("--show: nothing is drawn, because stderr is not a terminal that can be redrawn", file=sys.stderr)
+    recorder = Recorder(model, tokenizer, texts, options) if kept else None
     if shown:
-        completions = complete_drawn(model, tokenizer, texts, options, key)
+        completions = complete_drawn(model, tokenizer, texts, options, key, recorder)
     else:
-        started = time.monotonic()
-        completions = complete(model, tokenizer, texts, options, key, _BATCH_SIZE.value, _report(len(texts)))
+        started, report = time.monotonic(), _report(len(texts))
+        if recorder is None:
+            completions = complete(model, tokenizer, texts, options, key, _BATCH_SIZE.value, report)
+        else:
+            completions = recorder.complete(key, _BATCH_SIZE.value, report)
         print(f"{len(texts)} completed in {time.monotonic() - started:.1f} s", file=sys.stderr)
 
     if output is not None:
@@ -77,6 +85,14 @@ def main() -> None:
     elif not (shown and sys.stdout.isatty()):  # on a terminal the drawn text is there already
         for text in completions:
             print(text)
+    if recorder is not None:
+        named = {"model": _model_name(), "seed": seed}
+        keeping.write(kept, [recorder.records[i] for i in range(len(texts))], named)
+
+
+def _model_name() -> str:
+    name = str(model_flags.model())
+    return name if model_flags.STEP.value is None else f"{name}, step {model_flags.STEP.value}"
 
 
 def _report(total: int):

@@ -79,11 +79,16 @@ def _descriptor(path: Path) -> int | None:
 
 
 def write_text(path: Path, text: str, flag: str = "output") -> None:
-    """Writes a text file (UTF-8), whole or not at all. A device, a pipe or a stream is written to, not replaced.
+    """Writes a text file (UTF-8) as `write_bytes` does."""
+    write_bytes(path, text.encode(), flag)
+
+
+def write_bytes(path: Path, content: bytes, flag: str = "output") -> None:
+    """Writes a file, whole or not at all. A device, a pipe or a stream is written to, not replaced.
 
     Args:
       path: The file, as `check_file` has returned it.
-      text: The content.
+      content: The content.
       flag: The name of the flag that names the file, for error messages.
 
     Raises:
@@ -94,13 +99,13 @@ def write_text(path: Path, text: str, flag: str = "output") -> None:
         if (number := _descriptor(path)) is not None:
             if number == 1 and sys.stdout is not None:
                 sys.stdout.flush()  # what was printed before comes first
-            with open(os.dup(number), "w", encoding="utf-8") as stream:
-                stream.write(text)
+            with open(os.dup(number), "wb") as stream:
+                stream.write(content)
             return
         if _is_special(path):
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(content)
             return
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_bytes(content)
         unfinished.replace(path)
     except OSError as error:
         raise UserError(f"--{flag}={path}: {error}") from error

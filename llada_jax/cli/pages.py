@@ -18,6 +18,6 @@ def page(package: str, name: str, data: dict[str, Any]) -> str:
     html, script = (
         resources.files(package).joinpath(f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("html", "js")
     )
-    # "</" would end the page's script.
-    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("</", "<\\/")
+    # "</script" would end the page's script, and "<!--" with "<script" would keep it from ending.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return html.replace(_SCRIPT, script).replace(_DATA, text)

@@ -223,13 +223,13 @@ class Conversation:
         prompt_BT = np.pad(np.asarray([ids], np.int32), ((0, 0), (padding, 0)))
         real_BT = np.arange(prompt_BT.shape[1])[None] >= padding
         steps = denoise_steps(self.model, prompt_BT, config, key, real_BT)
-        for step, (tokens_BT, new_BT) in enumerate(_with_memory(steps, prompt_BT.shape[1] + settings.gen_length)):
-            tokens_T, new_T = (x_BT[0, prompt_BT.shape[1] :] for x_BT in (tokens_BT, new_BT))
+        for number, step in enumerate(_with_memory(steps, prompt_BT.shape[1] + settings.gen_length)):
+            tokens_T, new_T = (x_BT[0, prompt_BT.shape[1] :] for x_BT in (step.tokens_BT, step.new_BT))
             end = text_length(tokens_T, self.model, self.tokenizer)
             # A decided token never changes. Once no token before the end is masked, neither the rest of the block nor
             # the blocks after it matter. The sampler's own stop_at_end is not used: it waits for the end of the block.
             done = not np.any(tokens_T[:end] == self.model.config.mask_id)
-            frame = Frame(tokens_T[:end], new_T[:end], step, done, end < len(tokens_T))
+            frame = Frame(tokens_T[:end], new_T[:end], number, done, end < len(tokens_T))
             if self.messages is not before:
                 return
             if done:

@@ -7,13 +7,19 @@ import numpy as np
 
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling import terminal
+from llada_jax.sampling.recording import ALTERNATIVES, Recorder
 from llada_jax.sampling.sampler import denoise_steps
 from llada_jax.sampling.text_completion import Options, encode_prompt, finished_text, make_batches, row_keys
 from llada_jax.text.tokenizer import Tokenizer
 
 
 def complete_drawn(
-    model: Transformer, tokenizer: Tokenizer, texts: list[str], options: Options, key: jax.Array
+    model: Transformer,
+    tokenizer: Tokenizer,
+    texts: list[str],
+    options: Options,
+    key: jax.Array,
+    recorder: Recorder | None = None,
 ) -> list[str]:
     """Returns what `text_completion.complete` returns, and draws every reverse step on stderr.
 
@@ -23,6 +29,7 @@ def complete_drawn(
       texts: The prompts.
       options: The settings of the sampler.
       key: The key of the noise.
+      recorder: What records the steps as well.
     """
     prompts = [encode_prompt(text, model, tokenizer, options) for text in texts]
     mask_id = model.config.mask_id
@@ -32,14 +39,18 @@ def complete_drawn(
         prompt, start = prompts[i], int(np.sum(~batch.real_BT))
         with terminal.Screen(sys.stderr) as screen:
             given_T = np.zeros(0, bool)
-            steps = denoise_steps(model, batch.prompt_BT, batch.config, row_keys(key, batch.rows), batch.real_BT)
-            for step, (tokens_BT, new_BT) in enumerate(steps):
-                tokens_T = tokens_BT[0, start:]
-                if not step:
+            arguments = (model, batch.prompt_BT, batch.config, row_keys(key, batch.rows), batch.real_BT)
+            if recorder is None:
+                steps = denoise_steps(*arguments)
+            else:
+                steps = recorder.follow(denoise_steps(*arguments, alternatives=ALTERNATIVES), batch, prompts)
+            for number, step in enumerate(steps):
+                tokens_T = step.tokens_BT[0, start:]
+                if not number:
                     given_T = tokens_T != mask_id
                 revealed, masks = int(np.sum((tokens_T != mask_id) & ~given_T)), int(np.sum(~given_T))
-                frame = terminal.spans(tokens_T, given_T, new_BT[0, start:], mask_id, tokenizer, screen.mask)
-                screen.draw(frame, f"step {step}, {revealed} of {masks} tokens")
+                frame = terminal.spans(tokens_T, given_T, step.new_BT[0, start:], mask_id, tokenizer, screen.mask)
+                screen.draw(frame, f"step {number}, {revealed} of {masks} tokens")
             completions[i] = finished_text(tokens_T, prompt, model, tokenizer)
             if not prompt.masks:
                 given = tokenizer.decode(prompt.ids_T.tolist(), skip_special=True)

@@ -27,7 +27,7 @@ from llada_jax.devices import mesh
 from llada_jax.model.compute import compute_dtype
 from llada_jax.model.int8 import in_dtype
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling import cache
+from llada_jax.sampling import cache, watching
 from llada_jax.sampling.canvas import Dials, Rows, arguments, roll, scalar, start
 from llada_jax.sampling.guidance import guided_trunk
 from llada_jax.sampling.plan import Plan, fill_with_end, plan
@@ -65,12 +65,18 @@ def begin(model: Transformer, prompt_BT, config: SamplerConfig, key: jax.Array, 
 
 
 def _reverse_step(
-    model: Transformer, rows: Rows, state: State, now: Plan, dials: Dials, config: SamplerConfig
-) -> tuple[State, jax.Array]:
+    model: Transformer,
+    rows: Rows,
+    state: State,
+    now: Plan,
+    dials: Dials,
+    config: SamplerConfig,
+    alternatives: int | None = None,
+) -> tuple[State, jax.Array, watching.Seen | None]:
     """Takes one more reverse step in every row that is neither finished nor waits for a full pass.
 
     Returns:
-      The state, and bool (), whether all predictions were finite.
+      The state; bool (), whether all predictions were finite; and, with a number of alternatives, what is told of them.
     """
     block = active_block(rows, state.tokens_BT, now, config)
     took_B, kept = now.count_B > 0, None
@@ -84,8 +90,10 @@ def _reverse_step(
     else:
         at_BK = block.position_BK
         h_BND = guided_trunk(model, state.tokens_BT, rows.given_BT, rows.real_BT, dials.cfg_scale, config.mask_id)
-    tokens_BT, finite = keep_the_best(model, rows, state.tokens_BT, now, block, h_BND, at_BK, dials, config)
-    return State(tokens_BT, state.steps_B + took_B, kept), finite
+    tokens_BT, finite, seen = keep_the_best(
+        model, rows, state.tokens_BT, now, block, h_BND, at_BK, dials, config, alternatives
+    )
+    return State(tokens_BT, state.steps_B + took_B, kept), finite, seen
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -105,7 +113,7 @@ def denoise(
 
     def advance(carry):
         done, state, now, _ = carry
-        state, finite = _reverse_step(model, rows, state, now, dials, config)
+        state, finite, _ = _reverse_step(model, rows, state, now, dials, config)
         return done + 1, state, where_now(state), finite
 
     carry = (jnp.int32(0), state, where_now(state), jnp.bool_(True))
@@ -121,6 +129,18 @@ def denoise(
         finite=finite,
     )
     return outcome, state
+
+
+@functools.partial(jax.jit, static_argnames=("config", "alternatives"))
+def look(
+    model: Transformer, rows: Rows, state: State, dials: Dials, config: SamplerConfig, alternatives: int
+) -> watching.Seen:
+    """Returns what the next pass predicts, replicated on every device, with positions that count the padding."""
+    model = jax.tree.map(lambda p: p.astype(compute_dtype(model.compute)), model)
+    now = plan(rows, state.tokens_BT, state.steps_B, dials.steps, config)
+    seen = _reverse_step(model, rows, state, now, dials, config, alternatives)[2]
+    seen = seen._replace(position_BK=(seen.position_BK + rows.shift_B[:, None]) % state.tokens_BT.shape[1])
+    return jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), seen)
 
 
 def generate(
@@ -182,31 +202,41 @@ def denoise_steps(
     config: SamplerConfig,
     key: jax.Array,
     prompt_mask_BT: jax.typing.ArrayLike | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    *,
+    alternatives: int | None = None,
+) -> Iterator[watching.Step]:
     """Does the same as `generate`, with the same compiled program, but yields the canvas after every step.
 
-    The arguments and the errors are those of `generate`.
+    Args:
+      model, prompt_BT, config, key, prompt_mask_BT: As for `generate`.
+      alternatives: With a number, each step also tells the scores and probabilities of its predictions, and this number
+        of most probable tokens at each position. A second program computes them, which at least doubles the time.
 
     Yields:
-      The canvas, int32 (B, T + gen_length), and bool of the same shape, True for a token that this step revealed: once
-      before the first step, with nothing revealed, and then after each step.
+      The canvas before the first step, with nothing new and without scores, and then each step.
+
+    Raises:
+      UserError, NonFinite: As `generate`.
     """
     config = resolve(config, model)
+    watching.check(alternatives, model.config.vocab_size)
     batch = len(prompt_BT)
     with mesh.mesh_of(model.embedding[...]):
         rows, state = begin(model, prompt_BT, config, key, prompt_mask_BT)
         dials, static = arguments(config)
     prompt_BT = np.asarray(prompt_BT, np.int32)
     shown_BT = np.pad(prompt_BT, ((0, 0), (0, config.gen_length)), constant_values=config.mask_id)
-    yield shown_BT, np.zeros(shown_BT.shape, bool)
-    going = shown_BT.shape[1] > 0
+    yield watching.step(shown_BT, shown_BT, config.mask_id, None)
+    going, seen = shown_BT.shape[1] > 0, None
     while going:
         # Enter the mesh for each step separately, because the consumer's own code runs between two steps.
         with mesh.mesh_of(model.embedding[...]):
+            if alternatives is not None:
+                seen = look(model, rows, state, dials, config=static, alternatives=alternatives)
             outcome, state = denoise(model, rows, state, scalar(1), dials, config=static)
         if not outcome.finite:
             raise NonFinite
         before_BT, shown_BT = shown_BT, np.asarray(outcome.canvas_BT)[:batch]
         going = bool(outcome.going)
         if outcome.passes:
-            yield shown_BT, shown_BT != before_BT
+            yield watching.step(shown_BT, before_BT, config.mask_id, seen)

@@ -20,6 +20,7 @@ from llada_jax.sampling.commit import RULES, SCHEDULE, Ranked
 from llada_jax.sampling.plan import Plan, is_any, is_end
 from llada_jax.sampling.remasking import LAST, REMASKING, Predictions, allowed, choose, entropies, gumbel
 from llada_jax.sampling.truncation import truncate
+from llada_jax.sampling.watching import Seen, likeliest, nothing
 
 # Number of positions per row that go through the head at once, so that memory holds logits of (B, HEAD_CHUNK, V) only.
 HEAD_CHUNK = 64
@@ -109,7 +110,8 @@ def keep_the_best(
     at_BK: jax.Array,
     dials: Dials,
     config: SamplerConfig,
-) -> tuple[jax.Array, jax.Array]:
+    alternatives: int | None = None,
+) -> tuple[jax.Array, jax.Array, Seen | None]:
     """Predicts the masked tokens of the active blocks and keeps some of the predictions.
 
     Args:
@@ -122,9 +124,10 @@ def keep_the_best(
       at_BK: int32: the index along N of the hidden states of each slot of the block.
       dials: The traced settings.
       config: The other settings.
+      alternatives: The number of most probable tokens to tell for each prediction. None tells nothing.
 
     Returns:
-      The canvas, and bool (), whether all predictions were finite.
+      The canvas; bool (), whether all predictions were finite; and what is told of them, or None.
     """
     length, width = tokens_BT.shape[1], at_BK.shape[1]
     chunk = min(width, HEAD_CHUNK)
@@ -138,6 +141,9 @@ def keep_the_best(
         # Each slot of the block has its own key, so its noise does not depend on how slots are grouped into chunks.
         key_BC = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_B, part(index_BK))
         new = _predict(model, h_BND, part(at_BK), key_BC, dials, config)
+        if alternatives is not None:
+            logits_BCV = model.logits(take(h_BND, part(at_BK)[:, :, None]))  # the same that _predict computes
+            new += likeliest(logits_BCV, new[0], allowed(model.config, config.mask_id), alternatives)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(old_BK, new_BC, i * chunk, axis=1)
             for old_BK, new_BC in zip(predicted, new, strict=True)
@@ -145,11 +151,14 @@ def keep_the_best(
 
     nothing_BK = jnp.full_like(position_BK, -jnp.inf, dtype=jnp.float32)
     predicted = (jnp.zeros_like(position_BK), nothing_BK, jnp.zeros_like(nothing_BK))
+    if alternatives is not None:
+        predicted += nothing(position_BK, alternatives)
     if width == chunk:
-        token_BK, score_BK, entropy_BK = predict_chunk(0, predicted)
+        token_BK, score_BK, entropy_BK, *told = predict_chunk(0, predicted)
     else:
         chunks = -(-jnp.max(jnp.sum(masked_BK, axis=1, dtype=jnp.int32)) // chunk)
-        token_BK, score_BK, entropy_BK = jax.lax.fori_loop(0, chunks, predict_chunk, predicted)
+        token_BK, score_BK, entropy_BK, *told = jax.lax.fori_loop(0, chunks, predict_chunk, predicted)
+    seen = Seen(position_BK, masked_BK & (count_B > 0)[:, None], score_BK, *told) if told else None
 
     finite = ~jnp.any(jnp.isnan(score_BK) & masked_BK)
     # The sort is stable, so among equal scores the lowest position stays. Slots that are not masked always come last.
@@ -165,4 +174,4 @@ def keep_the_best(
     position_BK = jnp.where(kept_BK, position_BK, length)
     write = jax.vmap(lambda row_T, at_K, new_K: row_T.at[at_K].set(new_K, mode="drop"))
     write = jax.shard_map(write, in_specs=(mesh.TOKENS_BT,) * 3, out_specs=mesh.TOKENS_BT)
-    return write(tokens_BT, position_BK, token_BK), finite
+    return write(tokens_BT, position_BK, token_BK), finite, seen

@@ -12,12 +12,21 @@ from llada_jax.cli.outputs import check_file, write_text
 from llada_jax.config import UserError
 
 
-def test_a_failure_leaves_the_file_that_was_there(tmp_path):
+def test_a_failure_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     write_text(path, "old")
+
+    def fill_the_disk(file, content):
+        with open(file, "wb") as stream:
+            stream.write(content[:1])
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="--output=.*: the disk is full"):
+        patch.setattr(type(path), "write_bytes", fill_the_disk)
+        write_text(path, "new")
     with pytest.raises(UnicodeEncodeError):
         write_text(path, "new \ud800")
-    assert path.read_text() == "old"
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
     with pytest.raises(UserError, match="--output=.*no.*No such file"):
         write_text(tmp_path / "no" / "results.json", "new")
     write_text(path, "new")

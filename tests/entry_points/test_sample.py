@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import published_folders
 import pytest
+import replayed
 from paths import PARITY
 from platforms import ON_CPU
 
@@ -102,13 +104,18 @@ def test_many_prompts_into_a_file(model_folder, loaded, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl"]
 
 
-def test_show_draws_in_a_terminal_and_leaves_stdout_clean(model_folder, loaded):
+def test_show_draws_in_a_terminal_and_leaves_stdout_clean(model_folder, loaded, tmp_path):
+    """A page that is saved beside it changes neither the drawing nor the output."""
     main_end, terminal_end = pty.openpty()
     command = [sys.executable, "-m", "llada_jax.sample", f"--model={model_folder}", "--prompt=def main"]
-    command += ["--gen_length=6", "--block_length=4"]
+    command += ["--gen_length=6", "--block_length=4", "--show"]
     environment = os.environ | {"TERM": "xterm", "PYTHONIOENCODING": "utf-8"}
     child = subprocess.Popen(
-        [*command, "--show"], stdout=subprocess.PIPE, stderr=terminal_end, env=environment, text=True
+        [*command, f"--save_html={tmp_path}/page.html"],
+        stdout=subprocess.PIPE,
+        stderr=terminal_end,
+        env=environment,
+        text=True,
     )
     os.close(terminal_end)
     drawn = b""
@@ -122,7 +129,11 @@ def test_show_draws_in_a_terminal_and_leaves_stdout_clean(model_folder, loaded):
     options = Options(gen_length=6, block_length=4)
     assert output == text_completion.complete(*loaded, ["def main"], options, jax.random.key(0))[0] + "\n"
     text = drawn.decode()
-    assert "░" * 6 in text and "step 6, 6 of 6 tokens" in text and text.endswith("\x1b[?25h")
+    assert "░" * 6 in text and "step 6, 6 of 6 tokens" in text
+    assert re.search(r"\x1b\[\?25hwrote .*/page\.html \(\d+ kB\)\r\n$", text)
+    page = replayed.data((tmp_path / "page.html").read_text())
+    assert [sample["completion"] + "\n" for sample in page["samples"]] == [output]
+    assert page["settings"] == {"model": str(model_folder), "seed": "0"} and len(page["samples"][0]["counts"]) == 6
 
 
 def test_weights_that_are_not_finite(model_folder, tmp_path):
@@ -142,6 +153,7 @@ def test_weights_that_are_not_finite(model_folder, tmp_path):
         (["--model=MODEL"], "nothing to complete"),
         ([f"--model={PARITY / 'mha'}", "--prompt=a"], "has no tokenizer"),
         (["--model=MODEL", "--prompt=a", "--output=MODEL"], "is a folder; pass the name of a file"),
+        (["--model=MODEL", "--prompt=a", "--save_html=/no/a.html"], "--save_html=/no/a.html: there is no folder /no;"),
         (["--model=MODEL", "--prompt=a\udcff"], "is not UTF-8 text: it contains half a character"),
     ],
 )

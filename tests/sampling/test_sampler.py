@@ -170,10 +170,11 @@ def test_step_by_step_is_one_call(model, prompts):
     assert not COMPILED
     np.testing.assert_array_equal(steps[-1][0], one_call_BT)
     expected = [plain_sampler.schedule(masks, config.steps, config.block_length) for masks in (17, 16, 19)]
-    counts = [revealed_BT.sum(axis=1).tolist() for _, revealed_BT in steps[1:]]
+    counts = [step.new_BT.sum(axis=1).tolist() for step in steps[1:]]
     assert counts == [[step[2] if step else 0 for step in row] for row in itertools.zip_longest(*expected)]
-    for (before_BT, _), (after_BT, revealed_BT) in itertools.pairwise(steps):
-        assert (before_BT == after_BT)[~revealed_BT].all() and (before_BT == MASK)[revealed_BT].all()
+    for before, after in itertools.pairwise(steps):
+        same_BT = before.tokens_BT == after.tokens_BT
+        assert same_BT[~after.new_BT].all() and (before.tokens_BT == MASK)[after.new_BT].all()
 
 
 def test_a_single_token(model):
@@ -255,7 +256,7 @@ def test_equal_scores_go_to_the_lowest_position(model):
     params["head"] = jnp.zeros_like(params["head"])
     flat = merge(split(model)[0], params)
     steps = list(denoise_steps(flat, np.zeros((1, 3), int), settings(steps=16, block_length=16), jax.random.key(0)))
-    assert [int(revealed_BT[0].argmax()) for _, revealed_BT in steps[1:]] == list(range(3, 19))
+    assert [int(step.new_BT[0].argmax()) for step in steps[1:]] == list(range(3, 19))
     assert (steps[-1][0] == 0).all()
 
 

@@ -27,10 +27,10 @@ FAULTS = (
     Fault(
         "results-are-written-in-place",
         "llada_jax/cli/outputs.py",
-        old="""        unfinished.write_text(text, encoding="utf-8")
+        old="""        unfinished.write_bytes(content)
         unfinished.replace(path)
 """,
-        new="""        path.write_text(text, encoding="utf-8")
+        new="""        path.write_bytes(content)
 """,
         harm="Whatever goes wrong while a file is written also destroys the file that was there before.",
         tests=("cli/test_outputs.py::test_a_failure_leaves_the_file_that_was_there",),
@@ -51,6 +51,14 @@ FAULTS = (
         new="key=lambda name: (name != last, name)",
         harm="If a conversion or a preparation into a bucket dies, what is half-written is taken for whole.",
         tests=("storage/test_objects.py::test_what_makes_a_folder_whole_comes_last_and_goes_first",),
+    ),
+    Fault(
+        "a-text-leaves-the-data-of-its-page",
+        "llada_jax/cli/pages.py",
+        old=r""".replace("<", "\\u003c")""",
+        new=r""".replace("</", "<\\/")""",
+        harm="A text with <!-- and <script in it swallows the end of the script, and the page stays empty.",
+        tests=("sampling/test_replay.py::test_no_text_can_leave_the_data_of_the_page",),
     ),
     # text
     Fault(
