@@ -298,6 +298,7 @@ def test_a_perplexity_that_no_float_can_hold(monkeypatch, place, tmp_path):
         ({"output": "none/out.json"}, "--output=none/out.json: there is no folder"),
         ({"output": "x" * 300}, "--output=x+ cannot be written: File name too long"),
         ({"cache": "file/cache"}, "--cache=file/cache cannot be written: File exists"),
+        ({"cache": "gs://bucket/cache"}, "--cache=gs://bucket/cache: name a file on this machine"),
         ({"limit": 1.5}, "--limit=1.5"),
         *(({"limit": number}, f"--limit={number}") for number in (math.nan, math.inf)),
         ({"output": "."}, "--output=. is a folder"),
