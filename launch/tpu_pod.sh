@@ -2,7 +2,8 @@
 # Trains on one or several Cloud TPU pod slices, which are requested as a queued resource. Run this script on your own
 # machine, where gcloud is set up:
 #
-#   export NAME=llada-8b ZONE=us-east5-a REPO=https://github.com/YOU/llada_jax WORKDIR=gs://BUCKET/runs/8b
+#   export NAME=llada-8b ZONE=us-east5-a REPO=https://github.com/YOU/llada_jax
+#   export WORKDIR=gs://BUCKET/runs/8b CACHE=gs://BUCKET/xla
 #   ssh-add ~/.ssh/google_compute_engine                                  # gcloud needs this for several workers
 #   launch/tpu_pod.sh run --config.data.path=gs://BUCKET/sets/pretrain    # create, install, start, watch, restart
 #   launch/tpu_pod.sh create | install | start                            # the single steps of `run`
@@ -16,6 +17,7 @@
 #     RUNTIME=v2-alpha-tpuv6e. For v5p, the number in TYPE counts cores, two per chip. Choose a CONFIG that fits.
 #   SLICES=2: two slices, joined by the data centre's network.
 #   SPOT= (empty): machines that are not preemptible.
+#   CACHE=gs://BUCKET/xla: compiled programs are kept there, so that new machines need not compile them again.
 #   MOUNT: a command that runs as root on every worker before the training, for a WORKDIR and data on a file system that
 #     all workers mount: 'mkdir -p /mnt/llada; mountpoint -q /mnt/llada || mount 10.0.0.2:/share /mnt/llada'. A bucket
 #     needs no such command. The service account of the machines needs the two roles that docs/large_runs.md names.
@@ -45,7 +47,7 @@ SLICES=${SLICES:-1} SPOT=${SPOT-yes}
 CONFIG=${CONFIG:-configs/8b.py:v5p-4x4x8}
 WORKDIR=${WORKDIR:-} REPO=${REPO:-}
 COMMIT=${COMMIT:-HEAD} # The commit of REPO to run. Pin it, or a restart on new machines may run other code.
-MOUNT=${MOUNT:-true}
+MOUNT=${MOUNT:-true} CACHE=${CACHE:-}
 MAX_CRASHES=${MAX_CRASHES:-5}
 STEADY_SECONDS=${STEADY_SECONDS:-3600} POLL_SECONDS=${POLL_SECONDS:-60}
 GRACE_SECONDS=${GRACE_SECONDS:-600} # time to save, or to notice a lost peer
@@ -87,7 +89,8 @@ install() {
 anew='rm -f stopped;'
 start() {
   local train
-  train=$(printf '%q ' .venv/bin/python -u -m llada_jax.train --config="$CONFIG" --workdir="$WORKDIR" "$@")
+  train=$(printf '%q ' env ${CACHE:+"JAX_COMPILATION_CACHE_DIR=$CACHE"} .venv/bin/python -u -m llada_jax.train \
+    --config="$CONFIG" --workdir="$WORKDIR" "$@")
   train="cd llada_jax; $train 9>&- & echo \$! >../pid; wait \$!; echo \$? >../exit_code"
   on_workers "exec 9>lock; flock -w 5 9 || exit 0; $anew [ ! -f stopped ] || exit 0; rm -f exit_code
     nohup setsid bash -c $(printf %q "$train") >>train.log 2>&1 </dev/null &"

@@ -300,6 +300,7 @@ def test_a_perplexity_that_no_float_can_hold(monkeypatch, place, tmp_path):
         ({"output": "none/out.json"}, "--output=none/out.json: there is no folder"),
         ({"output": "x" * 300}, "--output=x+ cannot be written: File name too long"),
         ({"results_cache": "file/cache"}, "--results_cache=file/cache cannot be written: File exists"),
+        ({"results_cache": "gs://bucket/cache"}, "--results_cache=gs://bucket/cache: name a file on this machine"),
         ({"limit": 1.5}, "--limit=1.5"),
         *(({"limit": number}, f"--limit={number}") for number in (math.nan, math.inf)),
         ({"output": "."}, "--output=. is a folder"),

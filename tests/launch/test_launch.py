@@ -208,7 +208,8 @@ def test_sky_task(task, tmp_path):
         if shutil.which("shellcheck"):
             subprocess.run(["shellcheck", "--exclude=SC2154", script], check=True)
     used = set(re.findall(r"\$\{?([A-Z_]+)", task["setup"] + task["run"]))
-    assert used <= task["envs"].keys() | {"SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "SECONDS"}
+    known = {"SKYPILOT_NODE_IPS", "SKYPILOT_NUM_NODES", "SKYPILOT_NODE_RANK", "SECONDS", *task["envs"]}
+    assert used <= known, used - known
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     assert set(task["envs"]["EXTRAS"].split(",")) <= set(setup["options.extras_require"])

@@ -35,7 +35,7 @@ esac
 _TRAIN = r"""
 cd ..
 code=$(head -n 1 codes); sed -i 1d codes
-echo "$*" >>starts
+echo "$*${JAX_COMPILATION_CACHE_DIR:+ $JAX_COMPILATION_CACHE_DIR}" >>starts
 if [ "$code" = wait ]; then trap 'kill $!; exit 143' TERM; sleep 300 & wait; fi
 case $code in 134) kill -ABRT $$ ;; 137) kill -KILL $$ ;; *) exit "$code" ;; esac
 """
@@ -101,11 +101,13 @@ def pod(tmp_path):
 )
 def test_tpu_pod_restarts_by_exit_code(pod, codes, code, starts):
     it = pod(*codes)
-    returned = it.run("run", "--config.steps=7", "--config.data.path=a b", MAX_CRASHES="2").wait(120)
+    returned = it.run("run", "--config.steps=7", "--config.data.path=a b", MAX_CRASHES="2", CACHE="gs://b/x y").wait(
+        120
+    )
     assert returned == code or (code == 134 and returned in (134, 137))
     assert it.starts() == [starts] * len(codes)
     expected = "-u -m llada_jax.train --config=configs/8b.py:v5p-4x4x8 --workdir=/w o/run --config.steps=7 "
-    assert lines(it.workers[0] / "starts")[0] == expected + "--config.data.path=a b"
+    assert lines(it.workers[0] / "starts")[0] == expected + "--config.data.path=a b gs://b/x y"
     assert lines(it.workers[0] / "git")[0] == "clone --quiet a repository llada_jax"
     assert it.verbs("create", "delete") == ["create"]
 
