@@ -2,7 +2,7 @@
 
 The program prints the continuation, cut at EOS, to stdout. If the prompt has [MASK] in it, it prints the whole text
 with the masks filled in. Everything else goes to stderr. --prompts=FILE.jsonl (lines {"prompt": "..."}) with
---output=FILE completes many prompts at once.
+--output=FILE completes many prompts at once. --save_html=FILE and --save_gif=FILE keep how the texts appeared.
 """
 
 import sys

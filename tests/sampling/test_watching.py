@@ -150,15 +150,15 @@ def test_the_record_and_its_page_are_what_happened(loaded, batch):
 
 
 def advance(loaded, before: list[int], *after: list[int]):
-    """Returns the record of a made-up denoising, whose canvases these are."""
+    """Returns the record of a made-up denoising, whose canvases these are, in a batch that is filled up with it."""
     model, tokenizer = loaded
-    batch = SimpleNamespace(rows=[0], real_BT=np.ones((1, len(before)), bool), config=Options().sampler(0, 4))
+    batch = SimpleNamespace(rows=[0, 0], real_BT=np.ones((2, len(before)), bool), config=Options().sampler(0, 4))
     mask_id = model.config.mask_id
 
     def steps():
-        yield Step(np.array([before]), np.zeros((1, len(before)), bool))
+        yield Step(np.array([before] * 2), np.zeros((2, len(before)), bool))
         for old, new in itertools.pairwise([before, *after]):
-            old, new = np.array([old]), np.array([new])
+            old, new = np.array([old] * 2), np.array([new] * 2)
             new_BT = (old != new) & (new != mask_id)
             sure_BT = np.where(new_BT, 0.5, np.nan)
             likely_BTN = np.repeat(np.where(new_BT, new, -1)[..., None], 4, axis=-1)
