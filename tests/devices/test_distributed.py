@@ -35,7 +35,7 @@ from llada_jax.formats import workdir
 from llada_jax.training import checkpoint
 
 GONE = 60  # seconds from the end of one process until the launcher kills those that are left: none may be left by then
-ALL = 300  # seconds until a start of the processes that does not end is killed
+ALL = 600  # seconds until a start of the processes that does not end is killed
 FAST = ("distributed.heartbeat_timeout=10", "logging.every=2", "checkpoint.keep=9")
 ABORTED = (134, -signal.SIGABRT)
 
