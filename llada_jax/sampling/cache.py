@@ -246,6 +246,7 @@ def _partial_pass(model, rows, block, seen, ready_B, plan, config, canvas_BT, ca
     else:
         # Behind the block only the window is seen, except where the prompt goes on there, as it may in infilling.
         sizes = [(min(_least(length, config), s), s) for s in slots] + [(length, length)]
+        sizes = list(dict.fromkeys(sizes))
     fed_needed = jnp.max(jnp.where(ready_B, count_B - first_B1[:, 0], 0))
     return _narrowest(run, sizes, [fed_needed, slots_needed], cache)
 
