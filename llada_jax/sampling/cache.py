@@ -90,7 +90,9 @@ def _zeros(masks_B: jax.Array, config: ModelConfig, compute: ComputeConfig, leng
 
 def _check_memory(model: Transformer, batch: int, length: int, streams: int, config: SamplerConfig) -> None:
     split = mesh.batch_shards() * mesh.tensor_shards()
-    takes = streams * cache_bytes(model.config, model.compute, batch, length) // split
+    # Where the width of a full pass is chosen in the program, XLA keeps a copy of the cache meanwhile.
+    copies = 2 if config.suffix_window else 1
+    takes = copies * streams * cache_bytes(model.config, model.compute, batch, length) // split
     device = min(model.embedding[...].sharding.addressable_devices, key=lambda device: device.id)
     free = hardware.free_memory(device)
     if free is not None and takes > free:
