@@ -90,7 +90,9 @@ def _zeros(masks_B: jax.Array, config: ModelConfig, compute: ComputeConfig, leng
 
 def _check_memory(model: Transformer, batch: int, length: int, streams: int, config: SamplerConfig) -> None:
     split = mesh.batch_shards() * mesh.tensor_shards()
-    takes = streams * cache_bytes(model.config, model.compute, batch, length) // split
+    # Where the width of a full pass is chosen in the program, XLA keeps a copy of the cache meanwhile.
+    copies = 2 if config.suffix_window else 1
+    takes = copies * streams * cache_bytes(model.config, model.compute, batch, length) // split
     device = min(model.embedding[...].sharding.addressable_devices, key=lambda device: device.id)
     free = hardware.free_memory(device)
     if free is not None and takes > free:
@@ -246,6 +248,7 @@ def _partial_pass(model, rows, block, seen, ready_B, plan, config, canvas_BT, ca
     else:
         # Behind the block only the window is seen, except where the prompt goes on there, as it may in infilling.
         sizes = [(min(_least(length, config), s), s) for s in slots] + [(length, length)]
+        sizes = list(dict.fromkeys(sizes))
     fed_needed = jnp.max(jnp.where(ready_B, count_B - first_B1[:, 0], 0))
     return _narrowest(run, sizes, [fed_needed, slots_needed], cache)
 

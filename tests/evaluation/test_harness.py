@@ -231,10 +231,12 @@ def test_settings_of_generation(monkeypatch, capsys, loaded):
     numbers |= dict(reversed(drawn))
 
     told.calls.clear()
-    lm = harness.LLaDA(model, tokenizer, gen_length=9, temperature=0.2, steps=3)
+    cache = {"cache": "dual", "cache_refresh": 4, "suffix_window": 8}
+    lm = harness.LLaDA(model, tokenizer, gen_length=9, temperature=0.2, steps=3, **cache)
     lm.generate_until(instances("generate_until", asked[1:3]), True)
     ((options, prompts, again),) = told.calls
     assert (options.gen_length, options.temperature, options.steps) == (9, 0.2, 3)
+    assert {name: getattr(options, name) for name in cache} == cache
     assert dict(zip(prompts, again, strict=True)) == {name: numbers[name] for name in ("two", "three")}
 
 
