@@ -25,7 +25,7 @@ from llada_jax.formats import workdir
 from llada_jax.formats.conversion import convert
 from llada_jax.model.transformer import split
 from llada_jax.storage import lease, objects, retries
-from llada_jax.storage.lease import Lease
+from llada_jax.storage.lease import Lease, LeaseLost
 from llada_jax.storage.retries import Policy, StorageFailed
 from llada_jax.training import home
 from llada_jax.training.checkpoint import Checkpoints
@@ -124,8 +124,13 @@ def test_the_working_copy_is_that_of_the_bucket(place, bucket):
     (left.parent / "starts.jsonl").unlink()
     workdir_home.upload()
     assert set(bucket.names()) == there | {"runs/one/tensorboard/events"}
+    bucket.write("runs/one/lock", b"of another owner")
+    (left.parent / "samples.txt").write_text("more text")
+    workdir_home.lease._renew()
+    with pytest.raises(LeaseLost):
+        workdir_home.upload()
     workdir_home.close()
-    assert "runs/one/lock" not in bucket.names()
+    assert bucket.read("runs/one/samples.txt") == b"text" and bucket.read("runs/one/lock") == b"of another owner"
 
 
 def test_one_owner_and_an_owner_that_has_lost_its_lease_stops(run, place, bucket, capfd):
