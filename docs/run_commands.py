@@ -92,8 +92,10 @@ RULES: list[tuple[str, dict[str, str], list[str]]] = [
     (
         r"-m llada_jax\.(sample|chat|evaluate)",
         {"--steps": "4", "--gen_length": "8", "--block_length": "8", "--step": "2", "--mc_samples": "2"},
-        ["--steps=4", "--gen_length=8", "--block_length=8"],
+        ["--gen_length=8", "--block_length=8"],
     ),
+    # The rules of --commit but the schedule need no number of steps, and refuse it.
+    (r"-m llada_jax\.(sample|chat|evaluate)(?!.*--commit=)", {}, ["--steps=4"]),
     (r"-m llada_jax\.convert", {"--step": "2"}, []),
     (r"-m llada_jax\.evaluate(?!.*--list)", {"--limit": "2", "--max_length": "192"}, ["--limit=2", "--mc_samples=2"]),
     # The tasks of lm_eval would be downloaded; the same tasks on local files are not.

@@ -58,12 +58,13 @@ def local():
 
 @pytest.fixture(scope="module")
 def launch(local):
-    """Returns launch(command, devices=4, meanwhile=None), which runs two processes of the command until they end.
+    """Returns launch(command, devices=1, meanwhile=None), which runs two processes of the command until they end.
 
-    `meanwhile` is called with the processes as soon as they have started.
+    Each process has so many devices. More than one make it slow: each is a thread that waits for all others, and there
+    are fewer cores. `meanwhile` is called with the processes as soon as they have started.
     """
 
-    def start(command: list[str], devices: int = 4, meanwhile: Callable | None = None) -> End:
+    def start(command: list[str], devices: int = 1, meanwhile: Callable | None = None) -> End:
         flags = ["--processes=2", f"--devices={devices}", f"--patience={GONE}", "--"]
         lines: list[str] = []
         with pytest.MonkeyPatch.context() as patch:
@@ -91,25 +92,27 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def several(launch, prepared):
-    """Returns several(folder, point, who, step), which trains with two processes.
+    """Returns several(folder, point, who, step, *overrides, devices=1), which trains with two processes.
 
     Process `who` does at step `step` what `point` names; see support/several.py.
     """
 
-    def start(folder: Path, point: str = "nothing", who: int = 0, step: int = 0, *overrides: str) -> End:
+    def start(
+        folder: Path, point: str = "nothing", who: int = 0, step: int = 0, *overrides: str, devices: int = 1
+    ) -> End:
         script = [sys.executable, str(SUPPORT / "several.py"), point, str(who), str(step), "--"]
-        return launch([*script, *tiny.command(folder, f"data.path={prepared}", *FAST, *overrides)])
+        return launch([*script, *tiny.command(folder, f"data.path={prepared}", *FAST, *overrides)], devices)
 
     return start
 
 
 @pytest.fixture(scope="module")
 def alone(prepared):
-    """Returns alone(folder, devices), which trains in this process alone."""
+    """Returns alone(folder, devices, steps=20), which trains in this process alone."""
 
-    def start(folder: Path, devices: int) -> int:
+    def start(folder: Path, devices: int, steps: int = 20) -> int:
         config = tiny.get_config()
-        config.data.path = prepared
+        config.data.path, config.steps = prepared, steps
         config.distributed.heartbeat_timeout, config.logging.every, config.checkpoint.keep = 10, 2, 9
 
         return train_on(devices, config, folder)
@@ -160,11 +163,24 @@ def assert_equal_within_tolerance(folder: Path, other: Path, first: int = 0) -> 
 
 
 def test_the_losses_of_one_process_with_as_many_devices(whole, alone, tmp_path):
-    assert alone(tmp_path, 8) == 0
+    assert alone(tmp_path, 2) == 0
     assert_equal_within_tolerance(whole[0], tmp_path)
     ours, theirs = tiny.records(whole[0])[0], tiny.records(tmp_path)[0]
     assert ours["step"] == 2  # the loss of two steps from the same weights: the first learning rate is 0
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=rounding.FIRST_STEP)
+
+
+@pytest.mark.slow
+def test_several_devices_in_each_process(several, alone, tmp_path):
+    end = several(tmp_path / "two", "nothing", 0, 0, "steps=6", devices=4)
+    assert end.codes == [0, 0], end.said
+    assert alone(tmp_path / "one", 8, steps=6) == 0
+    ours, theirs = (tiny.records(tmp_path / name) for name in ("two", "one"))
+    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    for record, wanted in zip(ours, theirs, strict=True):
+        assert record == pytest.approx(wanted, rel=rounding.LATER_STEPS), record["step"]
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=rounding.FIRST_STEP)
+    assert window_of(tmp_path / "two", 5)["bucket_tokens"] == window_of(tmp_path / "one", 5)["bucket_tokens"]
 
 
 def test_each_process_reads_only_its_rows(whole):
@@ -271,7 +287,7 @@ def test_a_workdir_in_a_bucket(launch, prepared, whole, bucket, monkeypatch, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [4, 8])
+@pytest.mark.parametrize("devices", [1, 8])
 def test_one_process_continues_what_two_began(whole, alone, tmp_path, devices):
     folder = tmp_path / "run"
     shutil.copytree(whole[0], folder)
@@ -286,7 +302,7 @@ def test_one_process_continues_what_two_began(whole, alone, tmp_path, devices):
     "point, override, message",
     [
         pytest.param("nothing", "nonsense=1", "nonsense", marks=pytest.mark.slow),
-        pytest.param("nothing", "mesh.fsdp=3", "takes 3 devices, but there are 8", marks=pytest.mark.slow),
+        pytest.param("nothing", "mesh.fsdp=3", "takes 3 devices, but there are 2", marks=pytest.mark.slow),
         ("other", "steps=20", "process 1 (of 2): config.seed is 5, but in process 0 it is 0: start all processes with"),
         ("busy", "steps=20", "is in use by another process"),
     ],
