@@ -136,7 +136,7 @@ def look(
     model: Transformer, rows: Rows, state: State, dials: Dials, config: SamplerConfig, alternatives: int
 ) -> watching.Seen:
     """Returns what the next pass predicts, replicated on every device, with positions that count the padding."""
-    model = jax.tree.map(lambda p: p.astype(compute_dtype(model.compute)), model)
+    model = in_dtype(model, compute_dtype(model.compute))
     now = plan(rows, state.tokens_BT, state.steps_B, dials.steps, config)
     seen = _reverse_step(model, rows, state, now, dials, config, alternatives)[2]
     seen = seen._replace(position_BK=(seen.position_BK + rows.shift_B[:, None]) % state.tokens_BT.shape[1])

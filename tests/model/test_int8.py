@@ -17,6 +17,7 @@ from llada_jax.formats import huggingface
 from llada_jax.formats.conversion import convert
 from llada_jax.model import int8
 from llada_jax.model.transformer import MATRICES, SCALE, Transformer, merge, split
+from llada_jax.sampling import sampler
 from llada_jax.scoring.likelihood import log_likelihoods
 
 pytest.importorskip("qwix", reason="qwix is not installed: pip install 'llada_jax[int8]'")
@@ -84,6 +85,21 @@ def test_in_bfloat16_the_scales_stay_exact(model_folder, quantized):
         assert model.embedding[...].dtype == jnp.bfloat16
     logits = half(TOKENS_BT), quantized(TOKENS_BT)
     rounding.assert_close(*logits, rounding.of_logits(half.config, 11) * rounding.BF16_EPS / rounding.EPS)
+
+
+@pytest.mark.parametrize("alternatives", [None, 2])
+def test_the_sampler_keeps_the_scales_exact(monkeypatch, model_folder, alternatives):
+    half = llada_jax.load(model_folder, dtype="bfloat16", weights="int8")[0]
+    seen, step = [], sampler._reverse_step
+
+    def spy(model, *rest):
+        seen.append((model.blocks.q_proj[...].dtype, model.blocks.q_proj_scale[...].dtype))
+        return step(model, *rest)
+
+    monkeypatch.setattr(sampler, "_reverse_step", spy)
+    config = SamplerConfig(steps=1, gen_length=3, block_length=3)  # of a shape that no other test has compiled
+    assert len(list(sampler.denoise_steps(half, TOKENS_BT, config, jax.random.key(0), alternatives=alternatives))) == 2
+    assert seen and set(seen) == {(jnp.dtype("int8"), jnp.dtype("float32"))}
 
 
 def test_likelihoods_take_it(loaded, quantized):
