@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from llada_jax.config import ComputeConfig, ModelConfig
 from llada_jax.devices import mesh
-from llada_jax.model.compute import compute_dtype, resolve_compute
+from llada_jax.model.compute import compute_dtype
 from llada_jax.model.transformer import Transformer, embed, rms_norm, rope_at
 
 
@@ -60,7 +60,7 @@ def writing_trunk(
     Returns:
       The hidden states (B, N, D) after the final norm, in the compute dtype, and the new cache.
     """
-    compute = _resolved(model)
+    compute = model.resolved_compute()
     rope = _rope(model, jnp.arange(tokens_BN.shape[1], dtype=jnp.float32) if position_BN is None else position_BN)
 
     def layer(carry, inputs):
@@ -105,7 +105,7 @@ def reading_trunk(
     Returns:
       The hidden states (B, N, D) after the final norm, in the compute dtype.
     """
-    compute, rope = _resolved(model), _rope(model, position_BN)
+    compute, rope = model.resolved_compute(), _rope(model, position_BN)
     heads = mesh.HEADS_BTHK
     write = jax.vmap(lambda kept_SGK, slot_N, new_NGK: kept_SGK.at[slot_N].set(new_NGK, mode="drop"))
     write = jax.shard_map(write, in_specs=(heads, mesh.TOKENS_BT, heads), out_specs=heads)
@@ -122,11 +122,6 @@ def reading_trunk(
     inputs = model.blocks, cache.k_LBSGK, cache.v_LBSGK
     x_BND, _ = jax.lax.scan(layer, x_BND, inputs, unroll=compute.unroll or model.config.layers)
     return rms_norm(x_BND, model.final_norm[...], model.config.norm_eps)
-
-
-def _resolved(model: Transformer) -> ComputeConfig:
-    compute = model.compute
-    return compute if compute.dtype and compute.attention != "auto" else resolve_compute(model.config, compute)
 
 
 def _rope(model: Transformer, position: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -239,6 +239,13 @@ class Transformer(nnx.Module):
         self.final_norm = _parameter("final_norm", key, (config.width,), None)
         self.head = None if config.tied_embeddings else _parameter("head", head_key, shape[::-1], sigma)
 
+    def resolved_compute(self) -> ComputeConfig:
+        """Returns `compute` with the dtype and the attention kernel decided, for the default device if they are not."""
+        compute = self.compute
+        if compute.dtype and compute.attention != "auto":
+            return compute
+        return resolve_compute(self.config, compute)
+
     def trunk(self, tokens_BT: jax.Array, real: jax.Array | None = None) -> jax.Array:
         """Computes the hidden states after the final norm and before the head.
 
@@ -252,9 +259,7 @@ class Transformer(nnx.Module):
         Returns:
           The hidden states (B, T, D) in the compute dtype.
         """
-        compute, config = self.compute, self.config
-        if not compute.dtype or compute.attention == "auto":
-            compute = resolve_compute(config, compute)
+        compute, config = self.resolved_compute(), self.config
         rope = rope_table(tokens_BT.shape[1], config.head_width, config.rope_theta)
         x_BTD = embed(self.embedding[...], tokens_BT, jnp.dtype(compute.dtype))
 

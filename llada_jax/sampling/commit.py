@@ -90,9 +90,7 @@ SCHEDULE = "schedule"  # commits the number of predictions that `remasking.sched
 CHOICES = (SCHEDULE, *RULES)
 
 
-def progress(
-    masked_BT: jax.Array, masks_B: jax.Array, block_length: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def progress(masked_BT: jax.Array, masks_B: jax.Array, block_length: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns where each row stands if the number of tokens per step is not known in advance.
 
     Everything follows from which tokens are still masked. The index within the block is the number of the block's
@@ -105,14 +103,13 @@ def progress(
       block_length: The number of tokens per block.
 
     Returns:
-      Four int32 arrays of shape (B,): the index of the active block; the index within it, for the noise; 1, or 0 for a
-      row that is finished; and the largest number of further steps.
+      Three int32 arrays of shape (B,): the index of the active block; the index within it, for the noise; and 1, or 0
+      for a row that is finished.
     """
-    left_B = jnp.sum(masked_BT, axis=1, dtype=jnp.int32)
     block_B = jnp.argmax(masked_BT, axis=1).astype(jnp.int32) // block_length
     slot_T = jnp.arange(masked_BT.shape[1])
     first_B = block_B * block_length
     in_block_BT = (slot_T >= first_B[:, None]) & (slot_T < first_B[:, None] + block_length)
     tokens_B = jnp.clip(masks_B - first_B, 0, block_length)
     inner_B = tokens_B - jnp.sum(masked_BT & in_block_BT, axis=1, dtype=jnp.int32)
-    return block_B, inner_B, (left_B > 0).astype(jnp.int32), left_B
+    return block_B, inner_B, jnp.any(masked_BT, axis=1).astype(jnp.int32)

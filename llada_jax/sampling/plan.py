@@ -52,7 +52,7 @@ def plan(rows: Rows, tokens_BT: jax.Array, steps_B: jax.Array, steps: jax.Array,
         block_B, inner_B, count_B, _ = schedule(rows.masks_B, steps, config.block_length, steps_B)
     else:
         masked_BT = (in_order_BT == config.mask_id) & (slot_T < rows.masks_B[:, None])
-        block_B, inner_B, count_B, _ = progress(masked_BT, rows.masks_B, config.block_length)
+        block_B, inner_B, count_B = progress(masked_BT, rows.masks_B, config.block_length)
     if config.stop_at_end:
         # Look for an end only among the appended tokens of finished blocks. The MASK tokens of the prompt come first.
         look_BT = (slot_T >= rows.own_B[:, None]) & (slot_T < (block_B * config.block_length)[:, None])

@@ -59,21 +59,14 @@ def active_block(rows: Rows, tokens_BT: jax.Array, plan: Plan, config: SamplerCo
 
 
 def _predict(
-    model: Transformer,
-    h_BND: jax.Array,
-    at_BC: jax.Array,
-    key_BC: jax.Array,
-    dials: Dials,
-    config: SamplerConfig,
+    model: Transformer, logits_BCV: jax.Array, key_BC: jax.Array, dials: Dials, config: SamplerConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Predicts the tokens of some slots, whose hidden states are h_BND[b, at_BC[b, c]].
+    """Predicts the tokens of some slots from their logits.
 
     Returns:
       The tokens, int32 (B, C); their scores, fp32 (B, C), NaN where the logits are not finite; and the entropies of the
       distributions, fp32 (B, C), which are zero if the settings do not need them.
     """
-    h_BCD = take(h_BND, at_BC[:, :, None])
-    logits_BCV = model.logits(h_BCD)
     vocabulary = jnp.arange(model.config.vocab_size)
     allowed_V = allowed(model.config, config.mask_id)
     absent_V = is_any(vocabulary, (config.eos_id, *config.end_ids)) if config.logits_eos_inf else None
@@ -140,9 +133,9 @@ def keep_the_best(
 
         # Each slot of the block has its own key, so its noise does not depend on how slots are grouped into chunks.
         key_BC = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_B, part(index_BK))
-        new = _predict(model, h_BND, part(at_BK), key_BC, dials, config)
+        logits_BCV = model.logits(take(h_BND, part(at_BK)[:, :, None]))
+        new = _predict(model, logits_BCV, key_BC, dials, config)
         if alternatives is not None:
-            logits_BCV = model.logits(take(h_BND, part(at_BK)[:, :, None]))  # the same that _predict computes
             new += likeliest(logits_BCV, new[0], allowed(model.config, config.mask_id), alternatives)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(old_BK, new_BC, i * chunk, axis=1)
