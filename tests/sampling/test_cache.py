@@ -5,40 +5,22 @@ import numpy as np
 import plain_cache
 import plain_sampler
 import pytest
+from small_sampler import ENDS, GEN_LENGTH, MASK, PROMPT_LENGTH, make_model, padded_prompts, settings
 
-from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig, UserError
+from llada_jax.config import UserError
 from llada_jax.devices import hardware
-from llada_jax.model.transformer import initialise
 from llada_jax.sampling.cache import widths
 from llada_jax.sampling.sampler import denoise_steps, generate
-
-MASK = 60
-SIZES = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, feed_forward=96, vocab_size=64, mask_id=MASK)
-PROMPT_LENGTH, GEN_LENGTH = 9, 16
-ENDS = {"eos_id": 22, "eot_id": 11}
-
-
-def make_model(mesh):
-    """Returns a model with a head 12 times as large: it is sure of some predictions, as real models are."""
-    with jax.set_mesh(mesh):
-        model = initialise(SIZES, ComputeConfig(dtype="float32"), jax.random.key(1))
-        model.head[...] = model.head[...] * 12
-    return model
 
 
 @pytest.fixture(scope="module")
 def model(make_mesh):
-    return make_model(make_mesh())
+    return make_model(make_mesh(), sharpness=12)
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    prompt_BT = np.random.default_rng(0).integers(0, MASK, (3, PROMPT_LENGTH))
-    real_BT = np.ones(prompt_BT.shape, bool)
-    real_BT[1, :4] = False
-    prompt_BT[0, 3] = MASK
-    prompt_BT[2, 2:5] = MASK
-    return prompt_BT, real_BT
+    return padded_prompts()
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +31,6 @@ def gaps():
     prompt_BT[rng.uniform(size=prompt_BT.shape) < 0.5] = MASK
     real_BT[1, :4] = False
     return prompt_BT, real_BT
-
-
-def settings(**changes) -> SamplerConfig:
-    return SamplerConfig(**({"steps": GEN_LENGTH, "gen_length": GEN_LENGTH, "block_length": 6} | changes))
 
 
 CASES = {
@@ -124,7 +102,7 @@ def test_a_window_over_all_that_follows_is_no_window(model, prompts, name):
 @pytest.mark.parametrize("name", ["dual-threshold", pytest.param("dual-window-guided", marks=pytest.mark.slow)])
 def test_eight_devices_are_one(model, make_mesh, prompts, name):
     """With what is stale, and refreshed at each step."""
-    sharded, key = make_model(make_mesh(2, 2, 2)), jax.random.key(3)
+    sharded, key = make_model(make_mesh(2, 2, 2), sharpness=12), jax.random.key(3)
     for config in (settings(**CASES[name]), settings(**CASES[name], cache_refresh=1)):
         expected_BT = generate(model, prompts[0], config, key, prompts[1])
         np.testing.assert_array_equal(generate(sharded, prompts[0], config, key, prompts[1]), expected_BT)

@@ -5,44 +5,27 @@ import jax.numpy as jnp
 import numpy as np
 import plain_sampler
 import pytest
+from small_sampler import make_model, padded_prompts, settings
 
-from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig, UserError
-from llada_jax.model.transformer import initialise
+from llada_jax.config import UserError
 from llada_jax.sampling.commit import RULES, Ranked
 from llada_jax.sampling.sampler import denoise_steps, generate
-
-MASK = 60
-SIZES = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, feed_forward=96, vocab_size=64, mask_id=MASK)
-PROMPT_LENGTH, GEN_LENGTH = 9, 16
 
 
 @pytest.fixture(scope="module")
 def model(make_mesh):
-    with jax.set_mesh(make_mesh()):
-        return initialise(SIZES, ComputeConfig(dtype="float32"), jax.random.key(1))
+    return make_model(make_mesh())
 
 
 @pytest.fixture(scope="module")
 def sharp(make_mesh):
-    """Returns a model with a head 12 times as large: it is sure of some predictions, as real models are."""
-    with jax.set_mesh(make_mesh()):
-        model = initialise(SIZES, ComputeConfig(dtype="float32"), jax.random.key(1))
-        model.head[...] = model.head[...] * 12
-    return model
+    """Returns a model that is sure of some predictions, as real models are."""
+    return make_model(make_mesh(), sharpness=12)
 
 
 @pytest.fixture(scope="module")
 def prompts():
-    prompt_BT = np.random.default_rng(0).integers(0, MASK, (3, PROMPT_LENGTH))
-    real_BT = np.ones(prompt_BT.shape, bool)
-    real_BT[1, :4] = False
-    prompt_BT[0, 3] = MASK
-    prompt_BT[2, 2:5] = MASK
-    return prompt_BT, real_BT
-
-
-def settings(**changes) -> SamplerConfig:
-    return SamplerConfig(**({"steps": GEN_LENGTH, "gen_length": GEN_LENGTH, "block_length": 6} | changes))
+    return padded_prompts()
 
 
 def ranked(score, entropy=None, position=None) -> Ranked:
@@ -151,10 +134,7 @@ def test_scores_of_the_schedule(sharp, prompts, remasking):
 
 
 def test_eight_devices_are_one(sharp, make_mesh, prompts):
-    with jax.set_mesh(make_mesh(2, 2, 2)):
-        sharded = initialise(SIZES, ComputeConfig(dtype="float32"), jax.random.key(1))
-        sharded.head[...] = sharded.head[...] * 12
-    key = jax.random.key(3)
+    sharded, key = make_model(make_mesh(2, 2, 2), sharpness=12), jax.random.key(3)
     for config in (
         settings(commit="entropy", temperature=0.7, top_k=5, top_p=0.8),
         settings(commit="local", remasking="margin"),

@@ -7,26 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import plain_sampler
 import pytest
+import small_sampler
 from paths import PARITY
+from small_sampler import ENDS, GEN_LENGTH, MASK, PROMPT_LENGTH, padded_prompts
 
 import llada_jax
-from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig, UserError
-from llada_jax.model.transformer import initialise, merge, split
+from llada_jax.config import SamplerConfig, UserError
+from llada_jax.model.transformer import merge, split
 from llada_jax.sampling import canvas, sampler, step
 from llada_jax.sampling.sampler import denoise, denoise_steps, generate
 from llada_jax.sampling.settings import resolve
 
-MASK = 60
-SIZES = ModelConfig(
-    layers=2, width=32, heads=4, kv_heads=2, feed_forward=96, vocab_size=64, mask_id=MASK, token_count=62
-)
-PROMPT_LENGTH, GEN_LENGTH = 9, 16
-ENDS = {"eos_id": 22, "eot_id": 11}  # tokens that this model predicts often
+SIZES = dataclasses.replace(small_sampler.SIZES, token_count=62)
 
 
 def make_model(mesh):
-    with jax.set_mesh(mesh):
-        return initialise(SIZES, ComputeConfig(dtype="float32"), jax.random.key(1))
+    return small_sampler.make_model(mesh, SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +33,8 @@ def model(make_mesh):
 @pytest.fixture(scope="module")
 def prompts():
     """Returns three left-padded prompts. Two of them contain MASK tokens, and so does the padding."""
-    prompt_BT = np.random.default_rng(0).integers(0, MASK, (3, PROMPT_LENGTH))
-    real_BT = np.ones(prompt_BT.shape, bool)
-    real_BT[1, :4] = False
+    prompt_BT, real_BT = padded_prompts()
     prompt_BT[1, 2] = MASK  # in the padding, so it is not filled in
-    prompt_BT[0, 3] = MASK
-    prompt_BT[2, 2:5] = MASK
     return prompt_BT, real_BT
 
 

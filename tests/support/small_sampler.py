@@ -1,0 +1,35 @@
+"""A tiny model, prompts and settings for tests of the sampler."""
+
+import jax
+import numpy as np
+
+from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig
+from llada_jax.model.transformer import Transformer, initialise
+
+MASK = 60
+SIZES = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, feed_forward=96, vocab_size=64, mask_id=MASK)
+PROMPT_LENGTH, GEN_LENGTH = 9, 16
+ENDS = {"eos_id": 22, "eot_id": 11}  # tokens that this model predicts often
+
+
+def make_model(mesh, sizes: ModelConfig = SIZES, sharpness: int = 1) -> Transformer:
+    """Returns a model with a head `sharpness` times as large. With 12 it is sure of some predictions, as real ones are."""
+    with jax.set_mesh(mesh):
+        model = initialise(sizes, ComputeConfig(dtype="float32"), jax.random.key(1))
+        if sharpness != 1:
+            model.head[...] = model.head[...] * sharpness
+    return model
+
+
+def padded_prompts() -> tuple[np.ndarray, np.ndarray]:
+    """Returns three prompts, of which one is left-padded and two contain MASK tokens, and which tokens are real."""
+    prompt_BT = np.random.default_rng(0).integers(0, MASK, (3, PROMPT_LENGTH))
+    real_BT = np.ones(prompt_BT.shape, bool)
+    real_BT[1, :4] = False
+    prompt_BT[0, 3] = MASK
+    prompt_BT[2, 2:5] = MASK
+    return prompt_BT, real_BT
+
+
+def settings(**changes) -> SamplerConfig:
+    return SamplerConfig(**({"steps": GEN_LENGTH, "gen_length": GEN_LENGTH, "block_length": 6} | changes))
