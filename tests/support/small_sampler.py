@@ -13,7 +13,7 @@ ENDS = {"eos_id": 22, "eot_id": 11}  # tokens that this model predicts often
 
 
 def make_model(mesh, sizes: ModelConfig = SIZES, sharpness: int = 1) -> Transformer:
-    """Returns a model with a head `sharpness` times as large. With 12 it is sure of some predictions, as real ones are."""
+    """Returns a model with a head `sharpness` times as large. With 12 it is as sure as real models sometimes are."""
     with jax.set_mesh(mesh):
         model = initialise(sizes, ComputeConfig(dtype="float32"), jax.random.key(1))
         if sharpness != 1:
