@@ -45,7 +45,7 @@ _SAME = {
 _MEANINGS = {
     "steps": "The number of reverse steps.",
     "gen_length": "The number of tokens to generate, or auto: blocks until the text ends (--length=append).",
-    "length": "What the model sees of them: fixed (all), append (one block more at a time), daedal (as many as needed).",
+    "length": "What the model sees of them: fixed (all), append (one block more at a time), daedal (as it needs).",
     "block_length": "Tokens per block; blocks are filled from left to right.",
     "temperature": "The scale of the noise; 0 always takes the most probable token.",
     "top_k": "Draw from this number of most probable tokens only; 0 draws from all.",

@@ -184,10 +184,10 @@ def generate(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Fills in the MASK tokens of the prompts and gen_length appended ones, all rows in one compiled program.
 
-    The program is compiled once per shape (B, T), length, block_length, remasking, commit, revoke, cache, suffix_window,
-    and whether there is a temperature, guidance, top_k and top_p. The values of steps, temperature, cfg_scale, top_k,
-    top_p, commit_bound, revoke_bound, cache_refresh and key are traced. The caller need not set a mesh; on a mesh the
-    rows are split over its batch axes.
+    The program is compiled once per shape (B, T), length, block_length, remasking, commit, revoke, cache,
+    suffix_window, and whether there is a temperature, guidance, top_k and top_p. The values of steps, temperature,
+    cfg_scale, top_k, top_p, commit_bound, revoke_bound, cache_refresh and key are traced. The caller need not set a
+    mesh; on a mesh the rows are split over its batch axes.
 
     Only tokens other than MASK are chosen. The config of a model from `llada_jax.load` knows from its tokenizer which
     ids are tokens (token_count, holes). If there was no tokenizer, all ids below token_count count as tokens.
@@ -200,13 +200,13 @@ def generate(
         row has the same result at any place in any batch.
       prompt_mask_BT: bool, True for a real token. Padding, usually on the left, is neither attended to nor filled in.
       return_steps: Whether to return the number of reverse steps of each row as well. A step is one forward pass, or
-        two with guidance; with length=daedal, so is a pass that only appends MASK tokens. A pass that feeds a few tokens, because a cache has the keys and values of the others, counts
-        as much as a full one.
+        two with guidance. A pass that feeds a few tokens, because a cache has the keys and values of the others, counts
+        as much as a full one, and so does one that only finds the length.
 
     Returns:
-      The whole canvas, int32 (B, T + gen_length), including padding. The rows keep their order. Where the length is not
-      fixed, EOS stands behind the continuation of a row. With return_steps, also the number of reverse steps of each row,
-      int32 (B,).
+      The whole canvas, int32 (B, T + gen_length), including padding. The rows keep their order. Where the length is
+      not fixed, EOS stands behind the continuation of a row. With return_steps, also the number of reverse steps of
+      each row, int32 (B,).
 
     Raises:
       UserError: If a setting is impossible, an id is outside the vocabulary, shapes do not match, or a cache does not

@@ -30,7 +30,7 @@ def prompts():
 
 
 CASES = {
-    "schedule": {"steps": 11, "block_length": 4},
+    "schedule": {"steps": 11, "block_length": 5},
     "guided": {"commit": "threshold", "cfg_scale": 0.5, "temperature": 0.7},
     "random": {"remasking": "random", "temperature": 1.0, "block_length": 5},
     "entropy": {"commit": "entropy", "remasking": "margin"},
