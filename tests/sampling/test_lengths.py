@@ -30,14 +30,14 @@ def prompts():
 
 
 CASES = {
-    "schedule": {"steps": 11, "block_length": 5},
+    "schedule": {"steps": 16, "remasking": "entropy", "block_length": 3},
     "guided": {"commit": "threshold", "cfg_scale": 0.5, "temperature": 0.7},
     "random": {"remasking": "random", "temperature": 1.0, "block_length": 5},
     "entropy": {"commit": "entropy", "remasking": "margin"},
     "prefix": {"cache": "prefix", "cache_refresh": 2, "commit": "frechet", "block_length": 4},
     "dual-guided": {"cache": "dual", "commit": "local", "cfg_scale": 0.5},
     "late-ends": {"cache": "dual", "confidence_eos_eot_inf": True, "commit": "factor"},
-    "remdm": {"revoke": "remdm_conf", "temperature": 0.7, "steps": 40, "block_length": 4},
+    "remdm": {"revoke": "remdm_cap", "revoke_bound": 0.4, "temperature": 0.7, "remasking": "random"},
     "gaps": {"cache": "prefix", "commit": "threshold", "block_length": 3},
 }
 
