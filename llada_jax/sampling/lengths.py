@@ -17,6 +17,7 @@ from llada_jax.config import ModelConfig, SamplerConfig, UserError
 
 FIXED, APPEND, DAEDAL = LENGTHS = ("fixed", "append", "daedal")
 AUTO = "auto"  # the value of gen_length for which `automatic` has another
+NO_GAPS = "length=daedal only continues a prompt, but there is MASK in one: use length=fixed or append"
 LONGEST = 1024  # tokens: the largest length if the user gives none
 
 

@@ -84,7 +84,8 @@ def make_prompt(ids: Sequence[int], model: Transformer, tokenizer: Tokenizer, op
     """Makes a prompt from the tokenizer's ids.
 
     Raises:
-      UserError: If the model does not say which token is MASK, or if its vocabulary lacks a token of the prompt.
+      UserError: If the model does not say which token is MASK, if its vocabulary lacks a token of the prompt, or if the
+        rule for the length does not fill in prompts.
     """
     mask_id = model.config.mask_id
     if mask_id is None:
@@ -95,6 +96,8 @@ def make_prompt(ids: Sequence[int], model: Transformer, tokenizer: Tokenizer, op
             f"a prompt has ids from {min(ids)} to {max(ids)}, but the model's vocabulary is {model.config.vocab_size}"
         )
     masks = ids.count(mask_id)
+    if masks and options.length == lengths.DAEDAL:
+        raise UserError(lengths.NO_GAPS)
     gen_length = options.gen_length
     if gen_length is None and options.length != lengths.FIXED:
         gen_length = lengths.LONGEST
