@@ -26,6 +26,7 @@ CASES = {
     "insert": ({}, {"insert"}, (0, 101, 200)),
     "bound": ({"commit_bound": 0.3, "block_length": 20}, {"insert"}, (0, 101, 200)),
     "guided": ({"cfg_scale": 0.5}, {"insert"}, (5, 116, 206)),
+    "longer-guided": ({"eos_id": EOS["some"], "cfg_scale": 0.5}, {"longer"}, (0, 102, 204)),
     "sampled": ({"eos_id": EOS["some"], "temperature": 0.7}, {"longer", "insert"}, (0, 100, 200)),
     "stop": ({"eot_id": 17, "stop_at_end": True, "block_length": 8}, {"fill"}, (0, 100, 200)),
     "at-the-limit": ({"gen_length": 84}, {"insert"}, (0, 101, 200)),

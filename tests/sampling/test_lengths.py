@@ -38,7 +38,7 @@ CASES = {
     "dual-guided": {"cache": "dual", "commit": "local", "cfg_scale": 0.5},
     "late-ends": {"cache": "dual", "confidence_eos_eot_inf": True, "commit": "factor"},
     "remdm": {"revoke": "remdm_cap", "revoke_bound": 0.4, "temperature": 0.7, "remasking": "random"},
-    "gaps": {"cache": "prefix", "commit": "threshold", "block_length": 3},
+    "gaps": {"cache": "prefix", "commit": "threshold", "block_length": 2},
 }
 
 
