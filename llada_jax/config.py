@@ -243,6 +243,10 @@ class SamplerConfig:
 
     steps: int = 64  # the number of reverse steps in all, shared between the blocks; only commit=schedule uses it
     gen_length: int = 64  # the number of MASK tokens appended to the prompt; 0 = only fill in MASK tokens of the prompt
+    # What the model sees of them: fixed (all) | append (those up to the end of the active block; a text ends after a
+    # block with EOS) | daedal (as many as the model itself finds enough; sampling/daedal.py has the rule). With the
+    # last two, gen_length is the largest number.
+    length: str = "fixed"
     block_length: int = 32  # the number of MASK tokens per block; blocks are finished from left to right
     temperature: float = 0.0  # the scale of the Gumbel noise added to the logits; 0 = greedy decoding
     top_k: int = 0  # draw from this number of most probable tokens only; 0 = from all. Needs a temperature.

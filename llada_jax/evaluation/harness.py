@@ -63,8 +63,9 @@ class LLaDA(TemplateLM):
       mc_samples: The number of Monte Carlo samples per likelihood. Short answers, always those of one token, are
         scored exactly instead, see `scoring.likelihood.log_likelihoods`.
       cfg_scale: The guidance scale w of Eq. 16, for likelihoods and for generation.
-      gen_length: The number of tokens to generate. None means the number that the task sets, or 256 if it sets none.
-      steps, block_length, temperature, top_k, top_p, remasking, commit, commit_bound, cache, cache_refresh,
+      gen_length: The number of tokens to generate. None means the number that the task sets, or 256 if it sets none;
+        "auto" means the same with length="append".
+      length, steps, block_length, temperature, top_k, top_p, remasking, commit, commit_bound, cache, cache_refresh,
         suffix_window, revoke, revoke_bound, logits_eos_inf, confidence_eos_eot_inf: Settings of generation, see
         `sampling.text_completion.Options`. A temperature of None means the temperature that the task sets.
       max_length: The largest number of tokens of prompt and answer together. A longer prompt loses its beginning. None
@@ -92,7 +93,8 @@ class LLaDA(TemplateLM):
         mesh: jax.sharding.Mesh | None = None,
         mc_samples: int = 128,
         cfg_scale: float = 0.0,
-        gen_length: int | None = None,
+        gen_length: int | str | None = None,
+        length: str = "fixed",
         steps: int | None = None,
         block_length: int | None = None,
         temperature: float | None = None,
@@ -131,8 +133,11 @@ class LLaDA(TemplateLM):
             raise UserError(
                 f"batch_size={batch_size}, mc_samples={mc_samples}, max_length={max_length}: each must be at least 1"
             )
+        if gen_length == "auto":
+            gen_length, length = None, "append" if length == "fixed" else length
         self.mc_samples, self.gen_length, self.temperature = mc_samples, gen_length, temperature
         self.options = Options(
+            length=length,
             steps=steps,
             top_k=top_k,
             top_p=top_p,

@@ -16,7 +16,7 @@ import jax
 
 from llada_jax.config import UserError
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling.text_completion import Options, complete_ids
+from llada_jax.sampling.text_completion import DEFAULTS, Options, complete_ids
 from llada_jax.text.json_files import parse, read_text
 from llada_jax.text.tokenizer import Tokenizer
 
@@ -127,7 +127,7 @@ def _with_gap(couplet: Couplet, direction: str, tokenizer: Tokenizer) -> list[in
 
 
 def _filling(options: Options) -> Options:
-    return dataclasses.replace(options, gen_length=0, steps=None)
+    return dataclasses.replace(options, gen_length=0, length=DEFAULTS.length, steps=None)
 
 
 def _filled(text: str, couplet: Couplet, direction: str) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from llada_jax.config import SamplerConfig, UserError
 from llada_jax.model.transformer import Transformer
+from llada_jax.sampling import lengths
 from llada_jax.sampling.commit import CHOICES, RULES, SCHEDULE
 from llada_jax.sampling.remasking import REMASKING
 from llada_jax.text.named_ids import others
@@ -44,6 +45,7 @@ def check_settings(config: SamplerConfig) -> SamplerConfig:
     _check_commit(config)
     _check_cache(config)
     _check_revoke(config)
+    lengths.check(config)
     return config
 
 
@@ -107,6 +109,10 @@ def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
     for name in ("logits_eos_inf", "confidence_eos_eot_inf", "stop_at_end"):
         if getattr(config, name) and ids["eos_id"] is None:
             raise UserError(f"{name}: the model does not say which token is EOS: set eos_id in SamplerConfig")
+    if config.length != lengths.FIXED and ids["eos_id"] is None:
+        raise UserError(
+            f"length={config.length}: the model does not say which token is EOS: set eos_id in SamplerConfig"
+        )
     further = model.config.end_ids if config.end_ids is None else tuple(config.end_ids)
     for i in further:
         if not 0 <= i < model.config.vocab_size or i == ids["mask_id"]:
@@ -115,7 +121,8 @@ def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
             )
     # What is EOS or the end of a turn counts as that, whichever list names it as well.
     further = others(further, (ids["eos_id"], ids["eot_id"]))
-    return dataclasses.replace(config, **ids, end_ids=further)
+    stop_at_end = config.stop_at_end or config.length == lengths.APPEND
+    return dataclasses.replace(config, **ids, end_ids=further, stop_at_end=stop_at_end)
 
 
 def check_prompt(prompt_BT: np.ndarray, real_BT: np.ndarray | None, vocab_size: int) -> None:

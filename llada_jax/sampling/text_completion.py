@@ -8,6 +8,7 @@ import numpy as np
 
 from llada_jax.config import SamplerConfig, UserError
 from llada_jax.model.transformer import Transformer
+from llada_jax.sampling import lengths
 from llada_jax.sampling.sampler import generate
 from llada_jax.text.tokenizer import Tokenizer
 
@@ -21,7 +22,9 @@ class Options:
     """The settings that a user chooses. Where a setting is None, its value depends on the prompt."""
 
     steps: int | None = None  # None = as many steps as it takes to unmask one token per step
-    gen_length: int | None = None  # None = 64, or 0 if the prompt itself contains MASK tokens
+    # None = 64, or 0 if the prompt itself contains MASK tokens; or the largest length, if the length is not fixed.
+    gen_length: int | None = None
+    length: str = DEFAULTS.length
     block_length: int = DEFAULTS.block_length
     temperature: float = 0.0
     top_k: int = DEFAULTS.top_k
@@ -81,7 +84,8 @@ def make_prompt(ids: Sequence[int], model: Transformer, tokenizer: Tokenizer, op
     """Makes a prompt from the tokenizer's ids.
 
     Raises:
-      UserError: If the model does not say which token is MASK, or if its vocabulary lacks a token of the prompt.
+      UserError: If the model does not say which token is MASK, if its vocabulary lacks a token of the prompt, or if the
+        rule for the length does not fill in prompts.
     """
     mask_id = model.config.mask_id
     if mask_id is None:
@@ -92,8 +96,12 @@ def make_prompt(ids: Sequence[int], model: Transformer, tokenizer: Tokenizer, op
             f"a prompt has ids from {min(ids)} to {max(ids)}, but the model's vocabulary is {model.config.vocab_size}"
         )
     masks = ids.count(mask_id)
+    if masks and options.length == lengths.DAEDAL:
+        raise UserError(lengths.NO_GAPS)
     gen_length = options.gen_length
-    if gen_length is None:
+    if gen_length is None and options.length != lengths.FIXED:
+        gen_length = lengths.LONGEST
+    elif gen_length is None:
         gen_length = 0 if masks else DEFAULTS.gen_length
     return Prompt(np.asarray(ids, np.int32), masks, gen_length)
 
