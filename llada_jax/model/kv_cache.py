@@ -1,7 +1,8 @@
 """Keys and values of all layers that are kept from one forward pass for others, which then compute a few tokens only.
 
 The mask predictor has no causal mask: with any token, the keys and values of all others change in every layer but the
-first. So a pass that reads kept ones is an approximation, and its caller decides when they are computed anew.
+first. So a pass that reads kept ones is an approximation, and its caller decides when they are computed anew. Those of
+a causal model never change.
 
 A cache has S slots per row. Which position of the row a slot stands for is up to the caller: the keys are kept as they
 are after the rotation, and the order of keys does not matter to attention.
@@ -20,8 +21,9 @@ from llada_jax.config import ComputeConfig, ModelConfig
 from llada_jax.devices import mesh
 from llada_jax.model.attention import attention
 from llada_jax.model.compute import compute_dtype
+from llada_jax.model.rope import rope_at
 from llada_jax.model.shadow import Shadows, attention_with_shadows
-from llada_jax.model.transformer import Transformer, embed, rms_norm, rope_at
+from llada_jax.model.transformer import Transformer, embed, rms_norm
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +107,8 @@ def reading_trunk(
     """Computes the hidden states of a few tokens, which attend to the cache with their own keys and values in it.
 
     The new keys and values are written over those of their slots in each layer, before the attention of that layer. The
-    cache itself stays as it is.
+    cache itself stays as it is. All tokens attend to the same slots, those that `real` names, whether the model is
+    causal or not.
 
     Args:
       model: The mask predictor.
@@ -138,7 +141,7 @@ def reading_trunk(
                 return tuple(seen)
             return tuple(jnp.concatenate([old, x[:, count:]], axis=1) for old, x in zip(seen, new, strict=True))
 
-        return block.with_keys(x_BND, rope, real, model.config, compute, among, attend)[0], None
+        return block.with_keys(x_BND, rope, real, model.config, compute, among, attend or attention)[0], None
 
     x_BND = embed(model.embedding[...], tokens_BN, jnp.dtype(compute.dtype))
     inputs = model.blocks, cache.k_LBSGK, cache.v_LBSGK
@@ -147,13 +150,16 @@ def reading_trunk(
 
 
 def _with(shadows: Shadows | None, tokens_BN: jax.Array, position_BN: jax.Array):
-    """Returns the tokens of a pass and their positions, the shadows last, and the attention for them."""
+    """Returns the tokens of a pass and their positions, the shadows last, and the attention for them.
+
+    None stands for the attention of the model, causal if it is.
+    """
     if shadows is None:
-        return tokens_BN, position_BN, attention
+        return tokens_BN, position_BN, None
     tokens_BN = jnp.concatenate([tokens_BN, shadows.tokens_BJ], axis=1)
     position_BN = jnp.concatenate([position_BN, shadows.position_BJ], axis=1)
     return tokens_BN, position_BN, functools.partial(attention_with_shadows, shadows=shadows)
 
 
 def _rope(model: Transformer, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return rope_at(position, model.config.head_width, model.config.rope_theta)
+    return rope_at(position, model.config.head_width, model.config.rope_theta, model.config.rope_scaling)

@@ -105,12 +105,26 @@ def check_architecture(model: ModelConfig) -> None:
     for name in ("norm_eps", "rope_theta"):
         value = getattr(model, name)
         _require(value > 0, f"model.{name}", value, "must be positive")
-    _require(model.width % model.heads == 0, "model.heads", model.heads, f"does not divide model.width={model.width}")
+    _require(model.head_size >= 0, "model.head_size", model.head_size, "must not be negative")
     _require(
-        model.head_width % 2 == 0,
+        model.head_size > 0 or model.width % model.heads == 0,
         "model.heads",
         model.heads,
+        f"does not divide model.width={model.width}",
+    )
+    name = "head_size" if model.head_size else "heads"
+    _require(
+        model.head_width % 2 == 0,
+        f"model.{name}",
+        getattr(model, name),
         "makes the head width odd, but RoPE rotates pairs of values",
+    )
+    scaling = model.rope_scaling
+    _require(
+        not scaling or (len(scaling) == 4 and scaling[0] >= 1 and 0 < scaling[1] < scaling[2] and scaling[3] > 0),
+        "model.rope_scaling",
+        scaling,
+        "must be () or (factor >= 1, low_freq_factor > 0, a larger high_freq_factor, original length > 0)",
     )
     _require(
         model.heads % model.kv_heads == 0,

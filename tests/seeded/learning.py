@@ -91,7 +91,7 @@ FAULTS = (
     ),
     Fault(
         "rope-of-neighbouring-components",
-        "llada_jax/model/transformer.py",
+        "llada_jax/model/rope.py",
         old="first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)",
         new="first, second = x_BTHK.astype(jnp.float32)[..., ::2], x_BTHK.astype(jnp.float32)[..., 1::2]",
         harm="RoPE pairs other components than Llama does: a model trained here works, a published one does not.",
