@@ -16,6 +16,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from llada_jax.config import ComputeConfig, ModelConfig
 from llada_jax.devices import mesh
@@ -147,6 +148,54 @@ def reading_trunk(
     inputs = model.blocks, cache.k_LBSGK, cache.v_LBSGK
     x_BND, _ = jax.lax.scan(layer, x_BND, inputs, unroll=compute.unroll or model.config.layers)
     return rms_norm(x_BND, model.final_norm[...], model.config.norm_eps)
+
+
+def appending_trunk(
+    model: Transformer, tokens_B1: jax.Array, slot_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Computes the hidden states of the next token of each row of a causal model, and puts it into the cache.
+
+    Args:
+      model: The causal model.
+      tokens_B1: int32, the id of one token per row.
+      slot_B: int32, its position, which is also its slot. It attends to the slots up to this one.
+      cache: The cache, which has the tokens before it.
+
+    Returns:
+      The hidden states (B, 1, D) after the final norm, in the compute dtype, and the new cache.
+    """
+    compute, kept, rows = model.resolved_compute(), mesh.KEYS_LBSGK, mesh.ROWS_B
+    rope = _rope(model, slot_B[:, None])
+
+    def put(kept_LBSGK, new_B1GK, slot_B, index):
+        at = index, jnp.arange(len(slot_B)), slot_B
+        return kept_LBSGK.at[at].set(new_B1GK[:, 0])
+
+    put = jax.shard_map(put, in_specs=(kept, mesh.HEADS_BTHK, rows, P()), out_specs=kept)
+
+    def attend(q_BTHK, k_BSGK, v_BSGK, real, *, kernel, query_chunk):
+        # With one query per head there is nothing that a kernel could save.
+        return attention(q_BTHK, k_BSGK, v_BSGK, real, kernel="xla", query_chunk=query_chunk)
+
+    def layer(carry, inputs):
+        (x_B1D, cache), (block, index) = carry, inputs
+        after = cache
+
+        def among(*new):
+            nonlocal after
+            # Written in place, the cache is in memory only once.
+            after = Cache(
+                *(put(old, x, slot_B, index) for old, x in zip((cache.k_LBSGK, cache.v_LBSGK), new, strict=True))
+            )
+            return tuple(jax.lax.dynamic_index_in_dim(x, index, 0, False) for x in (after.k_LBSGK, after.v_LBSGK))
+
+        x_B1D, _ = block.with_keys(x_B1D, rope, slot_B + 1, model.config, compute, among, attend)
+        return (x_B1D, after), None
+
+    carry = embed(model.embedding[...], tokens_B1, jnp.dtype(compute.dtype)), cache
+    inputs = model.blocks, jnp.arange(model.config.layers)
+    (x_B1D, cache), _ = jax.lax.scan(layer, carry, inputs, unroll=compute.unroll or model.config.layers)
+    return rms_norm(x_B1D, model.final_norm[...], model.config.norm_eps), cache
 
 
 def _with(shadows: Shadows | None, tokens_BN: jax.Array, position_BN: jax.Array):
