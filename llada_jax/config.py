@@ -125,6 +125,8 @@ class DiffusionConfig:
     #   pretrain   Eq. 3, on text
     #   sft        Eq. 5, on conversations: only answers (the paper's responses) are masked, prompts never are
     #   sft_whole  on conversations: prompts are masked like answers, as in iLLaDA
+    #   next_token      on text, for an autoregressive model (model.causal): each token is predicted from those before
+    #   next_token_sft  the same on conversations: only the tokens of answers are predicted
     objective: str = "pretrain"
     eps: float = 1e-3  # the least mask ratio: a token is masked with the probability p_mask = (1 - eps) t + eps
     # How the t of each row is drawn: independent (as in the paper) | low_discrepancy (t is spread evenly over the rows,
