@@ -136,8 +136,8 @@ def next_token(
 ) -> Corrupted:
     """Prepares a batch for an autoregressive model, which predicts the next token at each position. None is masked.
 
-    The loss of a row is the mean of -log p(x^i | x^1 ... x^(i-1)) over its tokens but the first. Every token is
-    seen, so that the mask ratio is given as 1. The other arguments are those of `pretrain`; noise and settings are not used.
+    The loss of a row is the mean of -log p(x^i | x^1 ... x^(i-1)) over its tokens but the first. Every token is seen,
+    so the mask ratio is given as 1. The arguments are those of `pretrain`; noise, settings and mask_id are not used.
     """
     return _shifted(batch["tokens"], jnp.zeros_like(batch["length"]), batch["length"])
 

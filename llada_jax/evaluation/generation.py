@@ -1,7 +1,7 @@
 """Says what the generation_kwargs of a task of lm_eval mean for LLaDA, and refuses what is impossible."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -70,3 +70,8 @@ def interpret(
 def about_unused(name: str, value: Any) -> str:
     """Returns the line that is printed once for a setting of a task that is not used."""
     return f"a task sets {name}={value} in generation_kwargs: it is not used, LLaDA has no such setting"
+
+
+def cut(text: str, stops: Iterable[str]) -> str:
+    """Returns the text up to the first of the stop strings."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

@@ -4,9 +4,11 @@
     lm_eval.simple_evaluate(model=llada_jax.evaluation.harness.LLaDA(model, tokenizer=tokenizer), tasks=["arc_easy"])
 
 The likelihood of an answer is the bound of Eq. 6. An answer counts as the greedy one if low-confidence generation with
-one token per step gives exactly this answer. Results are written to lm_eval's request cache portion by portion, and all
-noise depends only on the seed and on the content of a request. Therefore an evaluation that was interrupted and
-continued gives the same figures as an uninterrupted one.
+one token per step gives exactly this answer. Of a causal model, both are exact.
+
+Results are written to lm_eval's request cache portion by portion, and all noise depends only on the seed and on the
+content of a request. Therefore an evaluation that was interrupted and continued gives the same figures as an
+uninterrupted one.
 
 In a run of several processes every process makes the same calls, and the rows are spread over the mesh inside these
 calls. To lm_eval each process therefore looks like the only one.
@@ -37,11 +39,13 @@ from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.text_completion import Options, complete_ids
 from llada_jax.scoring import likelihood
+from llada_jax.scoring.next_token import exact
 from llada_jax.text.tokenizer import Tokenizer
 
 # Without this, lm_eval's bootstrap would fork this process, and the threads of JAX do not survive a fork.
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
+MC_SAMPLES = 128  # Monte Carlo samples per likelihood of a masked diffusion model
 BATCH_SIZE = 8  # the number of prompts that are completed together
 LIKELIHOOD_PORTION = 256  # the number of requests that are scored between two writes to the cache
 GENERATION_PORTION = 4  # the number of batches that are generated between two writes to the cache
@@ -90,7 +94,7 @@ class LLaDA(TemplateLM):
         dtype: str | None = None,
         weights: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
-        mc_samples: int = 128,
+        mc_samples: int = MC_SAMPLES,
         cfg_scale: float = 0.0,
         gen_length: int | None = None,
         steps: int | None = None,
@@ -130,6 +134,10 @@ class LLaDA(TemplateLM):
         if self.batch_size < 1 or mc_samples < 1 or (self.max_length or 1) < 1:
             raise UserError(
                 f"batch_size={batch_size}, mc_samples={mc_samples}, max_length={max_length}: each must be at least 1"
+            )
+        if self.model.config.causal and mc_samples != MC_SAMPLES:
+            raise UserError(
+                f"mc_samples={mc_samples}: this model is causal, so its likelihoods are exact: leave it out"
             )
         self.mc_samples, self.gen_length, self.temperature = mc_samples, gen_length, temperature
         self.options = Options(
@@ -223,6 +231,8 @@ class LLaDA(TemplateLM):
 
         def score(portion: Sequence[int], report: Callable[[int], None]) -> list[tuple[float, bool]]:
             some, scale = [pairs[i] for i in portion], self.options.cfg_scale
+            if self.model.config.causal:
+                return exact(self.model, some, scale, None, report)
             scores = likelihood.log_likelihoods(
                 self.model, some, samples=self.mc_samples, key=self.key, cfg_scale=scale, report=report
             )
@@ -283,7 +293,7 @@ class LLaDA(TemplateLM):
                 report=report,
                 numbers=[numbers[i] for i in portion],
             )
-            return [_cut(text, stops[i]) for text, i in zip(texts, portion, strict=True)]
+            return [generation.cut(text, stops[i]) for text, i in zip(texts, portion, strict=True)]
 
         orders = [sorted(places, key=lambda i: -len(prompts[i])) for places in groups.values()]
         given = [request.args for request in requests]
@@ -388,8 +398,3 @@ def _numbers(prompts: Iterable[Sequence[int]], sampled: Iterable[bool]) -> Itera
         digest = hashlib.sha256(f"{content} {seen[content]}".encode()).digest()
         seen[content] += again
         yield int.from_bytes(digest[:4], "little")
-
-
-def _cut(text: str, stops: Iterable[str]) -> str:
-    """Returns the text up to the first of the stop strings."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

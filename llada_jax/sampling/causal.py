@@ -186,28 +186,27 @@ def generate_steps(
 ) -> Iterator[watching.Step]:
     """Does the same as `generate`, but yields the rows before the first token and after each token of all rows.
 
-    A step has the tokens drawn so far: its width grows from T to T + gen_length.
+    Where no token is drawn yet, a step has `watching.open_id`.
     """
-    shown_BT = np.asarray(prompt_BT, np.int32)
+    shown_BT = np.pad(np.asarray(prompt_BT, np.int32), ((0, 0), (0, config.gen_length)))
+    shown_BT[:, shown_BT.shape[1] - config.gen_length :] = watching.open_id(config.mask_id)
     yield watching.Step(shown_BT, np.zeros(shown_BT.shape, bool))
-    state = None
-    while state is None or int(state.done) < config.gen_length:
+    first, done, state, ended = shown_BT.shape[1] - config.gen_length, 0, None, False
+    while done < config.gen_length and not ended:
         # Enter the mesh for each token separately, because the consumer's own code runs between two tokens.
         with mesh.mesh_of(model.embedding[...]):
             if state is None:
-                if config.gen_length == 0:
-                    return
-                state, prompt_BT = begin(model, prompt_BT, config, key, prompt_mask_BT)
+                state, _ = begin(model, prompt_BT, config, key, prompt_mask_BT)
                 dials, static = arguments(config)
             else:
                 state = extend(model, state, scalar(1), dials, config=static)
             if not state.finite:
                 raise NonFinite
-            drawn_BG = np.asarray(jax.reshard(state.tokens_BG, P(None, None)))[: len(prompt_BT), : int(state.done)]
-            ended = bool(np.asarray(jax.reshard(jnp.all(state.ended_B), P())))
-        shown_BT = np.concatenate([prompt_BT, drawn_BG], axis=1)
-        yield watching.Step(
-            shown_BT, np.broadcast_to(np.arange(shown_BT.shape[1]) == shown_BT.shape[1] - 1, shown_BT.shape)
-        )
+            done = int(state.done)
+            drawn_BG = np.asarray(jax.reshard(state.tokens_BG, P(None, None)))[: len(shown_BT)]
+            ended = config.stop_at_end and bool(jnp.all(state.ended_B))
+        shown_BT = shown_BT.copy()
+        shown_BT[:, first : first + done] = drawn_BG[:, :done]
         if ended:
-            return
+            shown_BT[:, first + done :] = config.eos_id
+        yield watching.Step(shown_BT, np.broadcast_to(np.arange(shown_BT.shape[1]) == first + done - 1, shown_BT.shape))
