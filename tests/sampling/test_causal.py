@@ -9,7 +9,7 @@ from paths import PARITY_AR
 
 import llada_jax
 from llada_jax.config import SamplerConfig, UserError
-from llada_jax.sampling import causal
+from llada_jax.sampling import causal, warming
 from llada_jax.sampling.sampler import denoise_steps, generate
 
 GREEDY = SamplerConfig(gen_length=12)
@@ -149,6 +149,15 @@ def test_an_empty_prompt_follows_eos(llama):
 def test_what_means_nothing_is_refused(llama, changes, words):
     with pytest.raises(UserError, match=words):
         generate(llama, np.array([[5, 7]], np.int32), dataclasses.replace(GREEDY, **changes), KEY)
+
+
+def test_warmed_up_nothing_more_is_compiled(llama):
+    config = dataclasses.replace(GREEDY, gen_length=7)
+    warming.warm_up(llama, config, [24])
+    before = causal.extend._cache_size()
+    prompt_BT, real_BT = warming.pad([[5, 6, 7]], [24])
+    generate(llama, prompt_BT, config, KEY, real_BT)
+    assert causal.extend._cache_size() == before
 
 
 def test_one_program_for_all_settings_of_drawing(llama, rng):
