@@ -22,6 +22,7 @@ from llada_jax.sampling import lengths
 from llada_jax.sampling.sampler import denoise_steps
 from llada_jax.sampling.settings import NONE, check_settings, resolve
 from llada_jax.sampling.text_completion import LENGTH_MULTIPLE, Options, text_length
+from llada_jax.sampling.watching import open_id
 from llada_jax.text.tokenizer import Tokenizer
 
 LONGEST = 1 << 20  # largest gen_length, in tokens; far more than any model can use
@@ -50,7 +51,7 @@ class Settings(Options):
             raise UserError(f"gen_length={shortened(self.gen_length)}: it must be at least 1 and at most {LONGEST:,}")
         if not 0 <= self.seed < 1 << 32:
             raise UserError(f"seed={shortened(self.seed)}: it must be from 0 to 2**32 - 1")
-        config = check_settings(self.sampler(0, self.gen_length))
+        config = check_settings(self.sampler(0, self.gen_length, model is not None and model.config.causal))
         if model is not None:
             resolve(config, model)
         return self
@@ -217,7 +218,7 @@ class Conversation:
         turn = sum(message["role"] == "user" for message in chat)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), turn), self._attempts)
         self._attempts += 1
-        config = settings.sampler(0, settings.gen_length)
+        config = settings.sampler(0, settings.gen_length, self.model.config.causal)
         # Few lengths mean few compilations. There is always some padding, because a canvas without padding needs
         # another program.
         padding = LENGTH_MULTIPLE - len(ids) % LENGTH_MULTIPLE
@@ -233,7 +234,7 @@ class Conversation:
             # So must this if tokens can be taken back.
             if settings.revoke != NONE:
                 final = (end // settings.block_length + 1) * settings.block_length
-            done = not np.any(tokens_T[:final] == self.model.config.mask_id)
+            done = not np.any(tokens_T[:final] == open_id(self.model.config.mask_id))
             end = min(end, lengths.shown(tokens_T, prompt_BT[0, :0], config, self.model.config))
             frame = Frame(tokens_T[:end], new_T[:end], number, done, ended)
             if self.messages is not before:

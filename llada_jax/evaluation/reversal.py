@@ -80,14 +80,17 @@ def evaluate(
 
     Returns:
       The figures of each task: reversal_forward, reversal_backward, reversal_forward_infill and
-      reversal_backward_infill. They are named as in lm_eval: exact_match (the answer equals the line, apart from
-      punctuation and spaces), contains (the line occurs somewhere in the answer, which is what the published script
-      counts; not for the infill tasks), each with its binomial standard error, and sample_len, the number of couplets.
+      reversal_backward_infill; a causal model, which fills in nothing, has the first two only. They are named as in
+      lm_eval: exact_match (the answer equals the line, apart from punctuation and spaces), contains (the line occurs
+      somewhere in the answer, which is what the published script counts; not for the infill tasks), each with its
+      binomial standard error, and sample_len, the number of couplets.
     """
     if options.gen_length is None:
         options = dataclasses.replace(options, gen_length=GEN_LENGTH)
     results = {}
     for task, direction, infill in _TASKS:
+        if infill and model.config.causal:
+            continue
         given = [c.first if direction == "forward" else c.second for c in couplets]
         wanted = [c.second if direction == "forward" else c.first for c in couplets]
         if infill:

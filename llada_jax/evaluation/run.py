@@ -233,7 +233,8 @@ def _check_generation(job: Evaluation, unused: dict[str, Any], gen_kwargs: dict[
 def _check_model(job: Evaluation, model: Transformer, tokenizer: Tokenizer) -> None:
     """Raises UserError if the model cannot be evaluated with these settings."""
     options = job.options()
-    resolve(options.sampler(0, 1 if options.gen_length is None else options.gen_length), model)
+    length = 1 if options.gen_length is None else options.gen_length
+    resolve(options.sampler(0, length, model.config.causal), model)
     if job.apply_chat_template:
         highest = max(tokenizer.encode_chat([{"role": "user", "content": "?"}]))
         if highest >= model.config.vocab_size:

@@ -107,12 +107,12 @@ def start(
     *fields, row_B = mesh.place_rows(
         order_BT, masks_B, masks_B - config.gen_length, shift_B, real_BT, given_BT, np.arange(batch, dtype=np.int32)
     )
-    rows = Rows(*fields, _row_keys(key_data, row_B, jax.random.key_impl(key)))
+    rows = Rows(*fields, row_keys(key_data, row_B, jax.random.key_impl(key)))
     return rows, mesh.place_rows(aligned_BT)[0]
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _row_keys(key_data: jax.Array, row_B: jax.Array, kind: Hashable) -> jax.Array:
+def row_keys(key_data: jax.Array, row_B: jax.Array, kind: Hashable) -> jax.Array:
     """Returns the keys (B,) of the rows, split over the mesh in the same way as row_B."""
     key = jax.random.wrap_key_data(key_data, impl=kind)
     if key.ndim:

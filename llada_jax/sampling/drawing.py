@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling import lengths, terminal
+from llada_jax.sampling import lengths, terminal, watching
 from llada_jax.sampling.recording import ALTERNATIVES, Recorder
 from llada_jax.sampling.sampler import denoise_steps
 from llada_jax.sampling.text_completion import Options, encode_prompt, finished_text, make_batches, row_keys
@@ -32,7 +32,7 @@ def complete_drawn(
       recorder: What records the steps as well.
     """
     prompts = [encode_prompt(text, model, tokenizer, options) for text in texts]
-    mask_id = model.config.mask_id
+    mask_id = watching.open_id(model.config.mask_id)
     completions = {}
     for batch in make_batches(model, prompts, options, batch_size=1):
         (i,) = batch.rows

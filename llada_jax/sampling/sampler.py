@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.config import NonFinite, SamplerConfig
+from llada_jax.config import NonFinite, SamplerConfig, UserError
 from llada_jax.devices import mesh
 from llada_jax.model.compute import compute_dtype
 from llada_jax.model.int8 import in_dtype
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling import cache, daedal, revoking, watching
+from llada_jax.sampling import cache, causal, daedal, revoking, watching
 from llada_jax.sampling.canvas import Dials, Rows, arguments, put, roll, scalar, start
 from llada_jax.sampling.guidance import guided_trunk
 from llada_jax.sampling.lengths import DAEDAL
@@ -189,6 +189,9 @@ def generate(
     cfg_scale, top_k, top_p, commit_bound, revoke_bound, cache_refresh and key are traced. The caller need not set a
     mesh; on a mesh the rows are split over its batch axes.
 
+    A causal model continues the prompts, one token after another (`sampling/causal.py`); settings that are about masks
+    must have their defaults.
+
     Only tokens other than MASK are chosen. The config of a model from `llada_jax.load` knows from its tokenizer which
     ids are tokens (token_count, holes). If there was no tokenizer, all ids below token_count count as tokens.
 
@@ -214,6 +217,8 @@ def generate(
       NonFinite: If the output of the model is NaN or infinite where a token is predicted from it.
     """
     config = resolve(config, model)
+    if model.config.causal:
+        return causal.generate(model, prompt_BT, config, key, prompt_mask_BT, return_steps)
     with mesh.mesh_of(model.embedding[...]):
         rows, state = begin(model, prompt_BT, config, key, prompt_mask_BT)
         canvas_BT, steps_B = jax.reshard(state.tokens_BT, P(None, None)), jax.reshard(state.steps_B, P(None))
@@ -251,6 +256,11 @@ def denoise_steps(
     """
     config = resolve(config, model)
     watching.check(alternatives, model.config.vocab_size)
+    if model.config.causal:
+        if alternatives is not None:
+            raise UserError("this model is causal: what each step predicts can be told of masked diffusion models only")
+        yield from causal.generate_steps(model, prompt_BT, config, key, prompt_mask_BT)
+        return
     batch = len(prompt_BT)
     with mesh.mesh_of(model.embedding[...]):
         rows, state = begin(model, prompt_BT, config, key, prompt_mask_BT)

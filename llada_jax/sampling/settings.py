@@ -99,9 +99,11 @@ def _check_revoke(config: SamplerConfig) -> None:
 def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
     """Returns the settings with the model's ids where they name none. Raises UserError if a setting is impossible."""
     check_settings(config)
+    if model.config.causal:
+        check_causal(config)
     ids = {name: getattr(config, name) for name in ("mask_id", "eos_id", "eot_id")}
     ids = {name: getattr(model.config, name) if i is None else i for name, i in ids.items()}
-    if ids["mask_id"] is None:
+    if ids["mask_id"] is None and not model.config.causal:
         raise UserError("the model does not say which token is MASK: set mask_id in SamplerConfig")
     for name, i in ids.items():
         if i is not None and not 0 <= i < model.config.vocab_size:
@@ -123,6 +125,22 @@ def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
     further = others(further, (ids["eos_id"], ids["eot_id"]))
     stop_at_end = config.stop_at_end or config.length == lengths.APPEND
     return dataclasses.replace(config, **ids, end_ids=further, stop_at_end=stop_at_end)
+
+
+# What a causal model can be told; all other settings are about masks.
+_OF_CAUSAL = ("gen_length", "temperature", "top_k", "top_p", "logits_eos_inf", "stop_at_end", "end_ids")
+_OF_CAUSAL += ("mask_id", "eos_id", "eot_id")
+
+
+def check_causal(config: SamplerConfig) -> None:
+    """Raises UserError if a setting has another value than its default, but means nothing to a causal model."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _OF_CAUSAL and value != field.default:
+            raise UserError(
+                f"{field.name}={value}: this model is causal and writes one token after another, without MASK, so that "
+                f"{field.name} means nothing: leave it out"
+            )
 
 
 def check_prompt(prompt_BT: np.ndarray, real_BT: np.ndarray | None, vocab_size: int) -> None:

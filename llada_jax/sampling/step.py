@@ -76,7 +76,7 @@ def slot_keys(rows: Rows, plan: Plan, index_BK: jax.Array) -> jax.Array:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_B, index_BK)
 
 
-def _predict(
+def predict(
     model: Transformer, logits_BCV: jax.Array, key_BC: jax.Array, dials: Dials, config: SamplerConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Predicts the tokens of some slots from their logits.
@@ -150,7 +150,7 @@ def keep_the_best(
         # Each slot of the block has its own key, so its noise does not depend on how slots are grouped into chunks.
         key_BC = slot_keys(rows, plan, part(index_BK))
         logits_BCV = model.logits(take(h_BND, part(at_BK)[:, :, None]))
-        new = _predict(model, logits_BCV, key_BC, dials, config)
+        new = predict(model, logits_BCV, key_BC, dials, config)
         if alternatives is not None:
             new += likeliest(logits_BCV, new[0], allowed(model.config, config.mask_id), alternatives)
         return tuple(
