@@ -261,6 +261,11 @@ class SamplerConfig:
     cache_refresh: int = 0  # the number of steps of a row after which they are computed anew; 0 = once per block
     # The number of MASK tokens behind the active block that the model sees, besides the last position; 0 = all.
     suffix_window: int = 0
+    # Which tokens of the active block are masked again: none | remdm_cap | remdm_rescale | remdm_conf | remdm_loop (at
+    # random) | wino (those that the others make improbable). sampling/revoking.py has the rules.
+    revoke: str = "none"
+    # The bound of that rule, a probability; None = 0.008, 0.015, 1, 0.02, 0.9, in that order.
+    revoke_bound: float | None = None
     # w of Eq. 16 in arXiv 2502.09992: how far classifier-free guidance moves the logits away from those that the model
     # gives without the prompt. 0 = no guidance; otherwise each reverse step takes two forward passes.
     cfg_scale: float = 0.0

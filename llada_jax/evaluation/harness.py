@@ -65,7 +65,7 @@ class LLaDA(TemplateLM):
       cfg_scale: The guidance scale w of Eq. 16, for likelihoods and for generation.
       gen_length: The number of tokens to generate. None means the number that the task sets, or 256 if it sets none.
       steps, block_length, temperature, top_k, top_p, remasking, commit, commit_bound, cache, cache_refresh,
-        suffix_window, logits_eos_inf, confidence_eos_eot_inf: Settings of generation, see
+        suffix_window, revoke, revoke_bound, logits_eos_inf, confidence_eos_eot_inf: Settings of generation, see
         `sampling.text_completion.Options`. A temperature of None means the temperature that the task sets.
       max_length: The largest number of tokens of prompt and answer together. A longer prompt loses its beginning. None
         means the length that the model was trained with if `pretrained` is a folder, and no limit if that length is
@@ -104,6 +104,8 @@ class LLaDA(TemplateLM):
         cache: str = "none",
         cache_refresh: int = 0,
         suffix_window: int = 0,
+        revoke: str = "none",
+        revoke_bound: float | None = None,
         logits_eos_inf: bool = False,
         confidence_eos_eot_inf: bool = False,
         max_length: int | None = None,
@@ -140,6 +142,8 @@ class LLaDA(TemplateLM):
             cache=cache,
             cache_refresh=cache_refresh,
             suffix_window=suffix_window,
+            revoke=revoke,
+            revoke_bound=revoke_bound,
             cfg_scale=cfg_scale,
             logits_eos_inf=logits_eos_inf,
             confidence_eos_eot_inf=confidence_eos_eot_inf,

@@ -76,6 +76,8 @@ class Evaluation:
     cache: str = "none"
     cache_refresh: int = 0
     suffix_window: int = 0
+    revoke: str = "none"
+    revoke_bound: float | None = None
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
     max_length: int | None = None
@@ -90,7 +92,7 @@ class Evaluation:
         """Returns the settings that the figures depend on, besides model and tasks, as arguments of `harness.LLaDA`."""
         names = ("mc_samples", "cfg_scale", "gen_length", "steps", "block_length", "temperature", "top_k", "top_p")
         names += ("remasking", "commit", "commit_bound", "logits_eos_inf", "confidence_eos_eot_inf")
-        names += ("cache", "cache_refresh", "suffix_window", "max_length", "seed")
+        names += ("cache", "cache_refresh", "suffix_window", "revoke", "revoke_bound", "max_length", "seed")
         return {name: getattr(self, name) for name in names}
 
     def options(self) -> Options:

@@ -10,6 +10,7 @@ Letters in names, in addition to those of `transformer.py`: N tokens of one pass
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -17,7 +18,9 @@ import jax.numpy as jnp
 
 from llada_jax.config import ComputeConfig, ModelConfig
 from llada_jax.devices import mesh
+from llada_jax.model.attention import attention
 from llada_jax.model.compute import compute_dtype
+from llada_jax.model.shadow import Shadows, attention_with_shadows
 from llada_jax.model.transformer import Transformer, embed, rms_norm, rope_at
 
 
@@ -46,7 +49,12 @@ def empty_cache(config: ModelConfig, compute: ComputeConfig, batch: int, slots: 
 
 
 def writing_trunk(
-    model: Transformer, tokens_BN: jax.Array, position_BN: jax.Array | None, real: jax.Array | None, cache: Cache | None
+    model: Transformer,
+    tokens_BN: jax.Array,
+    position_BN: jax.Array | None,
+    real: jax.Array | None,
+    cache: Cache | None,
+    shadows: Shadows | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Computes what `Transformer.trunk` does, and puts keys and values into the first N slots of the cache.
 
@@ -56,19 +64,25 @@ def writing_trunk(
       position_BN: int32, the positions of the tokens. None means that they are 0 to N - 1.
       real: Which of the tokens may be attended to, in a form that `Transformer.trunk` accepts.
       cache: The cache to write into, with at least N slots. None means that nothing is kept.
+      shadows: Shadows of some of the tokens, whose keys and values are not kept. Their slots count the N tokens.
 
     Returns:
-      The hidden states (B, N, D) after the final norm, in the compute dtype, and the new cache.
+      The hidden states (B, N, D) after the final norm, in the compute dtype, or with J shadows (B, N + J, D), those of
+      the shadows last; and the new cache.
     """
-    compute = model.resolved_compute()
-    rope = _rope(model, jnp.arange(tokens_BN.shape[1], dtype=jnp.float32) if position_BN is None else position_BN)
+    compute, count = model.resolved_compute(), tokens_BN.shape[1]
+    if position_BN is None:
+        position_BN = jnp.arange(count, dtype=jnp.int32)
+        position_BN = position_BN if shadows is None else jnp.zeros_like(tokens_BN) + position_BN
+    tokens_BN, position_BN, attend = _with(shadows, tokens_BN, position_BN)
+    rope = _rope(model, position_BN)
 
     def layer(carry, inputs):
         (x_BND, cache), (block, index) = carry, inputs
-        x_BND, new = block.with_keys(x_BND, rope, real, model.config, compute)
+        x_BND, new = block.with_keys(x_BND, rope, real, model.config, compute, attend=attend)
         if cache is not None:
             # Written in place, the cache is in memory only once.
-            write = lambda kept, x: jax.lax.dynamic_update_slice(kept, x[None], (index, 0, 0, 0, 0))  # noqa: E731
+            write = lambda kept, x: jax.lax.dynamic_update_slice(kept, x[None, :, :count], (index, 0, 0, 0, 0))  # noqa: E731
             cache = Cache(*map(write, (cache.k_LBSGK, cache.v_LBSGK), new))
         return (x_BND, cache), None
 
@@ -86,6 +100,7 @@ def reading_trunk(
     real: jax.Array | None,
     cache: Cache,
     slots: int,
+    shadows: Shadows | None = None,
 ) -> jax.Array:
     """Computes the hidden states of a few tokens, which attend to the cache with their own keys and values in it.
 
@@ -101,11 +116,15 @@ def reading_trunk(
       real: Which of the slots may be attended to, in a form that `attention` accepts: None, bool (B, S) or int32 (B,).
       cache: The cache.
       slots: S, the number of slots of each row that are used, which are the first ones.
+      shadows: Shadows of some of the tokens in the cache. Their slots are those of the cache.
 
     Returns:
-      The hidden states (B, N, D) after the final norm, in the compute dtype.
+      The hidden states (B, N, D) after the final norm, in the compute dtype, or with J shadows (B, N + J, D), those of
+      the shadows last.
     """
-    compute, rope = model.resolved_compute(), _rope(model, position_BN)
+    compute, count = model.resolved_compute(), tokens_BN.shape[1]
+    tokens_BN, position_BN, attend = _with(shadows, tokens_BN, position_BN)
+    rope = _rope(model, position_BN)
     heads = mesh.HEADS_BTHK
     write = jax.vmap(lambda kept_SGK, slot_N, new_NGK: kept_SGK.at[slot_N].set(new_NGK, mode="drop"))
     write = jax.shard_map(write, in_specs=(heads, mesh.TOKENS_BT, heads), out_specs=heads)
@@ -114,14 +133,26 @@ def reading_trunk(
         block, *kept = inputs
 
         def among(*new):
-            return tuple(write(old[:, :slots], slot_BN, x) for old, x in zip(kept, new, strict=True))
+            seen = (write(old[:, :slots], slot_BN, x[:, :count]) for old, x in zip(kept, new, strict=True))
+            if shadows is None:
+                return tuple(seen)
+            return tuple(jnp.concatenate([old, x[:, count:]], axis=1) for old, x in zip(seen, new, strict=True))
 
-        return block.with_keys(x_BND, rope, real, model.config, compute, among)[0], None
+        return block.with_keys(x_BND, rope, real, model.config, compute, among, attend)[0], None
 
     x_BND = embed(model.embedding[...], tokens_BN, jnp.dtype(compute.dtype))
     inputs = model.blocks, cache.k_LBSGK, cache.v_LBSGK
     x_BND, _ = jax.lax.scan(layer, x_BND, inputs, unroll=compute.unroll or model.config.layers)
     return rms_norm(x_BND, model.final_norm[...], model.config.norm_eps)
+
+
+def _with(shadows: Shadows | None, tokens_BN: jax.Array, position_BN: jax.Array):
+    """Returns the tokens of a pass and their positions, the shadows last, and the attention for them."""
+    if shadows is None:
+        return tokens_BN, position_BN, attention
+    tokens_BN = jnp.concatenate([tokens_BN, shadows.tokens_BJ], axis=1)
+    position_BN = jnp.concatenate([position_BN, shadows.position_BJ], axis=1)
+    return tokens_BN, position_BN, functools.partial(attention_with_shadows, shadows=shadows)
 
 
 def _rope(model: Transformer, position: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -154,11 +154,20 @@ class Block(nnx.Module):
         """Adds attention and then the feed-forward network to x_BTD, in the dtype of x_BTD."""
         return self.with_keys(x_BTD, rope, real, config, compute)[0]
 
-    def with_keys(self, x_BTD, rope, real, config: ModelConfig, compute: ComputeConfig, among=lambda k, v: (k, v)):
+    def with_keys(
+        self,
+        x_BTD,
+        rope,
+        real,
+        config: ModelConfig,
+        compute: ComputeConfig,
+        among=lambda k, v: (k, v),
+        attend=attention,
+    ):
         """Computes the layer, and returns the keys and values that were attended to as well.
 
         `among` gets the rotated keys and the values of the input, (B, T, G, K), and may put them among others: what it
-        returns, (B, S, G, K), is attended to.
+        returns, (B, S, G, K), is attended to. `attend` may take the place of `attention`, whose arguments it gets.
         """
         # The attention kernel has been chosen for the devices in use, so "cpu" means that they are CPUs.
         product = project if compute.attention == "cpu" else _einsum
@@ -204,7 +213,7 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             q_BTHK, k_BTGK = (checkpoint_name(rotate(x, *rope), ROTATED_NAME) for x in (q_BTHK, k_BTGK))
             k_BSGK, v_BSGK = among(k_BTGK, v_BTGK)
-        o_BTHK = attention(q_BTHK, k_BSGK, v_BSGK, real, kernel=compute.attention, query_chunk=compute.query_chunk)
+        o_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, real, kernel=compute.attention, query_chunk=compute.query_chunk)
         with jax.named_scope("attention_projections"):
             x_BTD += linear("attn_out", o_BTHK, mesh.HIDDEN_BTD)
 

@@ -30,11 +30,12 @@ import jax.numpy as jnp
 from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig, UserError
 from llada_jax.devices import hardware, mesh
 from llada_jax.model.kv_cache import Cache, cache_bytes, empty_cache, reading_trunk, writing_trunk
+from llada_jax.model.shadow import Shadows
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.canvas import Dials, Rows, take
 from llada_jax.sampling.guidance import guide
 from llada_jax.sampling.plan import Plan
-from llada_jax.sampling.settings import DUAL, NONE
+from llada_jax.sampling.settings import DUAL, NONE, WINO
 from llada_jax.sampling.step import Block
 
 # The shares of the canvas that a pass may be wide. Few are compiled fast, but more of them leave less to be filled up.
@@ -64,7 +65,7 @@ class _Seen:
 
 def used(config: SamplerConfig) -> bool:
     """Returns whether the settings need the passes of this module, and not just all tokens in every pass."""
-    return config.cache != NONE or config.suffix_window > 0
+    return config.cache != NONE or config.suffix_window > 0 or config.revoke == WINO
 
 
 def nothing_kept(model: Transformer, rows: Rows, config: SamplerConfig) -> Kept | None:
@@ -125,10 +126,11 @@ def hidden(
       config: The other settings.
 
     Returns:
-      The hidden states (B, K, D) of the slots of the block before the head, guided if there is guidance; bool (B,),
-      True for a row whose hidden states are valid: the others wait for a full pass, or are finished; and what is kept.
+      The hidden states (B, K, D) of the slots of the block before the head, guided if there is guidance, or with
+      revoke=wino (B, 2K, D), those of their shadows last; bool (B,), True for a row whose hidden states are valid: the
+      others wait for a full pass, or are finished; and what is kept.
     """
-    going_B = plan.count_B > 0
+    going_B = plan.going_B
     canvases = [tokens_BT]
     if rows.given_BT is not None:
         canvases.append(jnp.where(rows.given_BT, config.mask_id, tokens_BT))
@@ -198,32 +200,49 @@ def _narrowest(run: Callable, sizes: list[tuple[int, ...]], needs: list[jax.Arra
     return jax.lax.switch(jnp.argmax(jnp.stack(enough)), [functools.partial(run, *size) for size in sizes], *operands)
 
 
+def _shadows(block: Block, slot_BK: jax.Array, config: SamplerConfig) -> Shadows | None:
+    """Returns the shadows of the slots of the block, or None if the settings do not need them."""
+    if config.revoke != WINO:
+        return None
+    return Shadows(jnp.full_like(slot_BK, config.mask_id), block.position_BK, slot_BK, block.inside_BK)
+
+
+def _pick(h_BND: jax.Array, at_BK: jax.Array, tokens: int) -> jax.Array:
+    """Returns the hidden states at these indices, and after them those of the shadows, which follow the tokens."""
+    h_BKD = take(h_BND, at_BK[:, :, None])
+    return h_BKD if h_BND.shape[1] == tokens else jnp.concatenate([h_BKD, h_BND[:, tokens:]], axis=1)
+
+
 def _full_pass(model, rows, block, seen, going_B, config, canvas_BT, cache):
-    """Returns the hidden states (B, K, D) of the active blocks and the new cache."""
+    """Returns the hidden states of the active blocks, as `hidden` does, and the new cache."""
     length = canvas_BT.shape[1]
     if seen is None:
-        h_BTD, cache = writing_trunk(model, canvas_BT, None, rows.real_BT, cache)
-        return take(h_BTD, block.position_BK[:, :, None]), cache
+        shadows = _shadows(block, block.position_BK, config)
+        h_BTD, cache = writing_trunk(model, canvas_BT, None, rows.real_BT, cache, shadows)
+        return _pick(h_BTD, block.position_BK, length), cache
+
+    slot_BK = take(seen.slot_BT, block.position_BK)
+    shadows = _shadows(block, slot_BK, config)
 
     def run(width, cache):
         position_BN = seen.position_BS[:, :width]
-        h_BND, cache = writing_trunk(model, take(canvas_BT, position_BN), position_BN, seen.count_B, cache)
-        at_BK = jnp.minimum(take(seen.slot_BT, block.position_BK), width - 1)
-        return take(h_BND, at_BK[:, :, None]), cache
+        h_BND, cache = writing_trunk(model, take(canvas_BT, position_BN), position_BN, seen.count_B, cache, shadows)
+        return _pick(h_BND, jnp.minimum(slot_BK, width - 1), width), cache
 
     sizes = [(width,) for width in widths(length, _least(length, config), SEEN)]
     return _narrowest(run, sizes, [jnp.max(jnp.where(going_B, seen.count_B, 0))], cache)
 
 
 def _partial_pass(model, rows, block, seen, ready_B, plan, config, canvas_BT, cache):
-    """Returns the hidden states (B, K, D) of the active blocks, with the keys and values of other tokens as kept."""
+    """Returns the hidden states of the active blocks, with the keys and values of other tokens as kept."""
     length = canvas_BT.shape[1]
     slot_BK = block.position_BK if seen is None else take(seen.slot_BT, block.position_BK)
     real = rows.real_BT if seen is None else seen.count_B
     count_B = _end(rows, length) if seen is None else seen.count_B
+    shadows = _shadows(block, slot_BK, config)
 
     def feed(position_BN, slot_BN, slots, cache):
-        return reading_trunk(model, take(canvas_BT, position_BN), position_BN, slot_BN, real, cache, slots)
+        return reading_trunk(model, take(canvas_BT, position_BN), position_BN, slot_BN, real, cache, slots, shadows)
 
     slots = [length] if seen is None else widths(length, _least(length, config), SEEN)
     slots_needed = jnp.max(jnp.where(ready_B, count_B, 0))
@@ -241,7 +260,7 @@ def _partial_pass(model, rows, block, seen, ready_B, plan, config, canvas_BT, ca
         position_BN = jnp.minimum(slot_BN, length - 1)
         position_BN = position_BN if seen is None else take(seen.position_BS, position_BN)
         h_BND = feed(position_BN, slot_BN, slots, cache)
-        return take(h_BND, jnp.clip(slot_BK - first_B1, 0, fed - 1)[:, :, None])
+        return _pick(h_BND, jnp.clip(slot_BK - first_B1, 0, fed - 1), fed)
 
     if seen is None:
         sizes = [(fed, length) for fed in widths(length, min(config.block_length, length), FED)]

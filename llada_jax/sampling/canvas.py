@@ -16,7 +16,7 @@ from llada_jax.config import SamplerConfig, UserError
 from llada_jax.devices import mesh
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.commit import RULES, SCHEDULE
-from llada_jax.sampling.settings import check_prompt
+from llada_jax.sampling.settings import REVOKE_BOUNDS, check_prompt
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +45,7 @@ class Dials:
     top_p: jax.Array  # fp32
     commit_bound: jax.Array  # fp32
     cache_refresh: jax.Array  # int32
+    revoke_bound: jax.Array  # fp32
 
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -53,6 +54,12 @@ def take(x: jax.Array, index: jax.Array) -> jax.Array:
     split = mesh.TOKENS_BT if x.ndim == 2 else mesh.HIDDEN_BTD
     take = functools.partial(jnp.take_along_axis, axis=1)
     return jax.shard_map(take, in_specs=(split, split), out_specs=split)(x, index)
+
+
+def put(x_BT: jax.Array, index_BK: jax.Array, new_BK: jax.Array) -> jax.Array:
+    """Returns x with new values at these positions of each row. Positions outside the row are dropped."""
+    write = jax.vmap(lambda row_T, at_K, new_K: row_T.at[at_K].set(new_K, mode="drop"))
+    return jax.shard_map(write, in_specs=(mesh.TOKENS_BT,) * 3, out_specs=mesh.TOKENS_BT)(x_BT, index_BK, new_BK)
 
 
 def roll(tokens_BT: jax.Array, shift_B: jax.Array) -> jax.Array:
@@ -115,6 +122,9 @@ def arguments(config: SamplerConfig) -> tuple[Dials, SamplerConfig]:
     bound = config.commit_bound
     if bound is None:
         bound = 0.0 if config.commit == SCHEDULE else RULES[config.commit].bound
+    revoke_bound = config.revoke_bound
+    if revoke_bound is None:
+        revoke_bound = REVOKE_BOUNDS.get(config.revoke, 0.0)
     dials = Dials(
         steps=scalar(config.steps),
         temperature=scalar(config.temperature, np.float32),
@@ -123,6 +133,7 @@ def arguments(config: SamplerConfig) -> tuple[Dials, SamplerConfig]:
         top_p=scalar(config.top_p, np.float32),
         commit_bound=scalar(bound, np.float32),
         cache_refresh=scalar(config.cache_refresh),
+        revoke_bound=scalar(revoke_bound, np.float32),
     )
     static = dataclasses.replace(
         config,
@@ -134,6 +145,7 @@ def arguments(config: SamplerConfig) -> tuple[Dials, SamplerConfig]:
         top_p=0.5 if config.top_p < 1 else 1.0,
         commit_bound=None,
         cache_refresh=0,
+        revoke_bound=None,
     )
     return dials, static
 

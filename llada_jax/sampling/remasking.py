@@ -13,52 +13,73 @@ from jax.sharding import PartitionSpec as P
 from llada_jax.config import ModelConfig
 
 
-def schedule(
-    masks_B: jax.Array, steps: jax.Array, block_length: int, step: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Returns where each row stands at a reverse step of the linear schedule, which the blocks share.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Place:
+    """Where each row stands in a schedule that its blocks share; all fields are int32 (B,)."""
+
+    block_B: jax.Array  # the index of the active block
+    inner_B: jax.Array  # the index of the step within that block
+    steps_B: jax.Array  # the number of steps of that block
+    tokens_B: jax.Array  # the number of MASK tokens of that block
+    total_B: jax.Array  # the number of steps of the row
+
+
+def place(masks_B: jax.Array, steps: jax.Array, block_length: int, step: jax.Array, skip: bool = True) -> Place:
+    """Returns where each row stands at a reverse step.
 
     The MASK tokens of a row are divided into ceil(masks / block_length) blocks; the last block may be shorter. Every
     block takes steps // blocks steps, and each of the first (steps mod blocks) blocks takes one more, but no block
-    takes less than one step. A step unmasks (tokens of the block) // (steps of the block) tokens, and each of the
-    first (tokens mod steps) steps of the block unmasks one more. Steps that would unmask nothing are skipped.
+    takes less than one step.
 
     Args:
       masks_B: int32, the number of MASK tokens to fill in each row.
       steps: int32 scalar, the total number of reverse steps.
       block_length: The number of tokens per block.
-      step: int32 scalar, the number of reverse steps already done.
+      step: int32 scalar or (B,), the number of reverse steps already done.
+      skip: Whether to skip the steps of a block that are more than its tokens.
+    """
+    blocks_B = jnp.maximum(-(-masks_B // block_length), 1)
+    share_B, extra_B = steps // blocks_B, steps % blocks_B
+
+    def tokens_of(block_B):
+        return jnp.clip(masks_B - block_B * block_length, 0, block_length)
+
+    # The number of steps of a full block: long_B in the first extra_B blocks, short_B in the others.
+    most = block_length if skip else np.iinfo(np.int32).max
+    long_B, short_B = jnp.minimum(share_B + 1, most), jnp.clip(share_B, 1, most)
+
+    def start_of(block_B):
+        return jnp.minimum(block_B, extra_B) * long_B + jnp.maximum(block_B - extra_B, 0) * short_B
+
+    def steps_of(block_B):
+        all_B = jnp.maximum(share_B + (block_B < extra_B), 1)
+        return jnp.minimum(all_B, tokens_of(block_B)) if skip else all_B
+
+    last_B = blocks_B - 1
+    total_B = start_of(last_B) + steps_of(last_B)
+    after_B = step - extra_B * long_B
+    block_B = jnp.where(after_B < 0, step // long_B, extra_B + after_B // short_B)
+    block_B = jnp.minimum(block_B, last_B)
+    return Place(block_B, step - start_of(block_B), steps_of(block_B), tokens_of(block_B), total_B)
+
+
+def schedule(
+    masks_B: jax.Array, steps: jax.Array, block_length: int, step: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns where each row stands at a reverse step of the linear schedule; for the arguments see `place`.
+
+    A step unmasks (tokens of the block) // (steps of the block) tokens, and each of the first (tokens mod steps) steps
+    of the block unmasks one more. Steps that would unmask nothing are skipped.
 
     Returns:
       Four int32 arrays of shape (B,): the index of the active block; the index of the step within that block; the
       number of tokens that the step unmasks (0 for a row that is finished); and the total number of steps of the row.
     """
-    blocks_B = jnp.maximum(-(-masks_B // block_length), 1)
-    share_B, extra_B = steps // blocks_B, steps % blocks_B
-
-    def steps_of(block_B):
-        return jnp.maximum(share_B + (block_B < extra_B), 1)
-
-    def tokens_of(block_B):
-        return jnp.clip(masks_B - block_B * block_length, 0, block_length)
-
-    # Number of steps of a full block, without skipped steps: long_B in the first extra_B blocks, short_B in the others.
-    long_B = jnp.minimum(share_B + 1, block_length)
-    short_B = jnp.clip(share_B, 1, block_length)
-
-    def start_of(block_B):
-        return jnp.minimum(block_B, extra_B) * long_B + jnp.maximum(block_B - extra_B, 0) * short_B
-
-    last_B = blocks_B - 1
-    total_B = start_of(last_B) + jnp.minimum(steps_of(last_B), tokens_of(last_B))
-
-    after_B = step - extra_B * long_B
-    block_B = jnp.where(after_B < 0, step // long_B, extra_B + after_B // short_B)
-    block_B = jnp.minimum(block_B, last_B)
-    inner_B = step - start_of(block_B)
-    tokens_B, block_steps_B = tokens_of(block_B), steps_of(block_B)
-    count_B = tokens_B // block_steps_B + (inner_B < tokens_B % block_steps_B)
-    return block_B, inner_B, jnp.where(step < total_B, count_B, 0), total_B
+    at = place(masks_B, steps, block_length, step)
+    steps_B = jnp.maximum(at.steps_B, 1)  # a row without MASK tokens has none
+    count_B = at.tokens_B // steps_B + (at.inner_B < at.tokens_B % steps_B)
+    return at.block_B, at.inner_B, jnp.where(step < at.total_B, count_B, 0), at.total_B
 
 
 def gumbel(key_BC: jax.Array, vocab_size: int) -> jax.Array:

@@ -27,11 +27,11 @@ from llada_jax.devices import mesh
 from llada_jax.model.compute import compute_dtype
 from llada_jax.model.int8 import in_dtype
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling import cache, watching
-from llada_jax.sampling.canvas import Dials, Rows, arguments, roll, scalar, start
+from llada_jax.sampling import cache, revoking, watching
+from llada_jax.sampling.canvas import Dials, Rows, arguments, put, roll, scalar, start
 from llada_jax.sampling.guidance import guided_trunk
 from llada_jax.sampling.plan import Plan, fill_with_end, plan
-from llada_jax.sampling.settings import TO_THE_END, resolve
+from llada_jax.sampling.settings import REMDM, TO_THE_END, WINO, resolve
 from llada_jax.sampling.step import active_block, keep_the_best
 
 
@@ -43,6 +43,7 @@ class State:
     tokens_BT: jax.Array  # int32: the canvas, each row turned so that it begins with its first real token
     steps_B: jax.Array  # int32: the number of reverse steps that each row has taken
     kept: cache.Kept | None  # keys and values; None if the settings keep none
+    memory: revoking.Memory | None  # what is known of earlier steps; None if the settings take no token back
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +62,9 @@ def begin(model: Transformer, prompt_BT, config: SamplerConfig, key: jax.Array, 
     """Returns the rows and the state before the first step, on the mesh in use, with B rounded up to its shards."""
     rows, tokens_BT = start(model, prompt_BT, config, key, prompt_mask_BT)
     steps_B = jax.device_put(np.zeros(len(tokens_BT), np.int32), mesh.ROWS_B)
-    return rows, State(tokens_BT, steps_B, cache.nothing_kept(model, rows, config))
+    return rows, State(
+        tokens_BT, steps_B, cache.nothing_kept(model, rows, config), revoking.nothing_known(tokens_BT, config)
+    )
 
 
 def _reverse_step(
@@ -79,21 +82,34 @@ def _reverse_step(
       The state; bool (), whether all predictions were finite; and, with a number of alternatives, what is told of them.
     """
     block = active_block(rows, state.tokens_BT, now, config)
-    took_B, kept = now.count_B > 0, None
+    took_B, kept, most_B, revoked_BK = now.going_B, None, None, None
     if cache.used(config):
         h_BND, took_B, kept = cache.hidden(model, rows, state.tokens_BT, state.kept, now, block, dials, config)
         at_BK = jnp.zeros_like(block.index_BK) + jnp.arange(block.index_BK.shape[1], dtype=jnp.int32)
         block = dataclasses.replace(block, masked_BK=block.masked_BK & took_B[:, None])
-        now = dataclasses.replace(now, count_B=jnp.where(took_B, now.count_B, 0))
+        now = dataclasses.replace(now, going_B=took_B, count_B=jnp.where(took_B, now.count_B, 0))
     elif rows.given_BT is None:
         h_BND, at_BK = model.trunk(state.tokens_BT, rows.real_BT), block.position_BK
     else:
         at_BK = block.position_BK
         h_BND = guided_trunk(model, state.tokens_BT, rows.given_BT, rows.real_BT, dials.cfg_scale, config.mask_id)
-    tokens_BT, finite, seen = keep_the_best(
-        model, rows, state.tokens_BT, now, block, h_BND, at_BK, dials, config, alternatives
-    )
-    return State(tokens_BT, state.steps_B + took_B, kept), finite, seen
+    if config.revoke in REMDM:
+        revoked_BK = revoking.draw(rows, now, block, state.memory, dials.revoke_bound, config) & took_B[:, None]
+        now = dataclasses.replace(now, count_B=now.count_B + jnp.sum(revoked_BK, axis=1, dtype=jnp.int32))
+    elif config.revoke == WINO:
+        most_B = revoking.most_accepted(block)
+    new = keep_the_best(model, rows, state.tokens_BT, now, block, h_BND, at_BK, dials, config, alternatives, most_B)
+    tokens_BT, memory = new.tokens_BT, state.memory
+    if config.revoke == WINO:
+        h_BKD = h_BND[:, at_BK.shape[1] :]
+        revoked_BK, memory = revoking.check(
+            model, h_BKD, state.tokens_BT, tokens_BT, block, memory, dials.revoke_bound, config
+        )
+    elif memory is not None and memory.committed_BT is not None:
+        memory = revoking.Memory(committed_BT=put(memory.committed_BT, new.position_BK, new.score_BK))
+    if revoked_BK is not None:
+        tokens_BT = revoking.take_back(tokens_BT, block, revoked_BK, config)
+    return State(tokens_BT, state.steps_B + took_B, kept, memory), new.finite, new.seen
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
@@ -109,7 +125,7 @@ def denoise(
 
     def goes_on(carry):
         done, _, now, finite = carry
-        return finite & (done < passes) & jnp.any(now.count_B > 0)
+        return finite & (done < passes) & jnp.any(now.going_B)
 
     def advance(carry):
         done, state, now, _ = carry
@@ -125,7 +141,7 @@ def denoise(
         canvas_BT=jax.reshard(roll(canvas_BT, -rows.shift_B), P(None, None)),
         steps_B=jax.reshard(state.steps_B, P(None)),
         passes=done,
-        going=jnp.any(now.count_B > 0),
+        going=jnp.any(now.going_B),
         finite=finite,
     )
     return outcome, state
@@ -154,10 +170,10 @@ def generate(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Fills in the MASK tokens of the prompts and gen_length appended ones, all rows in one compiled program.
 
-    The program is compiled once per shape (B, T), block_length, remasking, commit, cache, suffix_window, and whether
-    there is a temperature, guidance, top_k and top_p. The values of steps, temperature, cfg_scale, top_k, top_p,
-    commit_bound, cache_refresh and key are traced. The caller need not set a mesh; on a mesh the rows are split over
-    its batch axes.
+    The program is compiled once per shape (B, T), block_length, remasking, commit, revoke, cache, suffix_window, and
+    whether there is a temperature, guidance, top_k and top_p. The values of steps, temperature, cfg_scale, top_k,
+    top_p, commit_bound, revoke_bound, cache_refresh and key are traced. The caller need not set a mesh; on a mesh the
+    rows are split over its batch axes.
 
     Only tokens other than MASK are chosen. The config of a model from `llada_jax.load` knows from its tokenizer which
     ids are tokens (token_count, holes). If there was no tokenizer, all ids below token_count count as tokens.

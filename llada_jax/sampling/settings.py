@@ -12,8 +12,14 @@ from llada_jax.sampling.remasking import REMASKING
 from llada_jax.text.named_ids import others
 
 LARGEST = 1e30  # a temperature or guidance scale; noise and logits times this number are still finite in float32
+LARGEST_PACE = 10**8  # steps times tokens of a block
 TO_THE_END = np.iinfo(np.int32).max
 NONE, PREFIX, DUAL = CACHES = ("none", "prefix", "dual")
+# The rules that take tokens back (sampling/revoking.py), with the bounds that were published for them.
+REMDM = {"remdm_cap": 0.008, "remdm_rescale": 0.015, "remdm_conf": 1.0, "remdm_loop": 0.02}
+WINO = "wino"
+REVOKE_BOUNDS = REMDM | {WINO: 0.9}
+REVOKE = (NONE, *REVOKE_BOUNDS)
 
 
 def check_settings(config: SamplerConfig) -> SamplerConfig:
@@ -37,6 +43,7 @@ def check_settings(config: SamplerConfig) -> SamplerConfig:
         raise UserError(f"{name} has no effect at temperature 0, where always the most probable token is taken")
     _check_commit(config)
     _check_cache(config)
+    _check_revoke(config)
     return config
 
 
@@ -63,6 +70,28 @@ def _check_cache(config: SamplerConfig) -> None:
         raise UserError(f"cache_refresh={config.cache_refresh} has no effect with cache=none")
     if not 0 <= config.suffix_window < TO_THE_END:
         raise UserError(f"suffix_window={config.suffix_window}: it must be 0 (all) or a number of MASK tokens")
+
+
+def _check_revoke(config: SamplerConfig) -> None:
+    rule, bound = config.revoke, config.revoke_bound
+    if rule not in REVOKE:
+        raise UserError(f"revoke={rule!r}: choose one of {', '.join(REVOKE)}")
+    if rule == NONE:
+        if bound is not None:
+            raise UserError(f"revoke_bound={bound} has no effect with revoke=none")
+        return
+    if rule in REMDM and config.commit != SCHEDULE:
+        raise UserError(f"revoke={rule} follows the schedule of --steps: it needs commit=schedule, not {config.commit}")
+    if rule in REMDM and config.steps * config.block_length > LARGEST_PACE:
+        product = f"steps={config.steps} times block_length={config.block_length}"
+        raise UserError(f"{product}: with revoke={rule} it must be at most {LARGEST_PACE:,}")
+    if rule == WINO and config.commit == SCHEDULE:
+        others = ", ".join(RULES)
+        raise UserError(f"revoke=wino does not know how many steps it takes: it needs commit={others}, not schedule")
+    if rule == "remdm_conf" and config.remasking != "low_confidence":
+        raise UserError(f"revoke=remdm_conf needs remasking=low_confidence, not {config.remasking}")
+    if bound is not None and not 0 <= bound <= 1:
+        raise UserError(f"revoke_bound={bound}: it must be a probability, from 0 to 1")
 
 
 def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from llada_jax.config import SamplerConfig
-from llada_jax.devices import mesh
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling.canvas import Dials, Rows, take
+from llada_jax.sampling.canvas import Dials, Rows, put, take
 from llada_jax.sampling.commit import RULES, SCHEDULE, Ranked
 from llada_jax.sampling.plan import Plan, is_any, is_end
 from llada_jax.sampling.remasking import LAST, REMASKING, Predictions, allowed, choose, entropies, gumbel
@@ -37,6 +36,18 @@ class Block:
     inside_BK: jax.Array  # bool: True for a slot of the block; the others only fill up the width
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Kept:
+    """What `keep_the_best` has come to. Slots are in the order of their scores, the best first."""
+
+    tokens_BT: jax.Array  # int32: the canvas
+    finite: jax.Array  # bool scalar: whether all predictions were finite
+    position_BK: jax.Array  # int32: where a prediction was kept; the length of the canvas for one that was not
+    score_BK: jax.Array  # fp32: the scores of the predictions
+    seen: Seen | None  # what is told of the predictions, or None
+
+
 def block_width(block_length: int, length: int) -> int:
     """Returns K: the number of slots per block, at most the length of the canvas, rounded up to whole chunks."""
     # At least 2, because JAX cannot tell how a slice of shape (1, 1) is split. Slots beyond the block are not masked.
@@ -56,6 +67,12 @@ def active_block(rows: Rows, tokens_BT: jax.Array, plan: Plan, config: SamplerCo
     # Put the slots that are still masked first, in order, so that chunks without masked slots need not be computed.
     first_BK = jnp.argsort(~masked_BK, axis=1, stable=True)
     return Block(*(take(x, first_BK) for x in (index_BK, position_BK, masked_BK, inside_BK)))
+
+
+def slot_keys(rows: Rows, plan: Plan, index_BK: jax.Array) -> jax.Array:
+    """Returns PRNG keys (B, K): one for each slot of a block, from the row, the block, the step and the slot only."""
+    key_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.fold_in)(rows.key_B, plan.block_B), plan.inner_B)
+    return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_B, index_BK)
 
 
 def _predict(
@@ -104,7 +121,8 @@ def keep_the_best(
     dials: Dials,
     config: SamplerConfig,
     alternatives: int | None = None,
-) -> tuple[jax.Array, jax.Array, Seen | None]:
+    most_B: jax.Array | None = None,
+) -> Kept:
     """Predicts the masked tokens of the active blocks and keeps some of the predictions.
 
     Args:
@@ -118,21 +136,18 @@ def keep_the_best(
       dials: The traced settings.
       config: The other settings.
       alternatives: The number of most probable tokens to tell for each prediction. None tells nothing.
-
-    Returns:
-      The canvas; bool (), whether all predictions were finite; and what is told of them, or None.
+      most_B: int32, the largest number of predictions that are kept. None sets no limit.
     """
     length, width = tokens_BT.shape[1], at_BK.shape[1]
     chunk = min(width, HEAD_CHUNK)
     index_BK, position_BK, masked_BK, count_B = block.index_BK, block.position_BK, block.masked_BK, plan.count_B
-    key_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.fold_in)(rows.key_B, plan.block_B), plan.inner_B)
 
     def predict_chunk(i, predicted):
         def part(x_BK):
             return jax.lax.dynamic_slice_in_dim(x_BK, i * chunk, chunk, axis=1)
 
         # Each slot of the block has its own key, so its noise does not depend on how slots are grouped into chunks.
-        key_BC = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_B, part(index_BK))
+        key_BC = slot_keys(rows, plan, part(index_BK))
         logits_BCV = model.logits(take(h_BND, part(at_BK)[:, :, None]))
         new = _predict(model, logits_BCV, key_BC, dials, config)
         if alternatives is not None:
@@ -151,20 +166,20 @@ def keep_the_best(
     else:
         chunks = -(-jnp.max(jnp.sum(masked_BK, axis=1, dtype=jnp.int32)) // chunk)
         token_BK, score_BK, entropy_BK, *told = jax.lax.fori_loop(0, chunks, predict_chunk, predicted)
-    seen = Seen(position_BK, masked_BK & (count_B > 0)[:, None], score_BK, *told) if told else None
+    seen = Seen(position_BK, masked_BK & plan.going_B[:, None], score_BK, *told) if told else None
 
     finite = ~jnp.any(jnp.isnan(score_BK) & masked_BK)
     # The sort is stable, so among equal scores the lowest position stays. Slots that are not masked always come last.
     score_BK = jnp.where(masked_BK, score_BK, -jnp.inf)
     best_BK = jnp.argsort(-score_BK, axis=1, stable=True)
-    token_BK, position_BK = (take(x, best_BK) for x in (token_BK, position_BK))
+    token_BK, position_BK, score_BK = (take(x, best_BK) for x in (token_BK, position_BK, score_BK))
     kept_BK = jnp.arange(width) < count_B[:, None]
     if config.commit != SCHEDULE:
-        score_BK, entropy_BK, masked_BK = (take(x, best_BK) for x in (score_BK, entropy_BK, masked_BK))
+        entropy_BK, masked_BK = (take(x, best_BK) for x in (entropy_BK, masked_BK))
         passes_BK = RULES[config.commit].passes(Ranked(score_BK, entropy_BK, position_BK), dials.commit_bound)
         kept_BK |= passes_BK & masked_BK & (count_B[:, None] > 0)
+    if most_B is not None:
+        kept_BK &= jnp.arange(width) < most_B[:, None]
     # Predictions that are not kept get the position `length`, outside the canvas: they are dropped.
     position_BK = jnp.where(kept_BK, position_BK, length)
-    write = jax.vmap(lambda row_T, at_K, new_K: row_T.at[at_K].set(new_K, mode="drop"))
-    write = jax.shard_map(write, in_specs=(mesh.TOKENS_BT,) * 3, out_specs=mesh.TOKENS_BT)
-    return write(tokens_BT, position_BK, token_BK), finite, seen
+    return Kept(put(tokens_BT, position_BK, token_BK), finite, position_BK, score_BK, seen)

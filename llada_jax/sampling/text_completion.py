@@ -32,6 +32,8 @@ class Options:
     cache: str = DEFAULTS.cache
     cache_refresh: int = DEFAULTS.cache_refresh
     suffix_window: int = DEFAULTS.suffix_window
+    revoke: str = DEFAULTS.revoke
+    revoke_bound: float | None = None
     cfg_scale: float = 0.0
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False

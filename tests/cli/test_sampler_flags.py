@@ -12,6 +12,7 @@ from llada_jax.cli import sampler_flags
 from llada_jax.conversation.conversation import Settings
 from llada_jax.sampling import text_completion
 from llada_jax.sampling.commit import RULES
+from llada_jax.sampling.settings import REVOKE_BOUNDS
 from llada_jax.sampling.text_completion import Options
 
 NAMES = {flag.name for flag in sampler_flags._FLAGS}
@@ -37,6 +38,9 @@ def test_the_defaults_are_those_of_the_commands():
         bounds = ", ".join(f"{rule.bound:g}" for rule in RULES.values())
         assert values.pop("commit_bound") is None
         assert default("commit_bound", command) == f"{bounds}, in the order of the rules"
+        bounds = ", ".join(f"{bound:g}" for bound in REVOKE_BOUNDS.values())
+        assert values.pop("revoke_bound") is None
+        assert default("revoke_bound", command) == f"{bounds}, in the order of the rules"
         assert default("gen_length", command).split(",")[0] == str(length or text_completion.DEFAULTS.gen_length)
         words = {name: value if isinstance(value, str) else f"{value:g}" for name, value in values.items()}
         words |= {name: str(value).lower() for name, value in values.items() if isinstance(value, bool)}

@@ -17,8 +17,8 @@ FAULTS = (
     Fault(
         "one-step-too-many",
         "llada_jax/sampling/remasking.py",
-        old="return jnp.maximum(share_B + (block_B < extra_B), 1)",
-        new="return jnp.maximum(share_B + (block_B <= extra_B), 1)",
+        old="all_B = jnp.maximum(share_B + (block_B < extra_B), 1)",
+        new="all_B = jnp.maximum(share_B + (block_B <= extra_B), 1)",
         harm="One block plans a step that it never takes, so a MASK can stay in the finished text.",
         tests=("sampling/test_remasking.py::test_schedule_is_the_plain_one",),
     ),
@@ -100,6 +100,22 @@ FAULTS = (
         new="is_full = jnp.any(going_B & ~ready_B)",
         harm="With a cache, a row gets fresh keys whenever another row needs them, so its text depends on its batch.",
         tests=("sampling/test_cache.py::test_generate_is_the_plain_sampler_with_stale_keys[dual-threshold]",),
+    ),
+    Fault(
+        "shadows-see-their-own-tokens",
+        "llada_jax/model/shadow.py",
+        old="seen_BJS = jnp.arange(slots) != slot_BJ[:, :, None]",
+        new="seen_BJS = jnp.arange(slots) >= 0 * slot_BJ[:, :, None]",
+        harm="With revoke=wino, a token is checked by a model that sees it, so that wrong tokens stay.",
+        tests=("sampling/test_revoking.py::test_generate_is_the_plain_sampler[wino]",),
+    ),
+    Fault(
+        "nothing-is-kept-for-what-is-taken-back",
+        "llada_jax/sampling/sampler.py",
+        old="count_B=now.count_B + jnp.sum(revoked_BK, axis=1, dtype=jnp.int32)",
+        new="count_B=now.count_B",
+        harm="With revoke=remdm_cap, a MASK stays in the finished text for each token that was taken back.",
+        tests=("sampling/test_revoking.py::test_generate_is_the_plain_sampler[cap]",),
     ),
     Fault(
         "end-of-turn-is-no-end",

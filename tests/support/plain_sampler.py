@@ -79,6 +79,70 @@ def kept_by_rule(config: SamplerConfig, candidates: list[tuple]) -> int | list[b
     return kept
 
 
+def predictions(model, canvas, block: list[int], logits_TV, step_key, config: SamplerConfig):
+    """Returns what a step predicts for the masked positions of a block.
+
+    Returns:
+      The candidates (-score, position, token, entropy), the best first; and by position, how much more likely the token
+      is than any other, as a difference of logits with their noise.
+    """
+    mask_id, size = model.config.mask_id, model.config.vocab_size
+    ends = ids_of_ends(config)
+    holes = [i for first, end in model.config.holes for i in range(first, end)]
+    candidates, margins = [], {}
+    for index, position in enumerate(block):
+        if canvas[position] != mask_id:
+            continue
+        draw_key, score_key = jax.random.split(jax.random.fold_in(step_key, index))
+        logits = logits_TV[position]
+        if config.logits_eos_inf:
+            logits[[config.eos_id, *(config.end_ids or ())]] = -np.inf
+        noisy = logits.copy()
+        if config.temperature:
+            noisy += config.temperature * gumbel(draw_key, size)
+        noisy[[mask_id, *holes, *range(model.config.token_count or size, size)]] = -np.inf
+        token = int(noisy.argmax())
+        margins[position] = noisy[token] - np.partition(noisy, -2)[-2]
+        if config.confidence_eos_eot_inf:
+            logits[ends] = -np.inf
+        probability = np.exp(logits) / np.exp(logits).sum()
+        entropy = -sum(p * np.log(p) for p in probability if p > 0)
+        score = probability[token]
+        if config.remasking == "random":
+            score = float(jax.random.uniform(score_key))
+        if config.remasking == "margin":
+            may = np.delete(probability, [mask_id, *holes, *range(model.config.token_count or size, size)])
+            score = np.sort(may)[-1] - np.sort(may)[-2]
+        if config.remasking == "entropy":
+            score = -entropy
+        if config.confidence_eos_eot_inf and token in ends:
+            score = -1e9
+        candidates.append((-score, position, token, entropy))
+    return sorted(candidates), margins
+
+
+def ids_of_ends(config: SamplerConfig) -> list[int]:
+    return [i for i in (config.eos_id, config.eot_id, *(config.end_ids or ())) if i is not None]
+
+
+def error_of_choice(model, length: int, config: SamplerConfig) -> float:
+    """Returns the rounding error, relative to the size of logits, of a difference of two logits."""
+    # A guided logit is (w + 1) times a logit minus w times another one.
+    return 2 * (2 * config.cfg_scale + 1) * rounding.of_logits(model.config, length)
+
+
+def keep(canvas, candidates, margins, count: int, off: float, by_schedule: bool) -> None:
+    """Writes the first of the candidates into the canvas."""
+    chosen, left = candidates[:count], candidates[count:]
+    for _, position, token, _ in chosen:
+        canvas[position] = token
+        assert margins[position] > off, f"two tokens at position {position} are as likely as each other"
+    if chosen and left and left[0][0] < 0 and by_schedule:
+        # The logarithm of a probability is a logit minus the logarithm of a sum, which has the same error.
+        gap = np.log(chosen[-1][0] / left[0][0])
+        assert gap > 2 * off, f"positions {chosen[-1][1]} and {left[0][1]} are as sure as each other"
+
+
 def row(model, prompt_T, real_T, config: SamplerConfig, key, logits_of=logits_of) -> tuple[np.ndarray, int]:
     """Returns the finished canvas of one row, and the number of reverse steps.
 
@@ -90,77 +154,41 @@ def row(model, prompt_T, real_T, config: SamplerConfig, key, logits_of=logits_of
       key: The key of the row.
       logits_of: The function that makes a forward pass.
     """
-    mask_id, size = model.config.mask_id, model.config.vocab_size
-    ends = [i for i in (config.eos_id, config.eot_id, *(config.end_ids or ())) if i is not None]
-    holes = [i for first, end in model.config.holes for i in range(first, end)]
-    canvas = np.concatenate([prompt_T, np.full(config.gen_length, mask_id)]).astype(np.int32)
-    real = np.concatenate([real_T, np.ones(config.gen_length, bool)])
-    todo = [i for i in range(len(canvas)) if canvas[i] == mask_id and real[i]]
-    given = canvas != mask_id
-    blocks = [todo[i : i + config.block_length] for i in range(0, len(todo), config.block_length)]
-    # A choice compares two logits. A guided logit is (w + 1) times a logit minus w times another one.
-    margin = 2 * (2 * config.cfg_scale + 1) * rounding.of_logits(model.config, len(canvas))
-    taken = 0
+    canvas, real, todo, blocks = layout(model, prompt_T, real_T, config)
+    given, mask_id, taken = canvas != model.config.mask_id, model.config.mask_id, 0
     for block, step, count in (
         schedule(len(todo), config.steps, config.block_length)
         if config.commit == "schedule"
         else steps_by_rule(canvas, blocks, mask_id)
     ):
         before = [i for done in blocks[:block] for i in done if i >= len(prompt_T)]
-        if config.stop_at_end and set(canvas[before].tolist()) & set(ends):
+        if config.stop_at_end and set(canvas[before].tolist()) & set(ids_of_ends(config)):
             canvas[[i for i in todo if canvas[i] == mask_id]] = config.eos_id
             break
         taken += 1
         logits_TV = logits_of(model, canvas, real, given, config, blocks, block)
-        step_key, margins = jax.random.fold_in(jax.random.fold_in(key, block), step), {}
-        off, candidates = margin * rounding.size(logits_TV), []
-        for index, position in enumerate(blocks[block]):
-            if canvas[position] != mask_id:
-                continue
-            draw_key, score_key = jax.random.split(jax.random.fold_in(step_key, index))
-            logits = logits_TV[position]
-            if config.logits_eos_inf:
-                logits[[config.eos_id, *(config.end_ids or ())]] = -np.inf
-            noisy = logits.copy()
-            if config.temperature:
-                noisy += config.temperature * gumbel(draw_key, size)
-            noisy[[mask_id, *holes, *range(model.config.token_count or size, size)]] = -np.inf
-            token = int(noisy.argmax())
-            margins[position] = noisy[token] - np.partition(noisy, -2)[-2]
-            if config.confidence_eos_eot_inf:
-                logits[ends] = -np.inf
-            probability = np.exp(logits) / np.exp(logits).sum()
-            entropy = -sum(p * np.log(p) for p in probability if p > 0)
-            score = probability[token]
-            if config.remasking == "random":
-                score = float(jax.random.uniform(score_key))
-            if config.remasking == "margin":
-                may = np.delete(probability, [mask_id, *holes, *range(model.config.token_count or size, size)])
-                score = np.sort(may)[-1] - np.sort(may)[-2]
-            if config.remasking == "entropy":
-                score = -entropy
-            if config.confidence_eos_eot_inf and token in ends:
-                score = -1e9
-            candidates.append((-score, position, token, entropy))
-        candidates.sort()
+        step_key = jax.random.fold_in(jax.random.fold_in(key, block), step)
+        off = error_of_choice(model, len(canvas), config) * rounding.size(logits_TV)
+        candidates, margins = predictions(model, canvas, blocks[block], logits_TV, step_key, config)
         if count is None:
             kept = kept_by_rule(config, candidates)
             count = sum(kept)
             candidates = [c for c, k in zip(candidates, kept, strict=True) if k] + [
                 c for c, k in zip(candidates, kept, strict=True) if not k
             ]
-        chosen, left = candidates[:count], candidates[count:]
-        for _, position, token, _ in chosen:
-            canvas[position] = token
-            assert margins[position] > off, f"two tokens at position {position} are as likely as each other"
-        if left and left[0][0] < 0 and config.commit == "schedule":
-            # The logarithm of a probability is a logit minus the logarithm of a sum, which has the same error.
-            gap = np.log(chosen[-1][0] / left[0][0])
-            assert gap > 2 * off, f"positions {chosen[-1][1]} and {left[0][1]} are as sure as each other"
+        keep(canvas, candidates, margins, count, off, config.commit == "schedule")
     return canvas, taken
 
 
-def generate(model, prompts, config: SamplerConfig, key, return_steps: bool = False, passes=lambda: logits_of):
+def layout(model, prompt_T, real_T, config: SamplerConfig):
+    """Returns the canvas, which of its tokens are real, the positions to fill, and the same cut into blocks."""
+    canvas = np.concatenate([prompt_T, np.full(config.gen_length, model.config.mask_id)]).astype(np.int32)
+    real = np.concatenate([real_T, np.ones(config.gen_length, bool)])
+    todo = [i for i in range(len(canvas)) if canvas[i] == model.config.mask_id and real[i]]
+    return canvas, real, todo, [todo[i : i + config.block_length] for i in range(0, len(todo), config.block_length)]
+
+
+def generate(model, prompts, config: SamplerConfig, key, return_steps: bool = False, passes=lambda: logits_of, row=row):
     """Returns the finished canvas of all rows; row i uses the key fold_in(key, i).
 
     Args:
@@ -170,6 +198,7 @@ def generate(model, prompts, config: SamplerConfig, key, return_steps: bool = Fa
       key: The key of all rows.
       return_steps: Whether to return the number of reverse steps of each row as well.
       passes: A function that returns what makes the forward passes of one row.
+      row: The function that denoises one row.
     """
     rows = enumerate(zip(*prompts, strict=True))
     done = [row(model, *prompt, config, jax.random.fold_in(key, i), passes()) for i, prompt in rows]
