@@ -75,7 +75,7 @@ def same(prompt: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
-    for name, value in {"count": 400_000, "held_out": 500, "seed": 0}.items():
+    for name, value in {"count": 120_000, "held_out": 500, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,9 @@ r"""Measures the quality of the rules of sampling beside their speed, on problem
     python benchmarks/tasks.py --model=runs/tasks --problems=problems/held_out.jsonl --output=tasks.jsonl
 
 benchmarks/tasks_config.py has the commands that make the model and the problems. Every rule of `commit` (and the
-schedule with 1, 2 and 4 tokens per step) is used with every cache and block length, on the same problems in the same
-batches. For each batch, all settings take their turn, so that other load on the machine affects all of them alike.
+schedule with 1, 2 and 4 tokens per step) is used with every cache and block length, and the rules that take tokens back
+without a cache, on the same problems in the same batches. For each batch, all settings take their turn, so that other
+load on the machine affects all of them alike.
 
 Each batch and setting appends one JSON line to --output; a run that was ended goes on where it was. Of a batch they
 tell: correct, the number of answers with the right result; whole, those in which the working is right too; tokens, the
@@ -31,11 +32,20 @@ from llada_jax.config import SamplerConfig
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.commit import RULES
 from llada_jax.sampling.sampler import generate
+from llada_jax.sampling.settings import NONE, REMDM, WINO
 from llada_jax.sampling.text_completion import row_keys, text_length
 from llada_jax.text.tokenizer import Tokenizer
 
 PER_STEP = (1, 2, 4)  # tokens per step of the schedule
-VARIED = ("commit", "steps", "commit_bound", "cache", "block_length")  # the fields in which the settings differ
+BOLD = {"commit": "threshold", "commit_bound": 0.6}  # as the authors of WINO use it
+VARIED = (
+    "commit",
+    "steps",
+    "commit_bound",
+    "revoke",
+    "cache",
+    "block_length",
+)  # the fields in which the settings differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +81,11 @@ def settings(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     schedules = [{"commit": "schedule", "steps": -(-args.gen_length // n)} for n in PER_STEP]
     rules = [{"commit": rule} for rule in RULES]
     rules += [{"commit": rule, "commit_bound": bound} for rule, bound in args.bounds]
+    revoking = [schedule | {"revoke": rule} for rule in REMDM for schedule in schedules[:2]]
+    revoking += [rule | {"revoke": WINO} for rule in ({"commit": "threshold"}, BOLD)]
     for block_length in args.block_lengths:
         for cache in args.caches:
-            for rule in schedules + rules:
+            for rule in schedules + rules + (revoking if cache == NONE else []):
                 yield rule | {"cache": cache, "block_length": block_length}
 
 

@@ -1,7 +1,7 @@
 """A small model that adds and sorts, on two CPU cores: what benchmarks/tasks.py measures the rules of sampling with.
 
     python benchmarks/problems.py --output=problems
-    python -m llada_jax.prepare --input=problems/text.jsonl --output=data/digits --train_tokenizer=384 \
+    python -m llada_jax.prepare --input=problems/text.jsonl --output=data/digits --train_tokenizer=296 \
         --sequence_length=64
     cp problems/chat_template.jinja data/digits/tokenizer/
     python -m llada_jax.prepare --chat --input=problems/train.jsonl.gz --output=data/problems \
@@ -33,7 +33,7 @@ def get_config() -> Config:
 
     config.compute.unroll = 0
     config.compute.remat = "none"
-    config.compute.loss_chunk = 512
+    config.compute.loss_chunk = 640
 
     config.optimizer.name = "muon"
     config.optimizer.peak_learning_rate = 6e-2

@@ -20,7 +20,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-VARIED = ("commit", "steps", "commit_bound", "revoke", "revoke_bound", "cache", "block_length")
+VARIED = ("commit", "steps", "commit_bound", "revoke", "cache", "block_length")
 COLOURS = ("#888888", "#1f6fb4", "#d9730d", "#2b8a3e", "#8f4ab8", "#c2255c")
 MARKERS = {"none": "o", "prefix": "^", "dual": "s"}
 GREY = "#888888"  # is readable on light and dark pages
@@ -59,7 +59,7 @@ def label(varied: dict, gen_length: int) -> str:
     name = varied["commit"]
     if name == "schedule":
         name = f"schedule, {gen_length // varied['steps']} per step"
-    for key in ("commit_bound", "revoke", "revoke_bound"):
+    for key in ("commit_bound", "revoke"):
         if varied[key] is not None:
             name += f", {varied[key]}"
     return name
@@ -107,7 +107,7 @@ def main() -> None:
         groups[tuple(line.get(name) for name in VARIED)][line["task"]].append(line)
     gen_length = line["gen_length"]
     table = {key: {task: summary(lines) for task, lines in each.items()} for key, each in groups.items()}
-    exact = table["schedule", gen_length, None, None, None, "none", args.block_length]
+    exact = table["schedule", gen_length, None, None, "none", args.block_length]
     for each in table.values():
         for task, point in each.items():
             point["speed"] = point["rate"] / exact[task]["rate"]
