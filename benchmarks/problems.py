@@ -2,8 +2,8 @@
 
 The problems are additions and sortings, each with a line of working before "=" and the result behind it:
 
-    add 4 7 3 + 8 5 9 =      3 9 1 2 7 5 1 3 4 8 1 3 = 1 3 3 2
-    sort 4 7 , 1 2 , 8 5 =   2 1 3 = 1 2 , 4 7 , 8 5
+    add 0 4 7 3 + 6 8 5 9 =                  3 9 1 2 7 5 1 3 4 8 1 3 0 6 0 7 = 0 7 3 3 2
+    sort 4 7 , 1 2 , 8 5 , 0 3 , 6 1 =       3 2 5 1 4 = 0 3 , 1 2 , 4 7 , 6 1 , 8 5
 
 The working of an addition goes through the columns from the right: both digits, and their sum with the carry from
 before, in two digits. The working of a sorting is the rank of each number. Digits are separated by spaces, so that a
@@ -29,9 +29,8 @@ TEMPLATE = (
 )
 
 
-def addition(rng: random.Random) -> tuple[str, str]:
-    """Returns an addition of two numbers with the same number of digits, 3 to 6, and its answer with the working."""
-    digits = rng.randint(3, 6)
+def addition(rng: random.Random, digits: int = 4) -> tuple[str, str]:
+    """Returns an addition of two numbers of `digits` digits, the first of which may be 0, and its answer."""
     a, b = (rng.randrange(10**digits) for _ in range(2))
     columns, carry = [], 0
     for place in range(digits):
@@ -42,9 +41,9 @@ def addition(rng: random.Random) -> tuple[str, str]:
     return prompt, f"{_spaced(''.join(columns))} = {_spaced(f'{a + b:0{digits + 1}}')}"
 
 
-def sorting(rng: random.Random) -> tuple[str, str]:
-    """Returns 4 to 7 different numbers of two digits to be sorted, and their order with the rank of each."""
-    numbers = rng.sample(range(100), rng.randint(4, 7))
+def sorting(rng: random.Random, count: int = 5) -> tuple[str, str]:
+    """Returns `count` different numbers of two digits to be sorted, and their order with the rank of each."""
+    numbers = rng.sample(range(100), count)
     ordered = sorted(numbers)
     ranks = "".join(str(ordered.index(number) + 1) for number in numbers)
     return f"sort {_list(numbers)} =", f"{_spaced(ranks)} = {_list(ordered)}"

@@ -4,7 +4,7 @@ r"""Measures the quality of the rules of sampling beside their speed, on problem
 
 benchmarks/tasks_config.py has the commands that make the model and the problems. Every rule of `commit` (and the
 schedule with 1, 2 and 4 tokens per step) is used with every cache and block length, and the rules that take tokens back
-without a cache, on the same problems in the same batches. For each batch, all settings take their turn, so that other
+without a cache in the blocks of --revoke_blocks, on the same problems in the same batches. For each batch, all settings take their turn, so that other
 load on the machine affects all of them alike.
 
 Each batch and setting appends one JSON line to --output; a run that was ended goes on where it was. Of a batch they
@@ -30,7 +30,7 @@ import problems
 import llada_jax
 from llada_jax.config import SamplerConfig
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling.commit import RULES
+from llada_jax.sampling.commit import RULES, SCHEDULE
 from llada_jax.sampling.sampler import generate
 from llada_jax.sampling.settings import NONE, REMDM, WINO
 from llada_jax.sampling.text_completion import row_keys, text_length
@@ -60,13 +60,14 @@ class Batch:
 
 
 def read_batches(path: Path, tokenizer: Tokenizer, size: int, count: int) -> list[Batch]:
-    """Returns the first `count` problems of each task in batches. The last batch of a task may be smaller."""
+    """Returns the first `count` problems of each task in batches of this size; a last, smaller one is left out."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     ids = [tokenizer.encode_chat([{"role": "user", "content": row["prompt"]}]) for row in rows]
-    length, found = max(map(len, ids)), []
+    # One column more than is needed, because a batch without padding is another program.
+    length, found = max(map(len, ids)) + 1, []
     for task in dict.fromkeys(row["task"] for row in rows):
         chosen = [i for i, row in enumerate(rows) if row["task"] == task][:count]
-        for number, first in enumerate(range(0, len(chosen), size)):
+        for number, first in enumerate(range(0, len(chosen) - size + 1, size)):
             part = chosen[first : first + size]
             prompt_BT = np.zeros((len(part), length), np.int32)
             for row_T, i in zip(prompt_BT, part, strict=True):
@@ -78,14 +79,17 @@ def read_batches(path: Path, tokenizer: Tokenizer, size: int, count: int) -> lis
 
 def settings(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Yields the fields of SamplerConfig in which the settings to measure differ."""
-    schedules = [{"commit": "schedule", "steps": -(-args.gen_length // n)} for n in PER_STEP]
     rules = [{"commit": rule} for rule in RULES]
     rules += [{"commit": rule, "commit_bound": bound} for rule, bound in args.bounds]
-    revoking = [schedule | {"revoke": rule} for rule in REMDM for schedule in schedules[:2]]
-    revoking += [rule | {"revoke": WINO} for rule in ({"commit": "threshold"}, BOLD)]
     for block_length in args.block_lengths:
+        # Each block gets an equal share of the steps, also a last block that is shorter than the others.
+        blocks = -(-args.gen_length // block_length)
+        schedules = [{"commit": SCHEDULE, "steps": blocks * -(-block_length // n)} for n in PER_STEP]
+        revoking = [schedule | {"revoke": rule} for rule in REMDM for schedule in schedules[:2]]
+        revoking += [rule | {"revoke": WINO} for rule in ({"commit": "threshold"}, BOLD)]
         for cache in args.caches:
-            for rule in schedules + rules + (revoking if cache == NONE else []):
+            taken_back = revoking if cache == NONE and block_length in args.revoke_blocks else []
+            for rule in schedules + rules + taken_back:
                 yield rule | {"cache": cache, "block_length": block_length}
 
 
@@ -123,10 +127,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "problems", "output"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    sizes = {"count": 500, "batch_size": 100, "gen_length": 32}
+    sizes = {"count": 500, "batch_size": 100, "gen_length": 24}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--block_lengths", type=int, nargs="*", default=[8, 16, 32])
+    parser.add_argument("--block_lengths", type=int, nargs="*", default=[8, 24])
+    parser.add_argument(
+        "--revoke_blocks", type=int, nargs="*", default=[24], help="block lengths to take tokens back in"
+    )
     parser.add_argument("--caches", nargs="*", default=["none", "prefix", "dual"])
     parser.add_argument("--bounds", type=_bound, nargs="*", default=[], help="further bounds, such as threshold=0.8")
     args = parser.parse_args()
@@ -138,7 +145,7 @@ def main() -> None:
     about |= {"model": str(args.model), "batch_size": args.batch_size, "gen_length": args.gen_length}
     lines = args.output.read_text(encoding="utf-8").splitlines() if args.output.exists() else []
     done = {_name(json.loads(line)) for line in lines}
-    warm = set()
+    warm: set[str] = set()
     with open(args.output, "a", encoding="utf-8") as file:
         for number in range(max(batch.number for batch in batches) + 1):
             for varied in settings(args):
@@ -147,7 +154,7 @@ def main() -> None:
                     line = {"benchmark": "tasks", "task": batch.task, "batch": batch.number} | varied
                     if batch.number != number or _name(line) in done:
                         continue
-                    program = (str(varied | {"steps": 0, "commit_bound": 0}), len(batch.rows))
+                    program = str(varied | {"steps": 0, "commit_bound": 0})
                     if program not in warm:  # the first run also compiles and is not counted
                         warm.add(program)
                         measure(model, tokenizer, batch, config)

@@ -5,7 +5,7 @@
         --sequence_length=64
     cp problems/chat_template.jinja data/digits/tokenizer/
     python -m llada_jax.prepare --chat --input=problems/train.jsonl.gz --output=data/problems \
-        --tokenizer=data/digits/tokenizer --sequence_length=56 --validation_fraction=0.002
+        --tokenizer=data/digits/tokenizer --sequence_length=40 --validation_fraction=0.005
     python -m llada_jax.train --config=benchmarks/tasks_config.py --workdir=runs/tasks
 
 The objective is that of conversations, with new weights: only answers are masked. So all of the loss is about what can
@@ -17,7 +17,7 @@ from llada_jax.config import Config
 
 def get_config() -> Config:
     """Returns the config of a model with about 0.9 million parameters."""
-    config = Config(steps=12_000, batch_size=32, sequence_length=56)
+    config = Config(minutes=20.0, batch_size=32, sequence_length=40)
     config.model.layers = 4
     config.model.width = 128
     config.model.heads = 4
@@ -33,11 +33,11 @@ def get_config() -> Config:
 
     config.compute.unroll = 0
     config.compute.remat = "none"
-    config.compute.loss_chunk = 640
+    config.compute.loss_chunk = 512
 
     config.optimizer.name = "muon"
-    config.optimizer.peak_learning_rate = 6e-2
-    config.optimizer.muon_scale = 0.1
+    config.optimizer.peak_learning_rate = 1.5e-2
+    config.optimizer.muon_scale = 0.4
     config.optimizer.schedule = ((0.0, 0.0), (0.02, 1.0), (0.5, 1.0), (1.0, 0.0))
     config.optimizer.beta2 = 0.99
     config.optimizer.weight_decay = 0.01
@@ -49,8 +49,8 @@ def get_config() -> Config:
     config.validation.rows = 256
     config.validation.samples = 4
     config.sampling.every = 1000
-    config.sampling.steps = 32
-    config.sampling.gen_length = 32
-    config.sampling.block_length = 32
-    config.sampling.prompts = ("add 4 7 3 2 + 8 5 9 6 =", "sort 4 7 , 1 2 , 8 5 , 3 3 , 9 0 =")
+    config.sampling.steps = 24
+    config.sampling.gen_length = 24
+    config.sampling.block_length = 24
+    config.sampling.prompts = ("add 4 7 3 2 + 8 5 9 6 =", "sort 4 7 , 1 2 , 8 5 , 0 3 , 6 1 =")
     return config

@@ -58,7 +58,8 @@ def label(varied: dict, gen_length: int) -> str:
     """Returns the name of a rule with its bound, if it is not the default one."""
     name = varied["commit"]
     if name == "schedule":
-        name = f"schedule, {gen_length // varied['steps']} per step"
+        blocks = -(-gen_length // varied["block_length"])
+        name += f", {round(varied['block_length'] / (varied['steps'] / blocks))} per step"
     for key in ("commit_bound", "revoke"):
         if varied[key] is not None:
             name += f", {varied[key]}"
@@ -98,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, required=True)
     parser.add_argument("--output", type=Path, help="the picture, an .svg file")
-    parser.add_argument("--block_length", type=int, default=32, help="of the exact sampler that others are compared to")
+    parser.add_argument("--block_length", type=int, default=24, help="of the exact sampler that others are compared to")
     args = parser.parse_args()
 
     groups: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
@@ -107,7 +108,8 @@ def main() -> None:
         groups[tuple(line.get(name) for name in VARIED)][line["task"]].append(line)
     gen_length = line["gen_length"]
     table = {key: {task: summary(lines) for task, lines in each.items()} for key, each in groups.items()}
-    exact = table["schedule", gen_length, None, None, "none", args.block_length]
+    blocks = -(-gen_length // args.block_length)
+    exact = table["schedule", blocks * args.block_length, None, None, "none", args.block_length]
     for each in table.values():
         for task, point in each.items():
             point["speed"] = point["rate"] / exact[task]["rate"]
