@@ -3,9 +3,9 @@ r"""Measures the quality of the rules of sampling beside their speed, on problem
     python benchmarks/tasks.py --model=runs/tasks --problems=problems/held_out.jsonl --output=tasks.jsonl
 
 benchmarks/tasks_config.py has the commands that make the model and the problems. Every rule of `commit` (and the
-schedule with 1, 2 and 4 tokens per step) is used with every cache and block length, and the rules that take tokens back
-without a cache in the blocks of --revoke_blocks, on the same problems in the same batches. For each batch, all settings take their turn, so that other
-load on the machine affects all of them alike.
+schedule with 1, 2 and 4 tokens per step) is used with every cache and block length; the rules that take tokens back are
+used without a cache, in the blocks of --revoke_blocks. All settings get the same problems in the same batches. For each
+batch they take turns, so that other load on the machine affects all of them alike.
 
 Each batch and setting appends one JSON line to --output; a run that was ended goes on where it was. Of a batch they
 tell: correct, the number of answers with the right result; whole, those in which the working is right too; tokens, the
