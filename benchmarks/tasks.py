@@ -8,8 +8,8 @@ used without a cache, in the blocks of --revoke_blocks. All settings get the sam
 batch they take turns, so that other load on the machine affects all of them alike.
 
 Each batch and setting appends one JSON line to --output; a run that was ended goes on where it was. Of a batch they
-tell: correct, the number of answers with the right result; whole, those in which the working is right too; tokens, the
-number of tokens up to the end of the answers; passes, the number of forward passes of all rows; and the time of the
+tell: correct, the number of answers with the right result; whole, those in which the working is right too; right, the
+share of the parts (digits, signs) of the results that are at their place; tokens, the number of tokens up to the end of the answers; passes, the number of forward passes of all rows; and the time of the
 batch in seconds and in seconds of CPU time. Compilation is not counted. benchmarks/tasks_table.py makes of this file a
 table and a picture.
 """
@@ -17,6 +17,7 @@ table and a picture.
 import argparse
 import dataclasses
 import json
+import operator
 import platform
 import sys
 import time
@@ -100,17 +101,21 @@ def measure(model: Transformer, tokenizer: Tokenizer, batch: Batch, config: Samp
     canvas_BT, steps_B = generate(model, batch.prompt_BT, config, keys_B, batch.real_BT, return_steps=True)
     canvas_BT, steps_B = np.asarray(canvas_BT), np.asarray(steps_B)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    correct = whole = tokens = 0
+    correct = whole = tokens = right = parts = 0
     for row, row_T in zip(batch.rows, canvas_BT[:, batch.prompt_BT.shape[1] :], strict=True):
         length = text_length(row_T, model, tokenizer)
         text = tokenizer.decode(row_T[:length].tolist(), skip_special=True).strip()
         tokens += min(length + 1, len(row_T))  # the end is a token of the answer too
         whole += text == row["response"]
-        correct += problems.result(text) == problems.result(row["response"])
+        found, wanted = (problems.result(each).split() for each in (text, row["response"]))
+        correct += found == wanted
+        right += sum(map(operator.eq, found, wanted))
+        parts += len(wanted)
     return {
         "problems": len(batch.rows),
         "correct": correct,
         "whole": whole,
+        "right": right / parts,
         "tokens": tokens,
         "passes": int(steps_B.sum()),
         "seconds": round(wall, 4),

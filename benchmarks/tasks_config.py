@@ -36,9 +36,9 @@ def get_config() -> Config:
     config.compute.loss_chunk = 512
 
     config.optimizer.name = "muon"
-    config.optimizer.peak_learning_rate = 1.5e-2
-    config.optimizer.muon_scale = 0.4
-    config.optimizer.schedule = ((0.0, 0.0), (0.02, 1.0), (0.5, 1.0), (1.0, 0.0))
+    config.optimizer.peak_learning_rate = 3e-3
+    config.optimizer.muon_scale = 0.7
+    config.optimizer.schedule = ((0.0, 0.0), (0.02, 1.0), (1.0, 0.0))
     config.optimizer.beta2 = 0.99
     config.optimizer.weight_decay = 0.01
 
