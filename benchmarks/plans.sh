@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Makes the plans of configs/8b.py and configs/8b_sft.py: bash benchmarks/plans.sh [OUTPUT_DIR [NAME ...]]
+# Makes the plans of configs/8b.py, 8b_sft.py and 1b.py: bash benchmarks/plans.sh [OUTPUT_DIR [NAME ...]]
 #
 # Writes a file NAME.json for each NAME into OUTPUT_DIR (default: benchmarks/plans). Without names, plans every entry in
-# HARDWARE of both config files. The names of configs/8b_sft.py start with "8b_sft-", e.g. 8b_sft-lora-h200-1.
+# HARDWARE of these files. The names of configs/8b_sft.py start with "8b_sft-", e.g. 8b_sft-lora-h200-1, and those of
+# configs/1b.py with "1b-".
 # Needs pip install "jax[tpu]" for TPUs and pip install "jax[cuda13]" for GPUs, but no accelerator. The plan of
 # v5p-4x4x8 took 6 minutes of CPU time, that of v5e-16x16 9; those of other TPUs were not timed.
 set -uo pipefail
@@ -13,7 +14,7 @@ mkdir -p "$out"
 if [ $# -eq 0 ]; then
     mapfile -t names < <(python - <<'PYTHON'
 import runpy
-for file, prefix in ("8b", ""), ("8b_sft", "8b_sft-"):
+for file, prefix in ("8b", ""), ("8b_sft", "8b_sft-"), ("1b", "1b-"):
     for name in filter(None, runpy.run_path(f"configs/{file}.py")["HARDWARE"]):
         print(prefix + name)
 PYTHON
@@ -24,6 +25,7 @@ failed=0
 for name in "$@"; do
     file=8b hardware=$name
     if [[ $name == 8b_sft-* ]]; then file=8b_sft hardware=${name#8b_sft-}; fi
+    if [[ $name == 1b-* ]]; then file=1b hardware=${name#1b-}; fi
     topology=${hardware#lora-} topology=${topology/-/:}
     echo "== $file, $hardware"
     python -m llada_jax.plan --config="configs/$file.py:$hardware" --topology="$topology" --json >"$out/$name.tmp" ||

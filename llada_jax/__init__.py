@@ -9,9 +9,10 @@ if TYPE_CHECKING:
     from llada_jax.config import SamplerConfig
     from llada_jax.loading import load
     from llada_jax.sampling.sampler import generate
+    from llada_jax.sampling.warming import pad, warm_up
     from llada_jax.scoring.likelihood import log_likelihood
 
-__all__ = ["SamplerConfig", "generate", "load", "log_likelihood"]
+__all__ = ["SamplerConfig", "generate", "load", "log_likelihood", "pad", "warm_up"]
 
 # These are imported on first use, so that a process that only tokenises does not wait for the import of jax.
 _HOME = {
@@ -19,6 +20,8 @@ _HOME = {
     "generate": "llada_jax.sampling.sampler",
     "load": "llada_jax.loading",
     "log_likelihood": "llada_jax.scoring.likelihood",
+    "pad": "llada_jax.sampling.warming",
+    "warm_up": "llada_jax.sampling.warming",
 }
 
 

@@ -304,3 +304,15 @@ def test_the_recorded_tuning_plans_are_of_these_configs(name):
     assert (record["accumulation"], record["compute"]["remat"]) == (wanted.accumulation, wanted.remat)
     assert record["sequences_per_step"] * record["sequence_length"] == 256 * 4096
     assert record["parameters"] == 8_015_581_184 and record["adapter_parameters"] == wanted.rank * 2_621_440
+
+
+SMALLER = runpy.run_path(str(ROOT / "configs" / "1b.py"))["HARDWARE"]
+
+
+@pytest.mark.parametrize("name", [name for name in SMALLER if name])
+def test_the_recorded_plans_of_1b_are_of_this_config(name):
+    record = json.loads((ROOT / "benchmarks" / "plans" / f"1b-{name}.json").read_text())
+    assert record["fits"] and record["topology"] == name.replace("-", ":", 1)
+    assert (record["accumulation"], record["compute"]["remat"], record["mesh"]["data"]) == SMALLER[name]
+    assert record["sequences_per_step"] * record["sequence_length"] == 1280 * 4096
+    assert record["parameters"] == 1_487_243_264

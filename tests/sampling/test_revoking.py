@@ -17,26 +17,33 @@ from llada_jax.sampling.sampler import denoise_steps, generate
 from llada_jax.sampling.settings import REMDM, resolve
 from llada_jax.sampling.step import active_block
 
+BOLD = {"commit": "threshold", "commit_bound": 0.3, "block_length": 8}
 CASES = {
     "cap": {"revoke": "remdm_cap", "revoke_bound": 0.3, "steps": 11},
     "cap-random": {"revoke": "remdm_cap", "revoke_bound": 0.4, "temperature": 0.7, "remasking": "random"},
-    "rescale-many-steps": {"revoke": "remdm_rescale", "revoke_bound": 0.5, "steps": 50},
+    "rescale-many-steps": {"revoke": "remdm_rescale", "revoke_bound": 0.5, "steps": 50, "temperature": 0.7},
     "rescale-guided": {"revoke": "remdm_rescale", "revoke_bound": 0.6, "cfg_scale": 0.5, "block_length": 20},
     "conf": {"revoke": "remdm_conf", "temperature": 0.7},
     "conf-stop": {"revoke": "remdm_conf", "stop_at_end": True, "block_length": 4, "steps": 40, **ENDS},
     "loop": {"revoke": "remdm_loop", "revoke_bound": 0.3, "steps": 60, "temperature": 0.7},
-    "loop-few-steps": {"revoke": "remdm_loop", "revoke_bound": 0.5, "steps": 7, "block_length": 20},
+    "loop-few-steps": {"revoke": "remdm_loop", "revoke_bound": 0.5, "steps": 7, "block_length": 20, "temperature": 0.7},
     "wino": {"revoke": "wino", "commit": "threshold", "commit_bound": 0.3, "block_length": 16},
-    "wino-strict": {"revoke": "wino", "commit": "factor", "revoke_bound": 1.0, "block_length": 32},
-    "wino-guided": {"revoke": "wino", "commit": "threshold", "commit_bound": 0.2, "cfg_scale": 0.5, "temperature": 0.5},
-    "wino-stop": {"revoke": "wino", "commit": "local", "commit_bound": 0.4, "stop_at_end": True, **ENDS},
-    "wino-eos": {"revoke": "wino", "commit": "threshold", "commit_bound": 0.2, "logits_eos_inf": True, **ENDS},
+    "wino-strict": {"revoke": "wino", "commit": "factor", "revoke_bound": 0.97, "block_length": 32},
+    "wino-guided": {"revoke": "wino", "cfg_scale": 0.5, "temperature": 0.5, **BOLD},
+    "wino-stop": {"revoke": "wino", "stop_at_end": True, **ENDS, **BOLD, "commit": "local"},
+    "wino-eos": {"revoke": "wino", "logits_eos_inf": True, **ENDS, **BOLD},
 }
 
 
 @pytest.fixture(scope="module")
-def model(make_mesh):
-    return make_model(make_mesh(), sharpness=12)
+def models(make_mesh):
+    """Returns a model that is sure at times, for WINO, and one whose choices are farther than rounding from a tie."""
+    return {"wino": make_model(make_mesh(), sharpness=12), "remdm": make_model(make_mesh(), sharpness=3)}
+
+
+@pytest.fixture(scope="module")
+def model(models):
+    return models["wino"]
 
 
 def plain_row(config):
@@ -50,9 +57,10 @@ def taken_back(frames) -> int:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_generate_is_the_plain_sampler(model, name):
+def test_generate_is_the_plain_sampler(models, name):
     """Alone, in a batch with padding and gaps, step by step and at once."""
-    config, key = settings(**CASES[name]), jax.random.key(3)
+    config, key = settings(**CASES[name]), jax.random.key(1)
+    model = models["wino" if config.revoke == "wino" else "remdm"]
     prompt_BT, real_BT = prompts = padded_prompts()
     row = plain_row(config)
     expected_BT, expected_B = plain_sampler.generate(model, prompts, config, key, return_steps=True, row=row)
@@ -77,7 +85,8 @@ def test_with_bound_zero_there_is_no_rule(model, rule, changes):
     zero = dataclasses.replace(none, revoke=rule, revoke_bound=0.0)
     none, zero = (generate(model, prompt_BT, c, jax.random.key(3), real_BT, return_steps=True) for c in (none, zero))
     np.testing.assert_array_equal(none[0], zero[0])
-    assert none[1].tolist() == zero[1].tolist()
+    if changes:  # a short block has more steps than tokens otherwise, which only without a rule are skipped
+        assert none[1].tolist() == zero[1].tolist()
 
 
 @pytest.mark.parametrize("name", ["conf", "loop", "wino", "wino-guided"])
@@ -100,7 +109,7 @@ def test_a_cache_that_is_refreshed_at_each_step_changes_nothing(model, name, cac
 def test_shadows_see_the_whole_window(model, cache):
     """A window over all that follows is no window, for shadows as well."""
     prompt_BT, real_BT = padded_prompts()
-    free = settings(**CASES["wino"] | {"block_length": 6, "cache": cache})
+    free = settings(**CASES["wino-guided"] | {"cache": cache})
     wide = dataclasses.replace(free, suffix_window=GEN_LENGTH)
     free_BT, wide_BT = (generate(model, prompt_BT, c, jax.random.key(3), real_BT) for c in (free, wide))
     np.testing.assert_array_equal(wide_BT, free_BT)

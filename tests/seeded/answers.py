@@ -85,7 +85,7 @@ FAULTS = (
     Fault(
         "block-sees-its-old-keys",
         "llada_jax/model/kv_cache.py",
-        old="write(old[:, :slots], slot_BN, x) for old, x in zip(kept, new, strict=True)",
+        old="write(old[:, :slots], slot_BN, x[:, :count]) for old, x in zip(kept, new, strict=True)",
         new="old[:, :slots] for old in kept",
         harm="With a cache, no step sees the tokens that the earlier steps of its block have filled in.",
         tests=(

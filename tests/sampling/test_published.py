@@ -1,4 +1,4 @@
-"""Tests the caches and the threshold rule against what the published code of Fast-dLLM wrote with the same weights."""
+"""Tests the sampler against what the published codes of Fast-dLLM and WINO wrote with the same weights."""
 
 import json
 
@@ -11,6 +11,7 @@ import llada_jax
 from llada_jax.config import SamplerConfig
 
 CASES = json.loads((PARITY / "fast_dllm.json").read_text())["cases"]
+WINO = json.loads((PARITY / "wino.json").read_text())["cases"]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def model():
 
 @pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
 @pytest.mark.parametrize("rule", ["schedule", "threshold"])
-def test_same_tokens(model, cache, rule):
+def test_caches_and_threshold_of_fast_dllm(model, cache, rule):
     seen = 0
     for case in CASES:
         bound = case["threshold"]
@@ -36,3 +37,20 @@ def test_same_tokens(model, cache, rule):
         assert 0 <= further <= (case["gen_length"] // case["block_length"] if bound == 0.1 and cache != "none" else 0)
         seen += 1
     assert seen == 4
+
+
+def test_wino(model):
+    """Tokens and passes: the shadows, what is taken back, and how many tokens a step keeps."""
+    for case in WINO:
+        config = SamplerConfig(
+            gen_length=case["gen_length"],
+            block_length=case["block_length"],
+            commit="threshold",
+            commit_bound=case["threshold"],
+            revoke="wino",
+            revoke_bound=case["threshold_back"],
+        )
+        prompt_BT = np.array([case["prompt"]])
+        tokens_BT, steps_B = llada_jax.generate(model, prompt_BT, config, jax.random.key(0), return_steps=True)
+        assert np.asarray(tokens_BT)[0, prompt_BT.shape[1] :].tolist() == case["tokens"]
+        assert int(steps_B[0]) == case["passes"]
