@@ -9,9 +9,9 @@ batch they take turns, so that other load on the machine affects all of them ali
 
 Each batch and setting appends one JSON line to --output; a run that was ended goes on where it was. Of a batch they
 tell: correct, the number of answers with the right result; whole, those in which the working is right too; right, the
-share of the parts (digits, signs) of the results that are at their place; tokens, the number of tokens up to the end of the answers; passes, the number of forward passes of all rows; and the time of the
-batch in seconds and in seconds of CPU time. Compilation is not counted. benchmarks/tasks_table.py makes of this file a
-table and a picture.
+share of the parts (digits, signs) of the results that are at their place; tokens, the number of tokens up to the end of
+the answers; passes, the number of forward passes of all rows; and the time of the batch in seconds and in seconds of
+CPU time. Compilation is not counted. benchmarks/tasks_table.py makes of this file a table and a picture.
 """
 
 import argparse
