@@ -6,7 +6,8 @@ The table goes to stdout, as Markdown. "Digits" are the digits of the results th
 tokens per second, as a ratio to that of the exact sampler: one token per step, without a cache, in blocks of
 --block_length tokens. Both are medians over the batches, and the ratio is that of the medians. --clock=cpu_seconds
 takes the CPU time, where other load made the clock useless. Shares of right answers have their 95 % interval
-(Wilson's). The picture has a panel for each task: right answers against speed. Needs the extra `plots`.
+(Wilson's). The picture has a panel for each task: right answers against speed. Longer blocks have larger marks. It
+needs the extra `plots`.
 """
 
 import argparse
@@ -84,6 +85,8 @@ def picture(table: dict[tuple, dict[str, dict]], gen_length: int, output: Path) 
                     elinewidth=0.5, alpha=0.85, markerfacecolor="none" if varied["revoke"] else colour,
                 )  # fmt: skip
             axes.set(xlabel="tokens per second, times the exact sampler's", title=task, xscale="log")
+            axes.set_xticks((0.5, 1, 2, 4, 8), ("0.5", "1", "2", "4", "8"), minor=False)
+            axes.xaxis.set_minor_locator(plt.NullLocator())
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set(ylabel="right answers, %")
         handles = [
@@ -92,6 +95,8 @@ def picture(table: dict[tuple, dict[str, dict]], gen_length: int, output: Path) 
         handles += [
             plt.Line2D([], [], marker=m, linestyle="", color=GREY, label=f"cache {c}") for c, m in MARKERS.items()
         ]
+        hollow = {"marker": "o", "linestyle": "", "color": GREY, "markerfacecolor": "none"}
+        handles.append(plt.Line2D([], [], **hollow, label="takes tokens back"))
         figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
         figure.savefig(output, transparent=True, metadata={"Date": None})
 
