@@ -22,6 +22,8 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from llada_jax.cli.paths import expanded
+
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ ' ' }}{% endif %}{{ message['content'] }}"
@@ -71,9 +73,13 @@ def same(prompt: str) -> str:
     return f"{task} {sorted(rest.split(' + ' if task == 'add' else ' , '))}"
 
 
+def _path(text: str) -> Path:
+    return Path(expanded(text))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=_path, required=True)
     for name, value in {"count": 120_000, "held_out": 500, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()

@@ -29,6 +29,7 @@ import numpy as np
 import problems
 
 import llada_jax
+from llada_jax.cli.paths import expanded
 from llada_jax.config import SamplerConfig
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.commit import RULES, SCHEDULE
@@ -128,10 +129,14 @@ def _bound(text: str) -> tuple[str, float]:
     return rule, float(bound)
 
 
+def _path(text: str) -> Path:
+    return Path(expanded(text))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "problems", "output"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+        parser.add_argument(f"--{name}", type=_path, required=True)
     sizes = {"count": 500, "batch_size": 100, "gen_length": 24}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import matplotlib
 
+from llada_jax.cli.paths import expanded
+
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
@@ -101,10 +103,14 @@ def picture(table: dict[tuple, dict[str, dict]], gen_length: int, output: Path) 
         figure.savefig(output, transparent=True, metadata={"Date": None})
 
 
+def _path(text: str) -> Path:
+    return Path(expanded(text))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True)
-    parser.add_argument("--output", type=Path, help="the picture, an .svg file")
+    parser.add_argument("--input", type=_path, required=True)
+    parser.add_argument("--output", type=_path, help="the picture, an .svg file")
     parser.add_argument("--block_length", type=int, default=24, help="of the exact sampler that others are compared to")
     parser.add_argument("--clock", choices=("seconds", "cpu_seconds"), default="seconds", help="what the speed counts")
     args = parser.parse_args()
