@@ -37,8 +37,12 @@ def main() -> int:
         from llada_jax.conversation.session import Chat
         from llada_jax.formats.workdir import trained_length
         from llada_jax.loading import load_with_tokenizer
+        from llada_jax.sampling import lengths
 
-    settings = Settings(**sampler_flags.given()).checked()
+    given = sampler_flags.given()
+    if given.get("gen_length") == lengths.AUTO:
+        given = lengths.automatic(given, lengths.automatic_limit(trained_length(model_flags.model())))
+    settings = Settings(**given).checked()
     path = None if _LOAD.value is None else dialogue.named_file(_LOAD.value)
     record = {"messages": []} if path is None else dialogue.read_record(path)
     if _SYSTEM.value is not None:

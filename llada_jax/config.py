@@ -7,7 +7,9 @@ before any device is used.
 
 import dataclasses
 import typing
-from collections.abc import Iterator
+
+from llada_jax.config_tree import differences as differences
+from llada_jax.config_tree import leaves as leaves
 
 
 class UserError(Exception):
@@ -47,15 +49,22 @@ class ModelConfig:
 
     layers: int = 32  # L: the number of layers; 0 = the whole architecture is taken from config.init_from
     width: int = 4096  # D: the width of the hidden states
-    heads: int = 32  # H: the number of query heads; each has the width K = width / heads
+    heads: int = 32  # H: the number of query heads
     # G: the number of key/value heads. Equal to `heads` = multi-head attention, fewer = grouped-query attention.
     kv_heads: int = 32
+    head_size: int = 0  # K: the width of one attention head; 0 = width / heads
     feed_forward: int = 12288  # F: the width of the feed-forward network
     # V: the number of rows of the embedding; 0 = the size of the tokenizer, rounded up to a multiple of 128.
     vocab_size: int = 0
     tied_embeddings: bool = False  # True = the output head is the transposed embedding
     rope_theta: float = 500_000.0  # the base of the rotary position embedding (RoPE)
+    # The scaling of RoPE's frequencies of Llama 3: (factor, low_freq_factor, high_freq_factor, original length in
+    # tokens); () = none.
+    rope_scaling: tuple[float, ...] = ()
     norm_eps: float = 1e-5  # added to the mean square in RMSNorm
+    causal: bool = False  # True = a token sees itself and the tokens before it only: an autoregressive model
+    qkv_bias: bool = False  # True = biases are added to queries, keys and values, as in Qwen2
+    qk_norm: bool = False  # True = RMSNorm is applied to each head's queries and keys before RoPE, as in Qwen3
     # The number of token ids that the model may choose; None = the size of the tokenizer. The ids from token_count on
     # only fill up the embedding to vocab_size rows; the sampler never chooses them.
     token_count: int | None = None
@@ -73,7 +82,7 @@ class ModelConfig:
     @property
     def head_width(self) -> int:
         """The width K of one attention head."""
-        return self.width // self.heads
+        return self.head_size or self.width // self.heads
 
 
 @dataclasses.dataclass(unsafe_hash=True, slots=True)
@@ -116,6 +125,8 @@ class DiffusionConfig:
     #   pretrain   Eq. 3, on text
     #   sft        Eq. 5, on conversations: only answers (the paper's responses) are masked, prompts never are
     #   sft_whole  on conversations: prompts are masked like answers, as in iLLaDA
+    #   next_token      on text, for an autoregressive model (model.causal): each token is predicted from those before
+    #   next_token_sft  the same on conversations: only the tokens of answers are predicted
     objective: str = "pretrain"
     eps: float = 1e-3  # the least mask ratio: a token is masked with the probability p_mask = (1 - eps) t + eps
     # How the t of each row is drawn: independent (as in the paper) | low_discrepancy (t is spread evenly over the rows,
@@ -243,6 +254,10 @@ class SamplerConfig:
 
     steps: int = 64  # the number of reverse steps in all, shared between the blocks; only commit=schedule uses it
     gen_length: int = 64  # the number of MASK tokens appended to the prompt; 0 = only fill in MASK tokens of the prompt
+    # What the model sees of them: fixed (all) | append (those up to the end of the active block; a text ends after a
+    # block with EOS) | daedal (as many as the model itself finds enough; sampling/daedal.py has the rule). With the
+    # last two, gen_length is the largest number.
+    length: str = "fixed"
     block_length: int = 32  # the number of MASK tokens per block; blocks are finished from left to right
     temperature: float = 0.0  # the scale of the Gumbel noise added to the logits; 0 = greedy decoding
     top_k: int = 0  # draw from this number of most probable tokens only; 0 = from all. Needs a temperature.
@@ -371,24 +386,3 @@ def from_dict(record: dict, kind: type = Config):
 
 def _as_tuples(value):
     return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
-
-
-def differences(old: Config, new: Config) -> dict[str, tuple]:
-    """Returns the settings that differ, as a dict from the dotted name to (old, new)."""
-    after = dict(leaves(new))
-    return {name: (value, after[name]) for name, value in leaves(old) if not _same(value, after[name])}
-
-
-def _same(one, other) -> bool:
-    # 1 and 1.0 are equal in Python, but in a schedule 1 is a step and 1.0 a fraction of the run.
-    return one == other and (not isinstance(one, tuple) or repr(one) == repr(other))
-
-
-def leaves(node, prefix: str = "") -> Iterator[tuple[str, typing.Any]]:
-    """Yields (dotted name, value) for every setting below `node`."""
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from leaves(value, f"{prefix}{field.name}.")
-        else:
-            yield prefix + field.name, value

@@ -17,6 +17,7 @@ from absl import flags
 from llada_jax.cli import entry_point, model_flags, paths, process_flags, sampler_flags, streams
 from llada_jax.config import DistributedConfig, UserError
 from llada_jax.evaluation import recipes
+from llada_jax.sampling import lengths
 
 for _module in (model_flags, sampler_flags, process_flags):
     flags.adopt_module_key_flags(_module)
@@ -55,7 +56,9 @@ def main() -> int:
     model = model_flags.model()
     if not _OUTPUT.value:
         raise UserError("--output=FILE is missing: name the file for the results")
-    settings = sampler_flags.given() | {flag.name: flag.value for flag in _SETTINGS if flag.value is not None}
+    settings = lengths.automatic(sampler_flags.given(), None) | {
+        flag.name: flag.value for flag in _SETTINGS if flag.value is not None
+    }
     tasks = tuple(map(paths.expanded, _TASKS.value))  # a task may be the path of a YAML file
     if _RECIPE.value is not None:
         if _RECIPE.value not in recipes.RECIPES:

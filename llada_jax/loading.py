@@ -29,8 +29,12 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     step: int | None = None,
     weights: str | None = None,
+    attention: str | None = None,
 ) -> tuple[Transformer, Tokenizer | None]:
     """Loads the model in a folder and its tokenizer.
+
+    A folder of Llama, Qwen2 or Qwen3 holds an autoregressive model: `model.config.causal` is True, and each token sees
+    itself and the tokens before it only.
 
     Lines on stderr say what in the folder is not used, and where config.json and the tokenizer disagree.
 
@@ -46,6 +50,8 @@ def load(
       weights: "int8" keeps the matrices of the layers as int8 with a scale per output, see `model.int8`; the model can
         then be used, but neither trained nor written. They are quantized one at a time while they are read. None means
         that they have `dtype`.
+      attention: "full" lets every token see all tokens, also with the weights of an autoregressive model. None means
+        that the folder decides.
 
     Returns:
       The model, and its tokenizer, which uses the model's own special ids. The tokenizer is None if the folder has
@@ -55,6 +61,8 @@ def load(
       UserError: If there is no model in the folder, or if it cannot be used. The message says why in one line.
     """
     int8.check(weights)
+    if attention not in (None, "full"):
+        raise UserError(f"attention={attention}: choose full, or leave it out to take what the folder says")
     path = objects.place(expanded(path))
     trained_here = workdir.is_workdir(path, "model ")
     if not trained_here and step is not None:
@@ -75,6 +83,8 @@ def load(
             model = quantizer.finish(model)
         # The attention kernel is chosen for the devices that hold the model, which need not be those of its training.
         # Layers are scanned: unrolling them can speed up training on a CPU, but slows down the forward pass alone.
+        if attention == "full":
+            model.config = dataclasses.replace(model.config, causal=False)
         compute = dataclasses.replace(model.compute, attention="auto", unroll=1)
         model.compute = resolve_compute(model.config, compute, jax.sharding.get_mesh().devices.flat[0])
         return model, tokenizer

@@ -34,8 +34,9 @@ def main() -> None:
     with entry_point.importing():
         import jax
 
+        from llada_jax.formats.workdir import trained_length
         from llada_jax.loading import load_with_tokenizer
-        from llada_jax.sampling import keeping, terminal
+        from llada_jax.sampling import keeping, lengths, terminal
         from llada_jax.sampling.drawing import complete_drawn
         from llada_jax.sampling.prompt_files import read_records, write_records
         from llada_jax.sampling.recording import Recorder
@@ -45,6 +46,10 @@ def main() -> None:
 
     settings = sampler_flags.given()
     seed = settings.pop("seed", 0)
+    if settings.get("length", lengths.FIXED) != lengths.FIXED:
+        settings.setdefault("gen_length", lengths.AUTO)
+    if settings.get("gen_length") == lengths.AUTO:
+        settings = lengths.automatic(settings, lengths.automatic_limit(trained_length(model_flags.model())))
     options = Options(**settings)
     check_settings(options.sampler(0, DEFAULTS.gen_length if options.gen_length is None else options.gen_length))
     if _BATCH_SIZE.value < 1:

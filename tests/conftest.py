@@ -119,6 +119,15 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def causal_folder(tmp_path_factory) -> Path:
+    """Returns the folder of a causal model with random weights and a tokenizer of 300 tokens. Do not change it."""
+    folder = tmp_path_factory.mktemp("causal_model") / "toy"
+    shutil.copytree(Path(__file__).parent / "parity_ar" / "llama", folder)
+    train_tokenizer(["def main the fox sang and a child ran home over the river " * 20], 300, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def loaded(model_folder) -> tuple[Transformer, Tokenizer]:
     """Returns the model and the tokenizer loaded from `model_folder`."""
     return llada_jax.load(model_folder)

@@ -25,6 +25,7 @@ DEFAULTS = {
 }
 _SAME = {
     "steps": "one for each token",
+    "length": "fixed",
     "block_length": "32",
     "top_k": "0",
     "top_p": "1",
@@ -43,7 +44,8 @@ _SAME = {
 }
 _MEANINGS = {
     "steps": "The number of reverse steps.",
-    "gen_length": "The number of tokens to generate.",
+    "gen_length": "The number of tokens to generate, or auto: blocks until the text ends (--length=append).",
+    "length": "What the model sees of them: fixed (all), append (one block more at a time), daedal (as it needs).",
     "block_length": "Tokens per block; blocks are filled from left to right.",
     "temperature": "The scale of the noise; 0 always takes the most probable token.",
     "top_k": "Draw from this number of most probable tokens only; 0 draws from all.",
@@ -73,7 +75,7 @@ def describe(name: str, command: str) -> str:
     """
     meaning = _MEANINGS[name]
     if name == "gen_length" and command == "chat":
-        meaning = "The largest number of tokens in an answer."
+        meaning = "The largest number of tokens in an answer, or auto: blocks until it ends (--length=append)."
     if command not in DEFAULTS:
         return meaning
     return f"{meaning} Default: {(_SAME | DEFAULTS[command])[name]}."
@@ -90,9 +92,21 @@ def _help(name: str) -> str:
     return describe(name, _command())
 
 
+class _LengthParser(flags.IntegerParser):
+    """Parses a number of tokens, or the word auto."""
+
+    def __init__(self):
+        super().__init__()
+        self.syntactic_help = "an integer or auto"
+
+    def parse(self, argument: str) -> int | str:
+        return argument if argument == "auto" else super().parse(argument)
+
+
 _FLAGS = (
     flags.DEFINE_integer("steps", None, _help("steps")),
-    flags.DEFINE_integer("gen_length", None, _help("gen_length")),
+    flags.DEFINE(_LengthParser(), "gen_length", None, _help("gen_length"), serializer=flags.ArgumentSerializer()),
+    flags.DEFINE_string("length", None, _help("length")),
     flags.DEFINE_integer("block_length", None, _help("block_length")),
     flags.DEFINE_float("temperature", None, _help("temperature")),
     flags.DEFINE_integer("top_k", None, _help("top_k")),

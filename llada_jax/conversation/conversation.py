@@ -18,9 +18,11 @@ import numpy as np
 from llada_jax.config import UserError
 from llada_jax.conversation.dialogue import TYPED, Message, asked, check_dialogue, shortened
 from llada_jax.model.transformer import Transformer
+from llada_jax.sampling import lengths
 from llada_jax.sampling.sampler import denoise_steps
-from llada_jax.sampling.settings import check_settings, resolve
+from llada_jax.sampling.settings import NONE, check_settings, resolve
 from llada_jax.sampling.text_completion import LENGTH_MULTIPLE, Options, text_length
+from llada_jax.sampling.watching import open_id
 from llada_jax.text.tokenizer import Tokenizer
 
 LONGEST = 1 << 20  # largest gen_length, in tokens; far more than any model can use
@@ -33,7 +35,7 @@ _KINDS = {int: "a whole number", float: "a number", bool: "on or off"}
 class Settings(Options):
     """The settings by which answers are made."""
 
-    gen_length: int = 128  # maximum number of tokens in an answer
+    gen_length: int = 128  # maximum number of tokens in an answer, whatever `length` is
     seed: int = 0  # seed of the noise, which also depends on the turn and on how often the turn was answered
 
     def checked(self, model: Transformer | None = None) -> "Settings":
@@ -49,7 +51,7 @@ class Settings(Options):
             raise UserError(f"gen_length={shortened(self.gen_length)}: it must be at least 1 and at most {LONGEST:,}")
         if not 0 <= self.seed < 1 << 32:
             raise UserError(f"seed={shortened(self.seed)}: it must be from 0 to 2**32 - 1")
-        config = check_settings(self.sampler(0, self.gen_length))
+        config = check_settings(self.sampler(0, self.gen_length, model is not None and model.config.causal))
         if model is not None:
             resolve(config, model)
         return self
@@ -96,7 +98,7 @@ class Frame:
     new_T: np.ndarray  # bool, True for tokens decided by this step
     step: int  # number of steps taken
     done: bool  # True if the answer is complete and stored in the conversation
-    ended: bool  # True if the end of the answer is known; False if tokens_T has all gen_length tokens
+    ended: bool  # True if the end of the answer is known
 
 
 class Conversation:
@@ -216,7 +218,7 @@ class Conversation:
         turn = sum(message["role"] == "user" for message in chat)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), turn), self._attempts)
         self._attempts += 1
-        config = settings.sampler(0, settings.gen_length)
+        config = settings.sampler(0, settings.gen_length, self.model.config.causal)
         # Few lengths mean few compilations. There is always some padding, because a canvas without padding needs
         # another program.
         padding = LENGTH_MULTIPLE - len(ids) % LENGTH_MULTIPLE
@@ -226,10 +228,15 @@ class Conversation:
         for number, step in enumerate(_with_memory(steps, prompt_BT.shape[1] + settings.gen_length)):
             tokens_T, new_T = (x_BT[0, prompt_BT.shape[1] :] for x_BT in (step.tokens_BT, step.new_BT))
             end = text_length(tokens_T, self.model, self.tokenizer)
+            ended, final = end < len(tokens_T), end
             # A decided token never changes. Once no token before the end is masked, neither the rest of the block nor
             # the blocks after it matter. The sampler's own stop_at_end is not used: it waits for the end of the block.
-            done = not np.any(tokens_T[:end] == self.model.config.mask_id)
-            frame = Frame(tokens_T[:end], new_T[:end], number, done, end < len(tokens_T))
+            # So must this if tokens can be taken back.
+            if settings.revoke != NONE:
+                final = (end // settings.block_length + 1) * settings.block_length
+            done = not np.any(tokens_T[:final] == open_id(self.model.config.mask_id))
+            end = min(end, lengths.shown(tokens_T, prompt_BT[0, :0], config, self.model.config))
+            frame = Frame(tokens_T[:end], new_T[:end], number, done, ended)
             if self.messages is not before:
                 return
             if done:

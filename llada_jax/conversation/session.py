@@ -19,6 +19,7 @@ from llada_jax.config import NonFinite, UserError
 from llada_jax.conversation.conversation import Conversation, Frame
 from llada_jax.conversation.dialogue import named_file, read_record, shortened, write_record
 from llada_jax.sampling import terminal
+from llada_jax.sampling.watching import open_id
 
 HELP = """\
 /again              answer my last message again (differently if temperature > 0)
@@ -235,7 +236,7 @@ class Chat:
             with contextlib.suppress(KeyboardInterrupt) if self._in_terminal else contextlib.nullcontext():
                 for frame in self._conversation.answer():
                     if screen is not None:
-                        masked = int(np.sum(frame.tokens_T == self._conversation.model.config.mask_id))
+                        masked = int(np.sum(frame.tokens_T == open_id(self._conversation.model.config.mask_id)))
                         count = len(frame.tokens_T)
                         screen.draw(
                             self._spans(frame, screen), f"step {frame.step}, {count - masked} of {count} tokens"
@@ -273,7 +274,13 @@ class Chat:
         model, tokenizer = self._conversation.model, self._conversation.tokenizer
         given_T = np.zeros(len(frame.tokens_T), bool)
         return terminal.spans(
-            frame.tokens_T, given_T, frame.new_T, model.config.mask_id, tokenizer, screen.mask, continuation=True
+            frame.tokens_T,
+            given_T,
+            frame.new_T,
+            open_id(model.config.mask_id),
+            tokenizer,
+            screen.mask,
+            continuation=True,
         )
 
     def _warn_of_length(self) -> None:

@@ -60,6 +60,13 @@ PARAMETERS = {
     "ff_proj_scale": P("tensor"),  # F
     "up_proj_scale": P("tensor"),  # F
     "ff_out_scale": P("fsdp"),  # D
+    # What models of other families have in addition. A new parameter belongs at the end of this table: its place in it
+    # is part of the key of its initial values.
+    "q_bias": P("tensor", None),  # HK
+    "k_bias": P("tensor", None),  # GK
+    "v_bias": P("tensor", None),  # GK
+    "q_norm": P(None),  # K
+    "k_norm": P(None),  # K
 }
 
 ROWS_B = P(BATCH)

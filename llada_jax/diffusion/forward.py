@@ -22,6 +22,8 @@ class Corrupted(NamedTuple):
     mask_BT: jax.Array  # bool, True where a token is masked; only these tokens have a loss
     weight_BT: jax.Array  # fp32, the weight of each token's nll in the loss of its row; 0 where it is not masked
     p_mask_B: jax.Array  # fp32, the mask ratio of each row; `pretrain` says how it follows from t
+    # int32, the id that each position must predict. None means that this is the token x_0 of the position itself.
+    targets_BT: jax.Array | None = None
 
 
 def step_key(seed: int, step: jax.Array) -> jax.Array:
@@ -129,6 +131,49 @@ def sft_whole(key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionCo
     return pretrain(key, batch, row_B, config, mask_id)
 
 
+def next_token(
+    key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int | None
+) -> Corrupted:
+    """Prepares a batch for an autoregressive model, which predicts the next token at each position. None is masked.
+
+    The loss of a row is the mean of -log p(x^i | x^1 ... x^(i-1)) over its tokens but the first. Every token is seen,
+    so the mask ratio is given as 1. The arguments are those of `pretrain`; noise, settings and mask_id are not used.
+    """
+    return _shifted(batch["tokens"], jnp.zeros_like(batch["length"]), batch["length"])
+
+
+def next_token_sft(
+    key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int | None
+) -> Corrupted:
+    """Prepares conversations for an autoregressive model: the loss of a row is the mean over its answer.
+
+    The answer ends with its own EOS. The EOS tokens after it, which fill the row up to the longest of the batch, do not
+    count, because no generation goes beyond the first. The arguments are those of `sft`.
+    """
+    tokens_BT, length_B = batch["tokens"], batch["length"]
+    position_T = jnp.arange(tokens_BT.shape[1])
+    # Each answer ends with EOS. So what is equal to the last token, up to the end of the row, is its EOS and padding.
+    last_B = jnp.sum(jnp.where(position_T == length_B[:, None] - 1, tokens_BT, 0), axis=1)
+    other_BT = (tokens_BT != last_B[:, None]) & (position_T < length_B[:, None])
+    own_B = jnp.max(jnp.where(other_BT, position_T, -1), axis=1).astype(jnp.int32) + 2
+    return _shifted(tokens_BT, batch["prompt"], jnp.minimum(own_B, length_B))
+
+
+def _shifted(tokens_BT: jax.Array, first_B: jax.Array, length_B: jax.Array) -> Corrupted:
+    """Lets each position predict the token after it, for the tokens from first_B up to the length of each row."""
+    first_B = jnp.maximum(first_B, 1)
+    position_T = jnp.arange(tokens_BT.shape[1])
+    counts_BT = (position_T >= first_B[:, None] - 1) & (position_T < length_B[:, None] - 1)
+    weight_B = 1 / jnp.maximum(length_B - first_B, 1).astype(jnp.float32)
+    return Corrupted(
+        tokens_BT,
+        counts_BT,
+        jnp.where(counts_BT, weight_B[:, None], 0.0),
+        jnp.ones_like(weight_B),
+        jnp.roll(tokens_BT, -1, axis=1),
+    )
+
+
 def _mask_from(
     first_B: jax.Array, key: jax.Array, batch: dict, row_B: jax.Array, config: DiffusionConfig, mask_id: int
 ) -> Corrupted:
@@ -165,8 +210,11 @@ def _most_masked(config: DiffusionConfig) -> float:
 def masked_share(config: DiffusionConfig) -> float:
     """Returns the share of the tokens of a batch that are masked on average, if all of them may be: the mean of t.
 
-    This is 0.5 for all of (0, 1), and for complementary rows. It leaves out eps, which adds less than eps to it.
+    This is 0.5 for all of (0, 1), and for complementary rows. It leaves out eps, which adds less than eps to it. For
+    objectives of autoregressive models, it is the share of the tokens that have a loss, 1.
     """
+    if config.objective in OF_CAUSAL:
+        return 1.0
     return sum(config.t_range) / 2
 
 
@@ -195,8 +243,16 @@ def _plain(p_mask_B: jax.Array, masked_B: jax.Array, length_B: jax.Array) -> jax
 #          same, Eq. 6, but the randomness of n at a given t adds nothing to its variance.
 #   plain  1 / L. The mean of the loss is E_t[p_mask * mean nll], which is no bound on the likelihood.
 LOSS_WEIGHTS = {"elbo": _elbo, "count": _count, "plain": _plain}
-OBJECTIVES = {"pretrain": pretrain, "sft": sft, "sft_whole": sft_whole}
-OF_CHAT = ("sft", "sft_whole")  # objectives that take prompts with answers; the others take packed text
+OBJECTIVES = {
+    "pretrain": pretrain,
+    "sft": sft,
+    "sft_whole": sft_whole,
+    "next_token": next_token,
+    "next_token_sft": next_token_sft,
+}
+OF_CAUSAL = ("next_token", "next_token_sft")  # objectives of autoregressive models
+# Objectives that take prompts with answers; the others take packed text.
+OF_CHAT = ("sft", "sft_whole", "next_token_sft")
 
 
 def is_chat(config: Config) -> bool:

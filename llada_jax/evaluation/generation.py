@@ -1,7 +1,10 @@
-"""Says what the generation_kwargs of a task of lm_eval mean for LLaDA, and refuses what is impossible."""
+"""Says what the generation_kwargs of a task of lm_eval mean for LLaDA; refuses what is impossible; numbers prompts."""
 
+import collections
 import dataclasses
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -70,3 +73,23 @@ def interpret(
 def about_unused(name: str, value: Any) -> str:
     """Returns the line that is printed once for a setting of a task that is not used."""
     return f"a task sets {name}={value} in generation_kwargs: it is not used, LLaDA has no such setting"
+
+
+def cut(text: str, stops: Iterable[str]) -> str:
+    """Returns the text up to the first of the stop strings."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def numbers(prompts: Iterable[Sequence[int]], sampled: Iterable[bool]) -> Iterator[int]:
+    """Yields the number that determines the noise of each prompt.
+
+    The number depends on the content of the prompt. Where a task samples, the number also depends on how many equal
+    prompts were sampled before, so that repeated requests get different results; lm_eval never takes these results from
+    its cache. The results of all other requests may come from the cache, so there equal requests get equal results.
+    """
+    seen: collections.Counter = collections.Counter()
+    for prompt, again in zip(prompts, sampled, strict=True):
+        content = json.dumps(list(prompt))
+        digest = hashlib.sha256(f"{content} {seen[content]}".encode()).digest()
+        seen[content] += again
+        yield int.from_bytes(digest[:4], "little")

@@ -4,9 +4,11 @@
     lm_eval.simple_evaluate(model=llada_jax.evaluation.harness.LLaDA(model, tokenizer=tokenizer), tasks=["arc_easy"])
 
 The likelihood of an answer is the bound of Eq. 6. An answer counts as the greedy one if low-confidence generation with
-one token per step gives exactly this answer. Results are written to lm_eval's request cache portion by portion, and all
-noise depends only on the seed and on the content of a request. Therefore an evaluation that was interrupted and
-continued gives the same figures as an uninterrupted one.
+one token per step gives exactly this answer. Of a causal model, both are exact.
+
+Results are written to lm_eval's request cache portion by portion, and all noise depends only on the seed and on the
+content of a request. Therefore an evaluation that was interrupted and continued gives the same figures as an
+uninterrupted one.
 
 In a run of several processes every process makes the same calls, and the rows are spread over the mesh inside these
 calls. To lm_eval each process therefore looks like the only one.
@@ -15,9 +17,8 @@ calls. To lm_eval each process therefore looks like the only one.
 import collections
 import dataclasses
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,13 @@ from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.text_completion import Options, complete_ids
 from llada_jax.scoring import likelihood
+from llada_jax.scoring.next_token import exact
 from llada_jax.text.tokenizer import Tokenizer
 
 # Without this, lm_eval's bootstrap would fork this process, and the threads of JAX do not survive a fork.
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
 
+MC_SAMPLES = 128  # Monte Carlo samples per likelihood of a masked diffusion model
 BATCH_SIZE = 8  # the number of prompts that are completed together
 LIKELIHOOD_PORTION = 256  # the number of requests that are scored between two writes to the cache
 GENERATION_PORTION = 4  # the number of batches that are generated between two writes to the cache
@@ -63,8 +66,9 @@ class LLaDA(TemplateLM):
       mc_samples: The number of Monte Carlo samples per likelihood. Short answers, always those of one token, are
         scored exactly instead, see `scoring.likelihood.log_likelihoods`.
       cfg_scale: The guidance scale w of Eq. 16, for likelihoods and for generation.
-      gen_length: The number of tokens to generate. None means the number that the task sets, or 256 if it sets none.
-      steps, block_length, temperature, top_k, top_p, remasking, commit, commit_bound, cache, cache_refresh,
+      gen_length: The number of tokens to generate. None means the number that the task sets, or 256 if it sets none;
+        "auto" means the same with length="append".
+      length, steps, block_length, temperature, top_k, top_p, remasking, commit, commit_bound, cache, cache_refresh,
         suffix_window, revoke, revoke_bound, logits_eos_inf, confidence_eos_eot_inf: Settings of generation, see
         `sampling.text_completion.Options`. A temperature of None means the temperature that the task sets.
       max_length: The largest number of tokens of prompt and answer together. A longer prompt loses its beginning. None
@@ -90,9 +94,10 @@ class LLaDA(TemplateLM):
         dtype: str | None = None,
         weights: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
-        mc_samples: int = 128,
+        mc_samples: int = MC_SAMPLES,
         cfg_scale: float = 0.0,
-        gen_length: int | None = None,
+        gen_length: int | str | None = None,
+        length: str = "fixed",
         steps: int | None = None,
         block_length: int | None = None,
         temperature: float | None = None,
@@ -131,8 +136,15 @@ class LLaDA(TemplateLM):
             raise UserError(
                 f"batch_size={batch_size}, mc_samples={mc_samples}, max_length={max_length}: each must be at least 1"
             )
+        if gen_length == "auto":
+            gen_length, length = None, "append" if length == "fixed" else length
+        if self.model.config.causal and mc_samples != MC_SAMPLES:
+            raise UserError(
+                f"mc_samples={mc_samples}: this model is causal, so its likelihoods are exact: leave it out"
+            )
         self.mc_samples, self.gen_length, self.temperature = mc_samples, gen_length, temperature
         self.options = Options(
+            length=length,
             steps=steps,
             top_k=top_k,
             top_p=top_p,
@@ -223,6 +235,8 @@ class LLaDA(TemplateLM):
 
         def score(portion: Sequence[int], report: Callable[[int], None]) -> list[tuple[float, bool]]:
             some, scale = [pairs[i] for i in portion], self.options.cfg_scale
+            if self.model.config.causal:
+                return exact(self.model, some, scale, None, report)
             scores = likelihood.log_likelihoods(
                 self.model, some, samples=self.mc_samples, key=self.key, cfg_scale=scale, report=report
             )
@@ -270,7 +284,7 @@ class LLaDA(TemplateLM):
         self._tell_cut(cut)
         options_of = {i: options for options, places in groups.items() for i in places}
         sampled = [bool(request.args[1].get("do_sample")) for request in requests]
-        numbers = list(_numbers(prompts, sampled))
+        numbers = list(generation.numbers(prompts, sampled))
 
         def complete(portion: Sequence[int], report: Callable[[int], None]) -> list[str]:
             texts = complete_ids(
@@ -283,7 +297,7 @@ class LLaDA(TemplateLM):
                 report=report,
                 numbers=[numbers[i] for i in portion],
             )
-            return [_cut(text, stops[i]) for text, i in zip(texts, portion, strict=True)]
+            return [generation.cut(text, stops[i]) for text, i in zip(texts, portion, strict=True)]
 
         orders = [sorted(places, key=lambda i: -len(prompts[i])) for places in groups.values()]
         given = [request.args for request in requests]
@@ -373,23 +387,3 @@ class LLaDA(TemplateLM):
                         self.cache_hook.add_partial(kind, given[i], result)
                     report(0, len(results))
         return [results[i] for i in range(len(given))]
-
-
-def _numbers(prompts: Iterable[Sequence[int]], sampled: Iterable[bool]) -> Iterator[int]:
-    """Yields the number that determines the noise of each prompt.
-
-    The number depends on the content of the prompt. Where a task samples, the number also depends on how many equal
-    prompts were sampled before, so that repeated requests get different results; lm_eval never takes these results from
-    its cache. The results of all other requests may come from the cache, so there equal requests get equal results.
-    """
-    seen: collections.Counter = collections.Counter()
-    for prompt, again in zip(prompts, sampled, strict=True):
-        content = json.dumps(list(prompt))
-        digest = hashlib.sha256(f"{content} {seen[content]}".encode()).digest()
-        seen[content] += again
-        yield int.from_bytes(digest[:4], "little")
-
-
-def _cut(text: str, stops: Iterable[str]) -> str:
-    """Returns the text up to the first of the stop strings."""
-    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]

@@ -12,6 +12,9 @@ lm_eval gave LLaMA3-8B-Instruct 11 to 23 points less than the internal toolkit o
 import dataclasses
 from collections.abc import Mapping
 
+from llada_jax.config import UserError
+from llada_jax.sampling import lengths
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -41,11 +44,19 @@ class Recipe:
 
         Args:
           given: The settings that the user has set. They override the recipe's settings of the same names.
+
+        Raises:
+          UserError: If the length is not fixed, but nobody says how long blocks are.
         """
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         own = {k: v for k, v in own.items() if k not in ("name", "tasks", "published", "source") and v is not None}
         merged = own | dict(given or {})
         if self.block_length is None and self.gen_length is not None:
+            if merged.get("length", lengths.FIXED) != lengths.FIXED and "block_length" not in merged:
+                raise UserError(
+                    f"--recipe={self.name} has one block of all tokens: with --length={merged['length']}, "
+                    "pass --block_length=N as well"
+                )
             merged.setdefault("block_length", merged["gen_length"])
         return merged
 

@@ -16,7 +16,7 @@ import jax
 
 from llada_jax.config import UserError
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling.text_completion import Options, complete_ids
+from llada_jax.sampling.text_completion import DEFAULTS, Options, complete_ids
 from llada_jax.text.json_files import parse, read_text
 from llada_jax.text.tokenizer import Tokenizer
 
@@ -80,14 +80,17 @@ def evaluate(
 
     Returns:
       The figures of each task: reversal_forward, reversal_backward, reversal_forward_infill and
-      reversal_backward_infill. They are named as in lm_eval: exact_match (the answer equals the line, apart from
-      punctuation and spaces), contains (the line occurs somewhere in the answer, which is what the published script
-      counts; not for the infill tasks), each with its binomial standard error, and sample_len, the number of couplets.
+      reversal_backward_infill; a causal model, which fills in nothing, has the first two only. They are named as in
+      lm_eval: exact_match (the answer equals the line, apart from punctuation and spaces), contains (the line occurs
+      somewhere in the answer, which is what the published script counts; not for the infill tasks), each with its
+      binomial standard error, and sample_len, the number of couplets.
     """
     if options.gen_length is None:
         options = dataclasses.replace(options, gen_length=GEN_LENGTH)
     results = {}
     for task, direction, infill in _TASKS:
+        if infill and model.config.causal:
+            continue
         given = [c.first if direction == "forward" else c.second for c in couplets]
         wanted = [c.second if direction == "forward" else c.first for c in couplets]
         if infill:
@@ -127,7 +130,7 @@ def _with_gap(couplet: Couplet, direction: str, tokenizer: Tokenizer) -> list[in
 
 
 def _filling(options: Options) -> Options:
-    return dataclasses.replace(options, gen_length=0, steps=None)
+    return dataclasses.replace(options, gen_length=0, length=DEFAULTS.length, steps=None)
 
 
 def _filled(text: str, couplet: Couplet, direction: str) -> str:

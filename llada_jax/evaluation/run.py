@@ -66,6 +66,7 @@ class Evaluation:
     cfg_scale: float = 0.0
     steps: int | None = None
     gen_length: int | None = None
+    length: str = "fixed"
     block_length: int | None = None
     temperature: float | None = None
     top_k: int = 0
@@ -91,7 +92,7 @@ class Evaluation:
     def settings(self) -> dict[str, Any]:
         """Returns the settings that the figures depend on, besides model and tasks, as arguments of `harness.LLaDA`."""
         names = ("mc_samples", "cfg_scale", "gen_length", "steps", "block_length", "temperature", "top_k", "top_p")
-        names += ("remasking", "commit", "commit_bound", "logits_eos_inf", "confidence_eos_eot_inf")
+        names += ("length", "remasking", "commit", "commit_bound", "logits_eos_inf", "confidence_eos_eot_inf")
         names += ("cache", "cache_refresh", "suffix_window", "revoke", "revoke_bound", "max_length", "seed")
         return {name: getattr(self, name) for name in names}
 
@@ -232,7 +233,8 @@ def _check_generation(job: Evaluation, unused: dict[str, Any], gen_kwargs: dict[
 def _check_model(job: Evaluation, model: Transformer, tokenizer: Tokenizer) -> None:
     """Raises UserError if the model cannot be evaluated with these settings."""
     options = job.options()
-    resolve(options.sampler(0, 1 if options.gen_length is None else options.gen_length), model)
+    length = 1 if options.gen_length is None else options.gen_length
+    resolve(options.sampler(0, length, model.config.causal), model)
     if job.apply_chat_template:
         highest = max(tokenizer.encode_chat([{"role": "user", "content": "?"}]))
         if highest >= model.config.vocab_size:

@@ -167,7 +167,7 @@ def _from_workdir(path: Place, step: int) -> Source:
     record = weights.weights_record(path, step) or {}
     kept = files / workdir.PUBLISHED_FILES
     companions = kept if (kept / CONFIG).is_file() else None
-    naming = record.get("naming", "llada")
+    naming = record.get("naming", tensor_names.naming_of(config.model))
     fields = published.read_json(companions / CONFIG) if companions else {}
     if companions and "naming" not in record and not published.own_names("llada") & fields.keys():
         naming = "llama"  # the run started from a published folder with Llama's names

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llada_jax.config import ModelConfig, UserError
-from llada_jax.formats.published import CONFIG, as_json, read_json, short
+from llada_jax.formats.published import CONFIG, as_json, read_json
+from llada_jax.text.json_files import short
 from llada_jax.text.named_ids import END_IDS, GENERATION_CONFIG, is_id, listed, others
 
 # Fields that say nothing about how a text is generated here, or say what this package does anyway.

@@ -1,4 +1,4 @@
-"""Reads and writes published LLaDA folders: config.json and safetensors files, from and to sharded arrays.
+"""Reads and writes published folders: config.json and safetensors files, from and to sharded arrays.
 
 Tensors are processed one at a time. The tensor of a layer is read from the memory-mapped file, transferred to its
 devices, and written in place into the stacked parameter there, before the next tensor is read. Writing goes the same
@@ -26,6 +26,7 @@ from llada_jax.config import ComputeConfig, ModelConfig, UserError
 from llada_jax.devices import distributed, mesh
 from llada_jax.formats import published, tensor_files, tensor_names
 from llada_jax.formats.companions import companion_files, put_files
+from llada_jax.formats.families import OWN
 from llada_jax.formats.generation_config import with_ends
 from llada_jax.formats.published import CONFIG, as_json, model_config, read_json
 from llada_jax.formats.tensor_files import Folder
@@ -98,6 +99,9 @@ def read_part(tensor: Any, name: str, shape: tuple[int, ...], index: tuple[slice
     part_shape = tuple(part.stop - part.start for part in index)
     if name == "embedding" or len(shape) == 1:
         return tensor[index]
+    if name in tensor_names.BIASES:
+        _check_whole(index[1], shape[1])
+        return tensor[index[0].start * shape[1] : index[0].stop * shape[1]].reshape(part_shape)
     # The published matrix has the shape (outputs, inputs), and heads and head width are one dimension of it. Our
     # parameter has the inputs first, and two dimensions for heads and head width.
     if name in ("q_proj", "k_proj", "v_proj"):
@@ -121,6 +125,8 @@ def as_published(name: str, layer: np.ndarray) -> np.ndarray:
         return layer
     if name in ("q_proj", "k_proj", "v_proj"):
         return layer.reshape(len(layer), -1).T
+    if name in tensor_names.BIASES:
+        return layer.reshape(-1)
     return layer.reshape(-1, layer.shape[-1]).T
 
 
@@ -311,7 +317,7 @@ def _fields(model: ModelConfig, original: Mapping[str, Any] | None, naming: str,
     if original is None:
         return published.published_config(model, naming, dtype)
     found = model_config(original)
-    for field in (*published.REQUIRED, "kv_heads", "tied_embeddings"):
+    for field in (*published.REQUIRED, "kv_heads", "tied_embeddings", *OWN):
         ours, theirs = getattr(model, field), getattr(found, field)
         if ours != theirs:
             raise UserError(f"the model has {field}={ours}, but the original {CONFIG} says {theirs}")

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llada_jax.config import ModelConfig, UserError
-from llada_jax.text.json_files import read_object
+from llada_jax.formats import families
+from llada_jax.text.json_files import read_object, short
 from llada_jax.text.named_ids import END_IDS, is_id, listed, others
 
 CONFIG = "config.json"
@@ -71,7 +72,6 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "residual_multiplier": (1, None),
     "rope": (True,),
     "rope_interleaved": (False, None),
-    "rope_scaling": (None,),
     "rotary_pct": (1, None),
     "scale_depth": (None,),
     "scale_emb": (1, None),
@@ -108,13 +108,16 @@ def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelCon
     Raises:
       UserError: If a field is missing, has a wrong type, or has a value that this package does not support.
     """
-    published = _with_rope(published, source)
+    published, rope_scaling = families.with_rope(published, source)
+    family, causal = families.family_of(published, source)
+    ignored = families.ignored_fields(published, family)
     for name, values in SUPPORTED.items():
-        if name in published and published[name] not in values:
+        if name in published and published[name] not in values and name not in ignored:
             wanted = " or ".join(json.dumps(value) for value in values)
             raise UserError(f"{source}: {name}={short(published[name])} is not supported, only {wanted}")
-    _refuse_causal(published, source)
-    found = {}
+    found: dict[str, Any] = {"causal": causal, "rope_scaling": rope_scaling}
+    if family is not None:
+        found |= {"qkv_bias": family.qkv_bias, "qk_norm": family.qk_norm}
     for field, names in FIELDS.items():
         values = {name: published[name] for name in names if published.get(name) is not None}
         if values:
@@ -141,12 +144,23 @@ def model_config(published: Mapping[str, Any], source: str = CONFIG) -> ModelCon
     config = ModelConfig(**found)
     if config.heads % config.kv_heads:
         raise UserError(f"{source}: {config.heads} heads are not divisible by {config.kv_heads} key/value heads")
-    if config.width % (2 * config.heads):
-        raise UserError(f"{source}: width {config.width} cannot be split into {config.heads} heads of an even width")
-    if published.get("head_dim") not in (None, config.head_width):
-        raise UserError(f"{source}: head_dim={short(published['head_dim'])} is not supported, only {config.head_width}")
+    _take_head_width(config, published.get("head_dim"), source)
     config.token_count = _token_count(published, config, source)
     return config
+
+
+def _take_head_width(config: ModelConfig, stated: Any, source: str) -> None:
+    """Sets the width of the heads, in place, if it is another than their share of the model's."""
+    if stated is None:
+        if config.width % (2 * config.heads):
+            raise UserError(
+                f"{source}: width {config.width} cannot be split into {config.heads} heads of an even width"
+            )
+        return
+    if not _is_int(stated) or not 0 < stated < 2**16 or stated % 2:
+        raise UserError(f"{source}: head_dim must be an even number below {2**16}, not {short(stated)}")
+    if stated * config.heads != config.width:
+        config.head_size = stated
 
 
 def _token_count(published: Mapping[str, Any], config: ModelConfig, source: str) -> int | None:
@@ -163,39 +177,6 @@ def _token_count(published: Mapping[str, Any], config: ModelConfig, source: str)
     if (last := max((config.eos_id or 0, *config.end_ids))) >= tokens:
         raise UserError(f"{source}: eos_token_id={last} must be below {name}={tokens}")
     return None if tokens == config.vocab_size else tokens
-
-
-def _refuse_causal(published: Mapping[str, Any], source: str) -> None:
-    """Raises UserError for a model that attends causally.
-
-    A model with a mask_token_id is a masked diffusion model, even if the name of its class ends with "ForCausalLM".
-    """
-    classes = published.get("architectures") or []
-    causal = isinstance(classes, list) and any(isinstance(c, str) and c.endswith("ForCausalLM") for c in classes)
-    if causal and published.get("mask_token_id") is None:
-        raise UserError(
-            f"{source}: architectures={short(classes)} attends causally, but masked diffusion models do not; "
-            "if this is a masked diffusion model, set mask_token_id"
-        )
-    layers = published.get("layer_types")
-    if layers is not None and (not isinstance(layers, list) or any(kind != "full_attention" for kind in layers)):
-        raise UserError(f'{source}: layer_types={short(layers)} is not supported, only "full_attention"')
-
-
-def _with_rope(published: Mapping[str, Any], source: str) -> Mapping[str, Any]:
-    """Returns the fields with rope_theta at the top level. Newer folders keep it in rope_parameters."""
-    rope = published.get("rope_parameters")
-    if rope is None:
-        return published
-    plain = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1,)}
-    if not isinstance(rope, dict) or any(
-        name != "rope_theta" and value is not None and value not in plain.get(name, ()) for name, value in rope.items()
-    ):
-        raise UserError(f"{source}: rope_parameters={short(rope)} is not supported, only plain RoPE")
-    inner, outer = rope.get("rope_theta"), published.get("rope_theta")
-    if inner is not None and outer is not None and inner != outer:
-        raise UserError(f"{source}: rope_theta={short(outer)} contradicts {short(inner)} in rope_parameters")
-    return {**published, "rope_theta": inner if outer is None else outer}
 
 
 def _check_values(found: Mapping[str, Any], source: str) -> None:
@@ -231,12 +212,6 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def short(value: Any) -> str:
-    """Returns a value of a JSON file as JSON for an error message, cut to 100 characters."""
-    text = json.dumps(value)
-    return text if len(text) < 100 else f"{text[:97]}..."
-
-
 def published_config(
     model: ModelConfig, naming: str = "llada", dtype: str = "float32", sequence_length: int = 4096
 ) -> dict[str, Any]:
@@ -244,14 +219,17 @@ def published_config(
 
     With the naming "llada" these are all the fields that the published LLaDA-8B has. auto_map points at the code that
     was published with LLaDA-8B, which transformers fetches from the Hugging Face Hub (trust_remote_code). With the
-    naming "llama" these are the fields that belong to Llama's names of the tensors. The field architectures is left
-    out then, because a class that expects these names would attend causally.
+    naming "llama" these are the fields that belong to Llama's names of the tensors. Only a causal model then has the
+    field architectures, because a class that expects these names attends causally.
 
     Args:
       model: The architecture.
       naming: The naming of the tensors, "llada" or "llama".
       dtype: The dtype of the tensors.
       sequence_length: The longest sequence length that the model was trained on, in tokens.
+
+    Raises:
+      UserError: If models with these names have no such architecture.
     """
     fields = {
         names[-1] if naming == "llama" else names[0]: getattr(model, field) for field, names in FIELDS.items()
@@ -259,10 +237,10 @@ def published_config(
     if model.end_ids:
         fields["eos_token_id"] = [i for i in (model.eos_id, *model.end_ids) if i is not None]
     if naming == "llama":
-        fields |= {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+        fields |= {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
         # Llama's vocab_size is the number of rows of the embedding, so the number of tokens needs its own field.
         tokens = {} if model.token_count is None else {"token_count": model.token_count}
-        return fields | tokens | {"rope_scaling": None, "max_position_embeddings": sequence_length}
+        return fields | tokens | {"max_position_embeddings": sequence_length} | families.fields_of(model)
     code = "GSAI-ML/LLaDA-8B-Base--"
     return fields | {
         "activation_type": "silu",

@@ -5,8 +5,9 @@ Nothing in this module reads a tensor; `huggingface.py` does that.
 
 import dataclasses
 
-from llada_jax.config import ComputeConfig, ModelConfig
+from llada_jax.config import ComputeConfig, ModelConfig, UserError
 from llada_jax.devices import mesh
+from llada_jax.formats.families import OWN
 from llada_jax.model.transformer import abstract_model, split
 
 # The names of the tensors in the two namings, by the names of our parameters. {} stands for the number of the layer.
@@ -32,8 +33,16 @@ LLAMA = {
     "ff_proj": "model.layers.{}.mlp.gate_proj.weight",
     "up_proj": "model.layers.{}.mlp.up_proj.weight",
     "ff_out": "model.layers.{}.mlp.down_proj.weight",
+    **{f"{name}_bias": f"model.layers.{{}}.self_attn.{name}_proj.bias" for name in ("q", "k", "v")},
+    **{f"{name}_norm": f"model.layers.{{}}.self_attn.{name}_norm.weight" for name in ("q", "k")},
 }
+BIASES = ("q_bias", "k_bias", "v_bias")
 NAMINGS = {"llada": LLADA, "llama": LLAMA}
+
+
+def naming_of(config: ModelConfig) -> str:
+    """Returns the naming of the tensors of a model that was not published before: LLaDA's wherever LLaDA has it all."""
+    return "llama" if any(getattr(config, name) for name in OWN) else "llada"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +61,13 @@ def published_tensors(config: ModelConfig, naming: str) -> list[PublishedTensor]
     Args:
       config: The architecture.
       naming: The naming of the tensors, "llada" or "llama".
+
+    Raises:
+      UserError: If models with this naming have no such architecture.
     """
+    if naming == "llada" and naming_of(config) != naming:
+        more = next(name for name in OWN if getattr(config, name))
+        raise UserError(f"naming=llada: LLaDA has no models with config.model.{more}: choose llama")
     with mesh.without_devices():
         params = split(abstract_model(config, ComputeConfig()))[1]
     names, blocks = NAMINGS[naming], params.pop("blocks")
@@ -86,4 +101,7 @@ def _published_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     if name == "attn_out":
         heads, head_width, width = shape
         return width, heads * head_width
+    if name in BIASES:
+        heads, head_width = shape
+        return (heads * head_width,)
     return shape if name == "embedding" or len(shape) == 1 else shape[::-1]

@@ -1,7 +1,7 @@
-"""Bidirectional attention: the function `attention`, the kernels that it calls, and a plain reference.
+"""Attention: the function `attention`, the kernels that it calls, and a plain reference.
 
-There is no causal mask: every real token attends to every real token of its row. The argument `real` says which keys
-are real tokens. It has one of three forms, and is never a (T, S) mask:
+Every real token attends to every real token of its row; with `causal`, to itself and to the real tokens before it. The
+argument `real` says which keys are real tokens. It has one of three forms, and is never a (T, S) mask:
 
   None         all keys are real;
   bool (B, S)  True where a key is real;
@@ -31,6 +31,7 @@ def attention(
     *,
     kernel: str = "xla",
     query_chunk: int = 512,
+    causal: bool = False,
 ) -> jax.Array:
     """Computes softmax(q k^T / sqrt(K)) v, where each group of H / G query heads shares one key/value head.
 
@@ -42,6 +43,8 @@ def attention(
         queries.
       kernel: A name in KERNELS, as returned by `choose_kernel`.
       query_chunk: The number of queries per chunk of the xla kernel.
+      causal: Whether query i attends to the keys 0 to i only; T and S must be equal. The outputs of queries that are
+        not real themselves mean nothing then: they may attend to nothing.
 
     Returns:
       The outputs (B, T, H, K) in the dtype of q. Softmax and accumulation are computed in fp32.
@@ -51,7 +54,8 @@ def attention(
     """
     if kernel not in KERNELS:
         raise UserError(f"config.compute.attention={kernel!r}: choose one of {', '.join(CHOICES)}")
-    run = KERNELS[kernel]
+    assert not causal or q_BTHK.shape[1] == k_BSGK.shape[1], "causal attention has as many queries as keys"
+    run = functools.partial(KERNELS[kernel], causal=causal)
     if kernel == "xla":
         run = functools.partial(run, query_chunk=query_chunk)
     heads = mesh.HEADS_BTHK
@@ -120,26 +124,46 @@ def _obstacle(name: str, dtype: jnp.dtype, head_width: int, device: jax.Device, 
     return None
 
 
-def reference_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None) -> jax.Array:
-    """Computes attention as it is defined, on one device, with all (T, S) scores in memory; see `attention`."""
+def reference_attention(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    real: jax.Array | None,
+    *,
+    causal: bool = False,
+    first: jax.typing.ArrayLike = 0,
+) -> jax.Array:
+    """Computes attention as it is defined, on one device, with all (T, S) scores in memory; see `attention`.
+
+    `first` is the position of the first query, which matters with `causal` only.
+    """
     batch, length, heads, width = q_BTHK.shape
     groups = k_BSGK.shape[2]
     q_BTGRK = q_BTHK.reshape(batch, length, groups, heads // groups, width)
     scores = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32) * width**-0.5
     if real is not None:
         scores = jnp.where(real_mask(real, k_BSGK.shape[1])[:, None, None, None, :], scores, MASKED_OUT)
+    if causal:
+        seen_TS = jnp.arange(k_BSGK.shape[1]) <= first + jnp.arange(length)[:, None]
+        scores = jnp.where(seen_TS, scores, MASKED_OUT)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSGK.dtype)
     out = jnp.einsum("bgrts,bsgk->btgrk", weights, v_BSGK, preferred_element_type=jnp.float32)
     return out.reshape(batch, length, heads, width).astype(q_BTHK.dtype)
 
 
 def xla_attention(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None, *, query_chunk: int
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    real: jax.Array | None,
+    *,
+    query_chunk: int,
+    causal: bool = False,
 ) -> jax.Array:
     """Computes `reference_attention` in chunks of queries: it holds (query_chunk, S) scores at a time, never (T, S)."""
     length = q_BTHK.shape[1]
     if length <= query_chunk:
-        return reference_attention(q_BTHK, k_BSGK, v_BSGK, real)
+        return reference_attention(q_BTHK, k_BSGK, v_BSGK, real, causal=causal)
     chunks = -(-length // query_chunk)
     padding = chunks * query_chunk - length
     q_BTHK = jnp.pad(q_BTHK, ((0, 0), (0, padding), (0, 0), (0, 0)))
@@ -148,24 +172,31 @@ def xla_attention(
 
     # Without jax.checkpoint the scores of every chunk, (T, S) in all, would be kept for the backward pass.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one_chunk(carry, q):
-        return carry, reference_attention(q, k_BSGK, v_BSGK, real)
+    def one_chunk(first, q):
+        if not causal:
+            return None, reference_attention(q, k_BSGK, v_BSGK, real)
+        return first + query_chunk, reference_attention(q, k_BSGK, v_BSGK, real, causal=True, first=first)
 
-    _, out = jax.lax.scan(one_chunk, None, q_chunks)
+    _, out = jax.lax.scan(one_chunk, jnp.int32(0) if causal else None, q_chunks)
     return out.swapaxes(0, 1).reshape(batch, chunks * query_chunk, heads, width)[:, :length]
 
 
-def cudnn_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None) -> jax.Array:
+def cudnn_attention(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None, *, causal: bool = False
+) -> jax.Array:
     """Computes attention with cuDNN's flash attention.
 
     cuDNN takes only the number of real keys per row. Therefore the real keys of each row are moved to the start of it.
     JAX refuses odd lengths, so these get one more query, whose output is dropped, and one more key that is not real.
     """
     length, keys = q_BTHK.shape[1], k_BSGK.shape[1]
+    order_BS = None
     if real is not None and real.ndim == 2:
         # The order of the keys does not matter to full attention, because RoPE has already encoded their positions.
         order_BS = jnp.argsort(~real, axis=1, stable=True)
         k_BSGK, v_BSGK = (jnp.take_along_axis(x, order_BS[:, :, None, None], axis=1) for x in (k_BSGK, v_BSGK))
+        if causal:  # The queries move with their keys, so that the real tokens keep their order.
+            q_BTHK = jnp.take_along_axis(q_BTHK, order_BS[:, :, None, None], axis=1)
         real = real.sum(axis=1, dtype=jnp.int32)
     if keys % 2 and real is None:
         real = jnp.full(k_BSGK.shape[0], keys, jnp.int32)
@@ -173,12 +204,23 @@ def cudnn_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, rea
         jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q_BTHK, k_BSGK, v_BSGK)
     )
     # This call also scales the scores by 1 / sqrt(K).
-    out_BTHK = jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, key_value_seq_lengths=real, implementation="cudnn")
+    out_BTHK = jax.nn.dot_product_attention(
+        q_BTHK, k_BSGK, v_BSGK, key_value_seq_lengths=real, is_causal=causal, implementation="cudnn"
+    )
+    if causal and order_BS is not None:
+        back_BT = jnp.argsort(order_BS, axis=1)
+        return jnp.take_along_axis(out_BTHK, back_BT[:, :, None, None], axis=1)
     return out_BTHK[:, :length]
 
 
 def splash_attention(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None, *, interpret: bool = False
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    real: jax.Array | None,
+    *,
+    interpret: bool = False,
+    causal: bool = False,
 ) -> jax.Array:
     """Computes attention with the flash attention for TPUs, which holds scores only in blocks.
 
@@ -191,6 +233,7 @@ def splash_attention(
       v_BSGK: The values.
       real: Which keys may be attended to.
       interpret: Whether to interpret the kernel, which works on any device but is slow.
+      causal: Whether query i attends to the keys 0 to i only. Blocks of scores that no query needs are not computed.
 
     Returns:
       The outputs (B, T, H, K) in the dtype of q.
@@ -214,8 +257,9 @@ def splash_attention(
     # Keys whose gradients a TPU with 16 MiB of vector memory holds: 4096 in bfloat16 if heads are up to 128 wide. Wider
     # heads need more memory for queries too.
     fitting = 4096 // (-(-width // LANES)) ** 2 * 2 // k.itemsize
+    mask = (splash.CausalMask if causal else splash.FullMask)((q.shape[2], k.shape[2]))
     kernel = splash.make_splash_mha_single_device(
-        splash.MultiHeadMask([splash.FullMask((q.shape[2], k.shape[2]))] * heads),
+        splash.MultiHeadMask([mask] * heads),
         block_sizes=splash.BlockSizes(
             block_q=q_block,
             block_kv=kv_block,

@@ -32,8 +32,9 @@ def real_mask(real: jax.Array, keys: int) -> jax.Array:
     return real if real.ndim == 2 else jnp.arange(keys) < real[:, None]
 
 
-@jax.custom_vjp
-def cpu_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None) -> jax.Array:
+def cpu_attention(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real: jax.Array | None, *, causal: bool = False
+) -> jax.Array:
     """Computes softmax(q k^T / sqrt(K)) v on one device, with no more than about SCORES scores at a time.
 
     Args:
@@ -42,11 +43,17 @@ def cpu_attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, real:
       v_BSGK: The values, of the same dtype.
       real: Which keys may be attended to: None for all keys, a mask, bool (B, S), or the number of real keys at the
         start of each row, int32 (B,).
+      causal: Whether query i attends to the keys 0 to i only; T and S must be equal.
 
     Returns:
       The outputs (B, T, H, K) in the dtype of q. Softmax and accumulation are computed in fp32.
     """
-    return _forward(q_BTHK, k_BSGK, v_BSGK, real)[0]
+    return _attention(q_BTHK, k_BSGK, v_BSGK, real, causal)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q_BTHK, k_BSGK, v_BSGK, real, causal):
+    return _forward(q_BTHK, k_BSGK, v_BSGK, real, causal)[0]
 
 
 def _dot(a_NXY: jax.Array, b_NXY: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
@@ -96,22 +103,38 @@ class _Tiles:
         bias_BS = jnp.where(real_mask(real, self.keys), 0.0, MASKED_OUT)
         return jnp.repeat(bias_BS, self.kv_heads, axis=0).reshape(-1, self.heads, self.keys)
 
+    def positions(self, causal: bool) -> jax.Array | None:
+        """Returns the positions of the queries, int32 (C, Q), if these decide what is seen, and otherwise None."""
+        if not causal:
+            return None
+        return (jnp.arange(self.chunks * self.rows, dtype=jnp.int32) % self.length).reshape(self.chunks, self.rows)
 
-def _forward(q_BTHK, k_BSGK, v_BSGK, real):
+
+def _unseen(position_Q: jax.Array | None, keys: int) -> jax.Array | None:
+    """Returns the bias (Q, S) of scores: MASKED_OUT for keys behind their query. None means that all are seen."""
+    if position_Q is None:
+        return None
+    return jnp.where(jnp.arange(keys) <= position_Q[:, None], 0.0, MASKED_OUT)
+
+
+def _forward(q_BTHK, k_BSGK, v_BSGK, real, causal):
     tiles, scale = _Tiles(q_BTHK.shape, k_BSGK.shape), q_BTHK.shape[-1] ** -0.5
 
     def turn(_, inputs):
         q_CNQK, k_NSK, v_NSK, bias_NS = inputs
 
-        def chunk(_, q_NQK):
+        def chunk(_, inputs):
+            q_NQK, position_Q = inputs
             scores_NQS = _dot(q_NQK, k_NSK, 2, 2) * scale + bias_NS[:, None, :]
+            if (bias_QS := _unseen(position_Q, tiles.keys)) is not None:
+                scores_NQS += bias_QS
             top_NQ = scores_NQS.max(axis=-1)
             exp_NQS = jnp.exp(scores_NQS - top_NQ[..., None])
             sum_NQ = exp_NQS.sum(axis=-1)
             out_NQK = _dot(exp_NQS.astype(v_NSK.dtype), v_NSK, 2, 1) / sum_NQ[..., None]
             return None, (out_NQK.astype(q_NQK.dtype), top_NQ, sum_NQ)
 
-        return None, jax.lax.scan(chunk, None, q_CNQK)[1]
+        return None, jax.lax.scan(chunk, None, (q_CNQK, tiles.positions(causal)))[1]
 
     inputs = (tiles.queries_in(q_BTHK), tiles.keys_in(k_BSGK), tiles.keys_in(v_BSGK), tiles.bias(real))
     _, (out, top, total) = jax.lax.scan(turn, None, inputs)
@@ -119,7 +142,7 @@ def _forward(q_BTHK, k_BSGK, v_BSGK, real):
     return out_BTHK, (q_BTHK, k_BSGK, v_BSGK, real, out_BTHK, top, total)
 
 
-def _backward(residuals, dout_BTHK):
+def _backward(causal, residuals, dout_BTHK):
     q_BTHK, k_BSGK, v_BSGK, real, out_BTHK, top, total = residuals
     tiles, scale, dtype = _Tiles(q_BTHK.shape, k_BSGK.shape), q_BTHK.shape[-1] ** -0.5, q_BTHK.dtype
 
@@ -127,10 +150,12 @@ def _backward(residuals, dout_BTHK):
         q_CNQK, dout_CNQK, out_CNQK, top_CNQ, sum_CNQ, k_NSK, v_NSK, bias_NS = inputs
 
         def chunk(sums, inputs):
-            q_NQK, dout_NQK, out_NQK, top_NQ, sum_NQ = inputs
+            q_NQK, dout_NQK, out_NQK, top_NQ, sum_NQ, position_Q = inputs
             mean_NQ = jnp.sum(dout_NQK.astype(jnp.float32) * out_NQK.astype(jnp.float32), axis=-1)
             # With keys as the first dimension, two of the three products with these matrices need no transposition.
             scores_NSQ = _dot(k_NSK, q_NQK, 2, 2) * scale + bias_NS[:, :, None]
+            if (bias_QS := _unseen(position_Q, tiles.keys)) is not None:
+                scores_NSQ += bias_QS.T
             p_NSQ = jnp.exp(scores_NSQ - top_NQ[:, None, :]) * (1 / sum_NQ)[:, None, :]
             dscores_NSQ = p_NSQ * (_dot(v_NSK, dout_NQK, 2, 2) - mean_NQ[:, None, :]) * scale
             p_NSQ, dscores_NSQ = p_NSQ.astype(dtype), dscores_NSQ.astype(dtype)
@@ -139,7 +164,7 @@ def _backward(residuals, dout_BTHK):
             return sums, _dot(dscores_NSQ, k_NSK, 1, 1).astype(dtype)
 
         zeros = jnp.zeros(k_NSK.shape, jnp.float32)
-        inputs = (q_CNQK, dout_CNQK, out_CNQK, top_CNQ, sum_CNQ)
+        inputs = (q_CNQK, dout_CNQK, out_CNQK, top_CNQ, sum_CNQ, tiles.positions(causal))
         (dk_NSK, dv_NSK), dq_CNQK = jax.lax.scan(chunk, (zeros, zeros), inputs)
         return None, (dq_CNQK, dk_NSK.astype(dtype), dv_NSK.astype(dtype))
 
@@ -149,7 +174,7 @@ def _backward(residuals, dout_BTHK):
     return tiles.queries_out(dq), tiles.keys_out(dk), tiles.keys_out(dv), None
 
 
-cpu_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))

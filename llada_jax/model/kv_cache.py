@@ -1,7 +1,8 @@
 """Keys and values of all layers that are kept from one forward pass for others, which then compute a few tokens only.
 
 The mask predictor has no causal mask: with any token, the keys and values of all others change in every layer but the
-first. So a pass that reads kept ones is an approximation, and its caller decides when they are computed anew.
+first. So a pass that reads kept ones is an approximation, and its caller decides when they are computed anew. Those of
+a causal model never change.
 
 A cache has S slots per row. Which position of the row a slot stands for is up to the caller: the keys are kept as they
 are after the rotation, and the order of keys does not matter to attention.
@@ -15,13 +16,15 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from llada_jax.config import ComputeConfig, ModelConfig
 from llada_jax.devices import mesh
 from llada_jax.model.attention import attention
 from llada_jax.model.compute import compute_dtype
+from llada_jax.model.rope import rope_at
 from llada_jax.model.shadow import Shadows, attention_with_shadows
-from llada_jax.model.transformer import Transformer, embed, rms_norm, rope_at
+from llada_jax.model.transformer import Transformer, embed, rms_norm
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +108,8 @@ def reading_trunk(
     """Computes the hidden states of a few tokens, which attend to the cache with their own keys and values in it.
 
     The new keys and values are written over those of their slots in each layer, before the attention of that layer. The
-    cache itself stays as it is.
+    cache itself stays as it is. All tokens attend to the same slots, those that `real` names, whether the model is
+    causal or not.
 
     Args:
       model: The mask predictor.
@@ -138,7 +142,7 @@ def reading_trunk(
                 return tuple(seen)
             return tuple(jnp.concatenate([old, x[:, count:]], axis=1) for old, x in zip(seen, new, strict=True))
 
-        return block.with_keys(x_BND, rope, real, model.config, compute, among, attend)[0], None
+        return block.with_keys(x_BND, rope, real, model.config, compute, among, attend or attention)[0], None
 
     x_BND = embed(model.embedding[...], tokens_BN, jnp.dtype(compute.dtype))
     inputs = model.blocks, cache.k_LBSGK, cache.v_LBSGK
@@ -146,14 +150,65 @@ def reading_trunk(
     return rms_norm(x_BND, model.final_norm[...], model.config.norm_eps)
 
 
+def appending_trunk(
+    model: Transformer, tokens_B1: jax.Array, slot_B: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Computes the hidden states of the next token of each row of a causal model, and puts it into the cache.
+
+    Args:
+      model: The causal model.
+      tokens_B1: int32, the id of one token per row.
+      slot_B: int32, its position, which is also its slot. It attends to the slots up to this one.
+      cache: The cache, which has the tokens before it.
+
+    Returns:
+      The hidden states (B, 1, D) after the final norm, in the compute dtype, and the new cache.
+    """
+    compute, kept, rows = model.resolved_compute(), mesh.KEYS_LBSGK, mesh.ROWS_B
+    rope = _rope(model, slot_B[:, None])
+
+    def put(kept_LBSGK, new_B1GK, slot_B, index):
+        at = index, jnp.arange(len(slot_B)), slot_B
+        return kept_LBSGK.at[at].set(new_B1GK[:, 0])
+
+    put = jax.shard_map(put, in_specs=(kept, mesh.HEADS_BTHK, rows, P()), out_specs=kept)
+
+    def attend(q_BTHK, k_BSGK, v_BSGK, real, *, kernel, query_chunk):
+        # With one query per head there is nothing that a kernel could save.
+        return attention(q_BTHK, k_BSGK, v_BSGK, real, kernel="xla", query_chunk=query_chunk)
+
+    def layer(carry, inputs):
+        (x_B1D, cache), (block, index) = carry, inputs
+        after = cache
+
+        def among(*new):
+            nonlocal after
+            # Written in place, the cache is in memory only once.
+            after = Cache(
+                *(put(old, x, slot_B, index) for old, x in zip((cache.k_LBSGK, cache.v_LBSGK), new, strict=True))
+            )
+            return tuple(jax.lax.dynamic_index_in_dim(x, index, 0, False) for x in (after.k_LBSGK, after.v_LBSGK))
+
+        x_B1D, _ = block.with_keys(x_B1D, rope, slot_B + 1, model.config, compute, among, attend)
+        return (x_B1D, after), None
+
+    carry = embed(model.embedding[...], tokens_B1, jnp.dtype(compute.dtype)), cache
+    inputs = model.blocks, jnp.arange(model.config.layers)
+    (x_B1D, cache), _ = jax.lax.scan(layer, carry, inputs, unroll=compute.unroll or model.config.layers)
+    return rms_norm(x_B1D, model.final_norm[...], model.config.norm_eps), cache
+
+
 def _with(shadows: Shadows | None, tokens_BN: jax.Array, position_BN: jax.Array):
-    """Returns the tokens of a pass and their positions, the shadows last, and the attention for them."""
+    """Returns the tokens of a pass and their positions, the shadows last, and the attention for them.
+
+    None stands for the attention of the model, causal if it is.
+    """
     if shadows is None:
-        return tokens_BN, position_BN, attention
+        return tokens_BN, position_BN, None
     tokens_BN = jnp.concatenate([tokens_BN, shadows.tokens_BJ], axis=1)
     position_BN = jnp.concatenate([position_BN, shadows.position_BJ], axis=1)
     return tokens_BN, position_BN, functools.partial(attention_with_shadows, shadows=shadows)
 
 
 def _rope(model: Transformer, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return rope_at(position, model.config.head_width, model.config.rope_theta)
+    return rope_at(position, model.config.head_width, model.config.rope_theta, model.config.rope_scaling)

@@ -3,6 +3,9 @@
 Its layers are pre-norm Llama blocks without biases, with RMSNorm, SwiGLU and RoPE. The model has no time input, because
 it can see the mask ratio in the tokens. Modules are used only as pytrees of parameters.
 
+With config.model.causal, the same Transformer is an autoregressive model: each token sees only itself and the tokens
+before it, and its logits are those of the next token. qkv_bias and qk_norm make it that of Qwen2 and of Qwen3.
+
 Letters in names give the dimensions of arrays: B batch, T sequence (S for the sequence of keys), D model width, H
 heads, G key/value heads, K head width, F feed-forward width, V vocabulary, L layers, R rank of the low-rank adapters.
 """
@@ -23,6 +26,7 @@ from llada_jax.devices import mesh
 from llada_jax.model.attention import attention
 from llada_jax.model.compute import remat_policy, resolve_compute
 from llada_jax.model.cpu import ROTATED_NAME, project
+from llada_jax.model.rope import apply_rope, apply_rope_on_tpu, rope_table
 
 # The matrices inside a layer, each with the letters of its input dimensions and of its output dimensions.
 MATRICES = {
@@ -34,6 +38,9 @@ MATRICES = {
     "up_proj": ("d", "f"),
     "ff_out": ("f", "d"),
 }
+
+BIASED = ("q", "k", "v")  # q_proj, k_proj and v_proj may have biases: q_bias, k_bias and v_bias
+NORMED = ("q", "k")  # queries and keys may have norms: q_norm and k_norm
 
 SCALE = "_scale"  # what model/int8.py appends to the name of a matrix for the name of its scales
 
@@ -71,58 +78,6 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return x_fp32.astype(x.dtype) * weight.astype(x.dtype)
 
 
-@jax.named_scope("attention")
-def rope_table(length: int, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin, fp32 (T, K / 2), of the angles position * theta ** (-2 i / K)."""
-    return rope_at(jnp.arange(length, dtype=jnp.float32), head_width, theta)
-
-
-def rope_at(position: jax.Array, head_width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin as `rope_table` does, fp32 (..., K / 2), for any positions of shape (...)."""
-    frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    angle = position.astype(jnp.float32)[..., None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-@jax.named_scope("attention")
-def apply_rope(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
-    """Applies RoPE in fp32; component i of a head is rotated together with component i + K / 2 (rotate-half).
-
-    cos and sin are (T, K / 2), or (B, T, K / 2) where each row has positions of its own.
-    """
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_TK[..., None, :], sin_TK[..., None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTHK.dtype)
-
-
-@jax.custom_vjp
-def apply_rope_on_tpu(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
-    """Computes `apply_rope` for TPUs, whose vector registers are as wide as a head and slow to work on half of one.
-
-    The matrix unit exchanges the halves of each head, exactly for finite numbers: one term of each sum is not zero.
-    """
-    width = x_BTHK.shape[-1]
-    exchange_KK = jnp.roll(jnp.eye(width, dtype=x_BTHK.dtype), width // 2, axis=0)
-    exchanged = jnp.einsum("bthk,kj->bthj", x_BTHK, exchange_KK, precision=jax.lax.Precision.HIGHEST)
-    cos = jnp.concatenate([cos_TK, cos_TK], axis=-1)[..., None, :]
-    sin = jnp.concatenate([-sin_TK, sin_TK], axis=-1)[..., None, :]
-    return (x_BTHK.astype(jnp.float32) * cos + exchanged.astype(jnp.float32) * sin).astype(x_BTHK.dtype)
-
-
-def _turn(x_BTHK, cos_TK, sin_TK):
-    # To remat, this call is one operation; written out here, policies that keep products would keep the exchanged one.
-    return apply_rope_on_tpu(x_BTHK, cos_TK, sin_TK), (cos_TK, sin_TK)
-
-
-def _turn_back(angle, gradient_BTHK):
-    cos_TK, sin_TK = angle
-    return apply_rope_on_tpu(gradient_BTHK, cos_TK, -sin_TK), None, None
-
-
-apply_rope_on_tpu.defvjp(_turn, _turn_back)
-
-
 def _einsum(equation: str, x: jax.Array, weight: jax.Array, out_sharding: P) -> jax.Array:
     return jnp.einsum(equation, x, weight, out_sharding=out_sharding)
 
@@ -142,6 +97,11 @@ class Block(nnx.Module):
         self.ff_proj = make("ff_proj", shape=(c.width, c.feed_forward), sigma=inner)
         self.up_proj = make("up_proj", shape=(c.width, c.feed_forward), sigma=inner)
         self.ff_out = make("ff_out", shape=(c.feed_forward, c.width), sigma=c.feed_forward**-0.5 * outer)
+        for name in BIASED if c.qkv_bias else ():
+            shape, spec = getattr(self, f"{name}_proj").shape[1:], mesh.PARAMETERS[f"{name}_bias"]
+            setattr(self, f"{name}_bias", nnx.Param(jnp.zeros(shape, jnp.float32, out_sharding=spec)))
+        for name in NORMED if c.qk_norm else ():
+            setattr(self, f"{name}_norm", make(f"{name}_norm", shape=(c.head_width,), sigma=None))
         for name in c.lora.targets if c.lora.rank else ():
             shape, count = getattr(self, name).shape, len(MATRICES[name][0])
             a, b = (*shape[:count], c.lora.rank), (c.lora.rank, *shape[count:])
@@ -162,12 +122,13 @@ class Block(nnx.Module):
         config: ModelConfig,
         compute: ComputeConfig,
         among=lambda k, v: (k, v),
-        attend=attention,
+        attend=None,
     ):
         """Computes the layer, and returns the keys and values that were attended to as well.
 
         `among` gets the rotated keys and the values of the input, (B, T, G, K), and may put them among others: what it
-        returns, (B, S, G, K), is attended to. `attend` may take the place of `attention`, whose arguments it gets.
+        returns, (B, S, G, K), is attended to. `attend` may take the place of `attention`, whose arguments it gets; None
+        means `attention`, which is causal if the model is.
         """
         # The attention kernel has been chosen for the devices in use, so "cpu" means that they are CPUs.
         product = project if compute.attention == "cpu" else _einsum
@@ -204,15 +165,22 @@ class Block(nnx.Module):
             xa_BTR *= config.lora.alpha / config.lora.rank
             return y + _einsum(f"btr,r{outputs}->bt{outputs}", xa_BTR, use(f"{name}_b", f"r{outputs}"), out_sharding)
 
+        def heads(name: str) -> jax.Array:
+            x_BTHK = linear(f"{name}_proj", h_BTD, mesh.HEADS_BTHK)
+            if config.qkv_bias:
+                x_BTHK += use(f"{name}_bias", MATRICES[f"{name}_proj"][1])
+            if config.qk_norm and name in NORMED:
+                x_BTHK = rms_norm(x_BTHK, getattr(self, f"{name}_norm")[...], config.norm_eps)
+            return x_BTHK
+
         # llada_jax.plan tells the parts of the model apart by these name scopes, here and in the functions called.
         h_BTD = rms_norm(x_BTD, self.attn_norm[...], config.norm_eps)
         with jax.named_scope("attention_projections"):
-            q_BTHK = linear("q_proj", h_BTD, mesh.HEADS_BTHK)
-            k_BTGK = linear("k_proj", h_BTD, mesh.HEADS_BTHK)
-            v_BTGK = linear("v_proj", h_BTD, mesh.HEADS_BTHK)
+            q_BTHK, k_BTGK, v_BTGK = (heads(name) for name in ("q", "k", "v"))
         with jax.named_scope("attention"):
             q_BTHK, k_BTGK = (checkpoint_name(rotate(x, *rope), ROTATED_NAME) for x in (q_BTHK, k_BTGK))
             k_BSGK, v_BSGK = among(k_BTGK, v_BTGK)
+        attend = attend or functools.partial(attention, causal=config.causal)
         o_BTHK = attend(q_BTHK, k_BSGK, v_BSGK, real, kernel=compute.attention, query_chunk=compute.query_chunk)
         with jax.named_scope("attention_projections"):
             x_BTD += linear("attn_out", o_BTHK, mesh.HIDDEN_BTD)
@@ -269,7 +237,7 @@ class Transformer(nnx.Module):
           The hidden states (B, T, D) in the compute dtype.
         """
         compute, config = self.resolved_compute(), self.config
-        rope = rope_table(tokens_BT.shape[1], config.head_width, config.rope_theta)
+        rope = rope_table(tokens_BT.shape[1], config.head_width, config.rope_theta, config.rope_scaling)
         x_BTD = embed(self.embedding[...], tokens_BT, jnp.dtype(compute.dtype))
 
         def layer(x_BTD, block):
@@ -299,7 +267,7 @@ class Transformer(nnx.Module):
         This is meant for notebooks and tests and not for training, because every device gets the whole array of logits.
 
         Args:
-          tokens_BT: The int32 ids of the tokens, with MASK for unknown tokens.
+          tokens_BT: The int32 ids of the tokens, with MASK for unknown tokens; a causal model knows no MASK.
           padding_mask_BT: A bool mask, True for real tokens; padding is not attended to. None means that all tokens are
             real.
 

@@ -1,4 +1,4 @@
-"""The forward passes of a sampler that keeps keys and values, or that does not look at far MASK tokens.
+"""The forward passes of a sampler that keeps keys and values, or that does not look at all MASK tokens.
 
 A full pass over all tokens begins each block. It is the block's first step, and refreshes the keys and values of all
 layers. The later steps of the block feed a few tokens only, whose keys and values replace the kept ones; all others
@@ -13,8 +13,9 @@ All rows take their full passes together: a row that needs one waits until no ot
 tokens a row gets, and after how many of its own passes, is the same as if it were alone.
 
 With `suffix_window` the MASK tokens that follow the active block are left out of all passes, except the next ones and
-the last position. What a row sees then, in the order of positions, are the first slots of the cache and the first
-tokens of a full pass. The number of tokens fed and of slots read is one of a few static widths.
+the last position. With length=append all appended ones that follow it are. What a row sees then, in the order of
+positions, are the first slots of the cache and the first tokens of a full pass. The number of tokens fed and of slots
+read is one of a few static widths.
 
 Letters in names, in addition to those of `model/transformer.py`: K slots of the active block, N tokens of one pass, S
 slots of the cache, each of which stands for a position.
@@ -34,6 +35,7 @@ from llada_jax.model.shadow import Shadows
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.canvas import Dials, Rows, take
 from llada_jax.sampling.guidance import guide
+from llada_jax.sampling.lengths import APPEND
 from llada_jax.sampling.plan import Plan
 from llada_jax.sampling.settings import DUAL, NONE, WINO
 from llada_jax.sampling.step import Block
@@ -56,7 +58,7 @@ class Kept:
 
 @dataclasses.dataclass(frozen=True)
 class _Seen:
-    """What each row sees with a suffix window. The first slots of its cache stand for it, in the order of positions."""
+    """What each row sees if not everything. The first slots of its cache stand for it, in the order of positions."""
 
     position_BS: jax.Array  # int32: the position that a slot of the cache stands for
     slot_BT: jax.Array  # int32: the slot of a position, if the position is seen
@@ -65,7 +67,11 @@ class _Seen:
 
 def used(config: SamplerConfig) -> bool:
     """Returns whether the settings need the passes of this module, and not just all tokens in every pass."""
-    return config.cache != NONE or config.suffix_window > 0 or config.revoke == WINO
+    return config.cache != NONE or _sees_a_part(config) or config.revoke == WINO
+
+
+def _sees_a_part(config: SamplerConfig) -> bool:
+    return config.suffix_window > 0 or config.length == APPEND
 
 
 def nothing_kept(model: Transformer, rows: Rows, config: SamplerConfig) -> Kept | None:
@@ -92,7 +98,7 @@ def _zeros(masks_B: jax.Array, config: ModelConfig, compute: ComputeConfig, leng
 def _check_memory(model: Transformer, batch: int, length: int, streams: int, config: SamplerConfig) -> None:
     split = mesh.batch_shards() * mesh.tensor_shards()
     # Where the width of a full pass is chosen in the program, XLA keeps a copy of the cache meanwhile.
-    copies = 2 if config.suffix_window else 1
+    copies = 2 if _sees_a_part(config) else 1
     takes = copies * streams * cache_bytes(model.config, model.compute, batch, length) // split
     device = min(model.embedding[...].sharding.addressable_devices, key=lambda device: device.id)
     free = hardware.free_memory(device)
@@ -165,14 +171,17 @@ def hidden(
 
 def _seen(rows: Rows, plan: Plan, length: int, config: SamplerConfig) -> _Seen | None:
     """Returns what each row sees, or None if it sees all of its tokens."""
-    if not config.suffix_window:
+    if not _sees_a_part(config):
         return None
     position_T = jnp.arange(length, dtype=jnp.int32)
     block_length, window = min(config.block_length, length), min(config.suffix_window, length)
     rank_BT = jnp.argsort(rows.order_BT, axis=1)
     end_B = (plan.block_B + 1) * block_length + window
+    if config.length == APPEND:
+        end_B = jnp.maximum(end_B, rows.own_B)  # of the prompt, everything is seen
     seen_BT = (rank_BT >= rows.masks_B[:, None]) | (rank_BT < end_B[:, None])
-    seen_BT |= position_T == _end(rows, length)[:, None] - 1
+    if config.suffix_window:
+        seen_BT |= position_T == _end(rows, length)[:, None] - 1
     if rows.real_BT is not None:
         seen_BT &= rows.real_BT
     position_BS = jnp.argsort(~seen_BT, axis=1, stable=True).astype(jnp.int32)
@@ -192,8 +201,8 @@ def widths(length: int, least: int, shares: tuple[float, ...]) -> list[int]:
     return sorted({min(length, max(least, -(-int(length * share) // 8) * 8)) for share in shares})
 
 
-def _narrowest(run: Callable, sizes: list[tuple[int, ...]], needs: list[jax.Array], *operands):
-    """Calls run(*size, *operands) with the first of the sizes that is as large as it needs to be."""
+def narrowest(run: Callable, sizes: list[tuple[int, ...]], needs: list[jax.Array], *operands):
+    """Returns run(*size, *operands) for the first of the sizes that is as large as it needs to be in every row."""
     if len(sizes) == 1:
         return run(*sizes[0], *operands)
     enough = [jnp.all(jnp.stack([have >= need for have, need in zip(s, needs, strict=True)])) for s in sizes]
@@ -230,7 +239,7 @@ def _full_pass(model, rows, block, seen, going_B, config, canvas_BT, cache):
         return _pick(h_BND, jnp.minimum(slot_BK, width - 1), width), cache
 
     sizes = [(width,) for width in widths(length, _least(length, config), SEEN)]
-    return _narrowest(run, sizes, [jnp.max(jnp.where(going_B, seen.count_B, 0))], cache)
+    return narrowest(run, sizes, [jnp.max(jnp.where(going_B, seen.count_B, 0))], cache)
 
 
 def _partial_pass(model, rows, block, seen, ready_B, plan, config, canvas_BT, cache):
@@ -249,7 +258,7 @@ def _partial_pass(model, rows, block, seen, ready_B, plan, config, canvas_BT, ca
     if config.cache == DUAL:
         outside_BK = jnp.where(block.inside_BK, slot_BK, length)
         run = functools.partial(feed, block.position_BK, outside_BK)
-        return _narrowest(run, [(s,) for s in slots], [slots_needed], cache)
+        return narrowest(run, [(s,) for s in slots], [slots_needed], cache)
 
     first_B1 = jnp.minimum(plan.block_B * config.block_length, length - 1)[:, None]
     first_B1 = take(rows.order_BT, first_B1)
@@ -269,7 +278,7 @@ def _partial_pass(model, rows, block, seen, ready_B, plan, config, canvas_BT, ca
         sizes = [(min(_least(length, config), s), s) for s in slots] + [(length, length)]
         sizes = list(dict.fromkeys(sizes))
     fed_needed = jnp.max(jnp.where(ready_B, count_B - first_B1[:, 0], 0))
-    return _narrowest(run, sizes, [fed_needed, slots_needed], cache)
+    return narrowest(run, sizes, [fed_needed, slots_needed], cache)
 
 
 def _least(length: int, config: SamplerConfig) -> int:

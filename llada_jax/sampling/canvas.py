@@ -16,6 +16,7 @@ from llada_jax.config import SamplerConfig, UserError
 from llada_jax.devices import mesh
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.commit import RULES, SCHEDULE
+from llada_jax.sampling.lengths import DAEDAL, NO_GAPS
 from llada_jax.sampling.settings import REVOKE_BOUNDS, check_prompt
 
 
@@ -93,6 +94,8 @@ def start(
         fill_BT = (aligned_BT == config.mask_id) & real_BT
     order_BT = np.argsort(~fill_BT, axis=1, kind="stable").astype(np.int32)
     masks_B = fill_BT.sum(axis=1, dtype=np.int32)
+    if config.length == DAEDAL and (masks_B > config.gen_length).any():
+        raise UserError(NO_GAPS)
 
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
@@ -104,12 +107,12 @@ def start(
     *fields, row_B = mesh.place_rows(
         order_BT, masks_B, masks_B - config.gen_length, shift_B, real_BT, given_BT, np.arange(batch, dtype=np.int32)
     )
-    rows = Rows(*fields, _row_keys(key_data, row_B, jax.random.key_impl(key)))
+    rows = Rows(*fields, row_keys(key_data, row_B, jax.random.key_impl(key)))
     return rows, mesh.place_rows(aligned_BT)[0]
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _row_keys(key_data: jax.Array, row_B: jax.Array, kind: Hashable) -> jax.Array:
+def row_keys(key_data: jax.Array, row_B: jax.Array, kind: Hashable) -> jax.Array:
     """Returns the keys (B,) of the rows, split over the mesh in the same way as row_B."""
     key = jax.random.wrap_key_data(key_data, impl=kind)
     if key.ndim:

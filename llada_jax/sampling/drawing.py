@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling import terminal
+from llada_jax.sampling import lengths, terminal, watching
 from llada_jax.sampling.recording import ALTERNATIVES, Recorder
 from llada_jax.sampling.sampler import denoise_steps
 from llada_jax.sampling.text_completion import Options, encode_prompt, finished_text, make_batches, row_keys
@@ -32,7 +32,7 @@ def complete_drawn(
       recorder: What records the steps as well.
     """
     prompts = [encode_prompt(text, model, tokenizer, options) for text in texts]
-    mask_id = model.config.mask_id
+    mask_id = watching.open_id(model.config.mask_id)
     completions = {}
     for batch in make_batches(model, prompts, options, batch_size=1):
         (i,) = batch.rows
@@ -48,8 +48,11 @@ def complete_drawn(
                 tokens_T = step.tokens_BT[0, start:]
                 if not number:
                     given_T = tokens_T != mask_id
-                revealed, masks = int(np.sum((tokens_T != mask_id) & ~given_T)), int(np.sum(~given_T))
-                frame = terminal.spans(tokens_T, given_T, step.new_BT[0, start:], mask_id, tokenizer, screen.mask)
+                    given_T[len(prompt.ids_T) :] = False
+                end = lengths.shown(tokens_T, prompt.ids_T, batch.config, model.config)
+                shown_T, own_T, new_T = tokens_T[:end], given_T[:end], step.new_BT[0, start : start + end]
+                revealed, masks = int(np.sum((shown_T != mask_id) & ~own_T)), int(np.sum(~own_T))
+                frame = terminal.spans(shown_T, own_T, new_T, mask_id, tokenizer, screen.mask)
                 screen.draw(frame, f"step {number}, {revealed} of {masks} tokens")
             completions[i] = finished_text(tokens_T, prompt, model, tokenizer)
             if not prompt.masks:

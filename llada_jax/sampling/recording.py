@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from llada_jax.model.transformer import Transformer
+from llada_jax.sampling import lengths
 from llada_jax.sampling.sampler import denoise_steps
 from llada_jax.sampling.text_completion import (
     DEFAULTS,
@@ -43,7 +44,7 @@ class Change:
 
     position: int
     token: Token | None  # None: the token was taken back, and the position is masked again
-    probability: float | None = None  # of the token; None if none was predicted: the text had ended, or only
+    probability: float | None = None  # of the token; None if none was predicted: the text had ended, or was moved
     likely: tuple[tuple[Token, float], ...] = ()  # the most probable tokens with their probabilities
     same: bool = False  # whether only the text of the token changed, because a neighbour completed its character
 
@@ -93,12 +94,17 @@ class Recorder:
         """
         rows = {i: row for row, i in reversed([*enumerate(batch.rows)])}  # prompts that fill up a batch come once
         canvases: dict[int, Canvas] = {}
+        reach: dict[int, int] = {}  # how far the shown part of the canvas ever went
         step = None
         for step in steps:
             for i, row in rows.items():
                 start = int(np.sum(~batch.real_BT[row]))
+                tokens_T = step.tokens_BT[row, start:]
+                if np.any(tokens_T == self.mask_id):
+                    end = lengths.shown(tokens_T, prompts[i].ids_T, batch.config, self._model.config)
+                    reach[i] = max(reach.get(i, 0), end)
                 if i not in canvases:
-                    canvases[i] = Canvas(step.tokens_BT[row, start:], self)
+                    canvases[i] = Canvas(tokens_T, self)
                     named = _settings(batch, self._options)
                     self.records[i] = Record(self._texts[i], named, list(canvases[i].shown))
                 else:
@@ -107,9 +113,11 @@ class Recorder:
             yield step
         for i, row in rows.items():
             tokens_T = step.tokens_BT[row, int(np.sum(~batch.real_BT[row])) :]
-            self._finish(self.records[i], tokens_T, prompts[i])
+            self._finish(self.records[i], tokens_T, prompts[i], reach.get(i, len(tokens_T)))
 
-    def _finish(self, record: Record, tokens_T: np.ndarray, prompt: Prompt) -> None:
+    def _finish(self, record: Record, tokens_T: np.ndarray, prompt: Prompt, reach: int) -> None:
+        record.start = record.start[:reach]
+        record.steps = [[change for change in step if change.position < reach] for step in record.steps]
         while record.steps and not record.steps[-1]:  # other rows of the batch took longer
             record.steps.pop()
         record.completion = finished_text(tokens_T, prompt, self._model, self._tokenizer)

@@ -10,7 +10,8 @@ row, the block, the step and the slot within the block. A row is computed from i
 changes neither its positions nor its result.
 
 A step has three parts: where each row stands (`plan.py`), the forward pass (all tokens, or with `cache.py` some), and
-the predictions, of which the best are kept (`step.py`).
+the predictions, of which the best are kept (`step.py`). With length=daedal these are in `daedal.py`, because the number
+of MASK tokens changes meanwhile.
 """
 
 import dataclasses
@@ -22,14 +23,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.config import NonFinite, SamplerConfig
+from llada_jax.config import NonFinite, SamplerConfig, UserError
 from llada_jax.devices import mesh
 from llada_jax.model.compute import compute_dtype
 from llada_jax.model.int8 import in_dtype
 from llada_jax.model.transformer import Transformer
-from llada_jax.sampling import cache, revoking, watching
+from llada_jax.sampling import cache, causal, daedal, revoking, watching
 from llada_jax.sampling.canvas import Dials, Rows, arguments, put, roll, scalar, start
 from llada_jax.sampling.guidance import guided_trunk
+from llada_jax.sampling.lengths import DAEDAL
 from llada_jax.sampling.plan import Plan, fill_with_end, plan
 from llada_jax.sampling.settings import REMDM, TO_THE_END, WINO, resolve
 from llada_jax.sampling.step import active_block, keep_the_best
@@ -44,6 +46,7 @@ class State:
     steps_B: jax.Array  # int32: the number of reverse steps that each row has taken
     kept: cache.Kept | None  # keys and values; None if the settings keep none
     memory: revoking.Memory | None  # what is known of earlier steps; None if the settings take no token back
+    extent: daedal.Extent | None = None  # how far each row goes; None if its length is given
 
 
 @jax.tree_util.register_dataclass
@@ -61,10 +64,19 @@ class Outcome:
 def begin(model: Transformer, prompt_BT, config: SamplerConfig, key: jax.Array, prompt_mask_BT) -> tuple[Rows, State]:
     """Returns the rows and the state before the first step, on the mesh in use, with B rounded up to its shards."""
     rows, tokens_BT = start(model, prompt_BT, config, key, prompt_mask_BT)
-    steps_B = jax.device_put(np.zeros(len(tokens_BT), np.int32), mesh.ROWS_B)
+    steps_B, extent = jax.device_put(np.zeros(len(tokens_BT), np.int32), mesh.ROWS_B), None
+    if config.length == DAEDAL:
+        tokens_BT, extent = daedal.begin(rows, tokens_BT, config.eos_id)
     return rows, State(
-        tokens_BT, steps_B, cache.nothing_kept(model, rows, config), revoking.nothing_known(tokens_BT, config)
+        tokens_BT, steps_B, cache.nothing_kept(model, rows, config), revoking.nothing_known(tokens_BT, config), extent
     )
+
+
+def _where(rows: Rows, state: State, dials: Dials, config: SamplerConfig) -> Plan:
+    """Returns where each row stands."""
+    if config.length == DAEDAL:
+        return daedal.plan(rows, state.tokens_BT, state.extent, state.steps_B, config)
+    return plan(rows, state.tokens_BT, state.steps_B, dials.steps, config)
 
 
 def _reverse_step(
@@ -81,6 +93,11 @@ def _reverse_step(
     Returns:
       The state; bool (), whether all predictions were finite; and, with a number of alternatives, what is told of them.
     """
+    if config.length == DAEDAL:
+        tokens_BT, extent, finite, seen = daedal.step(
+            model, rows, state.tokens_BT, state.extent, now, dials, config, alternatives
+        )
+        return State(tokens_BT, state.steps_B + now.going_B, None, None, extent), finite, seen
     block = active_block(rows, state.tokens_BT, now, config)
     took_B, kept, most_B, revoked_BK = now.going_B, None, None, None
     if cache.used(config):
@@ -120,9 +137,6 @@ def denoise(
     # Cast the weights here, once. Otherwise every step would cast the fp32 master weights again.
     model = in_dtype(model, compute_dtype(model.compute))
 
-    def where_now(state: State) -> Plan:
-        return plan(rows, state.tokens_BT, state.steps_B, dials.steps, config)
-
     def goes_on(carry):
         done, _, now, finite = carry
         return finite & (done < passes) & jnp.any(now.going_B)
@@ -130,9 +144,9 @@ def denoise(
     def advance(carry):
         done, state, now, _ = carry
         state, finite, _ = _reverse_step(model, rows, state, now, dials, config)
-        return done + 1, state, where_now(state), finite
+        return done + 1, state, _where(rows, state, dials, config), finite
 
-    carry = (jnp.int32(0), state, where_now(state), jnp.bool_(True))
+    carry = (jnp.int32(0), state, _where(rows, state, dials, config), jnp.bool_(True))
     done, state, now, finite = jax.lax.while_loop(goes_on, advance, carry)
     canvas_BT = state.tokens_BT
     if config.stop_at_end:
@@ -153,7 +167,7 @@ def look(
 ) -> watching.Seen:
     """Returns what the next pass predicts, replicated on every device, with positions that count the padding."""
     model = in_dtype(model, compute_dtype(model.compute))
-    now = plan(rows, state.tokens_BT, state.steps_B, dials.steps, config)
+    now = _where(rows, state, dials, config)
     seen = _reverse_step(model, rows, state, now, dials, config, alternatives)[2]
     seen = seen._replace(position_BK=(seen.position_BK + rows.shift_B[:, None]) % state.tokens_BT.shape[1])
     return jax.tree.map(lambda x: jax.reshard(x, P(*[None] * x.ndim)), seen)
@@ -170,10 +184,13 @@ def generate(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Fills in the MASK tokens of the prompts and gen_length appended ones, all rows in one compiled program.
 
-    The program is compiled once per shape (B, T), block_length, remasking, commit, revoke, cache, suffix_window, and
-    whether there is a temperature, guidance, top_k and top_p. The values of steps, temperature, cfg_scale, top_k,
-    top_p, commit_bound, revoke_bound, cache_refresh and key are traced. The caller need not set a mesh; on a mesh the
-    rows are split over its batch axes.
+    The program is compiled once per shape (B, T), length, block_length, remasking, commit, revoke, cache,
+    suffix_window, and whether there is a temperature, guidance, top_k and top_p. The values of steps, temperature,
+    cfg_scale, top_k, top_p, commit_bound, revoke_bound, cache_refresh and key are traced. The caller need not set a
+    mesh; on a mesh the rows are split over its batch axes.
+
+    A causal model continues the prompts, one token after another (`sampling/causal.py`); settings that are about masks
+    must have their defaults.
 
     Only tokens other than MASK are chosen. The config of a model from `llada_jax.load` knows from its tokenizer which
     ids are tokens (token_count, holes). If there was no tokenizer, all ids below token_count count as tokens.
@@ -187,11 +204,12 @@ def generate(
       prompt_mask_BT: bool, True for a real token. Padding, usually on the left, is neither attended to nor filled in.
       return_steps: Whether to return the number of reverse steps of each row as well. A step is one forward pass, or
         two with guidance. A pass that feeds a few tokens, because a cache has the keys and values of the others, counts
-        as much as a full one.
+        as much as a full one, and so does one that only finds the length.
 
     Returns:
-      The whole canvas, int32 (B, T + gen_length), including padding. The rows keep their order. With return_steps, also
-      the number of reverse steps of each row, int32 (B,).
+      The whole canvas, int32 (B, T + gen_length), including padding. The rows keep their order. Where the length is
+      not fixed, EOS stands behind the continuation of a row. With return_steps, also the number of reverse steps of
+      each row, int32 (B,).
 
     Raises:
       UserError: If a setting is impossible, an id is outside the vocabulary, shapes do not match, or a cache does not
@@ -199,6 +217,8 @@ def generate(
       NonFinite: If the output of the model is NaN or infinite where a token is predicted from it.
     """
     config = resolve(config, model)
+    if model.config.causal:
+        return causal.generate(model, prompt_BT, config, key, prompt_mask_BT, return_steps)
     with mesh.mesh_of(model.embedding[...]):
         rows, state = begin(model, prompt_BT, config, key, prompt_mask_BT)
         canvas_BT, steps_B = jax.reshard(state.tokens_BT, P(None, None)), jax.reshard(state.steps_B, P(None))
@@ -236,12 +256,19 @@ def denoise_steps(
     """
     config = resolve(config, model)
     watching.check(alternatives, model.config.vocab_size)
+    if model.config.causal:
+        if alternatives is not None:
+            raise UserError("this model is causal: what each step predicts can be told of masked diffusion models only")
+        yield from causal.generate_steps(model, prompt_BT, config, key, prompt_mask_BT)
+        return
     batch = len(prompt_BT)
     with mesh.mesh_of(model.embedding[...]):
         rows, state = begin(model, prompt_BT, config, key, prompt_mask_BT)
         dials, static = arguments(config)
     prompt_BT = np.asarray(prompt_BT, np.int32)
     shown_BT = np.pad(prompt_BT, ((0, 0), (0, config.gen_length)), constant_values=config.mask_id)
+    if config.length == DAEDAL:
+        shown_BT[:, prompt_BT.shape[1] + daedal.FIRST :] = config.eos_id
     yield watching.step(shown_BT, shown_BT, config.mask_id, None)
     going, seen = shown_BT.shape[1] > 0, None
     while going:

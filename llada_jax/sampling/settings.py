@@ -7,6 +7,7 @@ import numpy as np
 
 from llada_jax.config import SamplerConfig, UserError
 from llada_jax.model.transformer import Transformer
+from llada_jax.sampling import lengths
 from llada_jax.sampling.commit import CHOICES, RULES, SCHEDULE
 from llada_jax.sampling.remasking import REMASKING
 from llada_jax.text.named_ids import others
@@ -44,6 +45,7 @@ def check_settings(config: SamplerConfig) -> SamplerConfig:
     _check_commit(config)
     _check_cache(config)
     _check_revoke(config)
+    lengths.check(config)
     return config
 
 
@@ -97,9 +99,11 @@ def _check_revoke(config: SamplerConfig) -> None:
 def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
     """Returns the settings with the model's ids where they name none. Raises UserError if a setting is impossible."""
     check_settings(config)
+    if model.config.causal:
+        check_causal(config)
     ids = {name: getattr(config, name) for name in ("mask_id", "eos_id", "eot_id")}
     ids = {name: getattr(model.config, name) if i is None else i for name, i in ids.items()}
-    if ids["mask_id"] is None:
+    if ids["mask_id"] is None and not model.config.causal:
         raise UserError("the model does not say which token is MASK: set mask_id in SamplerConfig")
     for name, i in ids.items():
         if i is not None and not 0 <= i < model.config.vocab_size:
@@ -107,6 +111,10 @@ def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
     for name in ("logits_eos_inf", "confidence_eos_eot_inf", "stop_at_end"):
         if getattr(config, name) and ids["eos_id"] is None:
             raise UserError(f"{name}: the model does not say which token is EOS: set eos_id in SamplerConfig")
+    if config.length != lengths.FIXED and ids["eos_id"] is None:
+        raise UserError(
+            f"length={config.length}: the model does not say which token is EOS: set eos_id in SamplerConfig"
+        )
     further = model.config.end_ids if config.end_ids is None else tuple(config.end_ids)
     for i in further:
         if not 0 <= i < model.config.vocab_size or i == ids["mask_id"]:
@@ -115,7 +123,24 @@ def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
             )
     # What is EOS or the end of a turn counts as that, whichever list names it as well.
     further = others(further, (ids["eos_id"], ids["eot_id"]))
-    return dataclasses.replace(config, **ids, end_ids=further)
+    stop_at_end = config.stop_at_end or config.length == lengths.APPEND
+    return dataclasses.replace(config, **ids, end_ids=further, stop_at_end=stop_at_end)
+
+
+# What a causal model can be told; all other settings are about masks.
+_OF_CAUSAL = ("gen_length", "temperature", "top_k", "top_p", "logits_eos_inf", "stop_at_end", "end_ids")
+_OF_CAUSAL += ("mask_id", "eos_id", "eot_id")
+
+
+def check_causal(config: SamplerConfig) -> None:
+    """Raises UserError if a setting has another value than its default, but means nothing to a causal model."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in _OF_CAUSAL and value != field.default:
+            raise UserError(
+                f"{field.name}={value}: this model is causal and writes one token after another, without MASK, so that "
+                f"{field.name} means nothing: leave it out"
+            )
 
 
 def check_prompt(prompt_BT: np.ndarray, real_BT: np.ndarray | None, vocab_size: int) -> None:

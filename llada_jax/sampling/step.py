@@ -43,8 +43,9 @@ class Kept:
 
     tokens_BT: jax.Array  # int32: the canvas
     finite: jax.Array  # bool scalar: whether all predictions were finite
-    position_BK: jax.Array  # int32: where a prediction was kept; the length of the canvas for one that was not
-    score_BK: jax.Array  # fp32: the scores of the predictions
+    slot_BK: jax.Array  # int32: where in the canvas the slot is
+    position_BK: jax.Array  # int32: the same where a prediction was kept; the length of the canvas for the others
+    score_BK: jax.Array  # fp32: the scores of the predictions; -inf for slots without one
     seen: Seen | None  # what is told of the predictions, or None
 
 
@@ -75,7 +76,7 @@ def slot_keys(rows: Rows, plan: Plan, index_BK: jax.Array) -> jax.Array:
     return jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(key_B, index_BK)
 
 
-def _predict(
+def predict(
     model: Transformer, logits_BCV: jax.Array, key_BC: jax.Array, dials: Dials, config: SamplerConfig
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Predicts the tokens of some slots from their logits.
@@ -149,7 +150,7 @@ def keep_the_best(
         # Each slot of the block has its own key, so its noise does not depend on how slots are grouped into chunks.
         key_BC = slot_keys(rows, plan, part(index_BK))
         logits_BCV = model.logits(take(h_BND, part(at_BK)[:, :, None]))
-        new = _predict(model, logits_BCV, key_BC, dials, config)
+        new = predict(model, logits_BCV, key_BC, dials, config)
         if alternatives is not None:
             new += likeliest(logits_BCV, new[0], allowed(model.config, config.mask_id), alternatives)
         return tuple(
@@ -181,5 +182,5 @@ def keep_the_best(
     if most_B is not None:
         kept_BK &= jnp.arange(width) < most_B[:, None]
     # Predictions that are not kept get the position `length`, outside the canvas: they are dropped.
-    position_BK = jnp.where(kept_BK, position_BK, length)
-    return Kept(put(tokens_BT, position_BK, token_BK), finite, position_BK, score_BK, seen)
+    kept_at_BK = jnp.where(kept_BK, position_BK, length)
+    return Kept(put(tokens_BT, kept_at_BK, token_BK), finite, position_BK, kept_at_BK, score_BK, seen)

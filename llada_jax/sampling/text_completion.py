@@ -8,6 +8,7 @@ import numpy as np
 
 from llada_jax.config import SamplerConfig, UserError
 from llada_jax.model.transformer import Transformer
+from llada_jax.sampling import lengths
 from llada_jax.sampling.sampler import generate
 from llada_jax.text.tokenizer import Tokenizer
 
@@ -21,7 +22,9 @@ class Options:
     """The settings that a user chooses. Where a setting is None, its value depends on the prompt."""
 
     steps: int | None = None  # None = as many steps as it takes to unmask one token per step
-    gen_length: int | None = None  # None = 64, or 0 if the prompt itself contains MASK tokens
+    # None = 64, or 0 if the prompt itself contains MASK tokens; or the largest length, if the length is not fixed.
+    gen_length: int | None = None
+    length: str = DEFAULTS.length
     block_length: int = DEFAULTS.block_length
     temperature: float = 0.0
     top_k: int = DEFAULTS.top_k
@@ -38,17 +41,23 @@ class Options:
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
 
-    def sampler(self, masks: int, gen_length: int) -> SamplerConfig:
+    def sampler(self, masks: int, gen_length: int, causal: bool = False) -> SamplerConfig:
         """Returns the sampler's settings for prompts that contain up to `masks` MASK tokens.
 
+        A causal model takes no number of steps; the sampler's default stands for it.
+
         Raises:
-          UserError: If the number of steps is given but follows from the rule of `commit`.
+          UserError: If the number of steps is given but follows from the rule of `commit`, or from the model.
         """
         if self.steps is not None and self.commit != DEFAULTS.commit:
             raise UserError(f"steps={self.steps} has no effect with commit={self.commit}: the number of steps follows")
         # One step per token would be too few: all blocks get equal shares of the steps, but the last may be short.
         blocks = -(-(masks + gen_length) // max(self.block_length, 1))
         steps = max(1, blocks * self.block_length) if self.steps is None else self.steps
+        if causal:
+            if self.steps is not None:
+                raise UserError(f"steps={self.steps}: this model is causal and takes a step per token: leave steps out")
+            steps = DEFAULTS.steps
         same = {field.name: getattr(self, field.name) for field in dataclasses.fields(Options)}
         return SamplerConfig(**(same | {"steps": steps, "gen_length": gen_length}))
 
@@ -81,19 +90,30 @@ def make_prompt(ids: Sequence[int], model: Transformer, tokenizer: Tokenizer, op
     """Makes a prompt from the tokenizer's ids.
 
     Raises:
-      UserError: If the model does not say which token is MASK, or if its vocabulary lacks a token of the prompt.
+      UserError: If the model does not say which token is MASK, if its vocabulary lacks a token of the prompt, or if the
+        rule for the length does not fill in prompts.
     """
-    mask_id = model.config.mask_id
-    if mask_id is None:
+    mask_id, ids = model.config.mask_id, [*map(int, ids)]
+    if model.config.causal:
+        if tokenizer.mask_id in ids:
+            raise UserError(
+                "a prompt contains [MASK], but this model is causal: it continues texts and fills in nothing"
+            )
+    elif mask_id is None:
         raise UserError("the model does not say which token is MASK: set mask_id in its ModelConfig")
-    ids = [mask_id if i == tokenizer.mask_id else i for i in map(int, ids)]
+    else:
+        ids = [mask_id if i == tokenizer.mask_id else i for i in ids]
     if ids and not 0 <= min(ids) <= max(ids) < model.config.vocab_size:
         raise UserError(
             f"a prompt has ids from {min(ids)} to {max(ids)}, but the model's vocabulary is {model.config.vocab_size}"
         )
-    masks = ids.count(mask_id)
+    masks = 0 if model.config.causal else ids.count(mask_id)
+    if masks and options.length == lengths.DAEDAL:
+        raise UserError(lengths.NO_GAPS)
     gen_length = options.gen_length
-    if gen_length is None:
+    if gen_length is None and options.length != lengths.FIXED:
+        gen_length = lengths.LONGEST
+    elif gen_length is None:
         gen_length = 0 if masks else DEFAULTS.gen_length
     return Prompt(np.asarray(ids, np.int32), masks, gen_length)
 
@@ -120,7 +140,7 @@ def make_batches(model: Transformer, prompts: Sequence[Prompt], options: Options
             start = length - len(prompts[i].ids_T)
             prompt_BT[row, start:], real_BT[row, start:] = prompts[i].ids_T, True
         masks = max(prompts[i].masks for i in rows)
-        config = options.sampler(masks, gen_length)
+        config = options.sampler(masks, gen_length, model.config.causal)
         yield Batch(rows, prompt_BT, real_BT, dataclasses.replace(config, stop_at_end=model.config.eos_id is not None))
 
 

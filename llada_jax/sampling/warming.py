@@ -8,6 +8,7 @@ import numpy as np
 from llada_jax.config import SamplerConfig, UserError
 from llada_jax.devices import mesh
 from llada_jax.model.transformer import Transformer
+from llada_jax.sampling import causal
 from llada_jax.sampling.canvas import arguments, scalar
 from llada_jax.sampling.sampler import begin, denoise
 from llada_jax.sampling.settings import resolve
@@ -42,6 +43,8 @@ def pad(prompts: Sequence[Sequence[int]], widths: Sequence[int]) -> tuple[np.nda
 def warm_up(model: Transformer, config: SamplerConfig, widths: Sequence[int], batch_size: int = 1) -> None:
     """Compiles what `generate` runs for prompts that `pad` has padded to these widths. No reverse step is taken.
 
+    A causal model reads the padding once.
+
     Args:
       model: The mask predictor.
       config: The settings. Which of them may change afterwards without compiling, the docstring of `generate` says.
@@ -55,6 +58,10 @@ def warm_up(model: Transformer, config: SamplerConfig, widths: Sequence[int], ba
     for width in sorted(set(widths)):
         prompt_BT, real_BT = pad([[0] * (width - 1)] * batch_size, [width])
         with mesh.mesh_of(model.embedding[...]):
-            rows, state = begin(model, prompt_BT, config, jax.random.key(0), real_BT)
             dials, static = arguments(config)
+            if model.config.causal:
+                state, _ = causal.begin(model, prompt_BT, config, jax.random.key(0), real_BT)
+                causal.extend(model, state, scalar(0), dials, config=static)
+                continue
+            rows, state = begin(model, prompt_BT, config, jax.random.key(0), real_BT)
             denoise(model, rows, state, scalar(0), dials, config=static)

@@ -42,6 +42,11 @@ class Seen(NamedTuple):
     likely_probability_BKN: jax.Array  # fp32
 
 
+def open_id(mask_id: int | None) -> int:
+    """Returns the id that stands where a step has no token yet: MASK, or -1 if the model does not know MASK."""
+    return -1 if mask_id is None else mask_id
+
+
 def nothing(like_BK: jax.Array, alternatives: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns arrays of the shapes and dtypes of `likeliest`, with the sizes and the sharding of an int32 array."""
     zero_BKN = jnp.zeros_like(like_BK)[:, :, None] + jnp.zeros(alternatives, jnp.int32)

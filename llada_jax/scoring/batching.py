@@ -61,7 +61,7 @@ def check_requests(requests: Requests, config: ModelConfig) -> list[Request]:
       UserError: If the model has no MASK token, or if a request is malformed, has ids outside the model's vocabulary
         or has MASK in its answer. The message names the first such request.
     """
-    if config.mask_id is None:
+    if config.mask_id is None and not config.causal:
         raise UserError("the model does not say which token is MASK: set mask_id in its ModelConfig to score answers")
     checked = []
     for i, request in enumerate(requests):
@@ -70,7 +70,7 @@ def check_requests(requests: Requests, config: ModelConfig) -> list[Request]:
         prompt_T, answer_T = (
             _ids(name, i, ids, config.vocab_size) for name, ids in zip(("prompt", "answer"), request, strict=True)
         )
-        if config.mask_id in answer_T:
+        if config.mask_id is not None and config.mask_id in answer_T:
             raise UserError(f"request {i}: the answer contains MASK (id {config.mask_id}), which has no likelihood")
         checked.append(Request(prompt_T, answer_T))
     return checked

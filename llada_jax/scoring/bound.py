@@ -101,6 +101,8 @@ def bound(
 ) -> jax.Array:
     """Draws one sample of the bound for the tokens that follow each row's prompt.
 
+    Of a causal model, it is no sample but the exact negative log-likelihood, see `next_token_nats`.
+
     The number l of masked tokens is drawn with low discrepancy over row_B, so that a set of rows covers all mask
     ratios evenly. For each single row l is uniform in 1..length - prompt.
 
@@ -118,6 +120,8 @@ def bound(
       fp32 nats (B,), replicated on every device.
     """
     model = merge(graphdef, params)
+    if model.config.causal:
+        return next_token_nats(model, tokens_BT, length_B, prompt_B, chunk)
     unit_B = unit_interval(low_discrepancy(key, row_B))
     judged_B = length_B - prompt_B
     masked_B = jnp.minimum((unit_B * judged_B).astype(jnp.int32) + 1, judged_B)
@@ -126,6 +130,30 @@ def bound(
     return masked_nats(
         model, lambda x_l_BT: model.trunk(x_l_BT, length_B), tokens_BT, mask_BT, judged_B / masked_B, chunk, mask_id
     )
+
+
+def next_token_nats(
+    model: Transformer, tokens_BT: jax.Array, length_B: jax.Array, prompt_B: jax.Array, chunk: int
+) -> jax.Array:
+    """Computes the sum of -log p(x^i | x^1 ... x^(i-1)) over the tokens of each row that follow its prompt.
+
+    The first token of a row without a prompt follows nothing and is left out.
+
+    Returns:
+      fp32 nats (B,), replicated on every device. They are not finite if the output of the model is not.
+    """
+    position_T = jnp.arange(tokens_BT.shape[1])
+    counts_BT = (position_T >= jnp.maximum(prompt_B, 1)[:, None] - 1) & (position_T < length_B[:, None] - 1)
+    head = model.head_weight()
+    _, nll_BT = linear_cross_entropy(
+        model.trunk(tokens_BT, length_B),
+        head,
+        jnp.roll(tokens_BT, -1, axis=1),
+        counts_BT.astype(jnp.float32),
+        chunk,
+    )
+    nats_B = jax.reshard(nll_BT.sum(axis=1), P(None))
+    return jnp.where(jnp.isfinite(head).all(), nats_B, jnp.nan)
 
 
 def validate(
@@ -151,13 +179,16 @@ def validate(
 
     Returns:
       The figures nats_per_token (EOS counts as a token, the tokens of the prompt do not count), perplexity, and
-      bits_per_byte (EOS has no bytes).
+      bits_per_byte (EOS has no bytes). Of a causal model, they are exact; the first token of a row without a prompt
+      does not count, and of the row's bytes only the share of its other tokens.
 
     Raises:
       NonFinite: If the output of the model is NaN or infinite where a token is masked.
     """
     tokens_NT, length_N, prompt_N, bytes_N = rows
     count, total, mesh_ = len(tokens_NT), 0.0, jax.sharding.get_mesh()
+    causal = merge(graphdef, params).config.causal
+    scored_N = length_N - (np.maximum(prompt_N, 1) if causal else prompt_N)
     mine = np.array(mesh.local_rows(mesh_, batch_size))
     for sample in range(config.samples):
         key = jax.random.fold_in(jax.random.key(config.seed), sample)
@@ -171,10 +202,11 @@ def validate(
             total += float(np.asarray(nats_B, np.float64)[: count - first].sum())
             if not math.isfinite(total):
                 raise NonFinite
-    tokens = int((length_N - prompt_N).sum())
+    tokens = int(scored_N.sum())
+    in_bytes = float((bytes_N * scored_N / (length_N - prompt_N)).sum()) if causal else int(bytes_N.sum())
     nats = total / config.samples / tokens
     return {
         "nats_per_token": nats,
         "perplexity": math.exp(min(nats, 700.0)),
-        "bits_per_byte": nats * tokens / math.log(2) / max(int(bytes_N.sum()), 1),
+        "bits_per_byte": nats * tokens / math.log(2) / max(in_bytes, 1),
     }

@@ -17,6 +17,7 @@ from llada_jax.devices import mesh
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.remasking import allowed, choose
 from llada_jax.scoring.batching import SHORTEST, Requests, check_requests, check_settings, hidden, in_batches, layout
+from llada_jax.scoring.next_token import exact
 
 
 def greedy_matches(
@@ -33,7 +34,7 @@ def greedy_matches(
     as if `sampling.sampler.generate` filled as many MASK tokens after the prompt as the answer has tokens, and its
     output were compared with the answer, with two exceptions. MASK tokens in the prompt are not filled in. Without a
     prompt the model is equally confident at all positions in the first step, so that rounding decides, and the result
-    may differ from that of `generate`.
+    may differ from that of `generate`. Of a causal model, it means the most probable token at each position.
 
     The computation of a row stops at its first token that differs. If no mesh is set, the mesh of the model's
     parameters is used. The rows are split over the batch axes of the mesh. In a run of several processes every process
@@ -55,6 +56,8 @@ def greedy_matches(
       UserError: If a request has ids outside the vocabulary or MASK in its answer, or if a setting is out of range.
       NonFinite: If the output of the model is NaN or infinite where a token is masked.
     """
+    if model.config.causal:
+        return [match for _, match in exact(model, requests, cfg_scale, batch_size, report)]
     checked = check_requests(requests, model.config)
     check_settings(cfg_scale, batch_size)
     match_R = np.ones(len(checked), bool)

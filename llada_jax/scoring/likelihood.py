@@ -27,6 +27,7 @@ from llada_jax.model.transformer import Transformer
 from llada_jax.scoring.batching import HEAD_CHUNK, Requests, check_requests, check_settings, hidden, in_batches, layout
 from llada_jax.scoring.bound import exact_mask, masked_nats, moved
 from llada_jax.scoring.greedy import greedy_matches
+from llada_jax.scoring.next_token import exact
 
 __all__ = [
     "Score",
@@ -72,6 +73,9 @@ def log_likelihoods(
 ) -> list[Score]:
     """Computes the lower bound on log p(answer | prompt) of each request in nats, by Monte Carlo or exactly.
 
+    Of a causal model, the likelihood is exact and its standard error 0, without samples and noise. Where the prompt is
+    empty, the answer follows EOS, the end of the text before it.
+
     The range 1..L is cut into as many strata as there are samples, and the number of masked tokens of each sample is
     drawn from its own stratum, so that the samples are spread evenly over the range. The standard error is that of this
     stratified estimate. It tends to be too large rather than too small; with fewer than about ten samples it is itself
@@ -99,6 +103,8 @@ def log_likelihoods(
       UserError: If a request has ids outside the vocabulary or MASK in its answer, or if a setting is out of range.
       NonFinite: If the output of the model is NaN or infinite where a token is masked.
     """
+    if model.config.causal:
+        return [Score(nats, 0.0) for nats, _ in exact(model, requests, cfg_scale, batch_size, report)]
     checked = check_requests(requests, model.config)
     check_settings(cfg_scale, batch_size)
     length_R = np.array([len(request.answer_T) for request in checked], np.int64)

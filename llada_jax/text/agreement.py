@@ -15,8 +15,8 @@ from llada_jax.text.tokenizer import Tokenizer
 def resolve_ids(model: ModelConfig, tokenizer: Tokenizer, chat: bool = False, source: str = "") -> None:
     """Fills in, in place, the settings that the config of a run leaves to the tokenizer of its data.
 
-    The model needs a row for every id that the data may contain, and for MASK. Text contains EOS and the tokenizer's
-    own tokens; only conversations contain the tokens of the chat template.
+    The model needs a row for every id that the data may contain, and for MASK unless it is causal. Text contains EOS
+    and the tokenizer's own tokens; only conversations contain the tokens of the chat template.
 
     Args:
       model: The config. Its vocab_size, token_count, special ids, ends and holes are set where they are still open.
@@ -38,7 +38,7 @@ def resolve_ids(model: ModelConfig, tokenizer: Tokenizer, chat: bool = False, so
             f"(--tokenizer={source or 'FOLDER'})"
         )
     used = 1 + max(tokenizer.own_size - 1, *appended)
-    if (needed := max(used, model.mask_id + 1)) > model.vocab_size:
+    if (needed := max(used, 0 if model.causal else model.mask_id + 1)) > model.vocab_size:
         raise UserError(
             f"config.model.vocab_size={model.vocab_size} is smaller than the tokenizer's {needed} tokens that "
             f"{'conversations' if chat else 'text'} and MASK need: set it to 0 to take the size of the tokenizer"
@@ -59,7 +59,8 @@ def _resolve(model: ModelConfig, tokenizer: Tokenizer, name: str, chat: bool, so
     if ours is None:
         # Text needs no row for the tokens of the chat template and for BOS.
         known = name == "mask_id" or theirs != model.mask_id  # the model's MASK may have the id of a token of no text
-        if known and theirs is not None and (theirs < model.vocab_size or name in ("mask_id", "eos_id")):
+        needed = name == "eos_id" or (name == "mask_id" and not model.causal)
+        if known and theirs is not None and (theirs < model.vocab_size or needed):
             setattr(model, name, theirs)
         return
     if ours == theirs:

@@ -83,3 +83,9 @@ def check_unicode(text: str, name: str) -> None:
             f"{name} is not UTF-8 text: it contains {SURROGATE} or a byte of another encoding at character "
             f"{error.start + 1}"
         ) from error
+
+
+def short(value: Any) -> str:
+    """Returns a value of a JSON file as JSON for an error message, cut to 100 characters."""
+    text = json.dumps(value)
+    return text if len(text) < 100 else f"{text[:97]}..."

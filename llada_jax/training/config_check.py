@@ -7,9 +7,10 @@ import types
 import typing
 
 from llada_jax.config import Config, DistributedConfig, LoraConfig, ModelConfig, UserError, leaves
-from llada_jax.diffusion.forward import LOSS_WEIGHTS, OBJECTIVES, T_SAMPLING, is_chat
+from llada_jax.diffusion.forward import LOSS_WEIGHTS, OBJECTIVES, OF_CAUSAL, T_SAMPLING, is_chat
 from llada_jax.model.attention import CHOICES
 from llada_jax.model.compute import REMAT
+from llada_jax.text.backends import MASK_LITERAL
 from llada_jax.text.json_files import check_unicode
 from llada_jax.training.optimizer import NAMES, STATE_DTYPES, schedule_points
 
@@ -26,6 +27,11 @@ _NOT_NEGATIVE = (
     "diffusion.random_length_every", "optimizer.clip_norm", "optimizer.weight_decay", "optimizer.peak_learning_rate",
     "minutes", "data.workers", "profile.steps", "profile.first_step", "model.vocab_size", "model.layers",
     "optimizer.muon_scale",
+)  # fmt: skip
+# Settings that mean nothing to a causal model.
+_ABOUT_MASKS = (
+    "diffusion.eps", "diffusion.t_sampling", "diffusion.t_range", "diffusion.loss_weight", "diffusion.complementary",
+    "validation.samples", "sampling.steps", "sampling.block_length",
 )  # fmt: skip
 _ONE_OF = {
     "diffusion.objective": OBJECTIVES,
@@ -74,6 +80,7 @@ def validate(config: Config) -> None:
             raise UserError(f"config.{name}={values[name]!r}: choose one of {', '.join(map(repr, known))}")
     if config.model.layers:
         check_architecture(config.model)
+        check_objective(config)
     elif not config.init_from:
         raise UserError(
             "config.model.layers=0 takes the architecture of config.init_from, which is not set: set one of the two"
@@ -105,12 +112,26 @@ def check_architecture(model: ModelConfig) -> None:
     for name in ("norm_eps", "rope_theta"):
         value = getattr(model, name)
         _require(value > 0, f"model.{name}", value, "must be positive")
-    _require(model.width % model.heads == 0, "model.heads", model.heads, f"does not divide model.width={model.width}")
+    _require(model.head_size >= 0, "model.head_size", model.head_size, "must not be negative")
     _require(
-        model.head_width % 2 == 0,
+        model.head_size > 0 or model.width % model.heads == 0,
         "model.heads",
         model.heads,
+        f"does not divide model.width={model.width}",
+    )
+    name = "head_size" if model.head_size else "heads"
+    _require(
+        model.head_width % 2 == 0,
+        f"model.{name}",
+        getattr(model, name),
         "makes the head width odd, but RoPE rotates pairs of values",
+    )
+    scaling = model.rope_scaling
+    _require(
+        not scaling or (len(scaling) == 4 and scaling[0] >= 1 and 0 < scaling[1] < scaling[2] and scaling[3] > 0),
+        "model.rope_scaling",
+        scaling,
+        "must be () or (factor >= 1, low_freq_factor > 0, a larger high_freq_factor, original length > 0)",
     )
     _require(
         model.heads % model.kv_heads == 0,
@@ -129,6 +150,33 @@ def check_architecture(model: ModelConfig) -> None:
         model.end_ids,
         f"must name ids of model.vocab_size={model.vocab_size}, and not MASK",
     )
+
+
+def check_objective(config: Config) -> None:
+    """Checks that the objective suits the model, once its architecture is known. Raises UserError if it does not."""
+    objective, causal = config.diffusion.objective, config.model.causal
+    if (objective in OF_CAUSAL) != causal:
+        wanted = OF_CAUSAL if causal else [name for name in OBJECTIVES if name not in OF_CAUSAL]
+        kind = "causal" if causal else "not causal"
+        raise UserError(
+            f"config.diffusion.objective={objective}: the model is {kind} (config.model.causal={causal}), so choose "
+            f"{' or '.join(wanted)}"
+        )
+    if not causal:
+        return
+    values, defaults = dict(leaves(config)), dict(leaves(Config()))
+    for name in _ABOUT_MASKS:
+        _require(
+            values[name] == defaults[name],
+            name,
+            values[name],
+            f"is about MASK, which the objective {objective} does not know: leave it out",
+        )
+    for prompt in config.sampling.prompts:
+        if MASK_LITERAL in prompt and not is_chat(config):
+            raise UserError(
+                f"config.sampling.prompts: {prompt!r:.60} has {MASK_LITERAL}, but a causal model fills in nothing"
+            )
 
 
 def _check_lora(config: Config) -> None:

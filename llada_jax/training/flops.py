@@ -12,10 +12,11 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def flops_per_token(model: ModelConfig, sequence_length: float, head_share: float = 0.5) -> float:
-    """Returns the FLOPs of a training step per token: 6 per matmul parameter, plus 12 L T D for attention.
+    """Returns the FLOPs of a training step per token: 6 per matmul parameter, and 12 L T H K for attention.
 
-    Attention is bidirectional, so all of its FLOPs count. With low-rank adapters the model's matmul parameters take
-    only 4 FLOPs each, because their gradients are not computed, and the adapters' parameters take 6 FLOPs each.
+    Attention is bidirectional, so all of its FLOPs count; of a causal model, half of them do. With low-rank adapters,
+    the model's matmul parameters take only 4 FLOPs each, because their gradients are not computed, and the adapters'
+    parameters take 6 FLOPs each.
 
     Args:
       model: The architecture. Its vocab_size must be set.
@@ -29,7 +30,8 @@ def flops_per_token(model: ModelConfig, sequence_length: float, head_share: floa
     head = head_share * model.width * model.vocab_size
     weights, adapters = model.layers * layer + head, model.layers * sum(_adapter_parameters(model).values())
     passes = 4 if adapters else 6
-    return passes * weights + 6 * adapters + 12 * model.layers * sequence_length * model.width
+    seen = sequence_length / 2 if model.causal else sequence_length
+    return passes * weights + 6 * adapters + 12 * model.layers * seen * model.heads * model.head_width
 
 
 def _adapter_parameters(model: ModelConfig) -> dict[str, int]:
@@ -58,7 +60,7 @@ def recomputed_flops_per_token(model: ModelConfig, sequence_length: int, compute
       sequence_length: The length T of the sequences.
       compute: The compute settings, with the name of the kernel that runs in compute.attention.
     """
-    attention = 4 * sequence_length * model.width
+    attention = 4 * sequence_length * model.heads * model.head_width / (2 if model.causal else 1)
     # Every kernel except the reference kernel computes the attention scores again in the backward pass instead of
     # keeping them. That is one of the two matmuls of attention. The reference kernel keeps the scores, but remat "dots"
     # and "attention" do not; with "full", all of its attention is counted below.

@@ -150,11 +150,12 @@ def stored_as(rule: optax.GradientTransformation, dtype: jnp.dtype) -> optax.Gra
 
 
 def decayed(params: dict) -> dict:
-    """Returns a tree that is True for matrices and False for norm weights, which set a scale, not a direction."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith("norm"), params)
+    """Returns a tree that is True for matrices, and False for biases and norm weights, which set no direction."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not path[-1].key.endswith(_NO_MATRICES), params)
 
 
 NAMES = ("adamw", "muon")
+_NO_MATRICES = ("norm", "bias")  # how the names of parameters end that are not matrices
 STATE_DTYPES = ("float32", "bfloat16")
 MUON_MOMENTUM = 0.95
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration, chosen for a steep slope at zero
@@ -168,7 +169,7 @@ _HEADS_BEHIND_WIDTH = ("q_proj", "k_proj", "v_proj")  # LDHK, whereas attn_out i
 
 def _muon_or_adam(params: dict) -> dict:
     def choose(path, _):
-        return "muon" if path[0].key == "blocks" and not path[-1].key.endswith("norm") else "adam"
+        return "muon" if path[0].key == "blocks" and not path[-1].key.endswith(_NO_MATRICES) else "adam"
 
     return jax.tree_util.tree_map_with_path(choose, params)
 

@@ -81,6 +81,7 @@ def _run(config: Config, home: Home, started: float, watch: goodput.Stopwatch) -
     # Decide where the run begins.
     begin = start.decide(config, path)
     config.model = begin.architecture(config.model)
+    config_check.check_objective(config)
     if config.minutes:
         minutes.check(config, begin.earlier, begin.kind is start.Kind.BRANCHED)
     begin.check(config)
@@ -121,8 +122,8 @@ def _run(config: Config, home: Home, started: float, watch: goodput.Stopwatch) -
             state = frozen = None  # or there would be two of them
             state, frozen, record = begin.first_state(config, device_mesh, compute.dtype, saved)
         if is_chat(config):
-            for path, (conversations, epochs) in data.epochs(config.steps * config.batch_size).items():
-                log(f"{path}: {conversations:,} conversations, {epochs:.2f} epochs")
+            for name, (conversations, epochs) in data.epochs(config.steps * config.batch_size).items():
+                log(f"{name}: {conversations:,} conversations, {epochs:.2f} epochs")
         first_step = int(state.step)
         if first_step > config.steps:
             raise UserError(

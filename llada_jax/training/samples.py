@@ -32,8 +32,9 @@ def sample_texts(
     texts = []
     for prompt in config.prompts:
         fills = MASK_LITERAL in prompt and not chat
+        causal = merge(graphdef, params).config.causal
         options = Options(
-            steps=config.steps,
+            steps=None if causal else config.steps,
             block_length=config.block_length,
             temperature=config.temperature,
             gen_length=0 if fills else config.gen_length,

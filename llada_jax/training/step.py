@@ -59,9 +59,11 @@ def masked_loss(model: Transformer, noisy: forward.Corrupted, tokens_BT, length_
 
     Returns:
       The fp32 scalar sum, and nll_BT: the negative log-likelihood of each token in nats, 0 where it is not masked.
+      Of an autoregressive model, that of a token stands at the position before it.
     """
     h_BTD = model.trunk(noisy.tokens_BT, length_B)
-    return linear_cross_entropy(h_BTD, model.head_weight(), tokens_BT, noisy.weight_BT, chunk)
+    targets_BT = tokens_BT if noisy.targets_BT is None else noisy.targets_BT
+    return linear_cross_entropy(h_BTD, model.head_weight(), targets_BT, noisy.weight_BT, chunk)
 
 
 def make_train_step(config: Config, graphdef: nnx.GraphDef, options: dict[str, bool | int] | None = None) -> Callable:

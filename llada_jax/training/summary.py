@@ -44,10 +44,13 @@ def first_batch(config: Config, batch: dict, tokenizer: Tokenizer, step: int, ch
         return [jax.reshard(x, P(*(None,) * x.ndim))[0] for x in whole]
 
     clean_T, noisy_T, mask_T, p_mask, length, prompt = jax.device_get(row_0(batch))
-    t = forward.t_of(p_mask, config.diffusion)
     first = max(0, prompt - PROMPT_SHOWN)
     clean, masked = (tokenizer.decode(x[first:length], continuation=first > 0) for x in (clean_T, noisy_T))
     given = f", {prompt} of the prompt" if prompt else ""
+    if config.diffusion.objective in forward.OF_CAUSAL:
+        told = f"first row of step {step}: {length} tokens{given}, {int(mask_T.sum())} are predicted"
+        return f"{told}\n  text:   {cut(clean, characters)!r}"
+    t = forward.t_of(p_mask, config.diffusion)
     return (
         f"first row of step {step}: {length} tokens{given}, t = {t:.3f}, {int(mask_T.sum())} masked\n"
         f"  text:   {cut(clean, characters)!r}\n"

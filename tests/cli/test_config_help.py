@@ -77,7 +77,7 @@ def test_settings_have_names_types_defaults_and_sections():
     }
     assert found["optimizer.schedule"].type == "tuple of (float, float)"
     assert found["model.lora.rank"].section == "model.lora" and found["steps"].section == ""
-    assert found["model.heads"].comment == "H: the number of query heads; each has the width K = width / heads"
+    assert found["model.heads"].comment == "H: the number of query heads"
 
 
 def test_every_section_has_its_docstring():

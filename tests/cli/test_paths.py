@@ -17,8 +17,8 @@ from llada_jax.config import Config, UserError
 # The flags and settings of type text that are no paths.
 NO_PATHS = {
     "prompt", "system", "recipe", "dtype", "coordinator_address", "topology", "group_key", "text_key", "remasking",
-    "attention", "remat", "commit", "cache", "format", "naming", "tasks", "cases", "checkpoints", "shapes", "languages",
-    "quality", "runner_options",
+    "attention", "remat", "commit", "revoke", "cache", "format", "naming", "tasks", "cases", "checkpoints", "shapes",
+    "languages", "quality", "runner_options", "length",
     "load",  # like /load, which replaces ~ when it opens the file
 }  # fmt: skip
 NO_PATH_SETTINGS = {

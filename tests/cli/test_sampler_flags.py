@@ -63,8 +63,8 @@ def test_a_program_that_is_no_command_names_no_default():
 @pytest.mark.parametrize(
     ("command", "shown"),
     [
-        ("sample", "The number of tokens to generate. Default: 64, or 0 if the prompt has [MASK] in it."),
-        ("chat", "The largest number of tokens in an answer. Default: 128."),
+        ("sample", "until the text ends (--length=append). Default: 64, or 0 if the prompt has [MASK] in it."),
+        ("chat", "or auto: blocks until it ends (--length=append). Default: 128."),
         ("evaluate", "Default: the number of the recipe or the task, or 256; 28 for --tasks=reversal."),
     ],
 )

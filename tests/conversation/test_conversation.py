@@ -104,6 +104,33 @@ def test_an_answer_stops_at_its_end(loaded):
         np.testing.assert_array_equal(frame.tokens_T[known], ids_T[: len(known)][known])
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"length": "append"},
+        {"length": "daedal", "commit": "threshold", "gen_length": 70},
+        {"revoke": "wino", "commit": "threshold", "commit_bound": 0.02, "revoke_bound": 0.5},
+    ],
+    ids=["append", "daedal", "wino"],
+)
+def test_other_rules_of_the_sampler_answer_alike(loaded, changes):
+    """What has no place yet is not shown, and an answer is not finished while tokens of it may be taken back."""
+    model, tokenizer = loaded
+    settings = dataclasses.replace(SHORT, **({"gen_length": 24, "block_length": 8} | changes))
+    for text in ("def main", "import jax", "return"):
+        talk = Conversation(model, tokenizer, settings, [user(text)])
+        frames = list(talk.answer())
+        expected, ids_T = plain(model, tokenizer, [user(text)], settings, turn=1, attempt=0)
+        assert talk.messages[-1]["content"] == expected and frames[-1].done
+        for end in (5, 11):  # as if this token were the end
+            ending = with_end(model, int(ids_T[end]))
+            talk = Conversation(ending, tokenizer, settings, [user(text)])
+            frames = list(talk.answer())
+            assert talk.messages[-1]["content"] == plain(ending, tokenizer, [user(text)], settings, 1, 0)[0]
+        if settings.length == "append":
+            assert len(frames[0].tokens_T) == 8
+
+
 def test_a_stopped_answer_leaves_everything_as_it_was(loaded):
     talk = Conversation(*loaded, SHORT, [user("x"), assistant("y")])
     talk.say("def main")

@@ -308,7 +308,7 @@ def test_noise_of_places_rows_and_steps_is_independent():
 
 
 def fields(noisy):
-    return [np.asarray(x) for x in noisy]
+    return [np.asarray(x) for x in noisy if x is not None]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -136,6 +136,19 @@ def test_show_draws_in_a_terminal_and_leaves_stdout_clean(model_folder, loaded, 
     assert page["settings"] == {"model": str(model_folder), "seed": "0"} and len(page["samples"][0]["counts"]) == 6
 
 
+@ON_CPU
+def test_a_length_that_is_found(model_folder, loaded):
+    """The largest length is half of what the model was trained with, and the terminal shows blocks that are in use."""
+    common = [f"--model={model_folder}", "--prompt=def main", "--block_length=16", "--commit=threshold"]
+    common += ["--commit_bound=0.2"]
+    for flag, length in (("--gen_length=auto", "append"), ("--length=daedal", "daedal")):
+        done = run(*common, flag)
+        options = Options(length=length, gen_length=128, block_length=16, commit="threshold", commit_bound=0.2)
+        assert (done.returncode, done.stdout[:-1]) == (
+            0, text_completion.complete(*loaded, ["def main"], options, jax.random.key(0))[0],
+        ), done.stderr  # fmt: skip
+
+
 def test_weights_that_are_not_finite(model_folder, tmp_path):
     folder, output = tmp_path / "model", tmp_path / "out.jsonl"
     shutil.copytree(model_folder, folder)
@@ -154,6 +167,8 @@ def test_weights_that_are_not_finite(model_folder, tmp_path):
         ([f"--model={PARITY / 'mha'}", "--prompt=a"], "has no tokenizer"),
         (["--model=MODEL", "--prompt=a", "--output=MODEL"], "is a folder; pass the name of a file"),
         (["--model=MODEL", "--prompt=a", "--save_html=/no/a.html"], "--save_html=/no/a.html: there is no folder /no;"),
+        (["--model=MODEL", "--prompt=a", "--gen_length=soon"], "flag --gen_length=soon: invalid literal for int()"),
+        (["--model=MODEL", "--prompt=a", "--gen_length=auto", "--length=fixed"], "gen_length=auto with length=fixed"),
         (["--model=MODEL", "--prompt=a\udcff"], "is not UTF-8 text: it contains half a character"),
     ],
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llada_jax.config import UserError
 from llada_jax.evaluation import recipes
 from llada_jax.evaluation.recipes import RECIPES
 
@@ -46,6 +47,9 @@ def test_what_is_given_overrides_a_recipe():
     assert sampler("gsm8k-base", block_length=32) == (1024, 32, 1024)
     assert sampler("gsm8k-instruct-block8", gen_length=512) == (512, 8, 512)
     assert sampler("gsm8k-instruct", steps=128) == (512, 512, 128)
+    assert sampler("gsm8k-base", length="append", block_length=32) == (1024, 32, 1024)
+    with pytest.raises(UserError, match="gsm8k-base has one block of all tokens: with --length=append, pass --block_"):
+        RECIPES["gsm8k-base"].settings({"length": "append"})
     assert RECIPES["arc-c-base"].settings({"cfg_scale": 0.0})["cfg_scale"] == 0.0
     assert "block_length" not in RECIPES["arc-c-base"].settings()
 

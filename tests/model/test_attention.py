@@ -93,8 +93,8 @@ def stand_in(monkeypatch):
         return
     plain = jax.nn.dot_product_attention
 
-    def call(q, k, v, *, key_value_seq_lengths, implementation):
-        assert implementation == "cudnn"
+    def call(q, k, v, *, key_value_seq_lengths, is_causal, implementation):
+        assert implementation == "cudnn" and not is_causal
         assert q.shape[1] % 2 == k.shape[1] % 2 == 0  # JAX refuses odd lengths
         assert key_value_seq_lengths is None or key_value_seq_lengths.dtype == jnp.int32
         return plain(q, k, v, key_value_seq_lengths=key_value_seq_lengths, implementation="xla")

@@ -10,6 +10,7 @@ import pytest
 import replayed
 
 from llada_jax.config import UserError
+from llada_jax.model.transformer import merge, split
 from llada_jax.sampling import replay, watching
 from llada_jax.sampling.recording import Change, Recorder
 from llada_jax.sampling.sampler import denoise_steps, generate
@@ -147,6 +148,34 @@ def test_the_record_and_its_page_are_what_happened(loaded, batch):
         assert sample["settings"] == {name: str(value) for name, value in record.settings.items()}
         assert record.settings["remasking"] == "margin" and record.settings["cfg_scale"] == 0.5
         assert not {"top_k", "steps"} & record.settings.keys()  # they were not chosen
+
+
+@pytest.mark.parametrize("length", ["append", "daedal"])
+def test_a_record_holds_what_was_in_use(loaded, length):
+    """Of the room for the largest length, a page shows what the text had."""
+    model, tokenizer = loaded
+    options = Options(length=length, gen_length=100, block_length=4, commit="threshold", commit_bound=0.2)
+    prompt, key = encode_prompt("def main", model, tokenizer, options), jax.random.key(1)
+    (batch,) = make_batches(model, [prompt], options, 1)
+
+    def steps_of(model):
+        arguments = (batch.prompt_BT, batch.config, row_keys(key, [0]), batch.real_BT)
+        return [step.tokens_BT[0] for step in denoise_steps(model, *arguments)]
+
+    ending = merge(*split(model))
+    ending.config = dataclasses.replace(model.config, eos_id=501, eot_id=None, end_ids=())
+    if length == "append":  # the text ends with its second block
+        continuation = steps_of(ending)[-1][len(prompt.ids_T) :].tolist()
+        end = next(i for i in range(4, 8) if continuation[i] not in continuation[:4])
+        ending.config = dataclasses.replace(ending.config, eos_id=continuation[end])
+    recorder, expected = Recorder(ending, tokenizer, ["def main"], options), steps_of(ending)
+    assert recorder.complete(key, 1) == complete(ending, tokenizer, ["def main"], options, key, 1)
+    record = recorder.records[0]
+    reach = len(record.start)
+    assert reach == len(prompt.ids_T) + 8 if length == "append" else reach >= len(prompt.ids_T) + 64
+    assert (expected[-1][reach:] == ending.config.eos_id).all() and record.end <= reach
+    canvases = replayed.canvases(record, model.config.mask_id)
+    assert canvases == [tokens_T[:reach].tolist() for tokens_T in expected[: len(canvases)]]
 
 
 def advance(loaded, before: list[int], *after: list[int]):

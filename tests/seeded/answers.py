@@ -194,7 +194,7 @@ FAULTS = (
     ),
     Fault(
         "last-stop-string-wins",
-        "llada_jax/evaluation/harness.py",
+        "llada_jax/evaluation/generation.py",
         old="return text[: min((at for stop in stops",
         new="return text[: max((at for stop in stops",
         harm="A completion runs on past its first stop string into text that the task did not ask for.",

@@ -65,8 +65,8 @@ FAULTS = (
     Fault(
         "causal-mask-in-one-kernel",
         "llada_jax/model/attention.py",
-        old="splash.FullMask((q.shape[2], k.shape[2]))",
-        new="splash.CausalMask((q.shape[2], k.shape[2]))",
+        old="(splash.CausalMask if causal else splash.FullMask)",
+        new="splash.CausalMask",
         harm="On TPUs, and only there, no token sees what comes after it, so the model cannot fill in text.",
         tests=("model/test_attention.py::test_kernels_equal_the_reference[splash_interpreted-128-2-2-128-all]",),
     ),
@@ -91,7 +91,7 @@ FAULTS = (
     ),
     Fault(
         "rope-of-neighbouring-components",
-        "llada_jax/model/transformer.py",
+        "llada_jax/model/rope.py",
         old="first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)",
         new="first, second = x_BTHK.astype(jnp.float32)[..., ::2], x_BTHK.astype(jnp.float32)[..., 1::2]",
         harm="RoPE pairs other components than Llama does: a model trained here works, a published one does not.",
@@ -184,7 +184,7 @@ FAULTS = (
     Fault(
         "norm-weights-decay",
         "llada_jax/training/optimizer.py",
-        old='lambda path, _: not path[-1].key.endswith("norm"), params)',
+        old="lambda path, _: not path[-1].key.endswith(_NO_MATRICES), params)",
         new="lambda path, _: True, params)",
         harm="Weight decay pulls the weights of norms towards zero, although they set a scale and no direction.",
         tests=("training/test_optimizer.py::test_decay_is_for_matrices",),

@@ -68,7 +68,9 @@ class Passes:
     def __call__(self, model, canvas_T, real_T, given_T, config: SamplerConfig, blocks: list[list[int]], block: int):
         later = [i for following in blocks[block + 1 :] for i in following]
         far = later[config.suffix_window :] if config.suffix_window else []
-        last = max(np.flatnonzero(real_T))
+        last = max(np.flatnonzero(real_T)) if config.suffix_window else None
+        if config.length == "append":
+            far = [i for i in later if i >= len(canvas_T) - config.gen_length]
         seen = [int(i) for i in np.flatnonzero(real_T) if i not in far or i == last]
         stale = config.cache != "none" and block == self.block
         if stale and config.cache_refresh:

@@ -56,7 +56,7 @@ def remdm(model, prompt_T, real_T, config: SamplerConfig, key, logits_of=plain_s
     taken = 0
     for block, step, before, after, looping in paces(len(todo), config):
         earlier = [i for done in blocks[:block] for i in done if i >= len(prompt_T)]
-        if config.stop_at_end and set(canvas[earlier].tolist()) & set(plain_sampler.ids_of_ends(config)):
+        if plain_sampler.stops(config, canvas[earlier]):
             canvas[[i for i in todo if canvas[i] == mask_id]] = config.eos_id
             break
         taken += 1

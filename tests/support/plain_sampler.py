@@ -121,6 +121,11 @@ def predictions(model, canvas, block: list[int], logits_TV, step_key, config: Sa
     return sorted(candidates), margins
 
 
+def stops(config: SamplerConfig, tokens) -> bool:
+    """Returns whether these tokens, all of finished blocks, end a row."""
+    return (config.stop_at_end or config.length == "append") and bool({*map(int, tokens)} & {*ids_of_ends(config)})
+
+
 def ids_of_ends(config: SamplerConfig) -> list[int]:
     return [i for i in (config.eos_id, config.eot_id, *(config.end_ids or ())) if i is not None]
 
@@ -162,7 +167,7 @@ def row(model, prompt_T, real_T, config: SamplerConfig, key, logits_of=logits_of
         else steps_by_rule(canvas, blocks, mask_id)
     ):
         before = [i for done in blocks[:block] for i in done if i >= len(prompt_T)]
-        if config.stop_at_end and set(canvas[before].tolist()) & set(ids_of_ends(config)):
+        if stops(config, canvas[before]):
             canvas[[i for i in todo if canvas[i] == mask_id]] = config.eos_id
             break
         taken += 1

@@ -1,0 +1,175 @@
+"""Tests appended blocks, that a text which has ended needs no further ones, and the words for both."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import plain_cache
+import plain_revoking
+import plain_sampler
+import pytest
+from small_sampler import ENDS, GEN_LENGTH, MASK, PROMPT_LENGTH, make_model, padded_prompts, settings
+
+from llada_jax.config import ModelConfig, SamplerConfig, UserError
+from llada_jax.sampling import lengths
+from llada_jax.sampling.sampler import denoise_steps, generate
+
+KEY = jax.random.key(3)
+# An EOS that this model predicts now and then, so that rows end in different blocks, and one end that it predicts less.
+SOME = {"eos_id": 11, "eot_id": 22}
+
+
+@pytest.fixture(scope="module")
+def model(make_mesh):
+    return make_model(make_mesh(), sharpness=12)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return padded_prompts()
+
+
+CASES = {
+    "schedule": {"steps": 16, "remasking": "entropy", "block_length": 3},
+    "guided": {"commit": "threshold", "cfg_scale": 0.5, "temperature": 0.7},
+    "random": {"remasking": "random", "temperature": 1.0, "block_length": 5},
+    "entropy": {"commit": "entropy", "remasking": "margin"},
+    "prefix": {"cache": "prefix", "cache_refresh": 2, "commit": "frechet", "block_length": 4},
+    "dual-guided": {"cache": "dual", "commit": "local", "cfg_scale": 0.5},
+    "late-ends": {"cache": "dual", "confidence_eos_eot_inf": True, "commit": "factor"},
+    "remdm": {"revoke": "remdm_cap", "revoke_bound": 0.4, "temperature": 0.7, "remasking": "random"},
+    "gaps": {"cache": "prefix", "commit": "threshold", "block_length": 2},
+}
+
+
+def many_gaps():
+    """Returns prompts with more MASK tokens than a block has, so that blocks begin in the prompt and end behind it."""
+    prompt_BT, real_BT = padded_prompts()
+    prompt_BT[:2, 5::2] = MASK
+    return prompt_BT, real_BT
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_append_is_the_plain_sampler(model, prompts, name):
+    """Alone, in a batch with padding and gaps, step by step and at once."""
+    config = settings(length="append", **SOME, **CASES[name])
+    prompt_BT, real_BT = prompts = many_gaps() if name == "gaps" else prompts
+    row = plain_revoking.remdm if config.revoke != "none" else plain_sampler.row
+    expected_BT, expected_B = plain_sampler.generate(
+        model, prompts, config, KEY, return_steps=True, passes=plain_cache.Passes, row=row
+    )
+    out_BT, steps_B = generate(model, prompt_BT, config, KEY, real_BT, return_steps=True)
+    np.testing.assert_array_equal(out_BT, expected_BT)
+    assert steps_B.tolist() == expected_B
+    frames = list(denoise_steps(model, prompt_BT, config, KEY, real_BT))
+    np.testing.assert_array_equal(frames[-1].tokens_BT, out_BT)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, np.arange(3))
+    alone_BT, alone_B = generate(model, prompt_BT[1:2, 4:], config, keys[1:2], return_steps=True)
+    np.testing.assert_array_equal(out_BT[1, 4:], alone_BT[0])
+    assert alone_B.tolist() == [expected_B[1]]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"block_length": 4, "steps": 8}, {"commit": "threshold"}, {"commit": "local", "revoke": "wino"}],
+    ids=["schedule", "threshold", "wino"],
+)
+def test_append_is_one_call_after_the_other(model, prompts, changes):
+    """Each call has the prompt and what was written before as its prompt, and a canvas of one block."""
+    prompt_BT, real_BT = np.where(prompts[0] == MASK, 7, prompts[0]), prompts[1]
+    config = settings(length="append", **SOME, **changes)
+    expected_BT, ended_B = prompt_BT, np.zeros(3, bool)
+    for start in range(0, GEN_LENGTH, config.block_length):
+        size = min(config.block_length, GEN_LENGTH - start)
+        steps = config.steps * config.block_length // GEN_LENGTH
+        one = dataclasses.replace(config, length="fixed", gen_length=size, steps=steps)
+        seen_BT = np.pad(real_BT, ((0, 0), (0, start)), constant_values=True)
+        new_BT = np.asarray(generate(model, expected_BT, one, KEY, seen_BT))[:, -size:]
+        new_BT = np.where(ended_B[:, None], config.eos_id, new_BT)
+        ended_B |= np.isin(new_BT, list(SOME.values())).any(axis=1)
+        expected_BT = np.concatenate([expected_BT, new_BT], axis=1)
+    np.testing.assert_array_equal(generate(model, prompt_BT, config, KEY, real_BT), expected_BT)
+    fixed = dataclasses.replace(config, length="fixed")
+    fixed_BT = np.asarray(generate(model, prompt_BT, fixed, KEY, real_BT))
+    assert ended_B.any() and (fixed_BT != expected_BT).any(), "a case in which nothing differs shows nothing"
+
+
+@pytest.mark.parametrize("length", ["fixed", "append"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cache": "prefix", "commit": "threshold", "cache_refresh": 2},
+        {"cache": "dual", "commit": "local", "temperature": 0.7},
+        {"cache": "dual", "suffix_window": 3, "cfg_scale": 0.5},
+        {"revoke": "remdm_cap", "revoke_bound": 0.3, "steps": 30},
+        {"revoke": "wino", "commit": "threshold", "commit_bound": 0.3, "cache": "prefix"},
+    ],
+    ids=["none", "prefix", "dual", "window", "remdm", "wino"],
+)
+def test_an_early_stop_takes_nothing_from_the_text(model, prompts, changes, length):
+    """Up to its first end, a text is the same whether or not the blocks behind it are computed."""
+    if length == "append":
+        changes = {name: value for name, value in changes.items() if name != "suffix_window"} | {"length": length}
+    config = settings(block_length=4, **SOME, **changes)
+    # With append, blocks behind the end are computed if no token is an end.
+    endless = dataclasses.replace(config, length=length, eos_id=MASK - 1, eot_id=None)
+    early = dataclasses.replace(config, stop_at_end=True)
+    out_BT, steps_B = generate(model, prompts[0], early, KEY, prompts[1], return_steps=True)
+    all_BT, all_B = generate(model, prompts[0], endless, KEY, prompts[1], return_steps=True)
+    out_BT, all_BT = (np.asarray(x)[:, PROMPT_LENGTH:] for x in (out_BT, all_BT))
+    ended_B = np.isin(all_BT, list(SOME.values())).any(axis=1)
+    for row_T, all_T, ended in zip(out_BT, all_BT, ended_B, strict=True):
+        end = int(np.isin(all_T, list(SOME.values())).argmax()) + 1 if ended else len(all_T)
+        assert row_T[:end].tolist() == all_T[:end].tolist()
+        last = -(-end // 4) * 4 + 4  # a block may begin in the prompt
+        assert (row_T[last:] == config.eos_id).all()
+    assert ((np.asarray(steps_B) < np.asarray(all_B)) <= ended_B).all() and (steps_B < all_B).any()
+
+
+@pytest.mark.parametrize("name", ["dual-guided"])
+def test_eight_devices_are_one(model, make_mesh, prompts, name):
+    config = settings(length="append", **SOME, **CASES[name])
+    sharded = make_model(make_mesh(2, 2, 2), sharpness=12)
+    expected_BT = generate(model, prompts[0], config, KEY, prompts[1])
+    np.testing.assert_array_equal(generate(sharded, prompts[0], config, KEY, prompts[1]), expected_BT)
+
+
+def test_blocks_to_come_are_not_shown():
+    ids = ModelConfig(mask_id=0, eos_id=9)
+    append = SamplerConfig(length="append", block_length=3)
+
+    def shown(tokens, prompt, config=append):
+        return lengths.shown(np.array(tokens), np.array(prompt), config, ids)
+
+    assert shown([5, 6, 0, 0, 0, 0, 0], [5, 6]) == shown([5, 6, 7, 0, 7, 0, 0], [5, 6]) == 5
+    assert shown([5, 6, 7, 7, 7, 0, 0], [5, 6]) == 7
+    assert shown([5, 0, 0, 0, 0, 5, 0, 0, 0], [5, 0, 0, 0, 0, 5]) == 6, "of a prompt with gaps, everything is shown"
+    assert shown([5, 1, 1, 1, 0, 5, 0, 0, 0], [5, 0, 0, 0, 0, 5]) == 8
+    assert shown([5, 1, 9, 9, 9], [5]) == 5
+    assert shown([5, 0, 0, 9, 9], [5], dataclasses.replace(append, length="daedal")) == 3
+    assert shown([9, 9, 9], [9], dataclasses.replace(append, length="daedal")) == 1
+    assert shown([5, 0, 0, 0, 0, 0], [5], SamplerConfig(block_length=3)) == 6
+
+
+def test_what_auto_means():
+    assert lengths.automatic({"steps": 3}, 100) == {"steps": 3}
+    assert lengths.automatic({"gen_length": "auto"}, 100) == {"gen_length": 100, "length": "append"}
+    assert lengths.automatic({"gen_length": "auto", "length": "daedal"}, None) == {"length": "daedal"}
+    with pytest.raises(UserError, match="gen_length=auto with length=fixed"):
+        lengths.automatic({"gen_length": "auto", "length": "fixed"}, 100)
+    assert [lengths.automatic_limit(trained) for trained in (None, 4096, 256, 1)] == [1024, 1024, 128, 1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"length": "long"}, "length='long': choose one of fixed, append, daedal"),
+        ({"length": "append"}, "length=append: the model does not say which token is EOS"),
+        ({"length": "append", "suffix_window": 3, **ENDS}, "suffix_window=3 with length=append"),
+        ({"length": "daedal", **ENDS}, "length=daedal needs commit=threshold, not schedule"),
+    ],
+)
+def test_impossible_settings_are_named(model, changes, words):
+    with pytest.raises(UserError, match=words):
+        generate(model, [[1, 2]], settings(**changes), KEY)
