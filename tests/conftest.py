@@ -60,6 +60,21 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item in kept]
 
 
+# Each compiled program takes some mappings of memory, and keeps them. A process of Linux may have 65,530 of them
+# (vm.max_map_count); with more, XLA ends it with a segmentation fault while it compiles. A file of tests adds up to
+# 15,000.
+MOST_MAPPINGS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs_in_memory():
+    """Forgets compiled programs after a file, if there are many. The compilation cache on disk has them still."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def make_mesh():
     """Returns make_mesh(data, fsdp, tensor), which makes a mesh over the first devices."""

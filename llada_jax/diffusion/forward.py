@@ -251,11 +251,8 @@ OBJECTIVES = {
     "next_token_sft": next_token_sft,
 }
 OF_CAUSAL = ("next_token", "next_token_sft")  # objectives of autoregressive models
-OF_CHAT = (
-    "sft",
-    "sft_whole",
-    "next_token_sft",
-)  # objectives that take prompts with answers; the others take packed text
+# Objectives that take prompts with answers; the others take packed text.
+OF_CHAT = ("sft", "sft_whole", "next_token_sft")
 
 
 def is_chat(config: Config) -> bool:

@@ -44,7 +44,8 @@ class Extent:
 
 def _start(rows: Rows) -> jax.Array:
     """Returns int32 (B,): the position of the first token of the continuation."""
-    return rows.order_BT[:, 0]
+    # Of a batch of one row, JAX cannot tell how a slice with one column is split, but it can of a sum.
+    return jnp.sum(jnp.where(jnp.arange(rows.order_BT.shape[1]) == 0, rows.order_BT, 0), axis=1, dtype=jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames="eos_id")

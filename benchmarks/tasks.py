@@ -1,0 +1,183 @@
+r"""Measures the quality of the rules of sampling beside their speed, on problems whose answers can be checked.
+
+    python benchmarks/tasks.py --model=runs/tasks --problems=problems/held_out.jsonl --output=tasks.jsonl
+
+benchmarks/tasks_config.py has the commands that make the model and the problems. Every rule of `commit` (and the
+schedule with 1, 2 and 4 tokens per step) is used with every cache and block length; the rules that take tokens back are
+used without a cache, in the blocks of --revoke_blocks. All settings get the same problems in the same batches. For each
+batch they take turns, so that other load on the machine affects all of them alike.
+
+Each batch and setting appends one JSON line to --output; a run that was ended goes on where it was. Of a batch they
+tell: correct, the number of answers with the right result; whole, those in which the working is right too; right, the
+share of the parts (digits, signs) of the results that are at their place; tokens, the number of tokens up to the end of
+the answers; passes, the number of forward passes of all rows; and the time of the batch in seconds and in seconds of
+CPU time. Compilation is not counted. benchmarks/tasks_table.py makes of this file a table and a picture.
+"""
+
+import argparse
+import dataclasses
+import json
+import operator
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import problems
+
+import llada_jax
+from llada_jax.cli.paths import expanded
+from llada_jax.config import SamplerConfig
+from llada_jax.model.transformer import Transformer
+from llada_jax.sampling.commit import RULES, SCHEDULE
+from llada_jax.sampling.sampler import generate
+from llada_jax.sampling.settings import NONE, REMDM, WINO
+from llada_jax.sampling.text_completion import row_keys, text_length
+from llada_jax.text.tokenizer import Tokenizer
+
+PER_STEP = (1, 2, 4)  # tokens per step of the schedule
+BOLD = {"commit": "threshold", "commit_bound": 0.6}  # as the authors of WINO use it
+VARIED = (
+    "commit",
+    "steps",
+    "commit_bound",
+    "revoke",
+    "cache",
+    "block_length",
+)  # the fields in which the settings differ
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Some problems of one task, left-padded to the length of the longest of all problems."""
+
+    task: str
+    number: int
+    rows: list[dict[str, str]]  # each with "prompt" and "response"
+    prompt_BT: np.ndarray  # int32
+    real_BT: np.ndarray  # bool, False = padding
+
+
+def read_batches(path: Path, tokenizer: Tokenizer, size: int, count: int) -> list[Batch]:
+    """Returns the first `count` problems of each task in batches of this size; a last, smaller one is left out."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    ids = [tokenizer.encode_chat([{"role": "user", "content": row["prompt"]}]) for row in rows]
+    # One column more than is needed, because a batch without padding is another program.
+    length, found = max(map(len, ids)) + 1, []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        chosen = [i for i, row in enumerate(rows) if row["task"] == task][:count]
+        for number, first in enumerate(range(0, len(chosen) - size + 1, size)):
+            part = chosen[first : first + size]
+            prompt_BT = np.zeros((len(part), length), np.int32)
+            for row_T, i in zip(prompt_BT, part, strict=True):
+                row_T[length - len(ids[i]) :] = ids[i]
+            real_BT = np.arange(length) >= length - np.array([len(ids[i]) for i in part])[:, None]
+            found.append(Batch(task, number, [rows[i] for i in part], prompt_BT, real_BT))
+    return found
+
+
+def settings(args: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Yields the fields of SamplerConfig in which the settings to measure differ."""
+    rules = [{"commit": rule} for rule in RULES]
+    rules += [{"commit": rule, "commit_bound": bound} for rule, bound in args.bounds]
+    for block_length in args.block_lengths:
+        # Each block gets an equal share of the steps, also a last block that is shorter than the others.
+        blocks = -(-args.gen_length // block_length)
+        schedules = [{"commit": SCHEDULE, "steps": blocks * -(-block_length // n)} for n in PER_STEP]
+        revoking = [schedule | {"revoke": rule} for rule in REMDM for schedule in schedules[:2]]
+        revoking += [rule | {"revoke": WINO} for rule in ({"commit": "threshold"}, BOLD)]
+        for cache in args.caches:
+            taken_back = revoking if cache == NONE and block_length in args.revoke_blocks else []
+            for rule in schedules + rules + taken_back:
+                yield rule | {"cache": cache, "block_length": block_length}
+
+
+def measure(model: Transformer, tokenizer: Tokenizer, batch: Batch, config: SamplerConfig) -> dict[str, float]:
+    """Answers the problems of a batch, and returns what its line says of them."""
+    keys_B = row_keys(jax.random.key(0), range(len(batch.rows)))
+    wall, cpu = time.perf_counter(), time.process_time()
+    canvas_BT, steps_B = generate(model, batch.prompt_BT, config, keys_B, batch.real_BT, return_steps=True)
+    canvas_BT, steps_B = np.asarray(canvas_BT), np.asarray(steps_B)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    correct = whole = tokens = right = parts = 0
+    for row, row_T in zip(batch.rows, canvas_BT[:, batch.prompt_BT.shape[1] :], strict=True):
+        length = text_length(row_T, model, tokenizer)
+        text = tokenizer.decode(row_T[:length].tolist(), skip_special=True).strip()
+        tokens += min(length + 1, len(row_T))  # the end is a token of the answer too
+        whole += text == row["response"]
+        found, wanted = (problems.result(each).split() for each in (text, row["response"]))
+        correct += found == wanted
+        right += sum(map(operator.eq, found, wanted))
+        parts += len(wanted)
+    return {
+        "problems": len(batch.rows),
+        "correct": correct,
+        "whole": whole,
+        "right": right / parts,
+        "tokens": tokens,
+        "passes": int(steps_B.sum()),
+        "seconds": round(wall, 4),
+        "cpu_seconds": round(cpu, 4),
+    }
+
+
+def _bound(text: str) -> tuple[str, float]:
+    rule, _, bound = text.partition("=")
+    return rule, float(bound)
+
+
+def _path(text: str) -> Path:
+    return Path(expanded(text))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "problems", "output"):
+        parser.add_argument(f"--{name}", type=_path, required=True)
+    sizes = {"count": 500, "batch_size": 100, "gen_length": 24}
+    for name, value in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--block_lengths", type=int, nargs="*", default=[8, 24])
+    parser.add_argument(
+        "--revoke_blocks", type=int, nargs="*", default=[24], help="block lengths to take tokens back in"
+    )
+    parser.add_argument("--caches", nargs="*", default=["none", "prefix", "dual"])
+    parser.add_argument("--bounds", type=_bound, nargs="*", default=[], help="further bounds, such as threshold=0.8")
+    args = parser.parse_args()
+
+    model, tokenizer = llada_jax.load(args.model)
+    batches = read_batches(args.problems, tokenizer, args.batch_size, args.count)
+    base = SamplerConfig(gen_length=args.gen_length, stop_at_end=True)
+    about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": platform.python_version()}
+    about |= {"model": str(args.model), "batch_size": args.batch_size, "gen_length": args.gen_length}
+    lines = args.output.read_text(encoding="utf-8").splitlines() if args.output.exists() else []
+    done = {_name(json.loads(line)) for line in lines}
+    warm: set[str] = set()
+    with open(args.output, "a", encoding="utf-8") as file:
+        for number in range(max(batch.number for batch in batches) + 1):
+            for varied in settings(args):
+                config = dataclasses.replace(base, **varied)
+                for batch in batches:
+                    line = {"benchmark": "tasks", "task": batch.task, "batch": batch.number} | varied
+                    if batch.number != number or _name(line) in done:
+                        continue
+                    program = str(varied | {"steps": 0, "commit_bound": 0})
+                    if program not in warm:  # the first run also compiles and is not counted
+                        warm.add(program)
+                        measure(model, tokenizer, batch, config)
+                    line |= measure(model, tokenizer, batch, config) | about
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+            print(f"batch {number}", file=sys.stderr, flush=True)
+
+
+def _name(line: dict[str, object]) -> tuple:
+    """Returns what tells the lines of a file apart."""
+    return tuple(line.get(name) for name in ("task", "batch", *VARIED))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Makes a table and a picture of the output of benchmarks/tasks.py.
+
+    python benchmarks/tasks_table.py --input=tasks.jsonl --output=benchmarks/tasks.svg > table.md
+
+The table goes to stdout, as Markdown. "Digits" are the digits of the results that are right. The speed is the number of
+tokens per second, as a ratio to that of the exact sampler: one token per step, without a cache, in blocks of
+--block_length tokens. Both are medians over the batches, and the ratio is that of the medians. --clock=cpu_seconds
+takes the CPU time, where other load made the clock useless. Shares of right answers have their 95 % interval
+(Wilson's). The picture has a panel for each task: right answers against speed. Longer blocks have larger marks. It
+needs the extra `plots`.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+from llada_jax.cli.paths import expanded
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+VARIED = ("commit", "steps", "commit_bound", "revoke", "cache", "block_length")
+COLOURS = ("#888888", "#1f6fb4", "#d9730d", "#2b8a3e", "#8f4ab8", "#c2255c")
+MARKERS = {"none": "o", "prefix": "^", "dual": "s"}
+GREY = "#888888"  # is readable on light and dark pages
+STYLE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), GREY),
+    "font.size": 9,
+    "svg.hashsalt": "llada_jax",  # A fixed salt makes the same input give the same file.
+}
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """Returns the 95 % interval of a share, by Wilson's formula, which also holds near 0 and 1."""
+    z, share = 1.96, right / count
+    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return tuple((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
+
+
+def summary(lines: list[dict], clock: str) -> dict[str, float]:
+    """Returns what the batches of one task and setting come to."""
+    count, right = (sum(line[name] for line in lines) for name in ("problems", "correct"))
+    low, high = wilson(right, count)
+    tokens, passes = (sum(line[name] for line in lines) for name in ("tokens", "passes"))
+    return {
+        "correct": right / count,
+        "low": low,
+        "high": high,
+        "passes": passes / count,
+        "tokens_per_pass": tokens / passes,
+        "parts": sum(line["right"] * line["problems"] for line in lines) / count,
+        "rate": statistics.median(line["tokens"] / line[clock] for line in lines),
+    }
+
+
+def label(varied: dict, gen_length: int) -> str:
+    """Returns the name of a rule with its bound, if it is not the default one."""
+    name = varied["commit"]
+    if name == "schedule":
+        blocks = -(-gen_length // varied["block_length"])
+        name += f", {round(varied['block_length'] / (varied['steps'] / blocks))} per step"
+    for key in ("commit_bound", "revoke"):
+        if varied[key] is not None:
+            name += f", {varied[key]}"
+    return name
+
+
+def picture(table: dict[tuple, dict[str, dict]], gen_length: int, output: Path) -> None:
+    """Draws the share of right answers against the speed, with a panel for each task."""
+    tasks = list(dict.fromkeys(task for each in table.values() for task in each))
+    rules = list(dict.fromkeys(key[0] for key in table))
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, len(tasks), figsize=(9, 3.6), layout="constrained", sharex=True)
+        for task, axes in zip(tasks, panels, strict=True):
+            for key, each in table.items():
+                varied, point = dict(zip(VARIED, key, strict=True)), each[task]
+                colour = COLOURS[rules.index(varied["commit"])]
+                axes.errorbar(
+                    point["speed"], 100 * point["correct"],
+                    [[100 * (point["correct"] - point["low"])], [100 * (point["high"] - point["correct"])]],
+                    marker=MARKERS[varied["cache"]], markersize=2 + varied["block_length"] / 8, color=colour,
+                    elinewidth=0.5, alpha=0.85, markerfacecolor="none" if varied["revoke"] else colour,
+                )  # fmt: skip
+            axes.set(xlabel="tokens per second, times the exact sampler's", title=task, xscale="log")
+            axes.set_xticks((0.5, 1, 2, 4, 8), ("0.5", "1", "2", "4", "8"), minor=False)
+            axes.xaxis.set_minor_locator(plt.NullLocator())
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].set(ylabel="right answers, %")
+        handles = [
+            plt.Line2D([], [], marker="o", linestyle="", color=c, label=r) for c, r in zip(COLOURS, rules, strict=False)
+        ]
+        handles += [
+            plt.Line2D([], [], marker=m, linestyle="", color=GREY, label=f"cache {c}") for c, m in MARKERS.items()
+        ]
+        hollow = {"marker": "o", "linestyle": "", "color": GREY, "markerfacecolor": "none"}
+        handles.append(plt.Line2D([], [], **hollow, label="takes tokens back"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+        figure.savefig(output, transparent=True, metadata={"Date": None})
+
+
+def _path(text: str) -> Path:
+    return Path(expanded(text))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=_path, required=True)
+    parser.add_argument("--output", type=_path, help="the picture, an .svg file")
+    parser.add_argument("--block_length", type=int, default=24, help="of the exact sampler that others are compared to")
+    parser.add_argument("--clock", choices=("seconds", "cpu_seconds"), default="seconds", help="what the speed counts")
+    args = parser.parse_args()
+
+    groups: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for text in args.input.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        groups[tuple(line.get(name) for name in VARIED)][line["task"]].append(line)
+    gen_length = line["gen_length"]
+    table = {key: {task: summary(lines, args.clock) for task, lines in each.items()} for key, each in groups.items()}
+    blocks = -(-gen_length // args.block_length)
+    exact = table["schedule", blocks * args.block_length, None, None, "none", args.block_length]
+    for each in table.values():
+        for task, point in each.items():
+            point["speed"] = point["rate"] / exact[task]["rate"]
+    tasks = list(exact)
+    print(
+        "| rule | cache | block |"
+        + "".join(f" {task}: right (95 %) | digits | tokens per pass | speed |" for task in tasks)
+    )
+    print("|---" * (3 + 4 * len(tasks)) + "|")
+    for key, each in table.items():
+        varied = dict(zip(VARIED, key, strict=True))
+        cells = [label(varied, gen_length), varied["cache"], str(varied["block_length"])]
+        for task in tasks:
+            p = each[task]
+            cells += [f"{100 * p['correct']:.1f} % ({100 * p['low']:.1f} to {100 * p['high']:.1f})"]
+            cells += [f"{100 * p['parts']:.0f} %", f"{p['tokens_per_pass']:.2f}", f"{p['speed']:.2f}"]
+        print("| " + " | ".join(cells) + " |")
+    if args.output:
+        picture(table, gen_length, args.output)
+
+
+if __name__ == "__main__":
+    main()
