@@ -137,9 +137,10 @@ def check_causal(config: SamplerConfig) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in _OF_CAUSAL and value != field.default:
+            named = " (or gen_length=auto)" if field.name == "length" else ""
             raise UserError(
-                f"{field.name}={value}: this model is causal and writes one token after another, without MASK, so that "
-                f"{field.name} means nothing: leave it out"
+                f"{field.name}={value}{named}: this model is causal and writes one token after another, without MASK, "
+                f"so that {field.name} means nothing: leave it out"
             )
 
 

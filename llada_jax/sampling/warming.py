@@ -27,8 +27,10 @@ def pad(prompts: Sequence[Sequence[int]], widths: Sequence[int]) -> tuple[np.nda
       The prompts, int32 (B, T), and bool (B, T), True for a real token: two arguments of `generate`.
 
     Raises:
-      UserError: If a prompt is too long for all widths.
+      UserError: If there is no width, or if a prompt is too long for all of them.
     """
+    if not len(widths):
+        raise UserError("there is no width: give at least one, which is above the length of each prompt")
     longest = max((len(ids) for ids in prompts), default=0)
     width = min((width for width in widths if width > longest), default=None)
     if width is None:
@@ -55,8 +57,9 @@ def warm_up(model: Transformer, config: SamplerConfig, widths: Sequence[int], ba
       UserError: If a setting is impossible, or if a cache does not fit into the memory of the devices.
     """
     config = resolve(config, model)
+    token = int(config.mask_id == 0)  # any token but MASK, which some settings refuse
     for width in sorted(set(widths)):
-        prompt_BT, real_BT = pad([[0] * (width - 1)] * batch_size, [width])
+        prompt_BT, real_BT = pad([[token] * (width - 1)] * batch_size, [width])
         with mesh.mesh_of(model.embedding[...]):
             dials, static = arguments(config)
             if model.config.causal:

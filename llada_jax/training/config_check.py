@@ -127,6 +127,8 @@ def check_architecture(model: ModelConfig) -> None:
         "makes the head width odd, but RoPE rotates pairs of values",
     )
     scaling = model.rope_scaling
+    # The model config is static data of compiled programs and must be hashable; a list is not.
+    _require(isinstance(scaling, tuple), "model.rope_scaling", scaling, "must be a tuple")
     _require(
         not scaling or (len(scaling) == 4 and scaling[0] >= 1 and 0 < scaling[1] < scaling[2] and scaling[3] > 0),
         "model.rope_scaling",
@@ -172,6 +174,12 @@ def check_objective(config: Config) -> None:
             values[name],
             f"is about MASK, which the objective {objective} does not know: leave it out",
         )
+    _require(
+        config.sequence_length > 1,
+        "sequence_length",
+        config.sequence_length,
+        f"leaves nothing to predict: with the objective {objective} it must be at least 2",
+    )
     for prompt in config.sampling.prompts:
         if MASK_LITERAL in prompt and not is_chat(config):
             raise UserError(

@@ -285,7 +285,8 @@ class Loop:
         if self.config.report and self.held_out is not None and distributed.index() == 0:
             marks = summary.yardsticks(self.held_out, self.tokenizer)
             held_out_bytes = int(self.held_out.bytes_N.sum())
-            print(summary.final_report(str(self.home.path), self.bits_per_byte, marks, held_out_bytes))
+            causal = self.config.model.causal
+            print(summary.final_report(str(self.home.path), self.bits_per_byte, marks, held_out_bytes, causal))
         return entry_point.FINISHED
 
     def _validate(self, state: TrainState) -> dict:

@@ -83,17 +83,23 @@ def yardsticks(rows: HeldOut, tokenizer: Tokenizer) -> dict[str, float]:
     }
 
 
-def final_report(workdir: str, bits_per_byte: float, marks: dict[str, float], held_out_bytes: int) -> str:
+def final_report(
+    workdir: str, bits_per_byte: float, marks: dict[str, float], held_out_bytes: int, causal: bool = False
+) -> str:
     """Returns the last lines of the quickstart: the bound beside its yardsticks, and what to do next."""
+    figure = "exact likelihood" if causal else "likelihood bound (Eq. 6)"
+    flags = ['--prompt="class Queue:" --block_length=8 --show', '--prompt="if not isinstance(value,[MASK]):"']
+    if causal:
+        flags = ['--prompt="class Queue:" --show']
+    commands = "\n  ".join(f"python -m llada_jax.sample --model={workdir} {each}" for each in flags)
     return f"""
 held-out text, {held_out_bytes:,} bytes, bits per byte (lower is better):
-  this model, likelihood bound (Eq. 6)  {bits_per_byte:6.3f}
+  this model, {figure:24}  {bits_per_byte:6.3f}
   its tokens' unigram entropy           {marks["unigram_bits_per_byte"]:6.3f}
   xz -9                                 {marks["xz_bits_per_byte"]:6.3f}
 
 next:
-  python -m llada_jax.sample --model={workdir} --prompt="class Queue:" --block_length=8 --show
-  python -m llada_jax.sample --model={workdir} --prompt="if not isinstance(value,[MASK]):"
+  {commands}
   the same training command with --config.steps=N (more than before; without minutes) goes on from here
   --config.data.input=FILES (and a new --workdir) trains on your own text
   tensorboard --logdir={workdir}/tensorboard    curves; {workdir}/metrics.jsonl has the numbers

@@ -139,6 +139,7 @@ def test_an_empty_prompt_follows_eos(llama):
         ({"block_length": 8}, "block_length=8: this model is causal"),
         ({"cfg_scale": 1.0}, "cfg_scale=1.0: this model is causal"),
         ({"commit": "threshold"}, "commit=threshold: this model is causal"),
+        ({"length": "append", "eos_id": 2}, r"length=append \(or gen_length=auto\): this model is causal"),
         ({"cache": "dual"}, "cache=dual: this model is causal"),
         ({"remasking": "random"}, "remasking=random: this model is causal"),
         ({"confidence_eos_eot_inf": True}, "confidence_eos_eot_inf=True: this model is causal"),

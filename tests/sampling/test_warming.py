@@ -35,3 +35,11 @@ def test_after_warming_up_nothing_is_compiled(make_mesh):
 def test_a_prompt_that_is_too_long_is_told():
     with pytest.raises(UserError, match="16 tokens: it must have fewer than the largest width, 16"):
         pad([[1] * 16], (8, 16))
+    with pytest.raises(UserError, match="there is no width"):
+        pad([[1]], ())
+
+
+def test_no_prompt_for_warming_up_contains_mask(make_mesh):
+    model = make_model(make_mesh())
+    config = settings(commit="threshold", gen_length=4, length="daedal", eos_id=5, mask_id=0)
+    warm_up(model, config, [8])  # with MASK in a prompt, this length would be refused

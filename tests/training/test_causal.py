@@ -168,6 +168,19 @@ def test_settings_about_masks_are_refused(changes, words):
     config.sampling.prompts = ("a [MASK]",)
     with pytest.raises(UserError, match="sampling.prompts: .* a causal model fills in nothing"):
         config_check.validate(config)
+    config.sampling.prompts, config.sequence_length = (), 1
+    with pytest.raises(UserError, match="config.sequence_length=1 leaves nothing to predict: .* at least 2"):
+        config_check.validate(config)
+
+
+def test_a_scaling_as_a_list_is_refused_before_it_is_hashed():
+    config = Config()
+    config.data.path, config.model.vocab_size = "set", 128
+    config.model.rope_scaling = [8.0, 1.0, 4.0, 8192.0]
+    with pytest.raises(UserError, match=r"config.model.rope_scaling=\[8.0, .* must be a tuple"):
+        config_check.validate(config)
+    config.model.rope_scaling = (8.0, 1.0, 4.0, 8192.0)
+    config_check.validate(config)
 
 
 def test_flops_count_half_of_attention():

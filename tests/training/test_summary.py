@@ -81,6 +81,11 @@ def test_final_report_names_the_run_and_its_marks():
     text = summary.final_report("runs/x", 1.23456, {"unigram_bits_per_byte": 3.5, "xz_bits_per_byte": 1.75}, 1234567)
     for part in ("1.235", "3.500", "1.750", "1,234,567", "--model=runs/x"):
         assert part in text
+    assert "bound (Eq. 6)" in text and "[MASK]" in text
+    text = summary.final_report("runs/x", 1.23456, {"unigram_bits_per_byte": 3.5, "xz_bits_per_byte": 1.75}, 9, True)
+    assert "exact likelihood" in text
+    # A causal model refuses these.
+    assert "Eq. 6" not in text and "[MASK]" not in text and "block_length" not in text
 
 
 def test_show_samples():
