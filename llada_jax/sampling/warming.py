@@ -43,7 +43,7 @@ def pad(prompts: Sequence[Sequence[int]], widths: Sequence[int]) -> tuple[np.nda
 
 
 def warm_up(model: Transformer, config: SamplerConfig, widths: Sequence[int], batch_size: int = 1) -> None:
-    """Compiles what `generate` runs for prompts that `pad` has padded to these widths. No reverse step is taken.
+    """Compiles the sampler for prompts that `pad` has padded to these widths. No reverse step is taken.
 
     A causal model reads the padding once.
 
