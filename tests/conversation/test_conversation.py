@@ -107,8 +107,8 @@ def test_an_answer_stops_at_its_end(loaded):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"length": "append"},
-        {"length": "daedal", "commit": "threshold", "gen_length": 70},
+        pytest.param({"length": "append"}, marks=pytest.mark.slow),
+        pytest.param({"length": "daedal", "commit": "threshold", "gen_length": 70}, marks=pytest.mark.slow),
         {"revoke": "wino", "commit": "threshold", "commit_bound": 0.02, "revoke_bound": 0.5},
     ],
     ids=["append", "daedal", "wino"],

@@ -52,7 +52,7 @@ def test_a_row_alone_is_as_in_a_batch(published, rng):
     for config in (GREEDY, dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, top_k=50)):
         together_BT = np.asarray(generate(model, tokens_BT, config, keys_B, real_BT))
         np.testing.assert_array_equal(together_BT[:, : tokens_BT.shape[1]], tokens_BT)
-        for row in range(4):
+        for row in (0, 2):  # each length is a program of its own
             alone_BT = np.asarray(generate(model, tokens_BT[row][real_BT[row]][None], config, keys_B[row : row + 1]))
             np.testing.assert_array_equal(alone_BT[0, -12:], together_BT[row, -12:])
 
