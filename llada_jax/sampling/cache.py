@@ -96,16 +96,30 @@ def _zeros(masks_B: jax.Array, config: ModelConfig, compute: ComputeConfig, leng
 
 
 def _check_memory(model: Transformer, batch: int, length: int, streams: int, config: SamplerConfig) -> None:
-    split = mesh.batch_shards() * mesh.tensor_shards()
     # Where the width of a full pass is chosen in the program, XLA keeps a copy of the cache meanwhile.
-    copies = 2 if _sees_a_part(config) else 1
-    takes = copies * streams * cache_bytes(model.config, model.compute, batch, length) // split
+    copies = streams * (2 if _sees_a_part(config) else 1)
+    check_memory(model, batch, length, copies, f"cache={config.cache}: ", ", or cache=none")
+
+
+def check_memory(model: Transformer, batch: int, slots: int, copies: int = 1, what: str = "", remedy: str = "") -> None:
+    """Raises UserError if so many caches of these rows do not fit into the memory of a device of the mesh in use.
+
+    Args:
+      model: The model.
+      batch: The number of rows.
+      slots: The number of slots of each row.
+      copies: The number of caches that are in memory together.
+      what: What the message begins with.
+      remedy: What the message says beside a smaller batch and a shorter gen_length.
+    """
+    split = mesh.batch_shards() * mesh.tensor_shards()
+    takes = copies * cache_bytes(model.config, model.compute, batch, slots) // split
     device = min(model.embedding[...].sharding.addressable_devices, key=lambda device: device.id)
     free = hardware.free_memory(device)
     if free is not None and takes > free:
         raise UserError(
-            f"cache={config.cache}: the keys and values of {batch} rows of {length} tokens take {takes / 1e9:.1f} GB "
-            f"per device, but {free / 1e9:.1f} GB are free: use a smaller batch, a shorter gen_length, or cache=none"
+            f"{what}the keys and values of {batch} rows of {slots} tokens take {takes / 1e9:.1f} GB per device, but "
+            f"{free / 1e9:.1f} GB are free: use a smaller batch, a shorter gen_length{remedy}"
         )
 
 

@@ -97,18 +97,27 @@ def start(
     if config.length == DAEDAL and (masks_B > config.gen_length).any():
         raise UserError(NO_GAPS)
 
+    key_data, kind = placed_key(key, batch)
+    given_BT = ~fill_BT if config.cfg_scale else None
+    *fields, row_B = mesh.place_rows(
+        order_BT, masks_B, masks_B - config.gen_length, shift_B, real_BT, given_BT, np.arange(batch, dtype=np.int32)
+    )
+    rows = Rows(*fields, row_keys(key_data, row_B, kind))
+    return rows, mesh.place_rows(aligned_BT)[0]
+
+
+def placed_key(key: jax.Array, batch: int) -> tuple[jax.Array, Hashable]:
+    """Returns the data of one key, or of one for each row, on the mesh in use, and the kind of the key.
+
+    Raises:
+      UserError: If there are neither one nor `batch` keys.
+    """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.shape not in ((), (batch,)):
         raise UserError(f"key has shape {key.shape}: give one key, or one for each of the {batch} rows")
     # Copy the key through the host: its device may be outside the mesh, and other processes may own parts of the mesh.
-    key_data = jax.device_put(jax.device_get(jax.random.key_data(key)), P())
-    given_BT = ~fill_BT if config.cfg_scale else None
-    *fields, row_B = mesh.place_rows(
-        order_BT, masks_B, masks_B - config.gen_length, shift_B, real_BT, given_BT, np.arange(batch, dtype=np.int32)
-    )
-    rows = Rows(*fields, row_keys(key_data, row_B, jax.random.key_impl(key)))
-    return rows, mesh.place_rows(aligned_BT)[0]
+    return jax.device_put(jax.device_get(jax.random.key_data(key)), P()), jax.random.key_impl(key)
 
 
 @functools.partial(jax.jit, static_argnums=2)

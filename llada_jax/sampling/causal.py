@@ -12,7 +12,7 @@ Letters in names, in addition to those of `model/transformer.py`: G also stands 
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +20,14 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from llada_jax.config import NonFinite, SamplerConfig, UserError
-from llada_jax.devices import hardware, mesh
+from llada_jax.devices import mesh
 from llada_jax.model.compute import compute_dtype
 from llada_jax.model.int8 import in_dtype
-from llada_jax.model.kv_cache import Cache, appending_trunk, cache_bytes, empty_cache, writing_trunk
+from llada_jax.model.kv_cache import Cache, appending_trunk, empty_cache, writing_trunk
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling import watching
-from llada_jax.sampling.canvas import Dials, arguments, row_keys, scalar
+from llada_jax.sampling.cache import check_memory
+from llada_jax.sampling.canvas import Dials, arguments, placed_key, row_keys, scalar
 from llada_jax.sampling.plan import is_end
 from llada_jax.sampling.settings import TO_THE_END, check_prompt
 from llada_jax.sampling.step import predict
@@ -75,32 +76,12 @@ def begin(
         fed_BT[length_B == 0, 0] = config.eos_id
         length_B = np.maximum(length_B, 1)
     slots = fed_BT.shape[1] + config.gen_length
-    _check_memory(model, len(fed_BT), slots)
-    key_data, kind = _key_data(key, len(fed_BT))
+    check_memory(model, len(fed_BT), slots)
+    key_data, kind = placed_key(key, len(fed_BT))
     *placed, row_B = mesh.place_rows(fed_BT, length_B, np.arange(len(fed_BT), dtype=np.int32))
     key_B = row_keys(key_data, row_B, kind)
     dials, static = arguments(config)
     return _read(model, *placed, key_B, dials, config=static, count=config.gen_length), prompt_BT.astype(np.int32)
-
-
-def _key_data(key: jax.Array, batch: int) -> tuple[jax.Array, Hashable]:
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.shape not in ((), (batch,)):
-        raise UserError(f"key has shape {key.shape}: give one key, or one for each of the {batch} rows")
-    # Through the host: the key's device may be outside the mesh, and other processes may own parts of the mesh.
-    return jax.device_put(jax.device_get(jax.random.key_data(key)), P()), jax.random.key_impl(key)
-
-
-def _check_memory(model: Transformer, batch: int, slots: int) -> None:
-    takes = cache_bytes(model.config, model.compute, batch, slots) // (mesh.batch_shards() * mesh.tensor_shards())
-    device = min(model.embedding[...].sharding.addressable_devices, key=lambda device: device.id)
-    free = hardware.free_memory(device)
-    if free is not None and takes > free:
-        raise UserError(
-            f"the keys and values of {batch} rows of {slots} tokens take {takes / 1e9:.1f} GB per device, but "
-            f"{free / 1e9:.1f} GB are free: use a smaller batch or a shorter gen_length"
-        )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "count"))
