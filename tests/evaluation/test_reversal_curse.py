@@ -167,21 +167,20 @@ def test_table_and_picture(tmp_path):
 
 @pytest.mark.slow
 def test_both_models_are_trained_and_asked(tmp_path):
-    (tmp_path / "couplets.json").write_text(json.dumps([{"first": a, "second": b} for a, b in COUPLETS]))
-    command = [sys.executable, "benchmarks/reversal.py", f"--workdir={tmp_path / 'runs'}", "--seeds=1", "--facts=2"]
-    command += [f"--output={tmp_path / 'out.jsonl'}", "--steps=3", f"--data={tmp_path / 'couplets.json'}"]
     environment = os.environ | {"PYTHONPATH": PYTHONPATH}
-    for _ in range(2):  # the second has nothing to do
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [(line["task"], line["model"]) for line in lines] == [
-        (task, model) for task in ("facts", "couplets") for model in ("arm", "llada")
-    ]
-    for arm, llada in (lines[:2], lines[2:]):
-        assert arm["parameters"] == llada["parameters"] and arm["steps"] == llada["steps"] == 3
-        assert len(llada["answers"]) == 2 * len(arm["answers"])
-        assert all(0 <= answer["right"] <= answer["count"] for answer in arm["answers"] + llada["answers"])
-    done = subprocess.run([*command[:2], "--workdir=w", "--output=o", "--data=no"], cwd=ROOT, env=environment,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+
+    def call(*arguments):
+        command = [sys.executable, "benchmarks/reversal.py", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+    done = call("--workdir=w", "--output=o", "--data=no")
     assert done.returncode == 2 and done.stderr.endswith("error: --data=no: No such file or directory\n")
+    output = tmp_path / "out.jsonl"
+    for _ in range(2):  # the second has nothing to do
+        done = call(f"--workdir={tmp_path}", f"--output={output}", "--seeds=1", "--facts=2", "--steps=3")
+        assert done.returncode == 0, done.stderr
+    arm, llada = map(json.loads, output.read_text().splitlines())
+    assert (arm["model"], llada["model"]) == ("arm", "llada")
+    assert arm["parameters"] == llada["parameters"] and arm["steps"] == llada["steps"] == 3
+    assert len(llada["answers"]) == 2 * len(arm["answers"]) == 12
+    assert all(0 <= answer["right"] <= answer["count"] for answer in arm["answers"] + llada["answers"])
