@@ -3,12 +3,14 @@ r"""Trains LLaDA and autoregressive models with equal compute, to see how their 
     python benchmarks/scaling.py --input=stories.jsonl.gz --output=runs/scaling --grid=cpu
     python benchmarks/scaling_table.py --input=runs/scaling/runs.jsonl --picture=scaling.svg
 
-Two experiments:
+Three experiments:
 
+  rates     Models of one width with one budget and several learning rates. Each kind gets the one that did best, and
+            in the other experiments this one times (128 / width).
   compute   Models of several widths, each with several budgets of FLOPs. Every run is a whole schedule: warm-up and
             linear decay to zero within its budget. Left out are runs of very few steps, and runs that would go over the
             text more than --most_epochs times.
-  epochs    A model of one width on a small part of the text, which it goes over 1, 2, 4 ... times. Here, too, every
+  epochs    A model of one width on a small part of the text, which it goes over 4, 16, 64 ... times. Here, too, every
             run is a whole schedule.
 
 Equal compute. FLOPs are those of llada_jax/training/flops.py: 6 per parameter of a matrix and token, and those of
@@ -17,10 +19,10 @@ vocabulary of 2 L T ids (L layers, T tokens per row), the one outweighs the othe
 FLOPs per token, and so the same steps, tokens, batches and FLOPs, to the last digit. What the machine spends on them
 may differ; each line has the seconds, too.
 
-Equal treatment. Both kinds have the same weights at the start, rows in the same order, optimizer (AdamW), schedule and
-learning rate. The peak of the learning rate is that of the grid times (128 / width). LLaDA is trained with the paper's
-objective (Eq. 3), but for loss_weight=count, whose mean is the same. --kinds=llada_window adds LLaDA as it is trained
-by configs/quickstart.py, with t in (0.2, 0.9) only.
+Equal treatment. Both kinds have the same weights at the start, rows in the same order, optimizer (AdamW) and schedule,
+and the learning rate is chosen for both from the same ones in the same way. Without the experiment rates, it is the
+middle one. LLaDA is trained with the paper's objective (Eq. 3), but for loss_weight=count, whose mean is the same.
+--kinds=llada_window takes t from (0.2, 0.9) only, as configs/quickstart.py does; its results are of all t, too.
 
 Results are nats per token of all held-out rows, those of one tokenizer, so that kinds can be compared:
 
@@ -34,8 +36,11 @@ The folder --output gets the prepared text, a workdir for the run under way, and
 cheapest runs come first, so that what is there tells something at any time. The same command, started again, goes on
 where it was. --list prints the runs of a grid, and trains nothing.
 
-Grids: cpu takes about 40 minutes on one core with AVX-512. gpu has 17 to 274 M parameters and is meant for 40 minutes
-of one H100: 3.9e17 FLOPs in all, for a text of at least 70 MB such as 92 novels. It has not been run.
+Grids. cpu: 0.06 to 0.8 M parameters, 1.1e14 FLOPs, about an hour on one core with AVX-512, of which
+--most_flops=7e12 leaves 40 minutes. The text should have 3 million tokens, as 7.5 MB of stories have. Masked models
+of these sizes need a million tokens before they learn more than the frequencies of tokens. gpu: 17 to 274 M parameters,
+5e17 FLOPs, for a text of at least 70 MB, such as 92 novels. By the step times of benchmarks/RESULTS.md these are 24
+minutes on one H100 at 35 % MFU, and about 15 more for compiling and validation. It has not been run.
 """
 
 import argparse
@@ -53,11 +58,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from scaling_grid import COMPUTE, EPOCHS, GRIDS, KINDS, RATES, Grid, Run, about, best_rates, config_of, runs_of
 
 from llada_jax.cli import compilation_cache, entry_point, huge_pages
 from llada_jax.cli.outputs import temporary_folder
 from llada_jax.cli.paths import expanded
-from llada_jax.config import Config, UserError, ValidationConfig
+from llada_jax.config import UserError, ValidationConfig
 from llada_jax.data.manifest import TOKENIZER_FOLDER, Split, load_manifest
 from llada_jax.data.prepare.output import publish
 from llada_jax.data.prepare.prepare_text import prepare
@@ -65,136 +71,10 @@ from llada_jax.data.read.pipeline import validation_rows
 from llada_jax.data.read.shards import open_sets
 from llada_jax.data.rows import HeldOut, ShardWriter, encode_row
 from llada_jax.devices import mesh
-from llada_jax.diffusion.forward import masked_share
 from llada_jax.loading import load
-from llada_jax.model.transformer import Transformer, parameter_count, split
+from llada_jax.model.transformer import Transformer, split
 from llada_jax.scoring import bound
-from llada_jax.training.flops import flops_per_token
 from llada_jax.training.run import train
-
-AUTOREGRESSIVE = "autoregressive"
-# The settings of each kind, as NAME or SECTION.NAME.
-KINDS = {
-    AUTOREGRESSIVE: {"model.causal": True, "diffusion.objective": "next_token"},
-    "llada": {"diffusion.loss_weight": "count"},
-    "llada_window": {"diffusion.loss_weight": "count", "diffusion.t_range": (0.2, 0.9)},
-}
-COMPUTE, EPOCHS = "compute", "epochs"
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """The runs of one machine."""
-
-    layers: int
-    head_size: int
-    sequence_length: int
-    batch_size: int  # rows per step
-    widths: tuple[int, ...]
-    budgets: tuple[float, ...]  # FLOPs
-    learning_rate: float  # the peak at width 128
-    fewest_steps: int
-    epochs_width: int
-    epochs_rows: int  # rows of the small part of the text
-    epochs: tuple[int, ...]  # how often a run goes over the small part
-    rows: int  # the most held-out rows of a result
-    samples: int  # of the bound, each with other masks of all rows
-
-    @property
-    def vocabulary(self) -> int:
-        """The number of ids with which both kinds have the same FLOPs per token."""
-        return 2 * self.layers * self.sequence_length
-
-    @property
-    def tokens(self) -> int:
-        """The number of tokens per step."""
-        return self.batch_size * self.sequence_length
-
-
-GRIDS = {
-    "cpu": Grid(
-        layers=4, head_size=32, sequence_length=64, batch_size=16,
-        widths=(32, 64, 128, 256), budgets=(5e10, 2e11, 8e11, 3.2e12, 1.28e13), learning_rate=4e-3, fewest_steps=80,
-        epochs_width=128, epochs_rows=256, epochs=(1, 2, 4, 8, 16, 32, 64), rows=512, samples=8,
-    ),
-    "gpu": Grid(
-        layers=16, head_size=64, sequence_length=512, batch_size=64,
-        widths=(256, 512, 768, 1152), budgets=(2e15, 8e15, 3.2e16, 1e17), learning_rate=4e-3, fewest_steps=250,
-        epochs_width=256, epochs_rows=2048, epochs=(1, 2, 4, 8, 16, 32, 64), rows=512, samples=16,
-    ),
-}  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One run of a grid."""
-
-    experiment: str
-    kind: str
-    width: int
-    budget: float  # FLOPs; 0 for the experiment epochs
-    steps: int
-    unique_rows: int  # the rows of its text
-    seed: int
-
-
-def config_of(grid: Grid, run: Run, data: str = "") -> Config:
-    """Returns the settings of a run on the prepared set `data`."""
-    config = Config(seed=run.seed, steps=run.steps, batch_size=grid.batch_size, sequence_length=grid.sequence_length)
-    model, optimizer = config.model, config.optimizer
-    model.layers, model.width = grid.layers, run.width
-    model.heads = model.kv_heads = run.width // grid.head_size
-    model.feed_forward = 64 * round(run.width / 24)  # 8 / 3 of the width
-    model.vocab_size = grid.vocabulary
-    model.tied_embeddings, model.rope_theta = True, 10_000.0
-    config.compute.unroll, config.compute.remat = 0, "none"
-    config.compute.loss_chunk = min(grid.tokens // 4, 8192)
-    optimizer.peak_learning_rate = grid.learning_rate * 128 / run.width
-    optimizer.schedule = ((0.0, 0.0), (0.05, 1.0), (1.0, 0.0))
-    optimizer.beta2 = 0.98
-    config.diffusion.random_length_every = 0  # or a step would have fewer tokens
-    config.data.path = data
-    config.checkpoint.every, config.checkpoint.keep = 1000, 1
-    config.logging.every, config.logging.tensorboard = max(1, run.steps // 10), False
-    config.validation.rows = 0  # `nats` is called at the end
-    config.sampling.prompts = ()
-    for name, value in KINDS[run.kind].items():
-        section, _, leaf = name.rpartition(".")
-        setattr(getattr(config, section), leaf, value)
-    return config
-
-
-def flops_per_step(grid: Grid, kind: str, width: int) -> float:
-    """Returns the FLOPs of a training step."""
-    config = config_of(grid, Run(COMPUTE, kind, width, 0.0, 1, 0, 0))
-    return grid.tokens * flops_per_token(config.model, grid.sequence_length, masked_share(config.diffusion))
-
-
-def runs_of(
-    grid: Grid, rows: int, kinds: list[str], experiments: list[str], seeds: int, most_epochs: float
-) -> list[Run]:
-    """Returns the runs of a grid, the cheapest first.
-
-    Args:
-      grid: The grid.
-      rows: The number of rows of the text.
-      kinds: Names in KINDS.
-      experiments: COMPUTE, EPOCHS or both.
-      seeds: The number of runs that differ in the seed only.
-      most_epochs: How often a run of COMPUTE may go over the text.
-    """
-    found = []
-    for kind in kinds:
-        for width in grid.widths if COMPUTE in experiments else ():
-            for budget in grid.budgets:
-                steps = round(budget / flops_per_step(grid, kind, width))
-                if grid.fewest_steps <= steps <= most_epochs * rows / grid.batch_size:
-                    found.append((COMPUTE, kind, width, budget, steps, rows))
-        for epochs in grid.epochs if EPOCHS in experiments else ():
-            steps = epochs * grid.epochs_rows // grid.batch_size
-            found.append((EPOCHS, kind, grid.epochs_width, 0.0, steps, grid.epochs_rows))
-    runs = [Run(*values, seed) for values in found for seed in range(seeds)]
-    return sorted(runs, key=lambda run: run.steps * flops_per_step(grid, run.kind, run.width))
 
 
 def small_part(whole: Path, rows: int, target: Path) -> None:
@@ -275,36 +155,24 @@ def prepared(inputs: list[str], grid: Grid, folder: Path, experiments: list[str]
     manifest = load_manifest(whole)
     if (manifest.vocab_size, manifest.sequence_length) != (grid.vocabulary, grid.sequence_length):
         raise UserError(f"--output={folder} belongs to another grid: name another folder")
+    if [source.input for source in manifest.sources] != inputs:
+        raise UserError(f"--output={folder} has other text than --input={','.join(inputs)}: name another folder")
     if not manifest.validation.rows:
         raise UserError(f"--input={','.join(inputs)} is too little text to hold some out: give more")
     if EPOCHS in experiments and not part.exists():
         small_part(whole, grid.epochs_rows, part)
-    return {COMPUTE: str(whole), EPOCHS: str(part)}
+    return {RATES: str(whole), COMPUTE: str(whole), EPOCHS: str(part)}
 
 
-def done(file: Path) -> set[Run]:
-    """Returns the runs that have a line in runs.jsonl. A last line that was not written to its end is removed."""
+def lines_of(file: Path) -> list[dict[str, object]]:
+    """Returns the lines of runs.jsonl. A last line that was not written to its end is removed from the file."""
     if not file.exists():
-        return set()
+        return []
     text = file.read_text(encoding="utf-8")
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         file.write_text(whole, encoding="utf-8")
-    names = [field.name for field in dataclasses.fields(Run)]
-    return {Run(**{name: line[name] for name in names}) for line in map(json.loads, whole.splitlines())}
-
-
-def about(grid: Grid, run: Run) -> dict[str, object]:
-    """Returns what a line says of a run before it has begun."""
-    config = config_of(grid, run)
-    tokens = run.steps * grid.tokens
-    return dataclasses.asdict(run) | {
-        "parameters": parameter_count(config.model),
-        "flops": run.steps * flops_per_step(grid, run.kind, run.width),
-        "tokens": tokens,
-        "epochs": round(tokens / (run.unique_rows * grid.sequence_length), 3),
-        "learning_rate": config.optimizer.peak_learning_rate,
-    }
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def measure(grid: Grid, run: Run, data: str, rows: HeldOut, workdir: Path) -> tuple[int, dict[str, object]]:
@@ -328,7 +196,8 @@ def series(grid: Grid, runs: list[Run], sets: dict[str, str], folder: Path) -> I
     """
     file = folder / "runs.jsonl"
     rows = validation_rows([sets[COMPUTE]], grid.rows, grid.sequence_length, grid.vocabulary)
-    finished = done(file)
+    names = [field.name for field in dataclasses.fields(Run)]
+    finished = {Run(**{name: line[name] for name in names}) for line in lines_of(file)}
     versions = {"jax": jax.__version__, "python": platform.python_version(), "device": jax.devices()[0].device_kind}
     for run in runs:
         if run in finished:
@@ -354,25 +223,33 @@ def main() -> None:
     parser.add_argument("--input", action="append", default=[], help="text, as for llada_jax.prepare; may repeat")
     parser.add_argument("--output", type=_path, help="folder for the prepared text and runs.jsonl")
     parser.add_argument("--grid", choices=GRIDS, required=True)
-    parser.add_argument("--kinds", choices=KINDS, nargs="*", default=["autoregressive", "llada"])
-    parser.add_argument("--experiments", choices=(COMPUTE, EPOCHS), nargs="*", default=[COMPUTE, EPOCHS])
+    parser.add_argument("--kinds", choices=KINDS, nargs="+", default=["autoregressive", "llada"])
+    parser.add_argument("--experiments", choices=(RATES, COMPUTE, EPOCHS), nargs="+", default=[RATES, COMPUTE, EPOCHS])
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--most_epochs", type=float, default=4.0)
-    parser.add_argument("--most_flops", type=float, default=math.inf, help="leave out runs that take more")
+    parser.add_argument("--most_epochs", type=float, help="of rates and compute; default: the grid's")
+    parser.add_argument("--most_flops", type=float, default=math.inf, help="leave out runs of more FLOPs")
     parser.add_argument("--list", action="store_true", help="print the runs and do none of them")
     args = parser.parse_args()
     if not args.input or not args.output:
-        parser.error("--input and --output are missing")
+        parser.error("--input=FILES and --output=DIR are both needed")
+    if args.seeds < 1:
+        parser.error(f"--seeds={args.seeds}: there must be at least one")
     huge_pages.restart()
     compilation_cache.enable()
-    grid = GRIDS[args.grid]
+    grid, kinds = GRIDS[args.grid], list(dict.fromkeys(args.kinds))
+    if args.most_epochs is not None:
+        grid = dataclasses.replace(grid, most_epochs=args.most_epochs)
     try:
         sets = prepared([expanded(each) for each in args.input], grid, args.output, args.experiments)
         rows = load_manifest(sets[COMPUTE]).train.rows
-        runs = runs_of(grid, rows, args.kinds, args.experiments, args.seeds, args.most_epochs)
-        runs = [run for run in runs if about(grid, run)["flops"] <= args.most_flops]
-        for line in map(functools.partial(about, grid), runs) if args.list else series(grid, runs, sets, args.output):
-            print(json.dumps(line), flush=True)
+        for part in ([RATES], [COMPUTE, EPOCHS]):  # what RATES finds decides the other runs
+            rates = best_rates(grid, lines_of(args.output / "runs.jsonl"), kinds)
+            experiments = [each for each in part if each in args.experiments]
+            runs = runs_of(grid, rows, kinds, experiments, rates, args.seeds)
+            runs = [run for run in runs if about(grid, run)["flops"] <= args.most_flops]
+            lines = (about(grid, run) for run in runs) if args.list else series(grid, runs, sets, args.output)
+            for line in lines:
+                print(json.dumps(line), flush=True)
     except UserError as error:
         parser.error(str(error))
 

@@ -42,9 +42,10 @@ def draw(compute: list[Point], epochs: list[Point], output: Path) -> None:
             axes.yaxis.set_major_formatter(plt.FormatStrFormatter("%g"))
             axes.yaxis.set_minor_locator(plt.NullLocator())
             axes.spines[["top", "right"]].set_visible(False)
-        left.set(xlabel="FLOPs of training", title="one schedule per point; line: fit of the best")
-        right.set(xlabel="epochs over the same little text", title="many epochs")
+        left.set(xlabel="FLOPs of training", title="equal compute; lines: fits of the best")
+        right.set(xlabel="epochs over the same text", title="little text")
         if epochs:
+            right.set_title(f"many epochs over {epochs[0].tokens / epochs[0].epochs:,.0f} tokens")
             ticks = sorted({point.epochs for point in epochs})
             right.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             right.xaxis.set_minor_locator(plt.NullLocator())

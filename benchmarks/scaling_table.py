@@ -4,12 +4,14 @@
 
 Tables:
 
+  rates     The results by learning rate, those of one width and budget. The best should not be the lowest or highest.
   budgets   For each budget of FLOPs and kind of model: the width that did best, and its result. The width should not be
             the smallest or largest one of the grid, or a better one may be missing.
   fits      L = a C^-b through the best results of the budgets C. It is a line through their logarithms, by least
             squares, with intervals of 95 % by Student's distribution, as if the results lay around a line by chance.
-            They have few degrees of freedom and say nothing of budgets outside the measured ones. Results that are no
-            better than the frequencies of tokens take no part: such a model has not learned from context yet.
+            They have few degrees of freedom and say nothing of budgets outside the measured ones. Results
+            above 97 % of what the frequencies of tokens give take no part: such a model has hardly learned from
+            context.
   ratios    How many times the compute of the baseline a kind takes for the same loss, by the two lines, at its own
             budgets. Only at losses that the baseline was measured at: none is extrapolated. The interval takes both
             lines as uncertain. What others found stands below.
@@ -33,6 +35,7 @@ from llada_jax.cli.paths import expanded
 
 BASELINE = "autoregressive"
 DRAWS = 20_000
+LEARNED = 0.97  # of the nats per token by frequencies alone
 # From the papers' own summaries; they trained models of 1e18 FLOPs and more, on web text.
 OTHERS = (
     ("Nie et al., arXiv 2410.18514", "16"),
@@ -62,9 +65,9 @@ def points(lines: list[dict], experiment: str) -> list[Point]:
     groups = defaultdict(list)
     for line in lines:
         if line["experiment"] == experiment:
-            groups[line["kind"], line["width"], line["steps"], line["budget"]].append(line)
+            groups[line["kind"], line["width"], line["steps"], line["budget"], line["learning_rate"]].append(line)
     found = []
-    for (kind, width, _, budget), same in sorted(groups.items()):
+    for (kind, width, _, budget, _), same in sorted(groups.items()):
         mean = {
             name: statistics.mean(line[name] for line in same)
             for name in ("nats_per_token", "bits_per_byte", "unigram_nats_per_token")
@@ -145,8 +148,8 @@ def number(value: float) -> str:
 
 
 def learned(best: list[Point]) -> list[Point]:
-    """Returns the points that are better than the frequencies of tokens."""
-    return [point for point in best if point.nats < point.unigram]
+    """Returns the points that are clearly better than the frequencies of tokens."""
+    return [point for point in best if point.nats < LEARNED * point.unigram]
 
 
 def fits_of(found: list[Point]) -> dict[str, Fit]:
@@ -194,6 +197,22 @@ def _result(point: Point) -> list[str]:
     return [str(point.width), f"{point.tokens:.2g}", f"{point.nats:.3f}{error}", f"{point.bits_per_byte:.3f}"]
 
 
+def rates_table(lines: list[dict]) -> list[str]:
+    """Returns the lines of the table of learning rates. The best result of each kind is in bold."""
+    found = {(line["kind"], line["learning_rate"]): line for line in lines if line["experiment"] == "rates"}
+    kinds = list(dict.fromkeys(kind for kind, _ in found))
+    best = {kind: min(line["nats_per_token"] for key, line in found.items() if key[0] == kind) for kind in kinds}
+    text = ["| learning rate |" + "".join(f" {kind}, nats per token |" for kind in kinds)]
+    text.append("|---" * (1 + len(kinds)) + "|")
+    for rate in sorted({rate for _, rate in found}):
+        cells = [f"{rate:.2g}"]
+        for kind in kinds:
+            nats = found[kind, rate]["nats_per_token"] if (kind, rate) in found else math.nan
+            cells.append(f"**{nats:.3f}**" if nats == best[kind] else f"{nats:.3f}")
+        text.append("| " + " | ".join(cells) + " |")
+    return text
+
+
 def epochs_table(found: list[Point]) -> list[str]:
     """Returns the lines of the table of epochs. The best result of each kind is in bold."""
     kinds = list(dict.fromkeys(point.kind for point in found))
@@ -204,8 +223,9 @@ def epochs_table(found: list[Point]) -> list[str]:
         cells = [f"{epochs:g}", f"{flops:.2g}"]
         for kind in kinds:
             same = [point for point in found if (point.kind, point.flops) == (kind, flops)]
-            cell = _result(same[0])[2] if same else "-"
-            cells.append(f"**{cell}**" if same and same[0].nats == best[kind] else cell)
+            point = min(same, key=lambda point: point.nats, default=None)
+            cell = _result(point)[2] if point else "-"
+            cells.append(f"**{cell}**" if point and point.nats == best[kind] else cell)
         text.append("| " + " | ".join(cells) + " |")
     return text
 
@@ -221,10 +241,10 @@ def main() -> None:
     args = parser.parse_args()
     lines = [json.loads(line) for line in args.input.read_text(encoding="utf-8").splitlines()]
     compute, epochs = points(lines, "compute"), points(lines, "epochs")
-    if compute:
-        print("\n".join(compute_tables(compute)))
-    if epochs:
-        print("\n".join(["", *epochs_table(epochs)]))
+    tables = [rates_table(lines)] if any(line["experiment"] == "rates" for line in lines) else []
+    tables += [compute_tables(compute)] if compute else []
+    tables += [epochs_table(epochs)] if epochs else []
+    print("\n\n".join("\n".join(rows) for rows in tables))
     if args.picture:
         from scaling_picture import draw
 

@@ -35,64 +35,70 @@ def script(name: str):
     return module
 
 
-scaling, table = script("scaling"), script("scaling_table")
+grids, scaling, table = map(script, ("scaling_grid", "scaling", "scaling_table"))
 KINDS = ["autoregressive", "llada"]
-TINY = scaling.Grid(
-    layers=2, head_size=16, sequence_length=96, batch_size=4,
-    widths=(32, 48), budgets=(1e9, 4e9), learning_rate=4e-3, fewest_steps=2,
-    epochs_width=32, epochs_rows=8, epochs=(1, 2), rows=6, samples=3,
+EXPERIMENTS = ["rates", "compute", "epochs"]
+RATES = dict.fromkeys(KINDS, 2e-3)
+TINY = grids.Grid(
+    layers=2, head_size=16, sequence_length=96, batch_size=8,
+    widths=(32, 48), budgets=(1e9, 4e9), fewest_steps=2, most_epochs=4.0,
+    rates=(1e-3, 4e-3), rates_width=32, rates_budget=1e9,
+    epochs_width=32, epochs_rows=16, epochs=(1, 2), rows=6, samples=3,
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", scaling.GRIDS)
+@pytest.mark.parametrize("name", grids.GRIDS)
 def test_both_kinds_have_the_same_compute(name):
-    grid = scaling.GRIDS[name]
+    grid = grids.GRIDS[name]
     layers, length, vocabulary = grid.layers, grid.sequence_length, grid.vocabulary
     for width in grid.widths:
-        forward = scaling.config_of(grid, scaling.Run("compute", "llada", width, 0.0, 1, 0, 0)).model.feed_forward
+        forward = grids.config_of(grid, grids.Run("compute", "llada", width, 0.0, 1, 0, 1e-3, 0)).model.feed_forward
         matrices = layers * (4 * width * width + 3 * width * forward)
         # Attention has two products of T x T numbers per head and layer: 2 * 2 T D FLOPs per token, three times that
         # with the backward pass. A causal model needs half of it, a masked model the head for half of the tokens.
         attention, head = 12 * layers * length * width, 6 * width * vocabulary
         assert attention == head
         wanted = grid.tokens * (6 * matrices + 1.5 * head)
-        assert [scaling.flops_per_step(grid, kind, width) for kind in KINDS] == [wanted, wanted]
+        assert [grids.flops_per_step(grid, kind, width) for kind in KINDS] == [wanted, wanted]
 
 
-@pytest.mark.parametrize(("name", "rows"), [("cpu", 50_000), ("gpu", 40_000)])
+@pytest.mark.parametrize(("name", "rows"), [("cpu", 50_000), ("gpu", 34_000)])
 def test_the_runs_of_a_grid(name, rows):
-    grid = scaling.GRIDS[name]
-    runs = scaling.runs_of(grid, rows, KINDS, ["compute", "epochs"], 1, 4.0)
+    grid = grids.GRIDS[name]
+    runs = grids.runs_of(grid, rows, KINDS, EXPERIMENTS, RATES)
     by_kind = [{dataclasses.replace(run, kind="") for run in runs if run.kind == kind} for kind in KINDS]
     assert by_kind[0] == by_kind[1] and len(by_kind[0]) == len(runs) / 2
-    flops = [scaling.about(grid, run)["flops"] for run in runs]
+    flops = [grids.about(grid, run)["flops"] for run in runs]
     assert flops == sorted(flops)
     for run, spent in zip(runs, flops, strict=True):
-        config = scaling.config_of(grid, run, "set")
+        config = grids.config_of(grid, run, "set")
         config_check.validate(config)
         assert config.optimizer.schedule[-1] == (1.0, 0.0)  # every run is a whole schedule
-        if run.experiment == "compute":
-            assert run.steps >= grid.fewest_steps and run.steps * grid.batch_size <= 4.0 * rows
+        if run.experiment != "rates":
+            assert config.optimizer.peak_learning_rate == 2e-3 * 128 / run.width
+        if run.experiment != "epochs":
+            assert run.steps >= grid.fewest_steps and run.steps * grid.batch_size <= grid.most_epochs * rows
             assert spent == pytest.approx(run.budget, rel=0.5 / run.steps)
         else:
-            assert scaling.about(grid, run)["epochs"] in grid.epochs
+            assert grids.about(grid, run)["epochs"] in grid.epochs
     # Every budget has runs of both kinds, and all but the smallest have several widths to choose from.
     for budget in grid.budgets:
         assert {run.kind for run in runs if run.budget == budget} == set(KINDS)
-    twice = scaling.runs_of(grid, rows, KINDS, ["epochs"], 2, 4.0)
+    twice = grids.runs_of(grid, rows, KINDS, ["epochs"], RATES, 2)
     assert len(set(twice)) == 2 * 2 * len(grid.epochs)
 
 
 def test_the_sizes_for_a_gpu():
-    grid = scaling.GRIDS["gpu"]
+    grid = grids.GRIDS["gpu"]
     sizes = [
-        scaling.about(grid, scaling.Run("compute", "llada", width, 0.0, 1, 1, 0))["parameters"] for width in grid.widths
+        grids.about(grid, grids.Run("compute", "llada", width, 0.0, 1, 1, 1e-3, 0))["parameters"]
+        for width in grid.widths
     ]
     assert 15e6 < sizes[0] < 25e6 and 250e6 < sizes[-1] < 300e6
 
 
 def test_runs_with_a_line_are_not_done_again(tmp_path, monkeypatch):
-    runs = scaling.runs_of(TINY, 1000, KINDS, ["compute", "epochs"], 1, 4.0)
+    runs = grids.runs_of(TINY, 1000, KINDS, EXPERIMENTS, RATES)
     asked, codes = [], [entry_point.FINISHED] * 3 + [entry_point.PREEMPTED]
 
     def measure(grid, run, data, rows, workdir):
@@ -103,7 +109,7 @@ def test_runs_with_a_line_are_not_done_again(tmp_path, monkeypatch):
     held_out = scaling.HeldOut(*np.zeros((4, 1, 1), int))
     monkeypatch.setattr(scaling, "validation_rows", lambda *_: held_out)
     monkeypatch.setattr(scaling, "measure", measure)
-    sets = {"compute": "whole", "epochs": "part"}
+    sets = {"rates": "whole", "compute": "whole", "epochs": "part"}
     with pytest.raises(SystemExit) as stop:
         list(scaling.series(TINY, runs, sets, tmp_path))
     assert stop.value.code == entry_point.PREEMPTED
@@ -116,7 +122,19 @@ def test_runs_with_a_line_are_not_done_again(tmp_path, monkeypatch):
     assert len(list(scaling.series(TINY, runs, sets, tmp_path))) == len(runs) - 3
     assert asked == runs[3:]
     assert len([json.loads(line) for line in file.read_text().splitlines()]) == len(runs)
-    assert not list(scaling.series(TINY, runs, sets, tmp_path)) and scaling.done(file) == set(runs)
+    assert not list(scaling.series(TINY, runs, sets, tmp_path))
+
+
+def test_each_kind_gets_the_learning_rate_that_did_best():
+    grid, results = grids.GRIDS["cpu"], {"autoregressive": (3.0, 2.9, 3.1), "llada": (4.8, 4.9, 5.0)}
+    runs = grids.runs_of(grid, 50_000, KINDS, ["rates"], {})
+    lines = [
+        dataclasses.asdict(run) | {"nats_per_token": results[run.kind][grid.rates.index(run.learning_rate / 4)]}
+        for run in runs  # of width 32
+    ]
+    kinds = [*KINDS, "llada_window"]
+    found = grids.best_rates(grid, json.loads(json.dumps(lines)), kinds)
+    assert found == dict(zip(kinds, (grid.rates[1], grid.rates[0], grid.rates[1]), strict=True))
 
 
 def test_a_small_part_of_a_set(prepared, tmp_path):
@@ -136,7 +154,7 @@ def test_a_small_part_of_a_set(prepared, tmp_path):
 def test_the_likelihood_is_about_all_tokens(prepared, kind):
     """A plain computation from all logits gives the same result; the bound lies in the interval of its samples."""
     grid = dataclasses.replace(TINY, sequence_length=32, layers=6, samples=64)  # 384 ids, as in the set
-    config = scaling.config_of(grid, scaling.Run("compute", kind, 32, 0.0, 1, 0, 0)).model
+    config = grids.config_of(grid, grids.Run("compute", kind, 32, 0.0, 1, 0, 1e-3, 0)).model
     config.mask_id = load_manifest(prepared).mask_id
     rows = validation_rows([prepared], 6, 32, 384)
     with jax.set_mesh(mesh.one_device_mesh()):
@@ -180,17 +198,20 @@ def test_the_likelihood_is_about_all_tokens(prepared, kind):
 @pytest.mark.slow
 def test_a_whole_series(corpus, tmp_path):
     """Real runs of a tiny grid: each has its line with a finite result, and a second call has nothing to do."""
-    sets = scaling.prepared([corpus], TINY, tmp_path, ["compute", "epochs"])
-    runs = scaling.runs_of(TINY, load_manifest(sets["compute"]).train.rows, KINDS, ["compute", "epochs"], 1, 4.0)
+    sets = scaling.prepared([corpus], TINY, tmp_path, EXPERIMENTS)
+    runs = grids.runs_of(TINY, load_manifest(sets["compute"]).train.rows, KINDS, EXPERIMENTS[1:], RATES)
     runs = [run for run in runs if run.width == 32 and run.budget in (0.0, 1e9)]
     lines = list(scaling.series(TINY, runs, sets, tmp_path))
     assert len(lines) == len(runs) == 6
+    assert {line["learning_rate"] for line in lines} == {8e-3}
     assert all(0 < line["nats_per_token"] < 10 and math.isfinite(line["bits_per_byte"]) for line in lines)
     assert {line["kind"] for line in lines if line["standard_error"] > 0} == {"llada"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["part-8", "runs.jsonl", "text"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["part-16", "runs.jsonl", "text"]
     assert not list(scaling.series(TINY, runs, sets, tmp_path))
     with pytest.raises(UserError, match="belongs to another grid"):
         scaling.prepared([corpus], dataclasses.replace(TINY, layers=4), tmp_path, ["compute"])
+    with pytest.raises(UserError, match="has other text than --input=other.txt"):
+        scaling.prepared(["other.txt"], TINY, tmp_path, ["compute"])
 
 
 BUDGETS = [1e11, 4e11, 1.6e12, 6.4e12, 2.56e13]
@@ -262,6 +283,20 @@ def test_the_tables():
         "| 4 | 4e+12 | **2.500** | 3.000 ± 0.004 |",
         "| 16 | 1.6e+13 | 2.900 | **2.400 ± 0.004** |",
     ]
+
+
+def test_the_table_of_learning_rates():
+    nats = {
+        ("autoregressive", 0.002): 3.0,
+        ("llada", 0.002): 4.0,
+        ("autoregressive", 0.004): 2.0,
+        ("llada", 0.004): 4.5,
+    }
+    rows = [
+        {"experiment": "rates", "kind": kind, "learning_rate": rate, "nats_per_token": value}
+        for (kind, rate), value in nats.items()
+    ]
+    assert table.rates_table(rows)[2:] == ["| 0.002 | 3.000 | **4.000** |", "| 0.004 | **2.000** | 4.500 |"]
 
 
 def test_few_results_give_no_interval():
