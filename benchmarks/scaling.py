@@ -5,8 +5,8 @@ r"""Trains LLaDA and autoregressive models with equal compute, to see how their 
 
 Three experiments:
 
-  rates     Models of one width with one budget and several learning rates. Each kind gets the one that did best, and
-            in the other experiments this one times (128 / width).
+  rates     Models of one width with one budget and several learning rates. In the other experiments, each kind has the
+            one that did best: with AdamW, times this width over the width of the model.
   compute   Models of several widths, each with several budgets of FLOPs. Every run is a whole schedule: warm-up and
             linear decay to zero within its budget. Left out are runs of very few steps, and runs that would go over the
             text more than --most_epochs times.
@@ -19,10 +19,11 @@ vocabulary of 2 L T ids (L layers, T tokens per row), the one outweighs the othe
 FLOPs per token, and so the same steps, tokens, batches and FLOPs, to the last digit. What the machine spends on them
 may differ; each line has the seconds, too.
 
-Equal treatment. Both kinds have the same weights at the start, rows in the same order, optimizer (AdamW) and schedule,
-and the learning rate is chosen for both from the same ones in the same way. Without the experiment rates, it is the
-middle one. LLaDA is trained with the paper's objective (Eq. 3), but for loss_weight=count, whose mean is the same.
---kinds=llada_window takes t from (0.2, 0.9) only, as configs/quickstart.py does; its results are of all t, too.
+Equal treatment. Both kinds have the same weights at the start, rows in the same order, optimizer and schedule, and the
+learning rate is chosen for both from the same ones in the same way. Without the experiment rates, it is the middle one.
+The products that Muon itself needs are not counted; they are the same for both. LLaDA is trained with the paper's
+objective (Eq. 3), but for loss_weight=count, whose mean is the same. --kinds=llada_window takes t from (0.2, 0.9) only,
+as configs/quickstart.py does; its results are of all t, too.
 
 Results are nats per token of all held-out rows, those of one tokenizer, so that kinds can be compared:
 
@@ -58,7 +59,20 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from scaling_grid import COMPUTE, EPOCHS, GRIDS, KINDS, RATES, Grid, Run, about, best_rates, config_of, runs_of
+from scaling_grid import (
+    COMPUTE,
+    EPOCHS,
+    GRIDS,
+    KINDS,
+    OPTIMIZERS,
+    RATES,
+    Grid,
+    Run,
+    about,
+    best_rates,
+    config_of,
+    runs_of,
+)
 
 from llada_jax.cli import compilation_cache, entry_point, huge_pages
 from llada_jax.cli.outputs import temporary_folder
@@ -225,6 +239,7 @@ def main() -> None:
     parser.add_argument("--grid", choices=GRIDS, required=True)
     parser.add_argument("--kinds", choices=KINDS, nargs="+", default=["autoregressive", "llada"])
     parser.add_argument("--experiments", choices=(RATES, COMPUTE, EPOCHS), nargs="+", default=[RATES, COMPUTE, EPOCHS])
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--most_epochs", type=float, help="of rates and compute; default: the grid's")
     parser.add_argument("--most_flops", type=float, default=math.inf, help="leave out runs of more FLOPs")
@@ -243,9 +258,12 @@ def main() -> None:
         sets = prepared([expanded(each) for each in args.input], grid, args.output, args.experiments)
         rows = load_manifest(sets[COMPUTE]).train.rows
         for part in ([RATES], [COMPUTE, EPOCHS]):  # what RATES finds decides the other runs
-            rates = best_rates(grid, lines_of(args.output / "runs.jsonl"), kinds)
+            before = lines_of(args.output / "runs.jsonl")
+            if any(line["optimizer"] != args.optimizer for line in before):
+                raise UserError(f"--output={args.output} has runs of another optimizer: name another folder")
+            rates = best_rates(grid, before, kinds)
             experiments = [each for each in part if each in args.experiments]
-            runs = runs_of(grid, rows, kinds, experiments, rates, args.seeds)
+            runs = runs_of(grid, rows, kinds, experiments, rates, args.optimizer, args.seeds)
             runs = [run for run in runs if about(grid, run)["flops"] <= args.most_flops]
             lines = (about(grid, run) for run in runs) if args.list else series(grid, runs, sets, args.output)
             for line in lines:

@@ -15,6 +15,11 @@ KINDS = {
     "llada": {"diffusion.loss_weight": "count"},
     "llada_window": {"diffusion.loss_weight": "count", "diffusion.t_range": (0.2, 0.9)},
 }
+# The settings of each optimizer. Muon is that of configs/quickstart.py: matrices of layers have a tenth of the peak.
+OPTIMIZERS = {
+    "adamw": {"beta2": 0.98},
+    "muon": {"name": "muon", "muon_scale": 0.1, "beta2": 0.99, "weight_decay": 0.01},
+}
 RATES, COMPUTE, EPOCHS = "rates", "compute", "epochs"
 
 
@@ -30,7 +35,7 @@ class Grid:
     budgets: tuple[float, ...]  # FLOPs
     fewest_steps: int
     most_epochs: float  # how often a run of RATES or COMPUTE may go over the text
-    rates: tuple[float, ...]  # peaks of the learning rate, at width 128
+    rates: tuple[float, ...]  # learning rates, see `peak`
     rates_width: int
     rates_budget: float
     epochs_width: int
@@ -78,8 +83,18 @@ class Run:
     budget: float  # FLOPs; 0 for the experiment epochs
     steps: int
     unique_rows: int  # the rows of its text
+    optimizer: str
     learning_rate: float  # the peak
     seed: int
+
+
+def peak(optimizer: str, rate: float, width: int) -> float:
+    """Returns the peak learning rate of a width for a rate of the grid.
+
+    AdamW's is the rate at width 128, and falls with the width. Muon's updates have their size by themselves; its peak
+    is 15 times the rate at any width.
+    """
+    return 15 * rate if optimizer == "muon" else rate * 128 / width
 
 
 def config_of(grid: Grid, run: Run, data: str = "") -> Config:
@@ -95,7 +110,8 @@ def config_of(grid: Grid, run: Run, data: str = "") -> Config:
     config.compute.loss_chunk = min(grid.tokens // 4, 8192)
     optimizer.peak_learning_rate = run.learning_rate
     optimizer.schedule = ((0.0, 0.0), (0.05, 1.0), (1.0, 0.0))
-    optimizer.beta2 = 0.98
+    for name, value in OPTIMIZERS[run.optimizer].items():
+        setattr(optimizer, name, value)
     config.diffusion.random_length_every = 0  # or a step would have fewer tokens
     config.data.path = data
     config.checkpoint.every, config.checkpoint.keep = 1000, 1
@@ -110,7 +126,7 @@ def config_of(grid: Grid, run: Run, data: str = "") -> Config:
 
 def flops_per_step(grid: Grid, kind: str, width: int) -> float:
     """Returns the FLOPs of a training step."""
-    config = config_of(grid, Run(COMPUTE, kind, width, 0.0, 1, 0, 1e-3, 0))
+    config = config_of(grid, Run(COMPUTE, kind, width, 0.0, 1, 0, "adamw", 1e-3, 0))
     return grid.tokens * flops_per_token(config.model, grid.sequence_length, masked_share(config.diffusion))
 
 
@@ -120,6 +136,7 @@ def runs_of(
     kinds: list[str],
     experiments: list[str],
     rates: dict[str, float],
+    optimizer: str = "adamw",
     seeds: int = 1,
 ) -> list[Run]:
     """Returns the runs of a grid, the cheapest first.
@@ -129,7 +146,8 @@ def runs_of(
       rows: The number of rows of the text.
       kinds: Names in KINDS.
       experiments: Some of RATES, COMPUTE and EPOCHS.
-      rates: The learning rate at width 128 of each kind, for COMPUTE and EPOCHS.
+      rates: The rate of each kind, one of the grid's, for COMPUTE and EPOCHS.
+      optimizer: A name in OPTIMIZERS.
       seeds: The number of runs that differ in the seed only; RATES has one.
     """
     cells = [(RATES, grid.rates_width, grid.rates_budget)] if RATES in experiments else []
@@ -141,22 +159,25 @@ def runs_of(
             if grid.fewest_steps <= steps <= grid.most_epochs * rows / grid.batch_size:
                 for rate in grid.rates if experiment == RATES else [rates[kind]]:
                     for seed in range(1 if experiment == RATES else seeds):
-                        runs.append(Run(experiment, kind, width, budget, steps, rows, rate * 128 / width, seed))
+                        how = optimizer, peak(optimizer, rate, width), seed
+                        runs.append(Run(experiment, kind, width, budget, steps, rows, *how))
         for epochs in grid.epochs if EPOCHS in experiments else ():
-            steps, width, part = epochs * grid.epochs_rows // grid.batch_size, grid.epochs_width, grid.epochs_rows
+            steps, width = epochs * grid.epochs_rows // grid.batch_size, grid.epochs_width
             for seed in range(seeds):
-                runs.append(Run(EPOCHS, kind, width, 0.0, steps, part, rates[kind] * 128 / width, seed))
+                how = optimizer, peak(optimizer, rates[kind], width), seed
+                runs.append(Run(EPOCHS, kind, width, 0.0, steps, grid.epochs_rows, *how))
     return sorted(runs, key=lambda run: run.steps * flops_per_step(grid, run.kind, run.width))
 
 
 def best_rates(grid: Grid, lines: list[dict], kinds: list[str]) -> dict[str, float]:
-    """Returns the learning rate at width 128 with which each kind did best in RATES, or else the middle one."""
+    """Returns the rate of the grid with which each kind did best in RATES, or else the middle one."""
     best = {}
     for kind in kinds:
         tried = [line for line in lines if (line["experiment"], line["kind"]) == (RATES, kind)]
         if tried:
             line = min(tried, key=lambda line: line["nats_per_token"])
-            best[kind] = min(grid.rates, key=lambda rate: abs(rate - line["learning_rate"] * line["width"] / 128))
+            peaks = {peak(line["optimizer"], rate, line["width"]): rate for rate in grid.rates}
+            best[kind] = peaks[line["learning_rate"]]
         else:
             best[kind] = statistics.median_low(grid.rates)
     return best

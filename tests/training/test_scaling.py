@@ -52,7 +52,9 @@ def test_both_kinds_have_the_same_compute(name):
     grid = grids.GRIDS[name]
     layers, length, vocabulary = grid.layers, grid.sequence_length, grid.vocabulary
     for width in grid.widths:
-        forward = grids.config_of(grid, grids.Run("compute", "llada", width, 0.0, 1, 0, 1e-3, 0)).model.feed_forward
+        forward = grids.config_of(
+            grid, grids.Run("compute", "llada", width, 0.0, 1, 0, "adamw", 1e-3, 0)
+        ).model.feed_forward
         matrices = layers * (4 * width * width + 3 * width * forward)
         # Attention has two products of T x T numbers per head and layer: 2 * 2 T D FLOPs per token, three times that
         # with the backward pass. A causal model needs half of it, a masked model the head for half of the tokens.
@@ -84,14 +86,14 @@ def test_the_runs_of_a_grid(name, rows):
     # Every budget has runs of both kinds, and all but the smallest have several widths to choose from.
     for budget in grid.budgets:
         assert {run.kind for run in runs if run.budget == budget} == set(KINDS)
-    twice = grids.runs_of(grid, rows, KINDS, ["epochs"], RATES, 2)
+    twice = grids.runs_of(grid, rows, KINDS, ["epochs"], RATES, "adamw", 2)
     assert len(set(twice)) == 2 * 2 * len(grid.epochs)
 
 
 def test_the_sizes_for_a_gpu():
     grid = grids.GRIDS["gpu"]
     sizes = [
-        grids.about(grid, grids.Run("compute", "llada", width, 0.0, 1, 1, 1e-3, 0))["parameters"]
+        grids.about(grid, grids.Run("compute", "llada", width, 0.0, 1, 1, "adamw", 1e-3, 0))["parameters"]
         for width in grid.widths
     ]
     assert 15e6 < sizes[0] < 25e6 and 250e6 < sizes[-1] < 300e6
@@ -125,13 +127,17 @@ def test_runs_with_a_line_are_not_done_again(tmp_path, monkeypatch):
     assert not list(scaling.series(TINY, runs, sets, tmp_path))
 
 
-def test_each_kind_gets_the_learning_rate_that_did_best():
+@pytest.mark.parametrize("optimizer", grids.OPTIMIZERS)
+def test_each_kind_gets_the_learning_rate_that_did_best(optimizer):
     grid, results = grids.GRIDS["cpu"], {"autoregressive": (3.0, 2.9, 3.1), "llada": (4.8, 4.9, 5.0)}
-    runs = grids.runs_of(grid, 50_000, KINDS, ["rates"], {})
+    runs = grids.runs_of(grid, 50_000, KINDS, ["rates"], {}, optimizer)
+    times = {"adamw": 128 / 32, "muon": 15}[optimizer]
     lines = [
-        dataclasses.asdict(run) | {"nats_per_token": results[run.kind][grid.rates.index(run.learning_rate / 4)]}
-        for run in runs  # of width 32
+        dataclasses.asdict(run)
+        | {"nats_per_token": results[run.kind][[rate * times for rate in grid.rates].index(run.learning_rate)]}
+        for run in runs
     ]
+    assert {grids.config_of(grid, run).optimizer.name for run in runs} == {optimizer}
     kinds = [*KINDS, "llada_window"]
     found = grids.best_rates(grid, json.loads(json.dumps(lines)), kinds)
     assert found == dict(zip(kinds, (grid.rates[1], grid.rates[0], grid.rates[1]), strict=True))
@@ -154,7 +160,7 @@ def test_a_small_part_of_a_set(prepared, tmp_path):
 def test_the_likelihood_is_about_all_tokens(prepared, kind):
     """A plain computation from all logits gives the same result; the bound lies in the interval of its samples."""
     grid = dataclasses.replace(TINY, sequence_length=32, layers=6, samples=64)  # 384 ids, as in the set
-    config = grids.config_of(grid, grids.Run("compute", kind, 32, 0.0, 1, 0, 1e-3, 0)).model
+    config = grids.config_of(grid, grids.Run("compute", kind, 32, 0.0, 1, 0, "adamw", 1e-3, 0)).model
     config.mask_id = load_manifest(prepared).mask_id
     rows = validation_rows([prepared], 6, 32, 384)
     with jax.set_mesh(mesh.one_device_mesh()):
