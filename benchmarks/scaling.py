@@ -10,7 +10,7 @@ Three experiments:
   compute   Models of several widths, each with several budgets of FLOPs. Every run is a whole schedule: warm-up and
             linear decay to zero within its budget. Left out are runs of very few steps, and runs that would go over the
             text more than --most_epochs times.
-  epochs    A model of one width on a small part of the text, which it goes over 4, 16, 64 ... times. Here, too, every
+  epochs    A model of one width on a small part of the text, which it goes over 2, 8, 32 ... times. Here, too, every
             run is a whole schedule.
 
 Equal compute. FLOPs are those of llada_jax/training/flops.py: 6 per parameter of a matrix and token, and those of
@@ -37,11 +37,10 @@ The folder --output gets the prepared text, a workdir for the run under way, and
 cheapest runs come first, so that what is there tells something at any time. The same command, started again, goes on
 where it was. --list prints the runs of a grid, and trains nothing.
 
-Grids. cpu: 0.06 to 0.8 M parameters, 1.1e14 FLOPs, about an hour on one core with AVX-512, of which
---most_flops=7e12 leaves 40 minutes. The text should have 3 million tokens, as 7.5 MB of stories have. Masked models
-of these sizes need a million tokens before they learn more than the frequencies of tokens. gpu: 17 to 274 M parameters,
-5e17 FLOPs, for a text of at least 70 MB, such as 92 novels. By the step times of benchmarks/RESULTS.md these are 24
-minutes on one H100 at 35 % MFU, and about 15 more for compiling and validation. It has not been run.
+Grids. cpu: 0.06 to 0.8 M parameters, 1.0e14 FLOPs; --most_flops=7e12 leaves 7.6e13. It should take about an hour on one
+core with AVX-512. The text should have 3 million tokens, as 7.5 MB of stories have. gpu: 17 to 274 M parameters, 5e17
+FLOPs, for a text of at least 70 MB, such as 92 novels. By the step times of benchmarks/RESULTS.md these are 24 minutes
+on one H100 at 35 % MFU, and about 15 more for compiling and validation. It has not been run.
 """
 
 import argparse
@@ -239,7 +238,7 @@ def main() -> None:
     parser.add_argument("--grid", choices=GRIDS, required=True)
     parser.add_argument("--kinds", choices=KINDS, nargs="+", default=["autoregressive", "llada"])
     parser.add_argument("--experiments", choices=(RATES, COMPUTE, EPOCHS), nargs="+", default=[RATES, COMPUTE, EPOCHS])
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="default: the grid's")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--most_epochs", type=float, help="of rates and compute; default: the grid's")
     parser.add_argument("--most_flops", type=float, default=math.inf, help="leave out runs of more FLOPs")
@@ -252,6 +251,8 @@ def main() -> None:
     huge_pages.restart()
     compilation_cache.enable()
     grid, kinds = GRIDS[args.grid], list(dict.fromkeys(args.kinds))
+    if args.optimizer:
+        grid = dataclasses.replace(grid, optimizer=args.optimizer)
     if args.most_epochs is not None:
         grid = dataclasses.replace(grid, most_epochs=args.most_epochs)
     try:
@@ -259,11 +260,11 @@ def main() -> None:
         rows = load_manifest(sets[COMPUTE]).train.rows
         for part in ([RATES], [COMPUTE, EPOCHS]):  # what RATES finds decides the other runs
             before = lines_of(args.output / "runs.jsonl")
-            if any(line["optimizer"] != args.optimizer for line in before):
+            if any(line["optimizer"] != grid.optimizer for line in before):
                 raise UserError(f"--output={args.output} has runs of another optimizer: name another folder")
             rates = best_rates(grid, before, kinds)
             experiments = [each for each in part if each in args.experiments]
-            runs = runs_of(grid, rows, kinds, experiments, rates, args.optimizer, args.seeds)
+            runs = runs_of(grid, rows, kinds, experiments, rates, args.seeds)
             runs = [run for run in runs if about(grid, run)["flops"] <= args.most_flops]
             lines = (about(grid, run) for run in runs) if args.list else series(grid, runs, sets, args.output)
             for line in lines:
