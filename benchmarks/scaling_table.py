@@ -15,7 +15,8 @@ Tables:
   ratios    How many times the compute of the baseline a kind takes for the same loss, by the two lines, at its own
             budgets. Only at losses that the baseline was measured at: none is extrapolated. The interval takes both
             lines as uncertain. What others found stands below.
-  epochs    The results over a small part of the text, by the number of times that a run went over it.
+  epochs    The results over a small part of the text, by the number of times that a run went over it. arXiv 2511.03276
+            reports that masked diffusion overtakes autoregression there.
 
 The baseline's results are exact, those of LLaDA upper bounds: a ratio is one for equal numbers, and may be too large
 for equal likelihood. The picture needs the extra `plots`.
@@ -36,7 +37,7 @@ from llada_jax.cli.paths import expanded
 BASELINE = "autoregressive"
 DRAWS = 20_000
 LEARNED = 0.97  # of the nats per token by frequencies alone
-# From the papers' own summaries; they trained models of 1e18 FLOPs and more, on web text.
+# As they report it. Their models are larger by orders of magnitude.
 OTHERS = (
     ("Nie et al., arXiv 2410.18514", "16"),
     ("Sahoo et al., arXiv 2602.15014, trained on the bound", "16"),
