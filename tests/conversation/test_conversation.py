@@ -264,6 +264,9 @@ def test_settings_are_changed_by_what_a_user_types(loaded):
     assert talk.settings.steps is None
     described = talk.settings.described()
     assert described["steps"] == "one per token" and described["logits_eos_inf"] == "on"
+    assert described["commit_bound"] == "that of the rule"
+    changed = talk.settings.changed("commit", "threshold").changed("commit_bound", "0.7")
+    assert changed.commit_bound == 0.7 and changed.changed("length", "append").changed("length", "default") == changed
     assert described["gen_length"] == "12"
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain_sampler
 import pytest
-from small_sampler import make_model, padded_prompts, settings
+from small_sampler import make_model, settings
 
 from llada_jax.config import UserError
 from llada_jax.sampling.commit import RULES, Ranked
@@ -15,17 +15,6 @@ from llada_jax.sampling.sampler import denoise_steps, generate
 @pytest.fixture(scope="module")
 def model(make_mesh):
     return make_model(make_mesh())
-
-
-@pytest.fixture(scope="module")
-def sharp(make_mesh):
-    """Returns a model that is sure of some predictions, as real models are."""
-    return make_model(make_mesh(), sharpness=12)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return padded_prompts()
 
 
 def ranked(score, entropy=None, position=None) -> Ranked:
