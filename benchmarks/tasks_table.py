@@ -93,8 +93,8 @@ def picture(table: dict[tuple, dict[str, dict]], gen_length: int, output: Path) 
                 axes.errorbar(
                     point["speed"], 100 * point["correct"],
                     [[100 * (point["correct"] - point["low"])], [100 * (point["high"] - point["correct"])]],
-                    marker=MARKERS[varied["cache"]], markersize=_size(varied["block_length"] or gen_length), color=colour,
-                    elinewidth=0.5, alpha=0.85, markerfacecolor="none" if varied["revoke"] else colour,
+                    marker=MARKERS[varied["cache"]], markersize=_size(varied["block_length"] or gen_length),
+                    elinewidth=0.5, alpha=0.85, color=colour, markerfacecolor="none" if varied["revoke"] else colour,
                 )  # fmt: skip
             axes.set(xlabel="tokens per second, times the exact sampler's", title=task, xscale="log")
             axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS], minor=False)
