@@ -2,12 +2,14 @@
 
 The problems are additions and sortings, each with a line of working before "=" and the result behind it:
 
-    add 0 4 7 3 + 6 8 5 9 =                  3 9 1 2 7 5 1 3 4 8 1 3 0 6 0 7 = 0 7 3 3 2
-    sort 4 7 , 1 2 , 8 5 , 0 3 , 6 1 =       3 2 5 1 4 = 0 3 , 1 2 , 4 7 , 6 1 , 8 5
+    add 0 4 7 3 2 9 0 5 1 + 0 5 2 6 7 3 8 1 2 =    1 1 1 1 1 0 0 0 0 = 1 0 0 0 0 2 8 6 3
+    sort g c x a m k b z q e =                     4 2 8 0 6 5 1 9 7 3 = a b c e g k m q x z
 
-The working of an addition goes through the columns from the right: both digits, and their sum with the carry from
-before, in two digits. The working of a sorting is the rank of each number. Digits are separated by spaces, so that a
-trained tokenizer, whose pieces do not cross spaces, makes each of them one token.
+The working of an addition is the carry into each column, as one writes it above the numbers. In half of the columns the
+digits add up to 9, so that a carry often goes through several of them. The working of a sorting is the rank of each
+letter, from 0. From a column's digits to its carry and to its sum it is equally far everywhere, so little need be
+learned about positions. Digits and letters are separated by spaces, so that a trained tokenizer, whose pieces do not
+cross spaces, makes each of them one token.
 
 The folder gets train.jsonl.gz and held_out.jsonl, in the form that `llada_jax.prepare --chat` reads, and text.jsonl
 with a part of the training problems, on which `llada_jax.prepare` trains the tokenizer. chat_template.jinja writes a
@@ -19,7 +21,8 @@ import argparse
 import gzip
 import json
 import random
-from collections.abc import Callable
+import string
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from llada_jax.cli.paths import expanded
@@ -31,35 +34,31 @@ TEMPLATE = (
 )
 
 
-def addition(rng: random.Random, digits: int = 4) -> tuple[str, str]:
-    """Returns an addition of two numbers of `digits` digits, the first of which may be 0, and its answer."""
-    a, b = (rng.randrange(10**digits) for _ in range(2))
-    columns, carry = [], 0
-    for place in range(digits):
-        x, y = (number // 10**place % 10 for number in (a, b))
-        columns.append(f"{x}{y}{x + y + carry:02}")
-        carry = (x + y + carry) // 10
-    prompt = f"add {_spaced(f'{a:0{digits}}')} + {_spaced(f'{b:0{digits}}')} ="
-    return prompt, f"{_spaced(''.join(columns))} = {_spaced(f'{a + b:0{digits + 1}}')}"
+def addition(rng: random.Random, digits: int = 8) -> tuple[str, str]:
+    """Returns an addition of two numbers of `digits` digits, with a 0 before them, and its answer."""
+    columns = [
+        (x, 9 - x if rng.random() < 0.5 else rng.randrange(10)) for x in (rng.randrange(10) for _ in range(digits))
+    ]
+    a, b = (sum(digit * 10**place for place, digit in enumerate(each)) for each in zip(*columns, strict=True))
+    # The sum of what is right of a column shows the carry into it.
+    carries = [(a % 10**place + b % 10**place) // 10**place for place in range(digits, -1, -1)]
+    first, second, total = (_spaced(f"{number:0{digits + 1}}") for number in (a, b, a + b))
+    return f"add {first} + {second} =", f"{_spaced(map(str, carries))} = {total}"
 
 
-def sorting(rng: random.Random, count: int = 5) -> tuple[str, str]:
-    """Returns `count` different numbers of two digits to be sorted, and their order with the rank of each."""
-    numbers = rng.sample(range(100), count)
-    ordered = sorted(numbers)
-    ranks = "".join(str(ordered.index(number) + 1) for number in numbers)
-    return f"sort {_list(numbers)} =", f"{_spaced(ranks)} = {_list(ordered)}"
+def sorting(rng: random.Random, count: int = 10) -> tuple[str, str]:
+    """Returns `count` different letters to be sorted, and their order with the rank of each."""
+    letters = rng.sample(string.ascii_lowercase, count)
+    ordered = sorted(letters)
+    ranks = (str(ordered.index(letter)) for letter in letters)
+    return f"sort {_spaced(letters)} =", f"{_spaced(ranks)} = {_spaced(ordered)}"
 
 
 TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {"add": addition, "sort": sorting}
 
 
-def _spaced(digits: str) -> str:
-    return " ".join(digits)
-
-
-def _list(numbers: list[int]) -> str:
-    return " , ".join(_spaced(f"{number:02}") for number in numbers)
+def _spaced(signs: Iterable[str]) -> str:
+    return " ".join(signs)
 
 
 def result(answer: str) -> str:
@@ -68,9 +67,9 @@ def result(answer: str) -> str:
 
 
 def same(prompt: str) -> str:
-    """Returns a text that is the same for problems that have the same numbers in any order."""
+    """Returns a text that is the same for problems that have the same numbers, or letters, in any order."""
     task, _, rest = prompt.removesuffix(" =").partition(" ")
-    return f"{task} {sorted(rest.split(' + ' if task == 'add' else ' , '))}"
+    return f"{task} {sorted(rest.split(' + ' if task == 'add' else ' '))}"
 
 
 def _path(text: str) -> Path:

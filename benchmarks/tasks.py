@@ -2,10 +2,11 @@ r"""Measures the quality of the rules of sampling beside their speed, on problem
 
     python benchmarks/tasks.py --model=runs/tasks --problems=problems/held_out.jsonl --output=tasks.jsonl
 
-benchmarks/tasks_config.py has the commands that make the model and the problems. Every rule of `commit` (and the
-schedule with 1, 2 and 4 tokens per step) is used with every cache and block length; the rules that take tokens back are
-used without a cache, in the blocks of --revoke_blocks. All settings get the same problems in the same batches. For each
-batch they take turns, so that other load on the machine affects all of them alike.
+benchmarks/tasks_config.py has the commands that make the model and the problems. --causal=runs/tasks_ar adds an
+autoregressive model, which writes with its cache. Every rule of `commit` (and the schedule with 1, 2 and 4 tokens per
+step) is used with every cache and block length; the other orders of `remasking` and the rules that take tokens back are
+used without a cache, the latter in the blocks of --revoke_blocks. All settings get the same problems in the same
+batches. For each batch they take turns, so that other load on the machine affects all of them alike.
 
 Each batch and setting appends one JSON line to --output; a run that was ended goes on where it was. Of a batch they
 tell: correct, the number of answers with the right result; whole, those in which the working is right too; right, the
@@ -39,11 +40,13 @@ from llada_jax.sampling.text_completion import row_keys, text_length
 from llada_jax.text.tokenizer import Tokenizer
 
 PER_STEP = (1, 2, 4)  # tokens per step of the schedule
+ORDERS = ("random", "margin", "entropy")  # that of the other settings is low_confidence
 BOLD = {"commit": "threshold", "commit_bound": 0.6}  # as the authors of WINO use it
 VARIED = (
     "commit",
     "steps",
     "commit_bound",
+    "remasking",
     "revoke",
     "cache",
     "block_length",
@@ -79,6 +82,9 @@ def read_batches(path: Path, tokenizer: Tokenizer, size: int, count: int) -> lis
     return found
 
 
+AUTOREGRESSIVE = {"commit": "autoregressive", "cache": "causal"}  # how the lines of that model are marked
+
+
 def settings(args: argparse.Namespace) -> Iterator[dict[str, object]]:
     """Yields the fields of SamplerConfig in which the settings to measure differ."""
     rules = [{"commit": rule} for rule in RULES]
@@ -89,10 +95,13 @@ def settings(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         schedules = [{"commit": SCHEDULE, "steps": blocks * -(-block_length // n)} for n in PER_STEP]
         revoking = [schedule | {"revoke": rule} for rule in REMDM for schedule in schedules[:2]]
         revoking += [rule | {"revoke": WINO} for rule in ({"commit": "threshold"}, BOLD)]
+        ordered = [schedule | {"remasking": order} for order in ORDERS for schedule in schedules[:2]]
+        uncached = ordered + (revoking if block_length in args.revoke_blocks else [])
         for cache in args.caches:
-            taken_back = revoking if cache == NONE and block_length in args.revoke_blocks else []
-            for rule in schedules + rules + taken_back:
+            for rule in schedules + rules + (uncached if cache == NONE else []):
                 yield rule | {"cache": cache, "block_length": block_length}
+    if args.causal:
+        yield AUTOREGRESSIVE
 
 
 def measure(model: Transformer, tokenizer: Tokenizer, batch: Batch, config: SamplerConfig) -> dict[str, float]:
@@ -144,22 +153,27 @@ def main() -> None:
     parser.add_argument(
         "--revoke_blocks", type=int, nargs="*", default=[24], help="block lengths to take tokens back in"
     )
+    parser.add_argument("--step", type=int, help="of the checkpoint of --model; default: the newest")
+    parser.add_argument("--causal", type=_path, help="an autoregressive model with the same tokenizer")
     parser.add_argument("--caches", nargs="*", default=["none", "prefix", "dual"])
     parser.add_argument("--bounds", type=_bound, nargs="*", default=[], help="further bounds, such as threshold=0.8")
     args = parser.parse_args()
 
-    model, tokenizer = llada_jax.load(args.model)
+    model, tokenizer = llada_jax.load(args.model, step=args.step)
+    causal = llada_jax.load(args.causal)[0] if args.causal else None
     batches = read_batches(args.problems, tokenizer, args.batch_size, args.count)
     base = SamplerConfig(gen_length=args.gen_length, stop_at_end=True)
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": platform.python_version()}
-    about |= {"model": str(args.model), "batch_size": args.batch_size, "gen_length": args.gen_length}
+    about |= {"model": str(args.model), "step": args.step, "batch_size": args.batch_size, "gen_length": args.gen_length}
     lines = args.output.read_text(encoding="utf-8").splitlines() if args.output.exists() else []
     done = {_name(json.loads(line)) for line in lines}
     warm: set[str] = set()
     with open(args.output, "a", encoding="utf-8") as file:
         for number in range(max(batch.number for batch in batches) + 1):
             for varied in settings(args):
-                config = dataclasses.replace(base, **varied)
+                autoregressive = varied == AUTOREGRESSIVE
+                writer = causal if autoregressive else model
+                config = base if autoregressive else dataclasses.replace(base, **varied)
                 for batch in batches:
                     line = {"benchmark": "tasks", "task": batch.task, "batch": batch.number} | varied
                     if batch.number != number or _name(line) in done:
@@ -167,8 +181,8 @@ def main() -> None:
                     program = str(varied | {"steps": 0, "commit_bound": 0})
                     if program not in warm:  # the first run also compiles and is not counted
                         warm.add(program)
-                        measure(model, tokenizer, batch, config)
-                    line |= measure(model, tokenizer, batch, config) | about
+                        measure(writer, tokenizer, batch, config)
+                    line |= measure(writer, tokenizer, batch, config) | about
                     file.write(json.dumps(line) + "\n")
                     file.flush()
             print(f"batch {number}", file=sys.stderr, flush=True)

@@ -2,12 +2,12 @@
 
     python benchmarks/tasks_table.py --input=tasks.jsonl --output=benchmarks/tasks.svg > table.md
 
-The table goes to stdout, as Markdown. "Digits" are the digits of the results that are right. The speed is the number of
-tokens per second, as a ratio to that of the exact sampler: one token per step, without a cache, in blocks of
---block_length tokens. Both are medians over the batches, and the ratio is that of the medians. --clock=cpu_seconds
-takes the CPU time, where other load made the clock useless. Shares of right answers have their 95 % interval
-(Wilson's). The picture has a panel for each task: right answers against speed. Longer blocks have larger marks. It
-needs the extra `plots`.
+The table goes to stdout, as Markdown. "Signs" are the digits or letters of the results that are at their place. The
+speed is the number of tokens per second, as a ratio to that of the exact sampler: one token per step, without a cache,
+in blocks of --block_length tokens. Both are medians over the batches, and the ratio is that of the medians.
+--clock=cpu_seconds takes the CPU time, where other load made the clock useless. Shares of right answers have their 95 %
+interval (Wilson's). The picture has a panel for each task: right answers against speed. Longer blocks have larger
+marks. It needs the extra `plots`.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from llada_jax.cli.paths import expanded
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-VARIED = ("commit", "steps", "commit_bound", "revoke", "cache", "block_length")
-COLOURS = ("#888888", "#1f6fb4", "#d9730d", "#2b8a3e", "#8f4ab8", "#c2255c")
-MARKERS = {"none": "o", "prefix": "^", "dual": "s"}
+VARIED = ("commit", "steps", "commit_bound", "remasking", "revoke", "cache", "block_length")
+COLOURS = ("#888888", "#1f6fb4", "#d9730d", "#2b8a3e", "#8f4ab8", "#c2255c", "#0b8a8a")
+MARKERS = {"none": "o", "prefix": "^", "dual": "s", "causal": "*"}
 GREY = "#888888"  # is readable on light and dark pages
 STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), GREY),
@@ -64,7 +64,7 @@ def label(varied: dict, gen_length: int) -> str:
     if name == "schedule":
         blocks = -(-gen_length // varied["block_length"])
         name += f", {round(varied['block_length'] / (varied['steps'] / blocks))} per step"
-    for key in ("commit_bound", "revoke"):
+    for key in ("commit_bound", "remasking", "revoke"):
         if varied[key] is not None:
             name += f", {varied[key]}"
     return name
@@ -80,10 +80,11 @@ def picture(table: dict[tuple, dict[str, dict]], gen_length: int, output: Path) 
             for key, each in table.items():
                 varied, point = dict(zip(VARIED, key, strict=True)), each[task]
                 colour = COLOURS[rules.index(varied["commit"])]
+                size = 2 + (varied["block_length"] or gen_length) / 8
                 axes.errorbar(
                     point["speed"], 100 * point["correct"],
                     [[100 * (point["correct"] - point["low"])], [100 * (point["high"] - point["correct"])]],
-                    marker=MARKERS[varied["cache"]], markersize=2 + varied["block_length"] / 8, color=colour,
+                    marker=MARKERS[varied["cache"]], markersize=size, color=colour,
                     elinewidth=0.5, alpha=0.85, markerfacecolor="none" if varied["revoke"] else colour,
                 )  # fmt: skip
             axes.set(xlabel="tokens per second, times the exact sampler's", title=task, xscale="log")
@@ -122,19 +123,20 @@ def main() -> None:
     gen_length = line["gen_length"]
     table = {key: {task: summary(lines, args.clock) for task, lines in each.items()} for key, each in groups.items()}
     blocks = -(-gen_length // args.block_length)
-    exact = table["schedule", blocks * args.block_length, None, None, "none", args.block_length]
+    one_by_one = {"commit": "schedule", "steps": blocks * args.block_length, "cache": "none"}
+    exact = table[tuple((one_by_one | {"block_length": args.block_length}).get(name) for name in VARIED)]
     for each in table.values():
         for task, point in each.items():
             point["speed"] = point["rate"] / exact[task]["rate"]
     tasks = list(exact)
     print(
         "| rule | cache | block |"
-        + "".join(f" {task}: right (95 %) | digits | tokens per pass | speed |" for task in tasks)
+        + "".join(f" {task}: right (95 %) | signs | tokens per pass | speed |" for task in tasks)
     )
     print("|---" * (3 + 4 * len(tasks)) + "|")
     for key, each in table.items():
         varied = dict(zip(VARIED, key, strict=True))
-        cells = [label(varied, gen_length), varied["cache"], str(varied["block_length"])]
+        cells = [label(varied, gen_length), varied["cache"], str(varied["block_length"] or "")]
         for task in tasks:
             p = each[task]
             cells += [f"{100 * p['correct']:.1f} % ({100 * p['low']:.1f} to {100 * p['high']:.1f})"]
