@@ -37,23 +37,31 @@ def test_greedy_is_that_of_transformers(causal_case):
 
 def test_a_row_alone_is_as_in_a_batch(causal_case, rng):
     model, _ = causal_case
+    assert_alone_as_in_a_batch(model, rng, GREEDY, (0, 2))  # each length is a program of its own
+
+
+def test_a_drawn_row_alone_is_as_in_a_batch(llama, rng):
+    assert_alone_as_in_a_batch(llama, rng, dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, top_k=50), (2,))
+
+
+def assert_alone_as_in_a_batch(model, rng, config, rows):
     tokens_BT, real_BT = prompts(rng, (1, 7, 4, 9))
     keys_B = jax.random.split(KEY, 4)
-    for config in (GREEDY, dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, top_k=50)):
-        together_BT = np.asarray(generate(model, tokens_BT, config, keys_B, real_BT))
-        np.testing.assert_array_equal(together_BT[:, : tokens_BT.shape[1]], tokens_BT)
-        for row in (0, 2):  # each length is a program of its own
-            alone_BT = np.asarray(generate(model, tokens_BT[row][real_BT[row]][None], config, keys_B[row : row + 1]))
-            np.testing.assert_array_equal(alone_BT[0, -12:], together_BT[row, -12:])
+    together_BT = np.asarray(generate(model, tokens_BT, config, keys_B, real_BT))
+    np.testing.assert_array_equal(together_BT[:, : tokens_BT.shape[1]], tokens_BT)
+    for row in rows:
+        alone_BT = np.asarray(generate(model, tokens_BT[row][real_BT[row]][None], config, keys_B[row : row + 1]))
+        np.testing.assert_array_equal(alone_BT[0, -12:], together_BT[row, -12:])
 
 
 def test_the_cache_changes_nothing(causal_case, rng):
     """Each greedy token is the most probable one after all before it, by a pass over the whole text without a cache."""
     model, _ = causal_case
-    prompt_BT = rng.integers(3, 300, (2, 5)).astype(np.int32)
-    out_BT = np.asarray(generate(model, prompt_BT, GREEDY, KEY))
+    prompt_BT = rng.integers(3, 300, (2, 8)).astype(np.int32)
+    # Row by row: the program of a single prompt of 8 tokens is there already.
+    out_BT = np.concatenate([np.asarray(generate(model, row_BT, GREEDY, KEY)) for row_BT in np.split(prompt_BT, 2)])
     logits_BTV = np.asarray(model(out_BT))
-    np.testing.assert_array_equal(logits_BTV.argmax(axis=-1)[:, 4:-1], out_BT[:, 5:])
+    np.testing.assert_array_equal(logits_BTV.argmax(axis=-1)[:, 7:-1], out_BT[:, 8:])
 
 
 def test_several_devices_write_the_same(make_mesh, rng):
