@@ -40,17 +40,6 @@ FAULTS = [
 ]
 
 
-@pytest.fixture
-def place(bucket, monkeypatch, tmp_path) -> str:
-    """Returns the address of a workdir. Failed requests are repeated soon, and leases live for a few seconds."""
-    pytest.importorskip("gcsfs")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(retries, "POLICY", Policy(first_wait=0.02, longest_wait=0.1))
-    monkeypatch.setattr(lease, "SECONDS", 6.0)
-    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 1.0)
-    return f"{bucket.url}/runs/one"
-
-
 def records(bucket) -> list[int]:
     return [json.loads(line)["step"] for line in bucket.read("runs/one/metrics.jsonl").splitlines()]
 
