@@ -26,7 +26,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from bucket import bucket, storage_server  # noqa: F401 - fixtures of tests on object storage
+from bucket import bucket, s3_bucket, s3_server, storage_server  # noqa: F401 - fixtures of tests on object storage
 from commands import command  # noqa: F401 - a fixture
 
 import llada_jax
