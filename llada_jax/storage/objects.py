@@ -100,7 +100,9 @@ def _prepare() -> None:
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_IDLE_SECONDS, sock_read=_IDLE_SECONDS)
     for kind in ("gs", "gcs"):
-        ours = {"use_listings_cache": False, "session_kwargs": {"timeout": timeout}}
+        # gcsfs passes the second one with most of its requests, and it holds in place of the first.
+        waits = {"session_kwargs": {"timeout": timeout}, "requests_timeout": timeout}
+        ours = {"use_listings_cache": False, **waits}
         fsspec.config.conf[kind] = ours | fsspec.config.conf.get(kind, {})
     idle = {"connect_timeout": _IDLE_SECONDS, "read_timeout": _IDLE_SECONDS}
     fsspec.config.conf["s3"] = {"use_listings_cache": False, "config_kwargs": idle} | fsspec.config.conf.get("s3", {})

@@ -3,9 +3,11 @@
 import os
 import re
 import threading
+import time
 
 import pytest
 from bucket import rule
+from etils.epath import backend
 
 from llada_jax.config import UserError
 from llada_jax.storage import objects, retries
@@ -109,6 +111,29 @@ def test_failures_in_between_do_no_harm(folder, bucket, fault):
     assert {name: objects.read(f"{folder}/{name}") for name in files} == files
     objects.delete_all(folder)
     assert objects.names(folder) == [] and bucket.injected() > 10
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Lets the libraries wait for only a second."""
+    fsspec = pytest.importorskip("fsspec")
+    caches = (objects._prepare.cache_clear, backend._FileSystemSpecBackend._get_filesystem.cache_clear)
+    with monkeypatch.context() as patch:
+        patch.setattr(objects, "_IDLE_SECONDS", 1)
+        patch.setattr(fsspec.config, "conf", {})
+        [forget() for forget in caches]
+        yield
+    [forget() for forget in caches]
+
+
+def test_requests_for_small_files_that_get_no_answer_are_sent_again(impatient, folder, bucket):
+    """Those of gcsfs and s3fs, through which Orbax reads and writes them."""
+    path = objects.place(folder) / "x"
+    for ask in (lambda: path.write_text("abc"), path.read_text, path.exists, lambda: list(path.parent.iterdir())):
+        bucket.reset()
+        bucket.faults([rule("hang", times=1, seconds=60)])
+        begin = time.monotonic()
+        assert ask() and bucket.injected("hang") == 1 and time.monotonic() - begin < 40
 
 
 def test_what_does_not_pass_is_told_in_one_line(folder, bucket, monkeypatch):
