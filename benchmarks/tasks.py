@@ -153,17 +153,18 @@ def main() -> None:
     parser.add_argument(
         "--revoke_blocks", type=int, nargs="*", default=[24], help="block lengths to take tokens back in"
     )
+    parser.add_argument("--step", type=int, help="of the checkpoint of --model; default: the newest")
     parser.add_argument("--causal", type=_path, help="an autoregressive model with the same tokenizer")
     parser.add_argument("--caches", nargs="*", default=["none", "prefix", "dual"])
     parser.add_argument("--bounds", type=_bound, nargs="*", default=[], help="further bounds, such as threshold=0.8")
     args = parser.parse_args()
 
-    model, tokenizer = llada_jax.load(args.model)
+    model, tokenizer = llada_jax.load(args.model, step=args.step)
     causal = llada_jax.load(args.causal)[0] if args.causal else None
     batches = read_batches(args.problems, tokenizer, args.batch_size, args.count)
     base = SamplerConfig(gen_length=args.gen_length, stop_at_end=True)
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": platform.python_version()}
-    about |= {"model": str(args.model), "batch_size": args.batch_size, "gen_length": args.gen_length}
+    about |= {"model": str(args.model), "step": args.step, "batch_size": args.batch_size, "gen_length": args.gen_length}
     lines = args.output.read_text(encoding="utf-8").splitlines() if args.output.exists() else []
     done = {_name(json.loads(line)) for line in lines}
     warm: set[str] = set()

@@ -49,6 +49,7 @@ def get_config() -> Config:
     config.logging.every = 100
     config.logging.tensorboard = False
     config.checkpoint.every = 500
+    config.checkpoint.permanent_every = 500  # a model that has not learned all yet tells the rules apart better
     config.validation.every = 500
     config.validation.rows = 256
     config.validation.samples = 4

@@ -27,6 +27,7 @@ import matplotlib.pyplot as plt
 VARIED = ("commit", "steps", "commit_bound", "remasking", "revoke", "cache", "block_length")
 COLOURS = ("#888888", "#1f6fb4", "#d9730d", "#2b8a3e", "#8f4ab8", "#c2255c", "#0b8a8a")
 MARKERS = {"none": "o", "prefix": "^", "dual": "s", "causal": "*"}
+TICKS = (0.5, 1, 2, 4, 8, 16, 32)
 GREY = "#888888"  # is readable on light and dark pages
 STYLE = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), GREY),
@@ -39,7 +40,8 @@ def wilson(right: int, count: int) -> tuple[float, float]:
     """Returns the 95 % interval of a share, by Wilson's formula, which also holds near 0 and 1."""
     z, share = 1.96, right / count
     middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    return tuple((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
+    low, high = ((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
+    return min(low, share), max(high, share)  # rounding may put a share of 0 or 1 outside
 
 
 def summary(lines: list[dict], clock: str) -> dict[str, float]:
@@ -70,6 +72,14 @@ def label(varied: dict, gen_length: int) -> str:
     return name
 
 
+def _size(block_length: int) -> float:
+    return 2 + block_length / 8
+
+
+def _mark(label: str, **how) -> plt.Line2D:
+    return plt.Line2D([], [], linestyle="", color=GREY, label=label, **how)
+
+
 def picture(table: dict[tuple, dict[str, dict]], gen_length: int, output: Path) -> None:
     """Draws the share of right answers against the speed, with a panel for each task."""
     tasks = list(dict.fromkeys(task for each in table.values() for task in each))
@@ -80,26 +90,26 @@ def picture(table: dict[tuple, dict[str, dict]], gen_length: int, output: Path) 
             for key, each in table.items():
                 varied, point = dict(zip(VARIED, key, strict=True)), each[task]
                 colour = COLOURS[rules.index(varied["commit"])]
-                size = 2 + (varied["block_length"] or gen_length) / 8
                 axes.errorbar(
                     point["speed"], 100 * point["correct"],
                     [[100 * (point["correct"] - point["low"])], [100 * (point["high"] - point["correct"])]],
-                    marker=MARKERS[varied["cache"]], markersize=size, color=colour,
-                    elinewidth=0.5, alpha=0.85, markerfacecolor="none" if varied["revoke"] else colour,
+                    marker=MARKERS[varied["cache"]], markersize=_size(varied["block_length"] or gen_length),
+                    elinewidth=0.5, alpha=0.85, color=colour, markerfacecolor="none" if varied["revoke"] else colour,
                 )  # fmt: skip
             axes.set(xlabel="tokens per second, times the exact sampler's", title=task, xscale="log")
-            axes.set_xticks((0.5, 1, 2, 4, 8), ("0.5", "1", "2", "4", "8"), minor=False)
+            axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS], minor=False)
             axes.xaxis.set_minor_locator(plt.NullLocator())
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set(ylabel="right answers, %")
         handles = [
             plt.Line2D([], [], marker="o", linestyle="", color=c, label=r) for c, r in zip(COLOURS, rules, strict=False)
         ]
-        handles += [
-            plt.Line2D([], [], marker=m, linestyle="", color=GREY, label=f"cache {c}") for c, m in MARKERS.items()
-        ]
-        hollow = {"marker": "o", "linestyle": "", "color": GREY, "markerfacecolor": "none"}
-        handles.append(plt.Line2D([], [], **hollow, label="takes tokens back"))
+        column = {name: {key[VARIED.index(name)] for key in table} for name in VARIED}
+        handles += [_mark(f"cache {c}", marker=m) for c, m in MARKERS.items() if c in column["cache"]]
+        if column["revoke"] - {None}:
+            handles.append(_mark("takes tokens back", marker="o", markerfacecolor="none"))
+        for length in sorted(column["block_length"] - {None}):
+            handles.append(_mark(f"blocks of {length}", marker="o", markersize=_size(length)))
         figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
         figure.savefig(output, transparent=True, metadata={"Date": None})
 

@@ -69,10 +69,15 @@ RULES: list[tuple[str, dict[str, str], list[str]]] = [
             "--config.steps=2", "--config.batch_size=8", "--config.sequence_length=128", "--config.accumulation=1",
             "--config.optimizer.schedule=((0, 0.0), (1.0, 1.0))", "--config.compute.loss_chunk=128",
             "--config.compute.unroll=1", "--config.validation.rows=8", "--config.validation.samples=1",
-            "--config.logging.every=1", "--config.data.workers=1", "--config.sampling.steps=2",
-            "--config.sampling.gen_length=8", "--config.sampling.block_length=8",
+            "--config.logging.every=1", "--config.data.workers=1", "--config.sampling.gen_length=8",
             "--config.sampling.prompts=('The fox',)",
         ],
+    ),
+    # Autoregressive models have no such settings.
+    (
+        r"-m llada_jax\.train (?!.*configs/arm)",
+        {},
+        ["--config.sampling.steps=2", "--config.sampling.block_length=8"],
     ),
     # Models that are tuned, or start from a published one, take the architecture of that model.
     (r"-m llada_jax\.train (?!.*(configs/8b.*init_from|configs/\w*sft))", {}, SMALL_MODEL),
@@ -114,6 +119,8 @@ RULES: list[tuple[str, dict[str, str], list[str]]] = [
             "--config.model.heads=1", "--config.model.kv_heads=1", "--config.model.feed_forward=128",
         ],
     ),
+    # More devices than cores wait for each other in every collective.
+    (r"launch/local\.py", {"--devices": "1"}, []),
     (r"benchmarks/tuning\.py", {"--rows": "4", "--samples": "1", "--answers": "1"}, []),
 ]  # fmt: skip
 

@@ -9,6 +9,7 @@ conversation that can continue.
 """
 
 import dataclasses
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -69,7 +70,8 @@ class Settings(Options):
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         if name not in defaults:
             raise UserError(f"there is no setting {shortened(name)!r}: choose one of {', '.join(defaults)}")
-        kind = int if defaults[name] is None else type(defaults[name])
+        hint = typing.get_type_hints(Settings)[name]
+        kind = (typing.get_args(hint) or (hint,))[0]
         try:
             if len(text) > TYPED:  # treated as no number, although a number may be that long
                 raise ValueError
@@ -85,9 +87,10 @@ class Settings(Options):
 
     def described(self) -> dict[str, str]:
         """Returns a dictionary from the names of the settings to their values in words."""
-        words = {None: "one per token", True: "on", False: "off"}
+        words = {True: "on", False: "off", None: "that of the rule"}
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: words[x] if x is None or isinstance(x, bool) else str(x) for name, x in values.items()}
+        found = {name: words[x] if x is None or isinstance(x, bool) else str(x) for name, x in values.items()}
+        return found | ({"steps": "one per token"} if self.steps is None else {})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,6 +36,7 @@ from llada_jax.evaluation import generation
 from llada_jax.evaluation.pairs import CONTROL, END, Encoder
 from llada_jax.formats import workdir
 from llada_jax.model.transformer import Transformer
+from llada_jax.sampling import lengths
 from llada_jax.sampling.text_completion import Options, complete_ids
 from llada_jax.scoring import likelihood
 from llada_jax.scoring.next_token import exact
@@ -67,7 +68,7 @@ class LLaDA(TemplateLM):
         scored exactly instead, see `scoring.likelihood.log_likelihoods`.
       cfg_scale: The guidance scale w of Eq. 16, for likelihoods and for generation.
       gen_length: The number of tokens to generate. None means the number that the task sets, or 256 if it sets none;
-        "auto" means the same with length="append".
+        "auto" means the same with length="append", or with the length that is given; "fixed" contradicts it.
       length, steps, block_length, temperature, top_k, top_p, remasking, commit, commit_bound, cache, cache_refresh,
         suffix_window, revoke, revoke_bound, logits_eos_inf, confidence_eos_eot_inf: Settings of generation, see
         `sampling.text_completion.Options`. A temperature of None means the temperature that the task sets.
@@ -97,7 +98,7 @@ class LLaDA(TemplateLM):
         mc_samples: int = MC_SAMPLES,
         cfg_scale: float = 0.0,
         gen_length: int | str | None = None,
-        length: str = "fixed",
+        length: str | None = None,
         steps: int | None = None,
         block_length: int | None = None,
         temperature: float | None = None,
@@ -136,8 +137,9 @@ class LLaDA(TemplateLM):
             raise UserError(
                 f"batch_size={batch_size}, mc_samples={mc_samples}, max_length={max_length}: each must be at least 1"
             )
-        if gen_length == "auto":
-            gen_length, length = None, "append" if length == "fixed" else length
+        given = {name: x for name, x in (("gen_length", gen_length), ("length", length)) if x is not None}
+        given = lengths.automatic(given, None)
+        gen_length, length = given.get("gen_length"), given.get("length")
         if self.model.config.causal and mc_samples != MC_SAMPLES:
             raise UserError(
                 f"mc_samples={mc_samples}: this model is causal, so its likelihoods are exact: leave it out"

@@ -29,6 +29,7 @@ from llada_jax.sampling import watching
 from llada_jax.sampling.cache import check_memory
 from llada_jax.sampling.canvas import Dials, arguments, placed_key, row_keys, scalar
 from llada_jax.sampling.plan import is_end
+from llada_jax.sampling.remasking import allowed
 from llada_jax.sampling.settings import TO_THE_END, check_prompt
 from llada_jax.sampling.step import predict
 
@@ -44,6 +45,7 @@ class State:
     finite: jax.Array  # bool scalar: whether every prediction was finite. If not, the tokens mean nothing.
     cache: Cache
     length_B: jax.Array  # int32: the number of tokens of each prompt
+    fed_B1: jax.Array  # int32: the token of each row that its newest one was predicted from
     key_B: jax.Array  # PRNG keys: the source of each row's noise
 
 
@@ -92,10 +94,11 @@ def _read(model: Transformer, tokens_BT, length_B, key_B, dials: Dials, config: 
     cache = empty_cache(model.config, model.compute, batch, length + count)
     # No token sees the padding behind it, so nothing needs to say what is real.
     h_BTD, cache = writing_trunk(model, tokens_BT, None, None, cache)
-    last_BTD = jnp.where(jnp.arange(length)[:, None] == (length_B - 1)[:, None, None], h_BTD, 0)
-    h_B1D = jnp.sum(last_BTD, axis=1, keepdims=True)
+    last_BT = jnp.arange(length) == length_B[:, None] - 1
+    h_B1D = jnp.sum(jnp.where(last_BT[:, :, None], h_BTD, 0), axis=1, keepdims=True)
+    fed_B1 = jnp.sum(jnp.where(last_BT, tokens_BT, 0), axis=1, keepdims=True)
     zeros_BG = length_B[:, None] * 0 + jnp.zeros(count, jnp.int32)
-    state = State(zeros_BG, jnp.int32(0), length_B < 0, jnp.bool_(True), cache, length_B, key_B)
+    state = State(zeros_BG, jnp.int32(0), length_B < 0, jnp.bool_(True), cache, length_B, fed_B1, key_B)
     return _draw(model, state, h_B1D, dials, config)
 
 
@@ -124,12 +127,26 @@ def extend(model: Transformer, state: State, more: jax.Array, dials: Dials, conf
         return state.finite & (state.done < count) & (state.done - first < more) & ~jnp.all(state.ended_B)
 
     def advance(state: State) -> State:
-        newest_BG = jnp.where(jnp.arange(count) == state.done - 1, state.tokens_BG, 0)
-        slot_B = state.length_B + state.done - 1
-        h_B1D, cache = appending_trunk(model, jnp.sum(newest_BG, axis=1, keepdims=True), slot_B, state.cache)
-        return _draw(model, dataclasses.replace(state, cache=cache), h_B1D, dials, config)
+        fed_B1, slot_B = _newest(state), state.length_B + state.done - 1
+        h_B1D, cache = appending_trunk(model, fed_B1, slot_B, state.cache)
+        return _draw(model, dataclasses.replace(state, cache=cache, fed_B1=fed_B1), h_B1D, dials, config)
 
     return jax.lax.while_loop(goes_on, advance, state)
+
+
+def _newest(state: State) -> jax.Array:
+    """Returns the newest token of each row, int32 (B, 1)."""
+    here_G = jnp.arange(state.tokens_BG.shape[1]) == state.done - 1
+    return jnp.sum(jnp.where(here_G, state.tokens_BG, 0), axis=1, keepdims=True)
+
+
+@functools.partial(jax.jit, static_argnames=("mask_id", "alternatives"))
+def look(model: Transformer, state: State, mask_id: int | None, alternatives: int) -> tuple[jax.Array, ...]:
+    """Returns what `watching.likeliest` tells of the newest token of each row, replicated on every device."""
+    model = in_dtype(model, compute_dtype(model.compute))
+    h_B1D, _ = appending_trunk(model, state.fed_B1, state.length_B + state.done - 2, state.cache)
+    told = watching.likeliest(model.logits(h_B1D), _newest(state), allowed(model.config, mask_id), alternatives)
+    return tuple(jax.reshard(x, P(*[None] * x.ndim)) for x in told)
 
 
 def _written(state: State, prompt_BT: np.ndarray, config: SamplerConfig) -> jax.Array:
@@ -148,31 +165,47 @@ def generate(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Continues the prompts. The arguments and results are those of `sampler.generate`, with resolved settings.
 
-    The steps of a row are the tokens that were drawn until all rows had ended.
+    The steps of a row are its tokens up to its end: each took one forward pass, the first one over the whole prompt.
     """
     with mesh.mesh_of(model.embedding[...]):
         if config.gen_length == 0:
             check_prompt(np.asarray(prompt_BT), None, model.config.vocab_size)
-            canvas_BT, done = jax.device_put(np.asarray(prompt_BT, np.int32), P(None, None)), 0
+            canvas_BT = jax.device_put(np.asarray(prompt_BT, np.int32), P(None, None))
+            steps_B = jnp.zeros(len(canvas_BT), jnp.int32)
         else:
             state, prompt_BT = begin(model, prompt_BT, config, key, prompt_mask_BT)
             dials, static = arguments(config)
             state = extend(model, state, scalar(TO_THE_END), dials, config=static)
-            canvas_BT, done = _written(state, prompt_BT, config), int(state.done)
-        return (canvas_BT, jnp.full(len(canvas_BT), done, jnp.int32)) if return_steps else canvas_BT
+            canvas_BT = _written(state, prompt_BT, config)
+            steps_B = _steps(canvas_BT[:, prompt_BT.shape[1] :], state.done, config)
+        return (canvas_BT, steps_B) if return_steps else canvas_BT
+
+
+def _steps(tokens_BG: jax.Array, done: jax.Array, config: SamplerConfig) -> jax.Array:
+    """Returns the number of tokens of each row up to its end, or of those that were drawn, int32 (B,)."""
+    if not config.stop_at_end:
+        return jnp.full(len(tokens_BG), done, jnp.int32)
+    before_BG = jnp.cumsum(is_end(tokens_BG, config), axis=1) == 0
+    return jnp.minimum(jnp.sum(before_BG, axis=1, dtype=jnp.int32) + 1, done)
 
 
 def generate_steps(
-    model: Transformer, prompt_BT, config: SamplerConfig, key: jax.Array, prompt_mask_BT
+    model: Transformer,
+    prompt_BT,
+    config: SamplerConfig,
+    key: jax.Array,
+    prompt_mask_BT,
+    alternatives: int | None = None,
 ) -> Iterator[watching.Step]:
     """Does the same as `generate`, but yields the rows before the first token and after each token of all rows.
 
-    Where no token is drawn yet, a step has `watching.open_id`.
+    Where no token is drawn yet, a step has `watching.open_id`. With alternatives, the score of a token is its
+    probability.
     """
-    shown_BT = np.pad(np.asarray(prompt_BT, np.int32), ((0, 0), (0, config.gen_length)))
-    shown_BT[:, shown_BT.shape[1] - config.gen_length :] = watching.open_id(config.mask_id)
-    yield watching.Step(shown_BT, np.zeros(shown_BT.shape, bool))
-    first, done, state, ended = shown_BT.shape[1] - config.gen_length, 0, None, False
+    open_id, first = watching.open_id(config.mask_id), np.shape(prompt_BT)[1]
+    shown_BT = np.pad(np.asarray(prompt_BT, np.int32), ((0, 0), (0, config.gen_length)), constant_values=open_id)
+    yield watching.step(shown_BT, shown_BT, open_id, None)
+    done, state, ended, going_B, seen = 0, None, False, np.ones(len(shown_BT), bool), None
     while done < config.gen_length and not ended:
         # Enter the mesh for each token separately, because the consumer's own code runs between two tokens.
         with mesh.mesh_of(model.embedding[...]):
@@ -184,10 +217,15 @@ def generate_steps(
             if not state.finite:
                 raise NonFinite
             done = int(state.done)
-            drawn_BG = np.asarray(jax.reshard(state.tokens_BG, P(None, None)))[: len(shown_BT)]
-            ended = config.stop_at_end and bool(jnp.all(state.ended_B))
-        shown_BT = shown_BT.copy()
+            drawn_BG, ended_B = jax.reshard(state.tokens_BG, P(None, None)), jax.reshard(state.ended_B, P(None))
+            drawn_BG, ended_B = (np.asarray(x)[: len(shown_BT)] for x in (drawn_BG, ended_B))
+            if alternatives is not None:
+                told = look(model, state, config.mask_id, alternatives)
+                at_B1 = np.full((len(shown_BT), 1), first + done - 1)
+                seen = watching.Seen(at_B1, going_B[:, None], told[0], *told)
+        going_B, ended = ~ended_B, bool(ended_B.all())
+        before_BT, shown_BT = shown_BT, shown_BT.copy()
         shown_BT[:, first : first + done] = drawn_BG[:, :done]
         if ended:
             shown_BT[:, first + done :] = config.eos_id
-        yield watching.Step(shown_BT, np.broadcast_to(np.arange(shown_BT.shape[1]) == first + done - 1, shown_BT.shape))
+        yield watching.step(shown_BT, before_BT, open_id, seen)

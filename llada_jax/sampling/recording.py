@@ -10,6 +10,7 @@ import numpy as np
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling import lengths
 from llada_jax.sampling.sampler import denoise_steps
+from llada_jax.sampling.settings import OF_CAUSAL
 from llada_jax.sampling.text_completion import (
     DEFAULTS,
     Batch,
@@ -21,7 +22,7 @@ from llada_jax.sampling.text_completion import (
     row_keys,
     text_length,
 )
-from llada_jax.sampling.watching import Step
+from llada_jax.sampling.watching import Step, open_id
 from llada_jax.text.tokenizer import Tokenizer
 
 ALTERNATIVES = 4  # the most probable tokens that are recorded at each position
@@ -105,7 +106,7 @@ class Recorder:
                     reach[i] = max(reach.get(i, 0), end)
                 if i not in canvases:
                     canvases[i] = Canvas(tokens_T, self)
-                    named = _settings(batch, self._options)
+                    named = _settings(batch, self._options, self._model.config.causal)
                     self.records[i] = Record(self._texts[i], named, list(canvases[i].shown))
                 else:
                     fields = (None if field is None else field[row, start:] for field in step)
@@ -126,7 +127,7 @@ class Recorder:
 
     @property
     def mask_id(self) -> int:
-        return self._model.config.mask_id
+        return open_id(self._model.config.mask_id)
 
     def token(self, i: int, first: bool) -> Token:
         """Returns a token as it is shown alone.
@@ -210,9 +211,10 @@ def _partial(token: Token | None) -> bool:
     return token is not None and not token.control and "\ufffd" in token.text
 
 
-def _settings(batch: Batch, options: Options) -> dict[str, Any]:
+def _settings(batch: Batch, options: Options, causal: bool) -> dict[str, Any]:
     """Returns the settings to name: the main ones, and those that are not the default."""
-    values = {field.name: getattr(batch.config, field.name) for field in dataclasses.fields(options)}
+    names = [field.name for field in dataclasses.fields(options) if not causal or field.name in OF_CAUSAL]
+    values = {name: getattr(batch.config, name) for name in names}
     if options.steps is None:
-        del values["steps"]  # the number of steps follows from the other settings
+        values.pop("steps", None)  # the number of steps follows from the other settings
     return {name: value for name, value in values.items() if name in MAIN or value != getattr(DEFAULTS, name)}

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from llada_jax.config import NonFinite, SamplerConfig, UserError
+from llada_jax.config import NonFinite, SamplerConfig
 from llada_jax.devices import mesh
 from llada_jax.model.compute import compute_dtype
 from llada_jax.model.int8 import in_dtype
@@ -257,9 +257,7 @@ def denoise_steps(
     config = resolve(config, model)
     watching.check(alternatives, model.config.vocab_size)
     if model.config.causal:
-        if alternatives is not None:
-            raise UserError("this model is causal: what each step predicts can be told of masked diffusion models only")
-        yield from causal.generate_steps(model, prompt_BT, config, key, prompt_mask_BT)
+        yield from causal.generate_steps(model, prompt_BT, config, key, prompt_mask_BT, alternatives)
         return
     batch = len(prompt_BT)
     with mesh.mesh_of(model.embedding[...]):

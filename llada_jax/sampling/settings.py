@@ -25,6 +25,11 @@ REVOKE = (NONE, *REVOKE_BOUNDS)
 
 def check_settings(config: SamplerConfig) -> SamplerConfig:
     """Returns the settings unchanged. Raises UserError if a setting is impossible with any model."""
+    if config.gen_length == lengths.AUTO:
+        raise UserError(
+            "gen_length=auto: SamplerConfig takes the largest number of tokens, with length=append or daedal; "
+            "text_completion.Options takes auto"
+        )
     for name, least in (("steps", 1), ("block_length", 1), ("gen_length", 0)):
         if not least <= getattr(config, name) < TO_THE_END:
             raise UserError(f"{name}={getattr(config, name)}: it must be at least {least} and below 2**31 - 1")
@@ -128,15 +133,15 @@ def resolve(config: SamplerConfig, model: Transformer) -> SamplerConfig:
 
 
 # What a causal model can be told; all other settings are about masks.
-_OF_CAUSAL = ("gen_length", "temperature", "top_k", "top_p", "logits_eos_inf", "stop_at_end", "end_ids")
-_OF_CAUSAL += ("mask_id", "eos_id", "eot_id")
+OF_CAUSAL = ("gen_length", "temperature", "top_k", "top_p", "logits_eos_inf", "stop_at_end", "end_ids")
+OF_CAUSAL += ("mask_id", "eos_id", "eot_id")
 
 
 def check_causal(config: SamplerConfig) -> None:
     """Raises UserError if a setting has another value than its default, but means nothing to a causal model."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in _OF_CAUSAL and value != field.default:
+        if field.name not in OF_CAUSAL and value != field.default:
             named = " (or gen_length=auto)" if field.name == "length" else ""
             raise UserError(
                 f"{field.name}={value}{named}: this model is causal and writes one token after another, without MASK, "

@@ -23,8 +23,9 @@ class Options:
 
     steps: int | None = None  # None = as many steps as it takes to unmask one token per step
     # None = 64, or 0 if the prompt itself contains MASK tokens; or the largest length, if the length is not fixed.
-    gen_length: int | None = None
-    length: str = DEFAULTS.length
+    # "auto" becomes the largest length.
+    gen_length: int | str | None = None
+    length: str | None = None  # None becomes "fixed", or "append" with gen_length="auto"
     block_length: int = DEFAULTS.block_length
     temperature: float = 0.0
     top_k: int = DEFAULTS.top_k
@@ -40,6 +41,13 @@ class Options:
     cfg_scale: float = 0.0
     logits_eos_inf: bool = False
     confidence_eos_eot_inf: bool = False
+
+    def __post_init__(self):
+        """Settles what gen_length="auto" means. Raises UserError if it contradicts `length`."""
+        given = {"gen_length": self.gen_length} | ({} if self.length is None else {"length": self.length})
+        settled = {"length": DEFAULTS.length} | lengths.automatic(given, lengths.LONGEST)
+        for name, value in settled.items():
+            object.__setattr__(self, name, value)
 
     def sampler(self, masks: int, gen_length: int, causal: bool = False) -> SamplerConfig:
         """Returns the sampler's settings for prompts that contain up to `masks` MASK tokens.

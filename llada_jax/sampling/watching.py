@@ -99,7 +99,7 @@ def step(tokens_BT: np.ndarray, before_BT: np.ndarray, mask_id: int, seen: Seen 
     Args:
       tokens_BT: int32, the canvas after the step.
       before_BT: int32, the canvas before it.
-      mask_id: The id of MASK.
+      mask_id: The id of MASK, or `open_id`.
       seen: The predictions of the step, for at least as many rows. None leaves the scores out.
     """
     new_BT = (tokens_BT != before_BT) & (tokens_BT != mask_id)

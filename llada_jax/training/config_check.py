@@ -31,7 +31,7 @@ _NOT_NEGATIVE = (
 # Settings that mean nothing to a causal model.
 _ABOUT_MASKS = (
     "diffusion.eps", "diffusion.t_sampling", "diffusion.t_range", "diffusion.loss_weight", "diffusion.complementary",
-    "validation.samples", "sampling.steps", "sampling.block_length",
+    "validation.samples", "validation.seed", "sampling.steps", "sampling.block_length", "logging.buckets",
 )  # fmt: skip
 _ONE_OF = {
     "diffusion.objective": OBJECTIVES,
@@ -119,6 +119,12 @@ def check_architecture(model: ModelConfig) -> None:
         model.heads,
         f"does not divide model.width={model.width}",
     )
+    _require(
+        not (model.qkv_bias and model.qk_norm),
+        "model.qk_norm",
+        True,
+        "with model.qkv_bias=True: no published family has both, so the model could never be published: leave out one",
+    )
     name = "head_size" if model.head_size else "heads"
     _require(
         model.head_width % 2 == 0,
@@ -154,15 +160,20 @@ def check_architecture(model: ModelConfig) -> None:
     )
 
 
-def check_objective(config: Config) -> None:
-    """Checks that the objective suits the model, once its architecture is known. Raises UserError if it does not."""
+def check_objective(config: Config, source: str = "") -> None:
+    """Checks that the objective suits the model, once its architecture is known. Raises UserError if it does not.
+
+    Args:
+      config: The configuration.
+      source: The folder that the architecture was taken from; "" if config.model gives it.
+    """
     objective, causal = config.diffusion.objective, config.model.causal
     if (objective in OF_CAUSAL) != causal:
         wanted = OF_CAUSAL if causal else [name for name in OBJECTIVES if name not in OF_CAUSAL]
-        kind = "causal" if causal else "not causal"
+        kind, known = "causal" if causal else "not causal", f", as in {source}" if source else ""
         raise UserError(
-            f"config.diffusion.objective={objective}: the model is {kind} (config.model.causal={causal}), so choose "
-            f"{' or '.join(wanted)}"
+            f"config.diffusion.objective={objective}: the model is {kind} (config.model.causal={causal}{known}), so "
+            f"choose {' or '.join(wanted)}"
         )
     if not causal:
         return

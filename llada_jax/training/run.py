@@ -81,7 +81,7 @@ def _run(config: Config, home: Home, started: float, watch: goodput.Stopwatch) -
     # Decide where the run begins.
     begin = start.decide(config, path)
     config.model = begin.architecture(config.model)
-    config_check.check_objective(config)
+    config_check.check_objective(config, begin.source)
     if config.minutes:
         minutes.check(config, begin.earlier, begin.kind is start.Kind.BRANCHED)
     begin.check(config)

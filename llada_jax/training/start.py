@@ -20,7 +20,7 @@ from llada_jax.config import Config, ModelConfig, UserError
 from llada_jax.data.sets import PreparedSets, prepares_with
 from llada_jax.devices import distributed
 from llada_jax.devices.distributed import log
-from llada_jax.diffusion.forward import is_chat
+from llada_jax.diffusion.forward import OBJECTIVES, OF_CAUSAL, is_chat
 from llada_jax.formats import huggingface, published, weights, workdir
 from llada_jax.model import lora
 from llada_jax.model.transformer import split
@@ -84,6 +84,8 @@ class Start:
             ends = self.config.model.end_ids if self.config else ()
             return dataclasses.replace(wanted, end_ids=wanted.end_ids or ends)
         found, default = self.config.model, ModelConfig()
+        if wanted.causal:
+            check_attention(found, wanted, self.source)
         for field in dataclasses.fields(ModelConfig):
             value, theirs = getattr(wanted, field.name), getattr(found, field.name)
             own = field.name in ("layers", "lora", *_NOT_COMPARED)
@@ -114,6 +116,8 @@ class Start:
             return {}
         model = config.model if sets else _filled(config.model, self.config.model)
         identity = sets.identity(config) if sets else {}
+        if not self.resumes:
+            check_attention(self.config.model, model, self.source)
         if sets and not self.resumes:
             self._check_template(sets)
         if self.kind is Kind.WEIGHTS:
@@ -290,6 +294,18 @@ def _filled(wanted: ModelConfig, found: ModelConfig) -> ModelConfig:
     unknown = [field.name for field in dataclasses.fields(ModelConfig) if getattr(wanted, field.name) is None]
     unknown += [] if wanted.vocab_size else ["vocab_size"]
     return dataclasses.replace(wanted, **{name: getattr(found, name) for name in unknown})
+
+
+def check_attention(found: ModelConfig, wanted: ModelConfig, source: str) -> None:
+    """Raises UserError if one of two models is autoregressive. No shape depends on it, but weights are made for one."""
+    if found.causal == wanted.causal:
+        return
+    kind = "an autoregressive model (causal attention)" if found.causal else "a masked diffusion model (full attention)"
+    objectives = OF_CAUSAL if found.causal else [name for name in OBJECTIVES if name not in OF_CAUSAL]
+    raise UserError(
+        f"config.model.causal is {wanted.causal}, but {source} holds {kind}: set config.model.causal={found.causal} "
+        f"and config.diffusion.objective={' or '.join(objectives)}"
+    )
 
 
 def check_fits(found: ModelConfig, wanted: ModelConfig, source: str) -> ModelConfig:

@@ -117,12 +117,12 @@ def test_other_rules_of_the_sampler_answer_alike(loaded, changes):
     """What has no place yet is not shown, and an answer is not finished while tokens of it may be taken back."""
     model, tokenizer = loaded
     settings = dataclasses.replace(SHORT, **({"gen_length": 24, "block_length": 8} | changes))
-    for text in ("def main", "import jax", "return"):
+    for text, end in (("def main", None), ("import jax", 5), ("return", 11)):
         talk = Conversation(model, tokenizer, settings, [user(text)])
         frames = list(talk.answer())
         expected, ids_T = plain(model, tokenizer, [user(text)], settings, turn=1, attempt=0)
         assert talk.messages[-1]["content"] == expected and frames[-1].done
-        for end in (5, 11):  # as if this token were the end
+        if end:  # as if this token, of the first or of the second block, were the end; other programs for each
             ending = with_end(model, int(ids_T[end]))
             talk = Conversation(ending, tokenizer, settings, [user(text)])
             frames = list(talk.answer())
@@ -264,6 +264,9 @@ def test_settings_are_changed_by_what_a_user_types(loaded):
     assert talk.settings.steps is None
     described = talk.settings.described()
     assert described["steps"] == "one per token" and described["logits_eos_inf"] == "on"
+    assert described["commit_bound"] == "that of the rule"
+    changed = talk.settings.changed("commit", "threshold").changed("commit_bound", "0.7")
+    assert changed.commit_bound == 0.7 and changed.changed("length", "append").changed("length", "default") == changed
     assert described["gen_length"] == "12"
 
 

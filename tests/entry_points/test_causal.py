@@ -14,6 +14,7 @@ from llada_jax.config import SamplerConfig, UserError
 from llada_jax.conversation.conversation import Conversation, Settings
 from llada_jax.evaluation import reversal
 from llada_jax.sampling import watching
+from llada_jax.sampling.recording import ALTERNATIVES, Recorder
 from llada_jax.sampling.text_completion import Options, complete
 from llada_jax.scoring.likelihood import greedy_matches, log_likelihoods
 
@@ -82,6 +83,10 @@ def test_lm_eval_gets_exact_likelihoods(toy):
     assert rolling == pytest.approx(whole.value, rel=1e-6)
     (text,) = lm.generate_until([Instance("generate_until", {}, ("def main", {"max_gen_toks": 9}), 0)], True)
     assert [text] == complete(model, tokenizer, ["def main"], Options(gen_length=9), jax.random.key(0))
+    with pytest.raises(UserError, match="gen_length=auto with length=fixed"):
+        LLaDA(model, tokenizer, gen_length="auto", length="fixed")
+    automatic = LLaDA(model, tokenizer, gen_length="auto")
+    assert (automatic.gen_length, automatic.options.length) == (None, "append")
     with pytest.raises(UserError, match="mc_samples=8: this model is causal, so its likelihoods are exact"):
         LLaDA(model, tokenizer, mc_samples=8)
     guided = LLaDA(model, tokenizer, cfg_scale=0.5)
@@ -106,10 +111,24 @@ def test_evaluate_refuses_settings_about_masks(causal_folder, tmp_path):
     assert set(json.loads((tmp_path / "out.json").read_text())["results"]) == {"reversal_forward", "reversal_backward"}
 
 
-def test_recordings_are_of_masked_models_only(toy, causal_folder, tmp_path):
-    done = run("sample", f"--model={causal_folder}", "--prompt=x", f"--save_html={tmp_path / 'x.html'}")
-    assert done.returncode == 2 and "this model is causal: what each step predicts" in done.stderr
-    assert not (tmp_path / "x.html").exists()
+def test_a_recording_has_the_tokens_from_left_to_right(toy, causal_folder, tmp_path):
+    model, tokenizer = toy
+    texts, options = ["def main", "x"], Options(gen_length=7)
+    recorder = Recorder(model, tokenizer, texts, options)
+    completions = recorder.complete(jax.random.key(0), 8)
+    assert completions == complete(model, tokenizer, texts, options, jax.random.key(0))
+    for text, record in ((text, recorder.records[i]) for i, text in enumerate(texts)):
+        given = len(tokenizer.encode_text(text, special=True))
+        assert record.settings == {"gen_length": 7, "temperature": 0.0}
+        assert [token is None for token in record.start] == [False] * given + [True] * 7
+        written = [change for step in record.steps for change in step if change.probability is not None]
+        assert [change.position for change in written] == list(range(given, given + len(written))) and written
+        assert all(len(change.likely) == ALTERNATIVES for change in written)
+        assert all(change.token.id == change.likely[0][0].id for change in written), "greedy"
+    page = tmp_path / "x.html"
+    done = run("sample", f"--model={causal_folder}", "--prompt=x", "--gen_length=3", f"--save_html={page}")
+    assert done.returncode == 0, done.stderr
+    assert "gen_length" in page.read_text()
 
 
 def test_options_of_a_causal_model_have_no_steps():

@@ -5,22 +5,12 @@ import numpy as np
 import plain_cache
 import plain_sampler
 import pytest
-from small_sampler import ENDS, GEN_LENGTH, MASK, PROMPT_LENGTH, make_model, padded_prompts, settings
+from small_sampler import ENDS, GEN_LENGTH, MASK, PROMPT_LENGTH, make_model, settings
 
 from llada_jax.config import UserError
 from llada_jax.devices import hardware
 from llada_jax.sampling.cache import widths
 from llada_jax.sampling.sampler import denoise_steps, generate
-
-
-@pytest.fixture(scope="module")
-def model(make_mesh):
-    return make_model(make_mesh(), sharpness=12)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return padded_prompts()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +48,7 @@ ALONE = ("dual-threshold", "prefix-guided", "prefix-window", "gaps-dual")  # oth
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_generate_is_the_plain_sampler_with_stale_keys(model, prompts, gaps, name):
+def test_generate_is_the_plain_sampler_with_stale_keys(sharp, prompts, gaps, name):
     """Alone, in a batch with padding, step by step and at once; the number of passes of each row is its own."""
     config, key, made = settings(**CASES[name]), jax.random.key(3), []
     prompt_BT, real_BT = prompts = gaps if "gaps" in name else prompts
@@ -67,44 +57,44 @@ def test_generate_is_the_plain_sampler_with_stale_keys(model, prompts, gaps, nam
         made.append(plain_cache.Passes())
         return made[-1]
 
-    expected_BT, expected_B = plain_sampler.generate(model, prompts, config, key, return_steps=True, passes=passes)
+    expected_BT, expected_B = plain_sampler.generate(sharp, prompts, config, key, return_steps=True, passes=passes)
     assert min(len(row.fed) for row in made) > 1 and min(min(row.fed) for row in made) < PROMPT_LENGTH + GEN_LENGTH
-    out_BT, steps_B = generate(model, prompt_BT, config, key, real_BT, return_steps=True)
+    out_BT, steps_B = generate(sharp, prompt_BT, config, key, real_BT, return_steps=True)
     np.testing.assert_array_equal(out_BT, expected_BT)
     assert steps_B.tolist() == expected_B
-    frames = list(denoise_steps(model, prompt_BT, config, key, real_BT))
+    frames = list(denoise_steps(sharp, prompt_BT, config, key, real_BT))
     np.testing.assert_array_equal(frames[-1][0], out_BT)
     # In some passes, a row that needs a full pass waits for the others.
     assert max(expected_B) < len(frames) <= 1 + sum(expected_B)
     if name in ALONE:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(3))
-        alone_BT, alone_B = generate(model, prompt_BT[1:2, 4:], config, keys[1:2], return_steps=True)
+        alone_BT, alone_B = generate(sharp, prompt_BT[1:2, 4:], config, keys[1:2], return_steps=True)
         np.testing.assert_array_equal(out_BT[1, 4:], alone_BT[0])
         assert alone_B.tolist() == [expected_B[1]]
     if not config.suffix_window:  # refreshed at each step, with the same program
         exact = dataclasses.replace(config, cache="none", cache_refresh=0)
-        exact_BT, exact_B = generate(model, prompt_BT, exact, key, real_BT, return_steps=True)
+        exact_BT, exact_B = generate(sharp, prompt_BT, exact, key, real_BT, return_steps=True)
         assert (np.asarray(exact_BT) != np.asarray(out_BT)).any(), "what is stale must change something"
         fresh = dataclasses.replace(config, cache_refresh=1)
-        fresh_BT, fresh_B = generate(model, prompt_BT, fresh, key, real_BT, return_steps=True)
+        fresh_BT, fresh_B = generate(sharp, prompt_BT, fresh, key, real_BT, return_steps=True)
         np.testing.assert_array_equal(fresh_BT, exact_BT)
         assert fresh_B.tolist() == exact_B.tolist()
 
 
 @pytest.mark.parametrize("name", ["dual-threshold", "prefix-refreshed"])
-def test_a_window_over_all_that_follows_is_no_window(model, prompts, name):
+def test_a_window_over_all_that_follows_is_no_window(sharp, prompts, name):
     free = settings(**CASES[name])
     wide = dataclasses.replace(free, suffix_window=GEN_LENGTH)
-    free_BT, wide_BT = (generate(model, prompts[0], c, jax.random.key(3), prompts[1]) for c in (free, wide))
+    free_BT, wide_BT = (generate(sharp, prompts[0], c, jax.random.key(3), prompts[1]) for c in (free, wide))
     np.testing.assert_array_equal(wide_BT, free_BT)
 
 
 @pytest.mark.parametrize("name", ["dual-threshold", pytest.param("dual-window-guided", marks=pytest.mark.slow)])
-def test_eight_devices_are_one(model, make_mesh, prompts, name):
+def test_eight_devices_are_one(sharp, make_mesh, prompts, name):
     """With what is stale, and refreshed at each step."""
     sharded, key = make_model(make_mesh(2, 2, 2), sharpness=12), jax.random.key(3)
     for config in (settings(**CASES[name]), settings(**CASES[name], cache_refresh=1)):
-        expected_BT = generate(model, prompts[0], config, key, prompts[1])
+        expected_BT = generate(sharp, prompts[0], config, key, prompts[1])
         np.testing.assert_array_equal(generate(sharded, prompts[0], config, key, prompts[1]), expected_BT)
 
 
@@ -114,14 +104,14 @@ def test_widths_are_few_and_end_with_all():
     assert widths(5, 5, (1 / 4, 1)) == [5]
 
 
-def test_keys_and_values_that_do_not_fit_are_refused(model, prompts, monkeypatch):
+def test_keys_and_values_that_do_not_fit_are_refused(sharp, prompts, monkeypatch):
     config, key = settings(**CASES["prefix-guided"]), jax.random.key(0)
     takes = 2 * 2 * 3 * 25 * (2 * 2 * 8) * 4  # streams, keys and values, rows, slots, layers x kv heads x width, bytes
     monkeypatch.setattr(hardware, "free_memory", lambda device: takes)
-    generate(model, prompts[0], config, key, prompts[1])
+    generate(sharp, prompts[0], config, key, prompts[1])
     monkeypatch.setattr(hardware, "free_memory", lambda device: takes - 1)
     with pytest.raises(UserError, match="cache=prefix: the keys and values of 3 rows of 25 tokens take 0.0 GB"):
-        generate(model, prompts[0], config, key, prompts[1])
+        generate(sharp, prompts[0], config, key, prompts[1])
 
 
 @pytest.mark.parametrize(
@@ -133,6 +123,6 @@ def test_keys_and_values_that_do_not_fit_are_refused(model, prompts, monkeypatch
         ({"suffix_window": -1}, "suffix_window=-1"),
     ],
 )
-def test_impossible_settings_are_named(model, changes, words):
+def test_impossible_settings_are_named(sharp, changes, words):
     with pytest.raises(UserError, match=words):
-        generate(model, [[1, 2]], settings(**changes), jax.random.key(0))
+        generate(sharp, [[1, 2]], settings(**changes), jax.random.key(0))

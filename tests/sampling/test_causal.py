@@ -16,16 +16,6 @@ GREEDY = SamplerConfig(gen_length=12)
 KEY = jax.random.key(3)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
-def published(request):
-    return llada_jax.load(PARITY_AR / request.param)[0], np.load(PARITY_AR / request.param / "cases.npz")
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return llada_jax.load(PARITY_AR / "llama")[0]
-
-
 def prompts(rng, lengths):
     """Returns prompts of these lengths, padded in front, behind, or on both sides."""
     width = max(lengths) + 2
@@ -36,8 +26,8 @@ def prompts(rng, lengths):
     return tokens_BT.astype(np.int32), real_BT
 
 
-def test_greedy_is_that_of_transformers(published):
-    model, cases = published
+def test_greedy_is_that_of_transformers(causal_case):
+    model, cases = causal_case
     prompt_BT = cases["tokens"][:1, :8].astype(np.int32)
     out_BT, steps_B = generate(model, prompt_BT, GREEDY, KEY, return_steps=True)
     np.testing.assert_array_equal(np.asarray(out_BT)[0, 8:], cases["greedy"].ravel()[-12:])
@@ -45,25 +35,33 @@ def test_greedy_is_that_of_transformers(published):
     assert steps_B.tolist() == [12]
 
 
-def test_a_row_alone_is_as_in_a_batch(published, rng):
-    model, _ = published
+def test_a_row_alone_is_as_in_a_batch(causal_case, rng):
+    model, _ = causal_case
+    assert_alone_as_in_a_batch(model, rng, GREEDY, (0, 2))  # each length is a program of its own
+
+
+def test_a_drawn_row_alone_is_as_in_a_batch(llama, rng):
+    assert_alone_as_in_a_batch(llama, rng, dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, top_k=50), (2,))
+
+
+def assert_alone_as_in_a_batch(model, rng, config, rows):
     tokens_BT, real_BT = prompts(rng, (1, 7, 4, 9))
     keys_B = jax.random.split(KEY, 4)
-    for config in (GREEDY, dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, top_k=50)):
-        together_BT = np.asarray(generate(model, tokens_BT, config, keys_B, real_BT))
-        np.testing.assert_array_equal(together_BT[:, : tokens_BT.shape[1]], tokens_BT)
-        for row in (0, 2):  # each length is a program of its own
-            alone_BT = np.asarray(generate(model, tokens_BT[row][real_BT[row]][None], config, keys_B[row : row + 1]))
-            np.testing.assert_array_equal(alone_BT[0, -12:], together_BT[row, -12:])
+    together_BT = np.asarray(generate(model, tokens_BT, config, keys_B, real_BT))
+    np.testing.assert_array_equal(together_BT[:, : tokens_BT.shape[1]], tokens_BT)
+    for row in rows:
+        alone_BT = np.asarray(generate(model, tokens_BT[row][real_BT[row]][None], config, keys_B[row : row + 1]))
+        np.testing.assert_array_equal(alone_BT[0, -12:], together_BT[row, -12:])
 
 
-def test_the_cache_changes_nothing(published, rng):
+def test_the_cache_changes_nothing(causal_case, rng):
     """Each greedy token is the most probable one after all before it, by a pass over the whole text without a cache."""
-    model, _ = published
-    prompt_BT = rng.integers(3, 300, (2, 5)).astype(np.int32)
-    out_BT = np.asarray(generate(model, prompt_BT, GREEDY, KEY))
+    model, _ = causal_case
+    prompt_BT = rng.integers(3, 300, (2, 8)).astype(np.int32)
+    # Row by row: the program of a single prompt of 8 tokens is there already.
+    out_BT = np.concatenate([np.asarray(generate(model, row_BT, GREEDY, KEY)) for row_BT in np.split(prompt_BT, 2)])
     logits_BTV = np.asarray(model(out_BT))
-    np.testing.assert_array_equal(logits_BTV.argmax(axis=-1)[:, 4:-1], out_BT[:, 5:])
+    np.testing.assert_array_equal(logits_BTV.argmax(axis=-1)[:, 7:-1], out_BT[:, 8:])
 
 
 def test_several_devices_write_the_same(make_mesh, rng):
@@ -98,13 +96,15 @@ def test_rows_stop_at_their_ends(llama, rng):
     end = int(free_BT[1, 4])  # what row 1 writes as its fifth token ends a text
     config = dataclasses.replace(GREEDY, stop_at_end=True, end_ids=(end,))
     out_BT, steps_B = generate(llama, prompt_BT, config, KEY, return_steps=True)
-    for got_T, free_T in zip(np.asarray(out_BT)[:, 5:], free_BT, strict=True):
+    for got_T, free_T, steps in zip(np.asarray(out_BT)[:, 5:], free_BT, steps_B.tolist(), strict=True):
         ends = np.flatnonzero((free_T == end) | (free_T == 2))
         kept = 12 if not len(ends) else ends[0] + 1
         np.testing.assert_array_equal(got_T, np.where(np.arange(12) < kept, free_T, 2))
-    only = dataclasses.replace(config, gen_length=12)
-    _, steps_B = generate(llama, prompt_BT[1:2], only, KEY, return_steps=True)
-    assert steps_B.tolist() == [np.flatnonzero(free_BT[1] == end)[0] + 1]
+        assert steps == kept, "one pass per token of the row itself, whatever the others take"
+    assert len(set(steps_B.tolist())) > 1
+    for row in range(3):
+        _, alone_B = generate(llama, prompt_BT[row : row + 1], config, KEY, return_steps=True)
+        assert alone_B.tolist() == steps_B.tolist()[row : row + 1]
 
 
 def test_steps_are_those_of_a_whole_call(llama, rng):
@@ -116,8 +116,31 @@ def test_steps_are_those_of_a_whole_call(llama, rng):
         (step.new_BT.sum(axis=1) == 1).all() and step.new_BT[:, 4 + i].all() for i, step in enumerate(steps[1:], 1)
     )
     np.testing.assert_array_equal(steps[-1].tokens_BT, np.asarray(generate(llama, prompt_BT, config, KEY)))
-    with pytest.raises(UserError, match="this model is causal: what each step predicts"):
-        next(denoise_steps(llama, prompt_BT, config, KEY, alternatives=2))
+
+
+def test_each_step_tells_the_probabilities_of_its_tokens(llama, rng):
+    """Against the softmax of a pass over the whole text without a cache; a row that has ended predicts nothing."""
+    tokens_BT, real_BT = prompts(rng, (1, 6, 4))
+    config, width = dataclasses.replace(GREEDY, gen_length=6, temperature=1.0), tokens_BT.shape[1]
+    free_BT = np.asarray(generate(llama, tokens_BT, config, KEY, real_BT))[:, width:]
+    config = dataclasses.replace(config, stop_at_end=True, end_ids=(int(free_BT[1, 2]),))
+    out_BT, steps_B = generate(llama, tokens_BT, config, KEY, real_BT, return_steps=True)
+    _, *steps = denoise_steps(llama, tokens_BT, config, KEY, real_BT, alternatives=3)
+    np.testing.assert_array_equal(steps[-1].tokens_BT, out_BT)
+    for row, count in enumerate(steps_B.tolist()):
+        text_T = np.concatenate([tokens_BT[row][real_BT[row]], np.asarray(out_BT)[row, width : width + count]])
+        logits_TV = np.asarray(llama(text_T[None]), np.float64)[0, -count - 1 : -1]
+        chance_TV = np.exp(logits_TV) / np.exp(logits_TV).sum(axis=-1, keepdims=True)
+        for i, step in enumerate(steps):
+            told = step.probability_BT[row]
+            assert np.flatnonzero(~np.isnan(told)).tolist() == ([width + i] if i < count else [])
+            if i >= count:
+                continue
+            assert told[width + i] == step.score_BT[row, width + i]
+            np.testing.assert_allclose(told[width + i], chance_TV[i, text_T[len(text_T) - count + i]], rtol=1e-4)
+            np.testing.assert_array_equal(step.likely_BTN[row, width + i], np.argsort(-chance_TV[i, :320])[:3])
+            best = np.sort(chance_TV[i])[::-1][:3]
+            np.testing.assert_allclose(step.likely_probability_BTN[row, width + i], best, rtol=1e-4)
 
 
 def test_an_empty_prompt_follows_eos(llama):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain_sampler
 import pytest
-from small_sampler import make_model, padded_prompts, settings
+from small_sampler import make_model, settings
 
 from llada_jax.config import UserError
 from llada_jax.sampling.commit import RULES, Ranked
@@ -15,17 +15,6 @@ from llada_jax.sampling.sampler import denoise_steps, generate
 @pytest.fixture(scope="module")
 def model(make_mesh):
     return make_model(make_mesh())
-
-
-@pytest.fixture(scope="module")
-def sharp(make_mesh):
-    """Returns a model that is sure of some predictions, as real models are."""
-    return make_model(make_mesh(), sharpness=12)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return padded_prompts()
 
 
 def ranked(score, entropy=None, position=None) -> Ranked:
@@ -45,7 +34,8 @@ def test_rules_are_their_formulas():
     """The definitions, written as a search for the largest n, for many drawn scores."""
     rng = np.random.default_rng(0)
     for _ in range(60):
-        c = np.sort(rng.uniform(0.3, 1, rng.integers(1, 12)) ** rng.choice([0.02, 0.2, 1]))[::-1]
+        # Few lengths, because each is compiled anew.
+        c = np.sort(rng.uniform(0.3, 1, rng.choice([1, 2, 6, 11])) ** rng.choice([0.02, 0.2, 1]))[::-1]
         h = rng.exponential(rng.choice([0.01, 0.3]), len(c))
         n = range(1, len(c) + 1)
         largest = lambda holds: max((i for i in n if holds(i)), default=0)  # noqa: E731, B023
@@ -74,14 +64,13 @@ ONE_BY_ONE = {"threshold": 1.5, "factor": 0.0, "frechet": 1.0, "entropy": 0.0, "
 
 @pytest.mark.parametrize("name", RULES)
 def test_strict_bounds_are_one_token_per_step(sharp, prompts, name):
-    """Then the tokens, drawn with noise, are those of the schedule with a step for each token."""
-    key = jax.random.key(3)
-    for changes in ({"temperature": 0.7}, {"cfg_scale": 0.5}):
-        one = settings(commit=name, commit_bound=ONE_BY_ONE[name], **changes)
-        out_BT, steps_B = generate(sharp, prompts[0], one, key, prompts[1], return_steps=True)
-        assert steps_B.tolist() == [17, 16, 19]
-        expected_BT = generate(sharp, prompts[0], settings(steps=60, **changes), key, prompts[1])
-        np.testing.assert_array_equal(out_BT, expected_BT)
+    """Then the tokens, drawn with noise and guided, are those of the schedule with a step for each token."""
+    key, changes = jax.random.key(3), {"temperature": 0.7, "cfg_scale": 0.5}
+    one = settings(commit=name, commit_bound=ONE_BY_ONE[name], **changes)
+    out_BT, steps_B = generate(sharp, prompts[0], one, key, prompts[1], return_steps=True)
+    assert steps_B.tolist() == [17, 16, 19]
+    expected_BT = generate(sharp, prompts[0], settings(steps=60, **changes), key, prompts[1])
+    np.testing.assert_array_equal(out_BT, expected_BT)
 
 
 ALL_AT_ONCE = {"threshold": 0.0, "factor": 1e9, "entropy": float("inf"), "local": 0.0}
@@ -115,10 +104,11 @@ def test_generate_is_the_plain_sampler(sharp, prompts, name, changes):
     expected_BT, expected_B = plain_sampler.generate(sharp, prompts, config, key, return_steps=True)
     np.testing.assert_array_equal(out_BT, expected_BT)
     assert steps_B.tolist() == expected_B and sum(expected_B) < 17 + 16 + 19, "some step must keep several tokens"
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(3))
-    alone_T, alone = generate(sharp, prompts[0][1:2, 4:], config, keys[1:2], return_steps=True)
-    np.testing.assert_array_equal(out_BT[1, 4:], alone_T[0])
-    assert alone.tolist() == [expected_B[1]]
+    if changes.keys() & {"temperature", "cfg_scale", "stop_at_end"}:  # other shapes, so other programs
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(3))
+        alone_T, alone = generate(sharp, prompts[0][1:2, 4:], config, keys[1:2], return_steps=True)
+        np.testing.assert_array_equal(out_BT[1, 4:], alone_T[0])
+        assert alone.tolist() == [expected_B[1]]
     steps = list(denoise_steps(sharp, prompts[0], config, key, prompts[1]))
     np.testing.assert_array_equal(steps[-1][0], out_BT)
     assert len(steps) == 1 + max(expected_B)

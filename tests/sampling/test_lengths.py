@@ -11,22 +11,14 @@ import pytest
 from small_sampler import ENDS, GEN_LENGTH, MASK, PROMPT_LENGTH, make_model, padded_prompts, settings
 
 from llada_jax.config import ModelConfig, SamplerConfig, UserError
+from llada_jax.conversation.conversation import Settings
 from llada_jax.sampling import lengths
 from llada_jax.sampling.sampler import denoise_steps, generate
+from llada_jax.sampling.text_completion import Options
 
 KEY = jax.random.key(3)
 # An EOS that this model predicts now and then, so that rows end in different blocks, and one end that it predicts less.
 SOME = {"eos_id": 11, "eot_id": 22}
-
-
-@pytest.fixture(scope="module")
-def model(make_mesh):
-    return make_model(make_mesh(), sharpness=12)
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return padded_prompts()
 
 
 CASES = {
@@ -40,6 +32,7 @@ CASES = {
     "remdm": {"revoke": "remdm_cap", "revoke_bound": 0.4, "temperature": 0.7, "remasking": "random"},
     "gaps": {"cache": "prefix", "commit": "threshold", "block_length": 2},
 }
+ALONE = ("guided", "random", "prefix", "remdm")  # other shapes, so other programs
 
 
 def many_gaps():
@@ -50,73 +43,77 @@ def many_gaps():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_append_is_the_plain_sampler(model, prompts, name):
+def test_append_is_the_plain_sampler(sharp, prompts, name):
     """Alone, in a batch with padding and gaps, step by step and at once."""
     config = settings(length="append", **SOME, **CASES[name])
     prompt_BT, real_BT = prompts = many_gaps() if name == "gaps" else prompts
     row = plain_revoking.remdm if config.revoke != "none" else plain_sampler.row
     expected_BT, expected_B = plain_sampler.generate(
-        model, prompts, config, KEY, return_steps=True, passes=plain_cache.Passes, row=row
+        sharp, prompts, config, KEY, return_steps=True, passes=plain_cache.Passes, row=row
     )
-    out_BT, steps_B = generate(model, prompt_BT, config, KEY, real_BT, return_steps=True)
+    out_BT, steps_B = generate(sharp, prompt_BT, config, KEY, real_BT, return_steps=True)
     np.testing.assert_array_equal(out_BT, expected_BT)
     assert steps_B.tolist() == expected_B
-    frames = list(denoise_steps(model, prompt_BT, config, KEY, real_BT))
+    frames = list(denoise_steps(sharp, prompt_BT, config, KEY, real_BT))
     np.testing.assert_array_equal(frames[-1].tokens_BT, out_BT)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, np.arange(3))
-    alone_BT, alone_B = generate(model, prompt_BT[1:2, 4:], config, keys[1:2], return_steps=True)
-    np.testing.assert_array_equal(out_BT[1, 4:], alone_BT[0])
-    assert alone_B.tolist() == [expected_B[1]]
+    if name in ALONE:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(KEY, np.arange(3))
+        alone_BT, alone_B = generate(sharp, prompt_BT[1:2, 4:], config, keys[1:2], return_steps=True)
+        np.testing.assert_array_equal(out_BT[1, 4:], alone_BT[0])
+        assert alone_B.tolist() == [expected_B[1]]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"block_length": 4, "steps": 8}, {"commit": "threshold"}, {"commit": "local", "revoke": "wino"}],
-    ids=["schedule", "threshold", "wino"],
-)
-def test_append_is_one_call_after_the_other(model, prompts, changes):
-    """Each call has the prompt and what was written before as its prompt, and a canvas of one block."""
-    prompt_BT, real_BT = np.where(prompts[0] == MASK, 7, prompts[0]), prompts[1]
-    config = settings(length="append", **SOME, **changes)
-    expected_BT, ended_B = prompt_BT, np.zeros(3, bool)
-    for start in range(0, GEN_LENGTH, config.block_length):
-        size = min(config.block_length, GEN_LENGTH - start)
-        steps = config.steps * config.block_length // GEN_LENGTH
-        one = dataclasses.replace(config, length="fixed", gen_length=size, steps=steps)
-        seen_BT = np.pad(real_BT, ((0, 0), (0, start)), constant_values=True)
-        new_BT = np.asarray(generate(model, expected_BT, one, KEY, seen_BT))[:, -size:]
-        new_BT = np.where(ended_B[:, None], config.eos_id, new_BT)
-        ended_B |= np.isin(new_BT, list(SOME.values())).any(axis=1)
-        expected_BT = np.concatenate([expected_BT, new_BT], axis=1)
-    np.testing.assert_array_equal(generate(model, prompt_BT, config, KEY, real_BT), expected_BT)
-    fixed = dataclasses.replace(config, length="fixed")
-    fixed_BT = np.asarray(generate(model, prompt_BT, fixed, KEY, real_BT))
-    assert ended_B.any() and (fixed_BT != expected_BT).any(), "a case in which nothing differs shows nothing"
-
-
-@pytest.mark.parametrize("length", ["fixed", "append"])
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"cache": "prefix", "commit": "threshold", "cache_refresh": 2},
-        {"cache": "dual", "commit": "local", "temperature": 0.7},
-        {"cache": "dual", "suffix_window": 3, "cfg_scale": 0.5},
-        {"revoke": "remdm_cap", "revoke_bound": 0.3, "steps": 30},
-        {"revoke": "wino", "commit": "threshold", "commit_bound": 0.3, "cache": "prefix"},
+        {"block_length": 4, "steps": 8},
+        {"block_length": 4, "commit": "threshold"},
+        {"block_length": 8, "commit": "local", "revoke": "wino"},
     ],
-    ids=["none", "prefix", "dual", "window", "remdm", "wino"],
+    ids=["schedule", "threshold", "wino"],
 )
-def test_an_early_stop_takes_nothing_from_the_text(model, prompts, changes, length):
+def test_append_is_one_call_after_the_other(sharp, prompts, changes):
+    """Each call has the prompt and what was written before as its prompt, and a canvas of one block."""
+    prompt_BT, real_BT = np.where(prompts[0] == MASK, 7, prompts[0]), prompts[1]
+    config = settings(length="append", **SOME, **changes)
+    size = config.block_length
+    one = dataclasses.replace(config, length="fixed", gen_length=size, steps=config.steps * size // GEN_LENGTH)
+    expected_BT, ended_B = prompt_BT, np.zeros(3, bool)
+    for start in range(0, GEN_LENGTH, size):
+        padding = GEN_LENGTH - size - start  # in front, so that all calls have one length and are one program
+        seen_BT = np.pad(real_BT, ((0, 0), (0, start)), constant_values=True)
+        call = (np.pad(x_BT, ((0, 0), (padding, 0))) for x_BT in (expected_BT, seen_BT))
+        new_BT = np.asarray(generate(sharp, next(call), one, KEY, next(call)))[:, -size:]
+        new_BT = np.where(ended_B[:, None], config.eos_id, new_BT)
+        ended_B |= np.isin(new_BT, list(SOME.values())).any(axis=1)
+        expected_BT = np.concatenate([expected_BT, new_BT], axis=1)
+    np.testing.assert_array_equal(generate(sharp, prompt_BT, config, KEY, real_BT), expected_BT)
+    fixed = dataclasses.replace(config, length="fixed")
+    fixed_BT = np.asarray(generate(sharp, prompt_BT, fixed, KEY, real_BT))
+    assert ended_B.any() and (fixed_BT != expected_BT).any(), "a case in which nothing differs shows nothing"
+
+
+@pytest.mark.parametrize(
+    ("length", "changes"),
+    [
+        ("fixed", {}),
+        ("append", {}),
+        ("append", {"cache": "prefix", "commit": "threshold", "cache_refresh": 2}),
+        ("append", {"cache": "dual", "commit": "local", "temperature": 0.7}),
+        ("fixed", {"cache": "dual", "suffix_window": 3, "cfg_scale": 0.5}),
+        ("fixed", {"revoke": "remdm_cap", "revoke_bound": 0.3, "steps": 30}),
+        ("append", {"revoke": "wino", "commit": "threshold", "commit_bound": 0.3, "cache": "prefix"}),
+    ],
+    ids=["none", "none-append", "prefix-append", "dual-append", "window", "remdm", "wino-append"],
+)
+def test_an_early_stop_takes_nothing_from_the_text(sharp, prompts, length, changes):
     """Up to its first end, a text is the same whether or not the blocks behind it are computed."""
-    if length == "append":
-        changes = {name: value for name, value in changes.items() if name != "suffix_window"} | {"length": length}
-    config = settings(block_length=4, **SOME, **changes)
+    config = settings(block_length=4, length=length, **SOME, **changes)
     # With append, blocks behind the end are computed if no token is an end.
-    endless = dataclasses.replace(config, length=length, eos_id=MASK - 1, eot_id=None)
+    endless = dataclasses.replace(config, eos_id=MASK - 1, eot_id=None)
     early = dataclasses.replace(config, stop_at_end=True)
-    out_BT, steps_B = generate(model, prompts[0], early, KEY, prompts[1], return_steps=True)
-    all_BT, all_B = generate(model, prompts[0], endless, KEY, prompts[1], return_steps=True)
+    out_BT, steps_B = generate(sharp, prompts[0], early, KEY, prompts[1], return_steps=True)
+    all_BT, all_B = generate(sharp, prompts[0], endless, KEY, prompts[1], return_steps=True)
     out_BT, all_BT = (np.asarray(x)[:, PROMPT_LENGTH:] for x in (out_BT, all_BT))
     ended_B = np.isin(all_BT, list(SOME.values())).any(axis=1)
     for row_T, all_T, ended in zip(out_BT, all_BT, ended_B, strict=True):
@@ -127,11 +124,12 @@ def test_an_early_stop_takes_nothing_from_the_text(model, prompts, changes, leng
     assert ((np.asarray(steps_B) < np.asarray(all_B)) <= ended_B).all() and (steps_B < all_B).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dual-guided"])
-def test_eight_devices_are_one(model, make_mesh, prompts, name):
+def test_eight_devices_are_one(sharp, make_mesh, prompts, name):
     config = settings(length="append", **SOME, **CASES[name])
     sharded = make_model(make_mesh(2, 2, 2), sharpness=12)
-    expected_BT = generate(model, prompts[0], config, KEY, prompts[1])
+    expected_BT = generate(sharp, prompts[0], config, KEY, prompts[1])
     np.testing.assert_array_equal(generate(sharded, prompts[0], config, KEY, prompts[1]), expected_BT)
 
 
@@ -161,15 +159,28 @@ def test_what_auto_means():
     assert [lengths.automatic_limit(trained) for trained in (None, 4096, 256, 1)] == [1024, 1024, 128, 1]
 
 
+def test_options_from_python_take_auto():
+    assert Options() == Options(length="fixed") and Options().length == "fixed"
+    options = Options(gen_length="auto", block_length=8)
+    assert (options.gen_length, options.length) == (1024, "append")
+    assert dataclasses.replace(options, gen_length=16).sampler(0, 16).length == "append"
+    daedal = Options(gen_length="auto", length="daedal", commit="threshold")
+    assert (daedal.gen_length, daedal.length) == (1024, "daedal")
+    assert Settings(gen_length="auto").checked().gen_length == 1024
+    with pytest.raises(UserError, match="gen_length=auto with length=fixed"):
+        Options(gen_length="auto", length="fixed")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"gen_length": "auto"}, "gen_length=auto: SamplerConfig takes the largest number of tokens"),
         ({"length": "long"}, "length='long': choose one of fixed, append, daedal"),
         ({"length": "append"}, "length=append: the model does not say which token is EOS"),
         ({"length": "append", "suffix_window": 3, **ENDS}, "suffix_window=3 with length=append"),
         ({"length": "daedal", **ENDS}, "length=daedal needs commit=threshold, not schedule"),
     ],
 )
-def test_impossible_settings_are_named(model, changes, words):
+def test_impossible_settings_are_named(sharp, changes, words):
     with pytest.raises(UserError, match=words):
-        generate(model, [[1, 2]], settings(**changes), KEY)
+        generate(sharp, [[1, 2]], settings(**changes), KEY)

@@ -13,18 +13,8 @@ from llada_jax.scoring.likelihood import greedy_matches, log_likelihoods, rollin
 KEY = jax.random.key(0)
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
-def published(request):
-    return llada_jax.load(PARITY_AR / request.param)[0], np.load(PARITY_AR / request.param / "cases.npz")
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return llada_jax.load(PARITY_AR / "llama")[0]
-
-
-def test_likelihoods_are_those_of_transformers(published):
-    model, cases = published
+def test_likelihoods_are_those_of_transformers(causal_case):
+    model, cases = causal_case
     tokens_BT, nll_BT = cases["tokens"].astype(np.int32), cases["nll"]
     requests = [
         (tokens_BT[b, :at], tokens_BT[b, at:end]) for b in range(len(tokens_BT)) for at, end in ((1, 99), (7, 9))

@@ -14,11 +14,10 @@ from llada_jax.config import SamplerConfig
 def confidence(logits_TV: np.ndarray, eos_id: int, off: float) -> float:
     """Returns the confidence in EOS of a continuation, from the logits of its positions."""
     found = []
-    for logits in logits_TV[::-1]:
-        if len(found) < 32 and logits.argmax() == eos_id:
-            found.append(float(np.exp(logits[eos_id] - logits.max()) / np.exp(logits - logits.max()).sum()))
-        rest = np.delete(logits, eos_id).max()
-        assert len(found) == 32 or abs(logits[eos_id] - rest) > off, "EOS is as likely as another token"
+    for logits, others in zip(logits_TV[::-1], np.delete(logits_TV, eos_id, axis=1)[::-1], strict=True):
+        if len(found) < 32 and logits[eos_id] > others.max():
+            found.append(float(1 / np.exp(logits - logits[eos_id]).sum()))
+        assert len(found) == 32 or abs(logits[eos_id] - others.max()) > off, "EOS is as likely as another token"
     return sum(found) / 32
 
 

@@ -93,7 +93,8 @@ def predictions(model, canvas, block: list[int], logits_TV, step_key, config: Sa
     for index, position in enumerate(block):
         if canvas[position] != mask_id:
             continue
-        draw_key, score_key = jax.random.split(jax.random.fold_in(step_key, index))
+        if config.temperature or config.remasking == "random":  # keys take longer than all the rest
+            draw_key, score_key = jax.random.split(jax.random.fold_in(step_key, index))
         logits = logits_TV[position]
         if config.logits_eos_inf:
             logits[[config.eos_id, *(config.end_ids or ())]] = -np.inf
@@ -106,7 +107,8 @@ def predictions(model, canvas, block: list[int], logits_TV, step_key, config: Sa
         if config.confidence_eos_eot_inf:
             logits[ends] = -np.inf
         probability = np.exp(logits) / np.exp(logits).sum()
-        entropy = -sum(p * np.log(p) for p in probability if p > 0)
+        possible = probability[probability > 0]
+        entropy = -float(np.sum(possible * np.log(possible)))
         score = probability[token]
         if config.remasking == "random":
             score = float(jax.random.uniform(score_key))

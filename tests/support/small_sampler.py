@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig
 from llada_jax.model.transformer import Transformer, initialise
@@ -29,6 +30,18 @@ def padded_prompts() -> tuple[np.ndarray, np.ndarray]:
     prompt_BT[0, 3] = MASK
     prompt_BT[2, 2:5] = MASK
     return prompt_BT, real_BT
+
+
+@pytest.fixture(scope="session")
+def sharp(make_mesh) -> Transformer:
+    """Returns a model that is sure of some predictions, as real models are. Do not change it."""
+    return make_model(make_mesh(), sharpness=12)
+
+
+@pytest.fixture(scope="session")
+def prompts() -> tuple[np.ndarray, np.ndarray]:
+    """Returns `padded_prompts()`. Do not change them."""
+    return padded_prompts()
 
 
 def settings(**changes) -> SamplerConfig:

@@ -32,6 +32,7 @@ CAUSAL = {
     "sampling__steps": 64,
     "sampling__block_length": 32,
     "checkpoint__keep": 5,
+    "logging__buckets": 10,
 }
 TUNED = {
     "diffusion__objective": "next_token_sft",
@@ -42,6 +43,7 @@ TUNED = {
     "sampling__prompts": ("repeat: fox",),
     "sampling__steps": 64,
     "sampling__block_length": 32,
+    "logging__buckets": 10,
     "steps": 10,
 }
 
@@ -168,8 +170,37 @@ def test_settings_about_masks_are_refused(changes, words):
     config.sampling.prompts = ("a [MASK]",)
     with pytest.raises(UserError, match="sampling.prompts: .* a causal model fills in nothing"):
         config_check.validate(config)
-    config.sampling.prompts, config.sequence_length = (), 1
+    config.sampling.prompts = ()
+    for group, name in (("logging", "buckets"), ("validation", "seed")):
+        changed = dataclasses.replace(getattr(config, group), **{name: 3})
+        with pytest.raises(UserError, match=f"config.{group}.{name}=3 is about MASK"):
+            config_check.validate(dataclasses.replace(config, **{group: changed}))
+    config.sequence_length = 1
     with pytest.raises(UserError, match="config.sequence_length=1 leaves nothing to predict: .* at least 2"):
+        config_check.validate(config)
+
+
+def test_a_folder_of_the_other_attention_is_named(run, trained, causal_folder, model_folder, tmp_path):
+    """Whether it is a workdir or published, and whether the config or the folder says what the architecture is."""
+    full = "holds an autoregressive model .causal attention.: set config.model.causal=True and .*=next_token"
+    for source in (trained, causal_folder):
+        with pytest.raises(UserError, match=f"config.model.causal is False, but {source} {full}"):
+            run(tmp_path / "run", init_from=str(source))
+    with pytest.raises(UserError, match=rf"objective=pretrain: the model is causal \(.*=True, as in {trained}\)"):
+        run(tmp_path / "run", init_from=str(trained), model__layers=0)
+    causal = "holds a masked diffusion model .full attention.: set config.model.causal=False and .*=pretrain or sft"
+    for settings in (CAUSAL, CAUSAL | {"model__layers": 0, "init_weights_only": True}):
+        with pytest.raises(UserError, match=f"config.model.causal is True, but {model_folder} {causal}"):
+            run(tmp_path / "run", init_from=str(model_folder), **settings)
+
+
+def test_what_no_family_has_is_refused_before_the_training():
+    config = Config()
+    config.data.path, config.model.vocab_size = "set", 128
+    config.model.qkv_bias = True
+    config_check.validate(config)
+    config.model.qk_norm = True
+    with pytest.raises(UserError, match="model.qk_norm=True with model.qkv_bias=True: no published family has both"):
         config_check.validate(config)
 
 
