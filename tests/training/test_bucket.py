@@ -39,6 +39,8 @@ FAULTS = [
     rule("lost", match="^(?!.*uploadType=resumable)", rate=0.02),
 ]
 
+STALLS = [rule("hang", rate=0.01), rule("slow", rate=0.03, rate_bytes=20_000)]
+
 
 def records(bucket) -> list[int]:
     return [json.loads(line)["step"] for line in bucket.read("runs/one/metrics.jsonl").splitlines()]
@@ -298,11 +300,11 @@ def test_killed_while_it_saves_and_at_random_the_run_is_the_same(outside, place,
         wait_for(process, moments[-1][0])
         time.sleep(moments[-1][1])
         kill(process)
-    process = start()
+    process = start(*STALLS)
     errors = process.communicate()[1]
     assert process.returncode == 0, (moments, errors)
     assert KILLS or f"resuming {place} at step 5" in errors
-    assert bucket.injected() > 5
+    assert bucket.injected() > 5 and bucket.injected("hang") and bucket.injected("slow")
     assert_same_run(bucket.download("runs/one", tmp_path / "got"), outside[0])
     assert workdir.steps_in(place) == [15, 20] and "runs/one/lock" not in bucket.names()
     print(moments, bucket.injected(), len(bucket.state()["requests"]))
