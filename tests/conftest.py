@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
-from bucket import bucket, storage_server  # noqa: F401 - fixtures of tests on object storage
+from bucket import bucket, s3_bucket, s3_server, storage_server  # noqa: F401 - fixtures of tests on object storage
 from causal_models import causal_case, llama  # noqa: F401 - fixtures
 from commands import command  # noqa: F401 - a fixture
 from small_sampler import prompts, sharp  # noqa: F401 - fixtures of tests of the sampler

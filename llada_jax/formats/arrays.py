@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from llada_jax.cli.machine_errors import machine_error
 from llada_jax.config import UserError
 from llada_jax.devices import distributed
+from llada_jax.formats import orbax_s3
 from llada_jax.formats.fingerprint import fingerprint
 from llada_jax.formats.orbax_errors import one_line
 from llada_jax.formats.workdir import checkpoint_path
@@ -105,6 +106,7 @@ def read(path: Place, target: dict, partial: bool = True) -> tuple[dict, dict]:
       Damaged: In all processes, if one of them cannot read its part or if an array is not what was saved.
       OSError: If the machine does not let this process read its part, for example because of too many open files.
     """
+    orbax_s3.prepare(path)
     tree, record, problem = None, {}, None
     try:
         tree, record = _read_arrays(path, target, partial), read_record(path)

@@ -71,8 +71,8 @@ def convert(
 
     Args:
       source: A training workdir, a published folder, or a folder that this function wrote.
-      output: A new or empty folder. It may lie in a bucket (gs://): everything is then written into a temporary folder
-        first, and uploaded.
+      output: A new or empty folder. It may lie in a bucket (gs:// or s3://): everything is then written into a
+        temporary folder first, and uploaded.
       form: "huggingface" or "orbax".
       step: The step of a workdir's checkpoint. None means the newest.
       dtype: The dtype of all weights, "float32" or "bfloat16". None keeps the dtype of each tensor.

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from llada_jax.config import Config, LoraConfig, UserError
 from llada_jax.devices import distributed
 from llada_jax.devices.mesh import cast
-from llada_jax.formats import arrays, published, workdir
+from llada_jax.formats import arrays, orbax_s3, published, workdir
 from llada_jax.formats.orbax_errors import quiet
 from llada_jax.model import lora
 from llada_jax.model.transformer import Transformer, abstract_model, merge, split
@@ -58,6 +58,7 @@ def save_weights(folder: str | os.PathLike, step: int, params: dict, record: dic
     """
     quiet()
     directory = objects.absolute(folder) / workdir.CHECKPOINTS
+    orbax_s3.prepare(directory)
     dtype = jax.tree.leaves(params)[0].dtype.name
     manager = ocp.CheckpointManager(directory)
     with arrays.save_errors(directory):

@@ -1,12 +1,12 @@
 """Whole objects in a bucket: read, written, listed and deleted, and written only if nobody else has written meanwhile.
 
-An address is gs://BUCKET/NAME. A "folder" of a bucket is the objects whose names begin with its name and a slash. An
-object appears whole or not at all, and who reads after a write has returned finds what was written. There is no append
-and no rename.
+An address is gs://BUCKET/NAME or s3://BUCKET/NAME. A "folder" of a bucket is the objects whose names begin with its
+name and a slash. An object appears whole or not at all, and who reads after a write has returned finds what was
+written. There is no append and no rename.
 
 The engine is TensorStore, which Orbax uses for the arrays as well. Orbax reads and writes its small files through
-etils.epath, which needs gcsfs (pip install 'llada_jax[gcs]'); `check` prepares both. For streams, patterns and other
-kinds of storage there is data/prepare/storage.py, which says why there are two modules.
+etils.epath, which needs gcsfs (pip install 'llada_jax[gcs]') or s3fs ('llada_jax[s3]'); `check` prepares them. For
+streams, patterns and other kinds of storage there is data/prepare/storage.py, which says why there are two modules.
 """
 
 import functools
@@ -19,12 +19,13 @@ from typing import Any
 from etils import epath
 
 from llada_jax.config import UserError
-from llada_jax.storage import retries
+from llada_jax.storage import addresses, retries
 
 # A request is given up, and tried again, if it does not connect or moves no more than a byte per second for so long.
 _IDLE_SECONDS = 60
 _AT_ONCE = 16  # requests
 _PIECE = 1 << 26  # number of bytes of a large object that one request reads
+_NEEDED = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # the package that etils.epath needs, and our extra with it
 _SLOWEST = 1 << 20  # bytes per second; an object that is written more slowly may be given up
 
 Place = Path | epath.Path  # a folder or a file: on this machine, or in a bucket
@@ -53,20 +54,21 @@ def check(path: str | os.PathLike, named: str) -> None:
       named: The words that error messages put in front of the path, such as "--workdir=".
 
     Raises:
-      UserError: If the storage is of another kind than gs://, if no bucket is named, or if gcsfs is missing.
+      UserError: If the storage is of another kind than gs:// or s3://, if no bucket is named, or if the package for
+        it is missing.
     """
     if not is_bucket(path):
         return
-    kind, _, rest = os.fspath(path).partition("://")
-    if kind != "gs":
+    kind, bucket, _ = addresses.parse(path)
+    if kind not in addresses.DRIVERS:
         raise UserError(
-            f"{named}{path}: models and runs can lie in gs:// only, because Orbax has no other object storage; "
-            "mount the bucket and pass the folder"
+            f"{named}{path}: models and runs can lie in gs:// and s3:// only; mount the bucket and pass the folder"
         )
-    if not rest.strip("/") or rest.startswith("/"):
-        raise UserError(f"{named}{path}: name a bucket, gs://BUCKET/FOLDER")
-    if importlib.util.find_spec("gcsfs") is None:
-        raise UserError(f"{named}{path} needs the package gcsfs: pip install 'llada_jax[gcs]'")
+    if not bucket:
+        raise UserError(f"{named}{path}: name a bucket, {kind}://BUCKET/FOLDER")
+    package, extra = _NEEDED[kind]
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{named}{path} needs the package {package}: pip install 'llada_jax[{extra}]'")
     _prepare()
 
 
@@ -78,9 +80,9 @@ def require_bucket(path: str | os.PathLike) -> None:
     """
     import fsspec
 
-    name = os.fspath(path).removeprefix("gs://").partition("/")[0]
+    kind, bucket, _ = addresses.parse(path)
     try:
-        fsspec.filesystem("gs").info(name)
+        fsspec.filesystem(kind).info(bucket)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such bucket") from None
     except Exception:  # for example, nobody but its owner may look at the bucket itself
@@ -89,7 +91,7 @@ def require_bucket(path: str | os.PathLike) -> None:
 
 @functools.cache
 def _prepare() -> None:
-    """Sets what the libraries wait for, and turns off the listings that gcsfs keeps, which others' writes outdate."""
+    """Sets what the libraries wait for, and turns off the listings that they keep, which others' writes outdate."""
     import aiohttp
     import fsspec
 
@@ -98,24 +100,28 @@ def _prepare() -> None:
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_IDLE_SECONDS, sock_read=_IDLE_SECONDS)
     for kind in ("gs", "gcs"):
-        ours = {"use_listings_cache": False, "session_kwargs": {"timeout": timeout}}
+        # gcsfs passes the second one with most of its requests, and it holds in place of the first.
+        waits = {"session_kwargs": {"timeout": timeout}, "requests_timeout": timeout}
+        ours = {"use_listings_cache": False, **waits}
         fsspec.config.conf[kind] = ours | fsspec.config.conf.get(kind, {})
+    idle = {"connect_timeout": _IDLE_SECONDS, "read_timeout": _IDLE_SECONDS}
+    fsspec.config.conf["s3"] = {"use_listings_cache": False, "config_kwargs": idle} | fsspec.config.conf.get("s3", {})
 
 
 @functools.cache
-def _bucket(name: str) -> Any:
+def _bucket(kind: str, name: str) -> Any:
     """Returns TensorStore's view of a bucket, which sends each request once: `retries` decides about another try."""
     import tensorstore
 
     once = {"max_retries": 1, "initial_delay": "1ms", "max_delay": "1ms"}
-    return tensorstore.KvStore.open(
-        {"driver": "gcs", "bucket": name}, context=tensorstore.Context({"gcs_request_retries": once})
-    ).result()
+    context = tensorstore.Context({f"{addresses.DRIVERS[kind]}_request_retries": once})
+    conditions = {"use_conditional_write": True} if kind == "s3" else {}  # otherwise that depends on the host's name
+    return tensorstore.KvStore.open(addresses.spec(kind, name) | conditions, context=context).result()
 
 
 def _split(path: str | os.PathLike) -> tuple[Any, str]:
-    bucket, _, name = os.fspath(path).removeprefix("gs://").partition("/")
-    return _bucket(bucket), name
+    kind, bucket, name = addresses.parse(path)
+    return _bucket(kind, bucket), name
 
 
 def _call(path: str | os.PathLike, request, size: int = 0) -> Any:
@@ -244,15 +250,22 @@ def write_if(path: str | os.PathLike, content: bytes, generation: bytes) -> byte
       The new generation, or None if the object has another generation and is left as it was.
     """
     store, name = _split(path)
-    stamp = _call(path, lambda: store.write(name, content, if_equal=generation))
-    if stamp.generation:
-        return stamp.generation
+    try:
+        stamp = _call(path, lambda: store.write(name, content, if_equal=generation))
+        if stamp.generation:
+            return stamp.generation
+    except UserError as error:
+        if "NoSuchKey" not in str(error):  # the answer of S3 if the object has gone
+            raise
     found, now = read_with_generation(path)
     return now if found == content else None
 
 
 def delete(path: str | os.PathLike, generation: bytes | None = None) -> None:
-    """Deletes an object, if there is one. If `generation` is given, only the object of that generation."""
+    """Deletes an object, if there is one. If `generation` is given, only the object of that generation.
+
+    S3 has no such condition, so TensorStore looks which generation there is before it deletes.
+    """
     store, name = _split(path)
     _call(path, lambda: store.write(name, None, if_equal=generation))
 
@@ -279,7 +292,7 @@ def move_all(folder: str | os.PathLike, target: str | os.PathLike, first: str) -
     import fsspec
 
     delete(place(folder) / first)
-    files = fsspec.filesystem("gs")
+    files = fsspec.filesystem(addresses.parse(folder).kind)
 
     def move(name: str) -> None:
         source, new = place(folder) / name, place(target) / name

@@ -5,7 +5,6 @@ flight. A request that fails for a passing reason is tried again as `retries.py`
 """
 
 import concurrent.futures
-import contextlib
 import errno
 import functools
 import os
@@ -14,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from llada_jax.config import UserError
-from llada_jax.storage import retries
+from llada_jax.storage import addresses, retries
 
 IN_FLIGHT = 16  # requests per process and kind of storage
-SCHEMES = ("gs", "s3")
+SCHEMES = tuple(addresses.DRIVERS)
 TIMEOUT = 30.0  # seconds after which a request for a range is given up and sent again
 LONG_TIMEOUT = 120.0  # the same for whole objects and lists
 _REFUSED = (401, 403)
@@ -45,7 +44,7 @@ class _Failed(Exception):
 
 def supported(path: str) -> bool:
     """Returns whether `Folder` can read objects of this folder."""
-    return path.partition("://")[0] in SCHEMES and "://" in path
+    return addresses.parse(path).kind in SCHEMES
 
 
 class Folder:
@@ -61,8 +60,7 @@ class Folder:
           UserError: If the address names no bucket, or is not in gs:// or s3://.
         """
         self.url = url.rstrip("/")
-        scheme, _, rest = self.url.partition("://")
-        bucket, _, prefix = rest.partition("/")
+        scheme, bucket, prefix = addresses.parse(self.url)
         if scheme not in SCHEMES:
             raise UserError(f"{url}: parts of objects can be read in {' and '.join(SCHEMES)} only")
         if not bucket:
@@ -166,13 +164,7 @@ def _store(scheme: str, bucket: str) -> Any:
     """Returns TensorStore's view of a bucket."""
     import tensorstore as ts
 
-    kind = {"gs": "gcs", "s3": "s3"}[scheme]
-    spec = {"driver": kind, "bucket": bucket}
-    if scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL")):
-        spec["endpoint"] = endpoint  # a storage of another maker
-        with contextlib.suppress(KeyError):
-            spec["aws_region"] = os.environ["AWS_REGION"]
-    return ts.KvStore.open(spec, context=_context(kind)).result()
+    return ts.KvStore.open(addresses.spec(scheme, bucket), context=_context(addresses.DRIVERS[scheme])).result()
 
 
 @functools.cache

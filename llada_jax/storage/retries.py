@@ -17,8 +17,9 @@ from llada_jax.config import UserError
 T = TypeVar("T")
 
 _REFUSALS = (401, 403)
-# The status codes with which a server asks for another try; every code from 500 on counts as well.
-_PASSING_CODES = (408, 429)
+# The status codes with which a server asks for another try; every code from 500 on counts as well. 409 is the answer of
+# S3 if two conditional writes meet.
+_PASSING_CODES = (408, 409, 429)
 # The names of exception classes (their own, or of a class that they inherit from) that tell of a broken connection.
 # They belong to aiohttp, requests, urllib3 and botocore, which need not be installed.
 _PASSING_NAMES = frozenset(

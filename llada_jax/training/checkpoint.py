@@ -17,7 +17,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy, save_decis
 
 from llada_jax.config import CheckpointConfig, Config, UserError
 from llada_jax.devices import distributed
-from llada_jax.formats import arrays, workdir
+from llada_jax.formats import arrays, orbax_s3, workdir
 from llada_jax.formats.arrays import Damaged
 from llada_jax.formats.orbax_errors import quiet
 from llada_jax.storage import objects
@@ -43,6 +43,7 @@ class Checkpoints:
         """
         quiet()
         self.directory = objects.absolute(folder) / workdir.CHECKPOINTS
+        orbax_s3.prepare(self.directory)
         self._every = config.every
         policies = [preservation_policy.LatestN(config.keep)]
         if config.permanent_every:

@@ -27,6 +27,7 @@ from llada_jax.storage.lease import Lease
 from llada_jax.storage.objects import Place
 
 UPLOAD_SECONDS = 60.0
+_LOOKS = 10  # how often the files are looked through at most, if some are removed meanwhile
 # What a start needs of what earlier starts have written. The data set is used where it lies.
 _CONTINUED = (published.CONFIG, "metrics.jsonl", "samples.txt", "starts.jsonl", "wandb_id")
 _CONTINUED_FOLDERS = (f"{TOKENIZER}/", f"{PUBLISHED_FILES}/")
@@ -102,25 +103,31 @@ class BucketHome(Home):
     def upload(self) -> None:
         with self._uploading:
             self.lease.confirm()
-            found = {
-                name: _stamp(path)
-                for path in self.folder.rglob("*")
-                if path.is_file() and not path.is_symlink() and not path.name.endswith(".tmp")
-                if (name := path.relative_to(self.folder).as_posix()).split("/")[0] != SET
-            }
-            changed = {name: stamp for name, stamp in found.items() if self._stamps.get(name) != stamp}
-            objects.write_all(self.path, {name: self.folder / name for name in changed})
-            self._stamps |= changed
-            for name in self._stamps.keys() - found.keys():
-                objects.delete(self.path / name)
-                del self._stamps[name]
+            for looks_left in reversed(range(_LOOKS)):
+                try:
+                    return self._upload_changed()
+                except FileNotFoundError:  # another program that writes here, such as wandb's own, removed a file
+                    if not looks_left:
+                        raise
+
+    def _upload_changed(self) -> None:
+        found = {
+            name: _stamp(path)
+            for path in self.folder.rglob("*")
+            if path.is_file() and not path.is_symlink() and not path.name.endswith(".tmp")
+            if (name := path.relative_to(self.folder).as_posix()).split("/")[0] != SET
+        }
+        changed = {name: stamp for name, stamp in found.items() if self._stamps.get(name) != stamp}
+        objects.write_all(self.path, {name: self.folder / name for name in changed})
+        self._stamps |= changed
+        for name in self._stamps.keys() - found.keys():
+            objects.delete(self.path / name)
+            del self._stamps[name]
 
     def _keep(self) -> None:
         while not self._end.wait(UPLOAD_SECONDS):
             try:
                 self.upload()
-            except FileNotFoundError:
-                continue  # the file was replaced meanwhile
             except Exception as error:  # the upload before the next checkpoint stops the run if it fails, too
                 self._report(f"{self.path} is not up to date: {' '.join(str(error).split())[:300]}")
 

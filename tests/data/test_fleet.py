@@ -3,12 +3,13 @@
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
 
 from llada_jax.config import UserError
-from llada_jax.data.prepare import fleet_work
+from llada_jax.data.prepare import fleet_work, runners
 from llada_jax.data.prepare.filters import Filters
 from llada_jax.data.prepare.prepare_text import prepare
 
@@ -16,6 +17,8 @@ from .conftest import story, write_jsonl
 from .test_prepare import content
 
 pytest.importorskip("apache_beam", reason="apache-beam is not installed")
+from apache_beam.portability.python_urns import SUBPROCESS_SDK  # noqa: E402
+
 from llada_jax.data.prepare.fleet import prepare_on_fleet  # noqa: E402
 
 SETTINGS = {
@@ -145,6 +148,73 @@ def test_mistakes(corpus, tokenizer_folder, tmp_path):
     assert manifest.left_out[0].count == 1
     with pytest.raises(UserError, match="means the files of this machine"):
         fleet(["stdlib"], tmp_path / "set", tokenizer_folder, runner="spark")
+
+
+@pytest.mark.parametrize(
+    "runner, options, expected",
+    [
+        (
+            "dataflow",
+            "--project=P --region=R --temp_location=gs://bucket/tmp --sdk_container_image=I --max_num_workers=1000",
+            {"project": "P", "region": "R", "temp_location": "gs://bucket/tmp", "sdk_container_image": "I",
+             "max_num_workers": 1000},
+        ),
+        (
+            "flink",
+            "--flink_master=host:8081 --parallelism=8 --environment_type=PROCESS "
+            "--environment_config='{\"command\": 1}'",
+            {"flink_master": "host:8081", "parallelism": 8, "environment_type": "PROCESS",
+             "environment_config": '{"command": 1}'},
+        ),
+        (
+            "spark",
+            "--spark_master_url=spark://host:7077 --job_endpoint=host:8099 --option_of_the_job_server=1",
+            {"spark_master_url": "spark://host:7077", "job_endpoint": "host:8099"},
+        ),
+        ("direct", "--direct_num_workers=2", {"direct_num_workers": 2}),
+    ],
+)  # fmt: skip
+def test_options_are_those_of_beam(runner, options, expected):
+    found = runners.options(runner, options).get_all_options(drop_default=True)
+    assert {name: found[name] for name in expected} == expected
+    assert found.get("runner") == (None if runner == "direct" else f"{runner.title()}Runner")
+    if runner in ("flink", "spark"):  # that of Dataflow asks the cloud
+        assert type(runners.pipeline(runner, options).runner).__name__ == f"{runner.title()}Runner"
+
+
+@pytest.mark.parametrize(
+    "runner, options, message",
+    [
+        ("dataflow", "--max_num_worker=1000", "Beam has no option --max_num_worker"),
+        ("direct", "--direct_num_worker=2", "Beam has no option --direct_num_worker"),
+        ("direct", "--direct_num_workers=two", "argument --direct_num_workers: invalid int value: 'two'"),
+        ("flink", "--flink_master='", "No closing quotation"),
+        ("flink", "--runner=DirectRunner", "the runner is chosen by the flag --runner alone"),
+    ],
+)
+def test_wrong_options_are_one_line(corpus, tokenizer_folder, tmp_path, runner, options, message):
+    places = [f"memory://none/{i}" for i in range(2)] if runner == "dataflow" else [corpus[0], tmp_path / "set"]
+    with pytest.raises(UserError, match=f"^runner_options: {message}"):
+        fleet([places[0]], places[1], tokenizer_folder, runner=runner, runner_options=options)
+    assert not (tmp_path / "set.unfinished").exists()
+
+
+def test_a_fleet_that_cannot_be_reached_is_one_line(corpus, tokenizer_folder, tmp_path):
+    options = "--job_endpoint=127.0.0.1:1 --job_server_timeout=1"
+    with pytest.raises(UserError, match="^spark failed: .*the same command goes on with it$") as caught:
+        fleet(corpus, tmp_path / "set", tokenizer_folder, runner="spark", runner_options=options)
+    assert "\n" not in str(caught.value) and not (tmp_path / "set").exists()
+
+
+@pytest.mark.slow
+def test_through_the_interface_of_job_servers_with_workers_that_are_other_processes(
+    local, corpus, tokenizer_folder, tmp_path
+):
+    """Beam's own job server in Python stands for that of Flink, which is a program in Java."""
+    worker = f"{sys.executable} -m apache_beam.runners.worker.sdk_worker_main"
+    options = f"--job_endpoint=embed --environment_type={SUBPROCESS_SDK} --environment_config='{worker}'"
+    fleet(corpus, tmp_path / "set", tokenizer_folder, filters=filters(corpus), runner="flink", runner_options=options)
+    assert content(tmp_path / "set") == content(local)
 
 
 def test_unfinished_files_are_whole(tmp_path):

@@ -21,6 +21,7 @@ from llada_jax.storage import ranges, retries
 
 from . import test_chat, test_pipeline
 from .conftest import read_split
+from .test_shards import open_files
 
 ROWS = r"^GET .*\.arrayrecord"
 
@@ -113,6 +114,25 @@ def test_a_row_is_one_request(bucket, text, tmp_path):
     again = test_pipeline.open_data([f"{bucket.url}/set"], batch_size=64, copies=2, cache=str(tmp_path))
     same(again.batch(0, range(64)), data.batch(0, range(64)))
     assert kept.read_bytes() == content
+
+
+def test_nothing_stays_open_and_only_indices_are_kept_however_many_shards_there_are(bucket, tokenizer_folder, tmp_path):
+    made = test_pipeline.make_set(tmp_path / "many", tokenizer_folder, range(120), shard_rows=1)
+    bucket.upload(made, "set")
+    shards = load_manifest(made).train.shards
+    assert len(shards) > 150
+    before = open_files()
+    rows = test_pipeline.open_data([f"{bucket.url}/set"], cache=str(tmp_path / "cache"))._sets[0]
+    order, ours, seen = np.random.default_rng(0).permutation(len(shards)), [], set()
+    for start in range(0, len(order), 10):
+        ours += rows.read(order[start : start + 10])
+        if start >= 2 * ranges.IN_FLIGHT:  # by now all connections are open
+            seen.add(open_files())
+    assert max(seen) - min(seen) <= 2 and max(seen) - before < 50  # 2: connections that are replaced
+    theirs = test_pipeline.open_data([made])._sets[0].read(order)
+    assert all((a.tokens == b.tokens).all() and a[1:] == b[1:] for a, b in zip(ours, theirs, strict=True))
+    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert len(kept) == len(shards) and {path.stat().st_size for path in kept} == {2 * ENTRY.itemsize}
 
 
 @pytest.mark.parametrize("old", [False, True])

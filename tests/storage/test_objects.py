@@ -3,13 +3,21 @@
 import os
 import re
 import threading
+import time
 
 import pytest
 from bucket import rule
+from etils.epath import backend
 
 from llada_jax.config import UserError
 from llada_jax.storage import objects, retries
 from llada_jax.storage.retries import Policy, StorageFailed
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request):
+    """Returns an empty bucket in gs://, and then one in s3://."""
+    return request.getfixturevalue({"gs": "bucket", "s3": "s3_bucket"}[request.param])
 
 
 @pytest.fixture
@@ -46,12 +54,12 @@ def test_what_makes_a_folder_whole_comes_last_and_goes_first(folder, bucket, tmp
         (tmp_path / name).write_text(name)
     objects.upload(tmp_path, folder, last="b/manifest")
     assert objects.names(folder) == ["a", "b/manifest", "c", "d/e"] and objects.read(f"{folder}/d/e") == b"d/e"
-    written = asked(bucket, "^POST ")
+    written = asked(bucket, "^(POST|PUT) ")
     assert len(written) == 4 and "b/manifest" in written[-1]
     bucket.reset()
     objects.move_all(folder, f"{folder}-aside", first="b/manifest")
     assert objects.names(folder) == [] and objects.names(f"{folder}-aside") == ["a", "c", "d/e"]
-    assert "b/manifest" in asked(bucket, "^(DELETE|POST) ")[0]
+    assert "b/manifest" in asked(bucket, "^(DELETE|POST|PUT) ")[0]
 
 
 @pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 2000, 2500])
@@ -74,6 +82,7 @@ def test_conditional_writes(folder):
     assert objects.exists(f"{folder}/x")
     objects.delete(f"{folder}/x", second)
     assert objects.read_with_generation(f"{folder}/x")[0] is None
+    assert objects.write_if(f"{folder}/x", b"5", second) is None and not objects.exists(f"{folder}/x")
 
 
 def test_one_of_many_conditional_writers_wins(folder, bucket):
@@ -104,9 +113,36 @@ def test_failures_in_between_do_no_harm(folder, bucket, fault):
     assert objects.names(folder) == [] and bucket.injected() > 10
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """Lets the libraries wait for only a second."""
+    fsspec = pytest.importorskip("fsspec")
+    caches = (objects._prepare.cache_clear, backend._FileSystemSpecBackend._get_filesystem.cache_clear)
+    with monkeypatch.context() as patch:
+        patch.setattr(objects, "_IDLE_SECONDS", 1)
+        patch.setattr(fsspec.config, "conf", {})
+        [forget() for forget in caches]
+        yield
+    [forget() for forget in caches]
+
+
+def test_requests_for_small_files_that_get_no_answer_are_sent_again(impatient, folder, bucket):
+    """Those of gcsfs and s3fs, through which Orbax reads and writes them."""
+    path = objects.place(folder) / "x"
+    for ask in (lambda: path.write_text("abc"), path.read_text, path.exists, lambda: list(path.parent.iterdir())):
+        bucket.reset()
+        bucket.faults([rule("hang", times=1, seconds=60)])
+        begin = time.monotonic()
+        assert ask() and bucket.injected("hang") == 1 and time.monotonic() - begin < 40
+
+
 def test_what_does_not_pass_is_told_in_one_line(folder, bucket, monkeypatch):
-    with pytest.raises(UserError, match=r"gs://no-such/x: there is no such bucket \(NOT_FOUND"):
-        objects.write("gs://no-such/x", b"1")
+    missing = f"{bucket.url[:5]}no-such/x"
+    with pytest.raises(UserError, match=rf"{missing}: there is no such bucket \(NOT_FOUND"):
+        objects.write(missing, b"1")
+    with pytest.raises(UserError, match=f"{missing}: there is no such bucket"):
+        objects.require_bucket(missing)
+    objects.require_bucket(folder)
     monkeypatch.setattr(retries, "POLICY", Policy(tries=2, first_wait=0.01))
     bucket.faults([rule("status", status=503)])
     with pytest.raises(StorageFailed, match="failed 2 times in .* last with ValueError: .*503"):
@@ -123,13 +159,14 @@ def test_addresses(monkeypatch):
     assert [objects.is_bucket(path) for path in ("gs://b/x", "runs/one")] == [True, False]
     assert str(objects.place("gs://b/x/") / "y") == "gs://b/x/y" and str(objects.place("x/") / "y") == "x/y"
     for path, message in {
-        "s3://b/x": "--model=s3://b/x: models and runs can lie in gs:// only",
+        "az://b/x": "--model=az://b/x: models and runs can lie in gs:// and s3:// only",
         "gs://": "name a bucket",
         "gs:///x": "name a bucket",
     }.items():
         with pytest.raises(UserError, match=message):
             objects.check(path, "--model=")
     monkeypatch.setattr(objects.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match="needs the package gcsfs"):
-        objects.check("gs://b/x", "--model=")
+    for path, package in {"gs://b/x": "gcsfs: .*llada_jax.gcs", "s3://b/x": "s3fs: .*llada_jax.s3"}.items():
+        with pytest.raises(UserError, match=f"needs the package {package}"):
+            objects.check(path, "--model=")
     objects.check("runs/one", "--model=")

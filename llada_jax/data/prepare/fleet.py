@@ -22,7 +22,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import shlex
 import sys
 import tempfile
 from collections import Counter
@@ -44,7 +43,7 @@ from llada_jax.data.manifest import (
     Source,
     Split,
 )
-from llada_jax.data.prepare import fleet_work, storage
+from llada_jax.data.prepare import fleet_work, runners, storage
 from llada_jax.data.prepare.filters import Filters
 from llada_jax.data.prepare.fleet_work import Job, Settled, Tokenised
 from llada_jax.data.prepare.held_out import held_out_below
@@ -57,7 +56,6 @@ from llada_jax.text.agreement import notes_of
 from llada_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 _FORMAT = 1  # of the unfinished work
-RUNNERS = ("direct", "dataflow", "flink", "spark")
 
 
 def prepare_on_fleet(
@@ -75,7 +73,7 @@ def prepare_on_fleet(
       inputs: As for `prepare`; also files or globs on object storage.
       output: A folder that all workers see, or a URL such as gs://BUCKET/set.
       tokenizer: As for `prepare`. It cannot be trained here.
-      runner: A name in RUNNERS. "direct" works on this machine.
+      runner: A name in `runners.RUNNERS`. "direct" works on this machine.
       runner_options: Beam's own options for the runner, as on a command line. All runners but the direct one are told
         here how many workers they have; the direct one has such options too (--direct_num_workers,
         --direct_running_mode).
@@ -90,6 +88,7 @@ def prepare_on_fleet(
     given = TextSettings(**settings)
     filters = given.filters
     _check(inputs, output, runner)
+    runners.pipeline(runner, runner_options)  # so that mistakes in the options are found before any work
     target = None if storage.is_remote(output) else Path(os.path.abspath(output))
     check_numbers(given.sequence_length, given.validation_fraction, given.workers, given.shard_rows)
     place = str(target or output.rstrip("/"))
@@ -145,8 +144,8 @@ def prepare_on_fleet(
 
 def _check(inputs: Sequence[str], output: str, runner: str) -> None:
     """Raises UserError if this runner cannot prepare these inputs into this output."""
-    if runner not in RUNNERS:
-        raise UserError(f"runner={runner}: choose one of {', '.join(RUNNERS)}")
+    if runner not in runners.RUNNERS:
+        raise UserError(f"runner={runner}: choose one of {', '.join(runners.RUNNERS)}")
     try:
         import apache_beam  # noqa: F401
     except ImportError as error:
@@ -237,7 +236,7 @@ def _run(
     import apache_beam as beam
 
     path = f"{job.work}/{kind}.done"
-    pipeline = _pipeline(runner, runner_options)
+    pipeline = runners.pipeline(runner, runner_options)
     if progress:
         print(f"{kind}: {count:,} units of work on {runner}", file=sys.stderr, flush=True)
     numbers = pipeline | beam.Create(range(count)) | beam.Reshuffle()
@@ -247,8 +246,9 @@ def _run(
         pipeline.run().wait_until_finish()
     except Exception as error:
         kept = f"{job.work} keeps what is finished: the same command goes on with it"
-        if isinstance(error, OSError):
-            raise UserError(f"a worker failed: {' '.join(str(error).split())}; {kept}") from error
+        if isinstance(error, OSError) or runner != "direct":  # a fleet's error is text, and its traceback not ours
+            what = "a worker" if runner == "direct" else runner
+            raise UserError(f"{what} failed: {' '.join(str(error).split())[:1000]}; {kept}") from error
         error.add_note(kept)
         raise
     finally:
@@ -264,19 +264,6 @@ def _run(
 
 def _save_list(path: str, results: list[Any]) -> None:
     storage.save(path, results)
-
-
-def _pipeline(runner: str, runner_options: str) -> Any:
-    import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions
-
-    options = shlex.split(runner_options)
-    if runner != "direct":
-        return beam.Pipeline(options=PipelineOptions([f"--runner={runner.title()}Runner", *options]))
-    # By its name, the direct runner would first look for a server program that Beam downloads.
-    from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
-
-    return beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions(options))
 
 
 def _judge(run: Callable, job: Job, count: int) -> list[Settled]:
