@@ -9,7 +9,7 @@ The working of an addition is the carry into each column, as one writes it above
 digits add up to 9, so that a carry often goes through several of them. The working of a sorting is the rank of each
 letter, from 0. From a column's digits to its carry and to its sum it is equally far everywhere, so little need be
 learned about positions. Digits and letters are separated by spaces, so that a trained tokenizer, whose pieces do not
-cross spaces, makes each of them one token.
+cross spaces, makes most of them one token.
 
 The folder gets train.jsonl.gz and held_out.jsonl, in the form that `llada_jax.prepare --chat` reads, and text.jsonl
 with a part of the training problems, on which `llada_jax.prepare` trains the tokenizer. chat_template.jinja writes a
