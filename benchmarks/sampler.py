@@ -91,7 +91,7 @@ def passes_of(model: Transformer, prompt_BT: np.ndarray, config: SamplerConfig, 
 def measure_caches(model: Transformer, prompt_BT: np.ndarray, args: argparse.Namespace) -> None:
     """Prints a JSON line for the exact sampler, and one for each cache with and without a suffix window."""
     blocks, batch = -(-args.gen_length // args.block_length), len(prompt_BT)
-    base = SamplerConfig(args.gen_length, args.gen_length, args.block_length)
+    base = SamplerConfig(steps=args.gen_length, gen_length=args.gen_length, block_length=args.block_length)
 
     def of(config: SamplerConfig, passes: int, repeats: int = args.repeats) -> float:
         """Returns the smallest time, because other load on the machine can only add to it."""
@@ -154,8 +154,8 @@ def main() -> None:
     if args.caches:
         measure_caches(model, prompt_BT, args)
         return
-    config = SamplerConfig(args.steps, args.gen_length, args.block_length)
-    sampled = SamplerConfig(args.steps, args.gen_length, args.block_length, temperature=1.0)
+    config = SamplerConfig(steps=args.steps, gen_length=args.gen_length, block_length=args.block_length)
+    sampled = dataclasses.replace(config, temperature=1.0)
     key = jax.random.key(0)
     canvas_BT = jnp.asarray(np.pad(prompt_BT, ((0, 0), (0, args.gen_length))), jnp.int32)
 

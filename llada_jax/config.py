@@ -248,7 +248,7 @@ class LoggingConfig:
     buckets: int = 10  # the mask ratio is divided into this many equal bins, and the loss of each bin is logged
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerConfig:
     """The reverse process. It is hashable, because it is static data of the compiled sampler."""
 
