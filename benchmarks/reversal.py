@@ -19,6 +19,7 @@ Each model appends one JSON line to --output. A run that was ended goes on where
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import platform
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import reversal_facts
 import tokenizers
@@ -42,6 +44,7 @@ from llada_jax.cli import outputs
 from llada_jax.cli.paths import expanded
 from llada_jax.config import SamplerConfig, UserError
 from llada_jax.data.prepare.prepare_text import prepare
+from llada_jax.devices import mesh
 from llada_jax.evaluation.reversal import read_couplets
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.sampler import generate
@@ -50,7 +53,7 @@ from llada_jax.text.tokenizer import Tokenizer
 # How often each text is seen by either model. A LLaDA needs this many to learn the order that it sees: with seed 0, it
 # then answered 98 of 100 such questions about facts; after 97, 225 of 296 about couplets (2026-11-27, on a CPU).
 EPOCHS = 170
-WRITTEN, FILLED = "written", "filled"
+WRITTEN, FILLED, CHOSEN = "written", "filled", "chosen"
 
 
 class Question(NamedTuple):
@@ -68,8 +71,13 @@ def make_set(task: Task, folder: Path) -> None:
     random.Random(0).shuffle(texts)
     words = dict.fromkeys(word for text in texts for word in text.split())
     vocabulary = {word: i for i, word in enumerate(["[UNK]", *words])}
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    if (folder / "set").exists():
+        if (folder / "text.jsonl").read_text(encoding="utf-8") != lines:
+            raise UserError(f"{folder} holds other texts: name another --workdir, or leave --facts and --data")
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    (folder / "text.jsonl").write_text(lines, encoding="utf-8")
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     made.save(str(folder / "tokenizer.json"))
@@ -129,6 +137,25 @@ def answers(model: Transformer, questions: list[Question]) -> np.ndarray:
     return np.stack([row_T[longest - q.start :][:length] for q, row_T in zip(questions, canvas_NT, strict=True)])
 
 
+@jax.jit
+def _log_likelihoods(model: Transformer, rows_NT: jax.Array) -> jax.Array:
+    """Returns log p of each row but its first token, by an autoregressive model, fp32 (N,)."""
+    logits_NTV = jax.nn.log_softmax(model(rows_NT)[:, :-1], axis=-1)
+    return jnp.take_along_axis(logits_NTV, rows_NT[:, 1:, None], axis=-1).sum(axis=(1, 2))
+
+
+def choices(model: Transformer, tokenizer: Tokenizer, task: Task, items: list[Item], order: str) -> Iterator[str]:
+    """Yields, of all parts of the task, the one that makes the text of an item most probable in an order seen."""
+    asked = "second" if order == FORWARD else "first"
+    parts = list(dict.fromkeys(getattr(item, asked) for item in task.items))
+    for item in items:
+        shown = order if order in item.orders() else item.seen
+        texts = [task.text(dataclasses.replace(item, **{asked: part}), shown) for part in parts]
+        rows_NT = np.array([[*tokenizer.encode(text), tokenizer.eos_id] for text in texts], np.int32)
+        with mesh.mesh_of(model.embedding[...]):
+            yield parts[int(_log_likelihoods(model, rows_NT).argmax())]
+
+
 def right(each: Question, row_T: np.ndarray) -> bool:
     """Returns whether all that was asked for is right."""
     return bool((row_T[each.start : each.stop] == each.row_T[each.start : each.stop]).all())
@@ -136,26 +163,35 @@ def right(each: Question, row_T: np.ndarray) -> bool:
 
 def ask(model: Transformer, tokenizer: Tokenizer, task: Task) -> Iterator[dict]:
     """Asks for all items in both orders and all ways, and yields the number of right answers of each kind."""
-    ways = (WRITTEN,) if model.config.causal else (WRITTEN, FILLED)
-    for seen, order, way in itertools.product((FORWARD, REVERSE, BOTH), (FORWARD, REVERSE), ways):
-        questions = [question(task, item, order, way, tokenizer) for item in task.items if item.seen == seen]
-        if not questions:
+    for seen, order in itertools.product((FORWARD, REVERSE, BOTH), (FORWARD, REVERSE)):
+        items = [item for item in task.items if item.seen == seen]
+        if not items:
             continue
-        rows_NT = answers(model, questions)
-        hits = [right(each, row_T) for each, row_T in zip(questions, rows_NT, strict=True)]
-        wrong = [
-            {"wanted": tokenizer.decode(each.row_T), "written": tokenizer.decode(row_T)}
-            for each, row_T, hit in zip(questions, rows_NT, hits, strict=True)
-            if not hit
-        ]
-        yield {"seen": seen, "asked": order, "way": way, "right": sum(hits), "count": len(hits), "wrong": wrong[:3]}
+        about = {"seen": seen, "asked": order, "count": len(items)}
+        for way in (WRITTEN,) if model.config.causal else (WRITTEN, FILLED):
+            questions = [question(task, item, order, way, tokenizer) for item in items]
+            pairs = list(zip(questions, answers(model, questions), strict=True))
+            wrong = [
+                {"wanted": tokenizer.decode(each.row_T), "written": tokenizer.decode(row_T)}
+                for each, row_T in pairs
+                if not right(each, row_T)
+            ]
+            yield about | {"way": way, "right": len(items) - len(wrong), "wrong": wrong[:3]}
+        if model.config.causal:
+            asked = "second" if order == FORWARD else "first"
+            found = zip(items, choices(model, tokenizer, task, items, order), strict=True)
+            wrong = [
+                {"wanted": getattr(item, asked), "written": part}
+                for item, part in found
+                if part != getattr(item, asked)
+            ]
+            yield about | {"way": CHOSEN, "right": len(items) - len(wrong), "wrong": wrong[:3]}
 
 
 def measure(name: str, task: Task, seed: int, steps: int, workdir: Path) -> dict:
     """Trains a model on a task and asks it. Returns what its line says."""
     folder = workdir / f"{task.name}-{seed}"
-    if not (folder / "set").exists():
-        make_set(task, folder)
+    make_set(task, folder)
     seconds = train(name, task, folder, seed, steps)
     model, tokenizer = llada_jax.load(folder / name)
     return {
@@ -180,14 +216,20 @@ def run(args: argparse.Namespace) -> None:
     """Trains and asks all models that --output does not tell of yet."""
     output = outputs.check_file(args.output)
     lines = output.read_text(encoding="utf-8").splitlines() if output.exists() else []
-    done = {tuple(json.loads(line)[name] for name in ("task", "seed", "model")) for line in lines}
+    done = {tuple(line[name] for name in ("task", "seed", "model")): line for line in map(json.loads, lines)}
     poems = [(each.first, each.second) for each in read_couplets(args.data)] if args.data else []
     for seed in range(args.seeds):
         tasks = [reversal_facts.facts(seed, args.facts)] + ([reversal_facts.couplets(seed, poems)] if poems else [])
         for task, name in itertools.product(tasks, MODELS):
-            if (task.name, seed, name) in done:
+            steps, earlier = args.steps or steps_of(task), done.get((task.name, seed, name))
+            if earlier:
+                if (earlier["items"], earlier["steps"]) != (len(task.items), steps):
+                    raise UserError(
+                        f"--output={output} has {task.name} of a run with {earlier['items']} items and "
+                        f"{earlier['steps']} steps: name another file, or leave --facts, --data and --steps"
+                    )
                 continue
-            line = measure(name, task, seed, args.steps or steps_of(task), args.workdir)
+            line = measure(name, task, seed, steps, args.workdir)
             with open(output, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             print(f"{task.name}, seed {seed}, {name}: {line['seconds']} s", file=sys.stderr, flush=True)

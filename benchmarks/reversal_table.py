@@ -2,15 +2,17 @@
 
     python benchmarks/reversal_table.py --input=reversal.jsonl --output=benchmarks/reversal.svg > table.md
 
-The table goes to stdout, as Markdown: the share of right answers over all seeds, with its 95 % interval (Wilson's), and
-the lowest and the highest share of a single seed. The picture shows the same, with a panel for each task; each point is
-a seed. It needs the extra `plots`.
+The table goes to stdout, as Markdown: the share of right answers over all seeds, with its 95 % interval (see
+`interval`), and the lowest and the highest share of a single seed. The picture shows the same, with a panel for each
+task; each point is a seed. It needs the extra `plots`.
 """
 
 import argparse
 import json
+import math
+import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +28,12 @@ from tasks_table import COLOURS, GREY, STYLE, wilson
 # (model, way of asking) -> the heading of its column, and the colour of its bars
 COLUMNS = {
     ("arm", "written"): ("autoregressive", COLOURS[2]),
+    ("arm", "chosen"): ("autoregressive, choosing", COLOURS[4]),
     ("llada", "written"): ("LLaDA", COLOURS[1]),
     ("llada", "filled"): ("LLaDA, filling in", COLOURS[3]),
 }
+# The 97.5 % quantile of Student's distribution by degrees of freedom; with more it is near 1.96
+STUDENT = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 CASES = (
     (FORWARD, FORWARD),
     (FORWARD, REVERSE),
@@ -61,9 +66,25 @@ def table_of(records: Iterable[dict]) -> Table:
     table: Table = {}
     for (task, case, column), pairs in found.items():
         right, count = map(sum, zip(*pairs, strict=True))
-        share = Share(right / count, *wilson(right, count), tuple(r / n for r, n in pairs))
-        table.setdefault(task, {}).setdefault(case, {})[column] = share
+        seeds = tuple(r / n for r, n in pairs)
+        table.setdefault(task, {}).setdefault(case, {})[column] = Share(
+            right / count, *interval(seeds, right, count), seeds
+        )
     return table
+
+
+def interval(seeds: Sequence[float], right: int, count: int) -> tuple[float, float]:
+    """Returns the 95 % interval of a share.
+
+    Each seed has a model of its own, which may have learned more or less. If the seeds differ it is Student's, over
+    their shares; if they do not, Wilson's, over all answers.
+    """
+    if len(set(seeds)) == 1:
+        return wilson(right, count)
+    mean = statistics.mean(seeds)
+    quantile = STUDENT[len(seeds) - 1] if len(seeds) <= len(STUDENT) else 1.96
+    half = quantile * statistics.stdev(seeds) / math.sqrt(len(seeds))
+    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def markdown(table: Table) -> str:
@@ -95,21 +116,21 @@ def picture(table: Table, output: Path) -> None:
             for place, case in enumerate(shown):
                 for i, (column, (_, colour)) in enumerate(COLUMNS.items()):
                     if column in cases[case]:
-                        _bar(axes, place + (i - 1) * 0.27, cases[case][column], colour)
+                        _bar(axes, place + (i - 1.5) * 0.21, cases[case][column], colour)
             labels = [f"seen {seen},\nasked {asked}" for seen, asked in shown]
             axes.set_xticks(range(len(shown)), labels, fontsize=7)
             axes.set(title=task, ylim=(0, 105))
             axes.spines[["top", "right"]].set_visible(False)
         panels[0][0].set(ylabel="right answers, %")
         handles = [plt.Rectangle((0, 0), 1, 1, color=colour, label=name) for name, colour in COLUMNS.values()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+        figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
         figure.savefig(output, transparent=True, metadata={"Date": None})
 
 
 def _bar(axes: plt.Axes, at: float, share: Share, colour: str) -> None:
     """Draws a share with its interval at the right and the points of the seeds at the left of the bar's middle."""
     mean, low, high = (100 * x for x in share[:3])
-    axes.bar(at, mean, 0.24, color=colour)
+    axes.bar(at, mean, 0.19, color=colour)
     axes.errorbar(at + 0.05, mean, [[max(0, mean - low)], [max(0, high - mean)]], color=GREY, elinewidth=1.5, capsize=2)
     points = [100 * x for x in share.seeds]
     style = {"linestyle": "", "marker": "o", "markersize": 2.5, "markeredgewidth": 0.7}

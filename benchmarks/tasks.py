@@ -166,7 +166,10 @@ def main() -> None:
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": platform.python_version()}
     about |= {"model": str(args.model), "step": args.step, "batch_size": args.batch_size, "gen_length": args.gen_length}
     lines = args.output.read_text(encoding="utf-8").splitlines() if args.output.exists() else []
-    done = {_name(json.loads(line)) for line in lines}
+    done = {_name(line) for line in map(json.loads, lines)}
+    for name in ("model", "step", "batch_size", "gen_length"):
+        if others := {line.get(name) for line in map(json.loads, lines)} - {about[name]}:
+            parser.error(f"--output={args.output} has lines with another {name}, {others.pop()}: name another file")
     warm: set[str] = set()
     with open(args.output, "a", encoding="utf-8") as file:
         for number in range(max(batch.number for batch in batches) + 1):

@@ -2,7 +2,7 @@
 
     python -m llada_jax.train --config=benchmarks/tasks_ar_config.py --workdir=runs/tasks_ar
 
-It has as many parameters, sees as many problems and takes as many steps, so it costs the same compute.
+It has as many parameters, sees as many problems and takes as many steps, so it costs about the same compute.
 """
 
 import runpy

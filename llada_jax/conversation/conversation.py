@@ -29,7 +29,7 @@ from llada_jax.text.tokenizer import Tokenizer
 LONGEST = 1 << 20  # largest gen_length, in tokens; far more than any model can use
 
 _WORDS = {True: ("on", "true", "yes", "1"), False: ("off", "false", "no", "0")}
-_KINDS = {int: "a whole number", float: "a number", bool: "on or off"}
+_KINDS = {int: "a whole number", float: "a number", bool: "on or off", str: "a word"}
 
 
 @dataclasses.dataclass(frozen=True)

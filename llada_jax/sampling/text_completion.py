@@ -43,7 +43,9 @@ class Options:
     confidence_eos_eot_inf: bool = False
 
     def __post_init__(self):
-        """Settles what gen_length="auto" means. Raises UserError if it contradicts `length`."""
+        """Settles what gen_length="auto" means. Raises UserError if it contradicts `length`, or is another word."""
+        if isinstance(self.gen_length, str) and self.gen_length != lengths.AUTO:
+            raise UserError(f"gen_length={self.gen_length!r}: give a number of tokens, or auto")
         given = {"gen_length": self.gen_length} | ({} if self.length is None else {"length": self.length})
         settled = {"length": DEFAULTS.length} | lengths.automatic(given, lengths.LONGEST)
         for name, value in settled.items():

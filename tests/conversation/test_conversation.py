@@ -267,6 +267,8 @@ def test_settings_are_changed_by_what_a_user_types(loaded):
     assert described["commit_bound"] == "that of the rule"
     changed = talk.settings.changed("commit", "threshold").changed("commit_bound", "0.7")
     assert changed.commit_bound == 0.7 and changed.changed("length", "append").changed("length", "default") == changed
+    with pytest.raises(UserError, match="commit=.*: it must be a word or the word default"):
+        changed.changed("commit", "x" * 10_000)
     assert described["gen_length"] == "12"
 
 

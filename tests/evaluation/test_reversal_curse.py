@@ -153,11 +153,15 @@ def test_table_and_picture(tmp_path):
     # Newcombe (1998) gives the interval of 0 in 20 as 0 to 16.11 %, and that of 81 in 263 as 25.53 to 36.62 %.
     assert table.wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert table.wilson(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
-    assert share == (0.7, *table.wilson(70, 100), (0.8, 0.6))
+    # Two seeds with 80 and 60 %: Student's quantile for one degree of freedom, 12.706, times the standard error of 0.1.
+    assert share == (pytest.approx(0.7), 0.0, 1.0, (0.8, 0.6))
+    five = table.interval((0.22, 0.54, 0.42, 0.2, 0.34), 86, 250)
+    assert five == pytest.approx((0.344 - 2.776 * 0.14206 / 5**0.5, 0.344 + 2.776 * 0.14206 / 5**0.5), abs=1e-3)
+    assert table.interval((1.0, 1.0), 100, 100) == table.wilson(100, 100)
     assert table.markdown(shares).splitlines() == [
-        "| task | seen | asked for | autoregressive | LLaDA | LLaDA, filling in |",
-        "|---|---|---|---|---|---|",
-        "| facts | forward | reverse | 0.0 % (0.0 to 3.7), seeds 0 to 0 | 70.0 % (60.4 to 78.1), seeds 60 to 80 | "
+        "| task | seen | asked for | autoregressive | autoregressive, choosing | LLaDA | LLaDA, filling in |",
+        "|---|---|---|---|---|---|---|",
+        "| facts | forward | reverse | 0.0 % (0.0 to 3.7), seeds 0 to 0 |  | 70.0 % (0.0 to 100.0), seeds 60 to 80 | "
         "100.0 % (92.9 to 100.0), seeds 100 to 100 |",
     ]
     table.picture(shares, tmp_path / "a.svg")
@@ -182,5 +186,9 @@ def test_both_models_are_trained_and_asked(tmp_path):
     arm, llada = map(json.loads, output.read_text().splitlines())
     assert (arm["model"], llada["model"]) == ("arm", "llada")
     assert arm["parameters"] == llada["parameters"] and arm["steps"] == llada["steps"] == 3
-    assert len(llada["answers"]) == 2 * len(arm["answers"]) == 12
+    assert len(llada["answers"]) == len(arm["answers"]) == 12
     assert all(0 <= answer["right"] <= answer["count"] for answer in arm["answers"] + llada["answers"])
+    done = call(f"--workdir={tmp_path}", f"--output={output}", "--seeds=1", "--facts=3", "--steps=3")
+    assert done.returncode == 2 and "has facts of a run with 8 items and 3 steps: name another file" in done.stderr
+    done = call(f"--workdir={tmp_path}", f"--output={tmp_path / 'other'}", "--seeds=1", "--facts=3", "--steps=3")
+    assert done.returncode == 2 and "facts-0 holds other texts: name another --workdir" in done.stderr

@@ -161,6 +161,9 @@ def test_what_auto_means():
 
 def test_options_from_python_take_auto():
     assert Options() == Options(length="fixed") and Options().length == "fixed"
+    for wrong in ("64", "aut"):
+        with pytest.raises(UserError, match=f"gen_length='{wrong}': give a number of tokens, or auto"):
+            Options(gen_length=wrong)
     options = Options(gen_length="auto", block_length=8)
     assert (options.gen_length, options.length) == (1024, "append")
     assert dataclasses.replace(options, gen_length=16).sampler(0, 16).length == "append"
