@@ -105,7 +105,11 @@ def _prepare() -> None:
         ours = {"use_listings_cache": False, **waits}
         fsspec.config.conf[kind] = ours | fsspec.config.conf.get(kind, {})
     idle = {"connect_timeout": _IDLE_SECONDS, "read_timeout": _IDLE_SECONDS}
-    fsspec.config.conf["s3"] = {"use_listings_cache": False, "config_kwargs": idle} | fsspec.config.conf.get("s3", {})
+    endpoint, region = addresses.elsewhere()
+    ours = {"use_listings_cache": False, "config_kwargs": idle}
+    ours |= {"endpoint_url": endpoint} if endpoint else {}
+    ours |= {"client_kwargs": {"region_name": region}} if region else {}
+    fsspec.config.conf["s3"] = ours | fsspec.config.conf.get("s3", {})
 
 
 @functools.cache
