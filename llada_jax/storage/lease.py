@@ -64,7 +64,7 @@ class Lease:
             objects.delete(self._path)
             raise UserError(
                 f"{self._used}: this storage does not keep conditional writes (If-None-Match), so nothing would protect "
-                "the run from a second process: use another storage"
+                "the run from a second process"
             )
 
     def _free(self, report: Callable[[str], None]) -> bytes:
