@@ -8,6 +8,8 @@ ones of these variables, so `elsewhere` reads them for both. TensorStore reads t
 import os
 from typing import Any, NamedTuple
 
+from llada_jax.config import UserError
+
 DRIVERS = {"gs": "gcs", "s3": "s3"}  # TensorStore's driver of each kind
 
 
@@ -46,3 +48,23 @@ def spec(kind: str, bucket: str) -> dict[str, Any]:
         if os.environ.get("AWS_ACCESS_KEY_ID"):  # otherwise TensorStore complains that there is no ~/.aws/config
             result["aws_credentials"] = {"type": "environment"}
     return result
+
+
+def opened(kind: str, bucket: str, context: Any, **more: Any) -> Any:
+    """Returns TensorStore's view of a bucket. No request is sent.
+
+    Args:
+      kind: The kind of storage.
+      bucket: The name of the bucket.
+      context: TensorStore's context, which says how requests are sent.
+      more: Further fields of its description.
+
+    Raises:
+      UserError: If there can be no such bucket, for example because its name has capital letters.
+    """
+    import tensorstore
+
+    try:
+        return tensorstore.KvStore.open(spec(kind, bucket) | more, context=context).result()
+    except ValueError as error:
+        raise UserError(f"{kind}://{bucket} cannot be used: {' '.join(str(error).split())[:200]}") from error

@@ -63,8 +63,8 @@ class Lease:
         if objects.write_if(self._path, self._content(), absent) is not None:
             objects.delete(self._path)
             raise UserError(
-                f"{self._used}: this storage does not keep conditional writes (If-None-Match), so nothing would protect "
-                "the run from a second process"
+                f"{self._used}: this storage does not keep conditional writes (If-None-Match), so nothing would "
+                "protect the run from a second process"
             )
 
     def _free(self, report: Callable[[str], None]) -> bytes:

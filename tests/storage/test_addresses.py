@@ -3,7 +3,8 @@
 import fsspec
 import pytest
 
-from llada_jax.storage import addresses, objects
+from llada_jax.config import UserError
+from llada_jax.storage import addresses, objects, ranges
 
 ENDPOINTS, REGIONS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), ("AWS_REGION", "AWS_DEFAULT_REGION")
 
@@ -39,3 +40,16 @@ def test_the_variable_of_s3_alone_goes_first(clean, monkeypatch):
     for name in (*ENDPOINTS, *REGIONS):
         monkeypatch.setenv(name, name)
     assert addresses.elsewhere() == ("AWS_ENDPOINT_URL_S3", "AWS_REGION")
+
+
+@pytest.mark.parametrize("url", ["gs://B/run", "s3://b/run"])
+def test_a_bucket_that_cannot_be_is_one_line(clean, url):
+    for ask in (lambda: objects.exists(f"{url}/x"), lambda: ranges.Folder(url)):
+        with pytest.raises(UserError, match=f"^{url[:-4]} cannot be used: .*[Ii]nvalid .* bucket name") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+
+
+def test_what_installs_a_missing_package():
+    said = {"gs://b/x": ": pip install 'llada_jax[gcs]'", "s3://b/x": ": pip install 'llada_jax[s3]'", "az://b/x": ""}
+    assert {path: objects.installation(path) for path in said} == said
