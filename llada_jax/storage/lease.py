@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 
 from llada_jax.config import UserError
-from llada_jax.storage import objects
+from llada_jax.storage import addresses, objects
 
 SECONDS = 60.0  # a lease that was not renewed for so long may be taken over
 RENEWAL_SECONDS = 10.0  # interval between two renewals
@@ -39,7 +39,8 @@ class Lease:
           report: A function that is called with one line of text if there is something to wait for.
 
         Raises:
-          UserError: If another process owns the lease and is alive, or if the object cannot be written.
+          UserError: If another process owns the lease and is alive, if the object cannot be written, or if the storage
+            does not keep to the conditions of a write.
         """
         self.mark = f"{platform.node()} {os.getpid()} {time.time_ns()}"
         self._path, self._used = path, used
@@ -50,8 +51,21 @@ class Lease:
         if generation is None:  # another process was faster
             raise UserError(f"{used} is in use by another process")
         self._generation, self._renewed = generation, time.monotonic()
+        self._require_conditions()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
+
+    def _require_conditions(self) -> None:
+        """Raises UserError if the storage creates an object that is there already. gs:// never does."""
+        if addresses.parse(self._path).kind != "s3":
+            return
+        _, absent = objects.read_with_generation(f"{self._path}.absent")
+        if objects.write_if(self._path, self._content(), absent) is not None:
+            objects.delete(self._path)
+            raise UserError(
+                f"{self._used}: this storage does not keep conditional writes (If-None-Match), so nothing would "
+                "protect the run from a second process"
+            )
 
     def _free(self, report: Callable[[str], None]) -> bytes:
         """Returns the generation of a lease that nobody owns any more. Raises UserError if its owner is alive."""

@@ -25,7 +25,7 @@ from llada_jax.storage import addresses, retries
 _IDLE_SECONDS = 60
 _AT_ONCE = 16  # requests
 _PIECE = 1 << 26  # number of bytes of a large object that one request reads
-_NEEDED = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # the package that etils.epath needs, and our extra with it
+NEEDED = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}  # the package that etils.epath needs, and our extra with it
 _SLOWEST = 1 << 20  # bytes per second; an object that is written more slowly may be given up
 
 Place = Path | epath.Path  # a folder or a file: on this machine, or in a bucket
@@ -66,10 +66,16 @@ def check(path: str | os.PathLike, named: str) -> None:
         )
     if not bucket:
         raise UserError(f"{named}{path}: name a bucket, {kind}://BUCKET/FOLDER")
-    package, extra = _NEEDED[kind]
+    package, extra = NEEDED[kind]
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{named}{path} needs the package {package}: pip install 'llada_jax[{extra}]'")
     _prepare()
+
+
+def installation(path: str | os.PathLike) -> str:
+    """Returns what an error about a missing package says at its end: how to install it, "" if none of our extras is."""
+    _, extra = NEEDED.get(addresses.parse(path).kind, ("", ""))
+    return f": pip install 'llada_jax[{extra}]'" if extra else ""
 
 
 def require_bucket(path: str | os.PathLike) -> None:
@@ -105,7 +111,11 @@ def _prepare() -> None:
         ours = {"use_listings_cache": False, **waits}
         fsspec.config.conf[kind] = ours | fsspec.config.conf.get(kind, {})
     idle = {"connect_timeout": _IDLE_SECONDS, "read_timeout": _IDLE_SECONDS}
-    fsspec.config.conf["s3"] = {"use_listings_cache": False, "config_kwargs": idle} | fsspec.config.conf.get("s3", {})
+    endpoint, region = addresses.elsewhere()
+    ours = {"use_listings_cache": False, "config_kwargs": idle}
+    ours |= {"endpoint_url": endpoint} if endpoint else {}
+    ours |= {"client_kwargs": {"region_name": region}} if region else {}
+    fsspec.config.conf["s3"] = ours | fsspec.config.conf.get("s3", {})
 
 
 @functools.cache
@@ -116,7 +126,7 @@ def _bucket(kind: str, name: str) -> Any:
     once = {"max_retries": 1, "initial_delay": "1ms", "max_delay": "1ms"}
     context = tensorstore.Context({f"{addresses.DRIVERS[kind]}_request_retries": once})
     conditions = {"use_conditional_write": True} if kind == "s3" else {}  # otherwise that depends on the host's name
-    return tensorstore.KvStore.open(addresses.spec(kind, name) | conditions, context=context).result()
+    return addresses.opened(kind, name, context, **conditions)
 
 
 def _split(path: str | os.PathLike) -> tuple[Any, str]:
@@ -255,7 +265,7 @@ def write_if(path: str | os.PathLike, content: bytes, generation: bytes) -> byte
         if stamp.generation:
             return stamp.generation
     except UserError as error:
-        if "NoSuchKey" not in str(error):  # the answer of S3 if the object has gone
+        if "NoSuchKey" not in str(error.__cause__):  # the answer of S3 if the object has gone
             raise
     found, now = read_with_generation(path)
     return now if found == content else None

@@ -161,10 +161,8 @@ def _short(text: str) -> str:
 
 @functools.cache
 def _store(scheme: str, bucket: str) -> Any:
-    """Returns TensorStore's view of a bucket."""
-    import tensorstore as ts
-
-    return ts.KvStore.open(addresses.spec(scheme, bucket), context=_context(addresses.DRIVERS[scheme])).result()
+    """Returns TensorStore's view of a bucket. Those of one kind share the bound on requests in flight."""
+    return addresses.opened(scheme, bucket, _context(addresses.DRIVERS[scheme]))
 
 
 @functools.cache

@@ -86,11 +86,15 @@ def storage_to_blame(error: BaseException | None) -> bool:
 
 
 def status(error: BaseException) -> int | None:
-    """Returns the status code of the server's answer that an exception carries, or None if it carries none."""
+    """Returns the status code of the server's answer that an exception carries, or None if it carries none.
+
+    s3fs turns what botocore raises into an OSError, whose cause carries the code.
+    """
     found = getattr(error, "code", None) or getattr(error, "status", None)  # gcsfs; aiohttp
     if found is None and isinstance(error, ValueError):  # TensorStore
         found = str(error).partition("http_response_code='")[2][:3] or None
-    response = getattr(error, "response", None)
+    carrier = error.__cause__ if isinstance(error, OSError) and not isinstance(error, StorageFailed) else None
+    response = getattr(error, "response", None) or getattr(carrier, "response", None)
     if found is None and isinstance(response, dict):  # botocore
         found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     try:

@@ -19,7 +19,7 @@ from .test_prepare import content
 pytest.importorskip("apache_beam", reason="apache-beam is not installed")
 from apache_beam.portability.python_urns import SUBPROCESS_SDK  # noqa: E402
 
-from llada_jax.data.prepare.fleet import prepare_on_fleet  # noqa: E402
+from llada_jax.data.prepare.fleet import _shortened, prepare_on_fleet  # noqa: E402
 
 SETTINGS = {
     "sequence_length": 64, "validation_fraction": 0.2, "shard_rows": 60, "on_error": "skip", "progress": False,
@@ -204,6 +204,12 @@ def test_a_fleet_that_cannot_be_reached_is_one_line(corpus, tokenizer_folder, tm
     with pytest.raises(UserError, match="^spark failed: .*the same command goes on with it$") as caught:
         fleet(corpus, tmp_path / "set", tokenizer_folder, runner="spark", runner_options=options)
     assert "\n" not in str(caught.value) and not (tmp_path / "set").exists()
+
+
+def test_of_a_long_error_the_beginning_and_the_end_are_kept():
+    assert _shortened("a\n  b") == "a b"
+    text = _shortened("Traceback\n" + "x" * 9000 + "\nOSError: no such disk")
+    assert text.startswith("Traceback x") and text.endswith("x OSError: no such disk") and len(text) == 1005
 
 
 @pytest.mark.slow

@@ -42,6 +42,17 @@ def test_one_owner_at_a_time(path):
     assert time.monotonic() - begin < 1.0 and len(said) == 1
 
 
+def test_a_storage_without_conditional_writes_is_refused(s3_bucket, monkeypatch):
+    path = f"{s3_bucket.url}/run/lock"
+    Lease(path, "--workdir=x", print).release()
+    assert s3_bucket.names() == []
+    write_if = objects.write_if
+    monkeypatch.setattr(objects, "write_if", lambda path, content, generation: write_if(path, content, None))
+    with pytest.raises(UserError, match="--workdir=x: this storage does not keep conditional writes"):
+        Lease(path, "--workdir=x", print)
+    assert s3_bucket.names() == []
+
+
 def test_a_dead_owner_loses_its_lease_and_notices_if_it_was_only_slow(path):
     slow = Lease(path, "--workdir=x", print)
     killed(slow)

@@ -53,6 +53,17 @@ def test_any_other_failure_is_raised_at_once(error):
         call("gs://b/x", failing(1, error), sleep=lambda _: pytest.fail("it waited"))
 
 
+@pytest.mark.parametrize("code, wanted", [(503, StorageFailed), (429, StorageFailed), (403, UserError), (400, OSError)])
+def test_the_code_of_an_answer_that_s3fs_turns_into_an_oserror(code, wanted):
+    cause = Exception("botocore")
+    cause.response = {"ResponseMetadata": {"HTTPStatusCode": code}}
+    error = OSError(5, "Please reduce your request rate.")
+    error.__cause__ = cause
+    with pytest.raises(wanted) as caught:
+        call("s3://b/x", failing(9, error), Policy(tries=2), lambda _: None)
+    assert not passing(caught.value) and (caught.value is error) == (wanted is OSError)
+
+
 @pytest.mark.parametrize("code", [401, 403])
 def test_no_access_is_the_users_mistake(code):
     with pytest.raises(UserError, match=f"gs://b/x: no access .answer {code}"):

@@ -248,7 +248,7 @@ def _run(
         kept = f"{job.work} keeps what is finished: the same command goes on with it"
         if isinstance(error, OSError) or runner != "direct":  # a fleet's error is text, and its traceback not ours
             what = "a worker" if runner == "direct" else runner
-            raise UserError(f"{what} failed: {' '.join(str(error).split())[:1000]}; {kept}") from error
+            raise UserError(f"{what} failed: {_shortened(str(error))}; {kept}") from error
         error.add_note(kept)
         raise
     finally:
@@ -260,6 +260,12 @@ def _run(
         if error := getattr(each, "error", ""):
             raise UserError(error)
     return found
+
+
+def _shortened(text: str) -> str:
+    """Returns a text as one line, of a long one the beginning and the end: a traceback's last line says what failed."""
+    line = " ".join(text.split())
+    return line if len(line) <= 1000 else f"{line[:200]} ... {line[-800:]}"
 
 
 def _save_list(path: str, results: list[Any]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from llada_jax.config import UserError
-from llada_jax.storage.objects import is_bucket
+from llada_jax.storage.objects import installation, is_bucket
 
 _CHUNK = 1 << 24  # bytes
 
@@ -168,4 +168,4 @@ def _system(path: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{path}: {error}; gs:// needs pip install 'llada_jax[gcs]'") from error
+        raise UserError(f"{path}: {error}{installation(path)}") from error

@@ -13,7 +13,8 @@ Any host may need any row at any step, so every host must see all shards. There 
                      space as the whole set.
 
 `gcloud storage cp -r sets/text gs://BUCKET/` copies a prepared set to a bucket. Reading in place needs nothing more.
-A copy needs the package of its file system, for gs:// gcsfs (pip install 'llada_jax[gcs]').
+A copy needs the package of its file system: for gs:// gcsfs (pip install 'llada_jax[gcs]'), for s3:// s3fs
+(pip install 'llada_jax[s3]').
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from etils import epath
 from llada_jax.config import UserError
 from llada_jax.data.manifest import MANIFEST_FILE, TOKENIZER_FOLDER, Manifest, Shard, load_manifest, read_file
 from llada_jax.storage import ranges, retries
-from llada_jax.storage.objects import is_bucket
+from llada_jax.storage.objects import installation, is_bucket
 from llada_jax.storage.retries import StorageFailed
 
 _COPIES_AT_ONCE = 8
@@ -147,7 +148,7 @@ def _readable(path: str | epath.Path) -> Iterator[None]:
     except (UserError, StorageFailed):
         raise
     except ImportError as error:
-        raise UserError(f"{path}: {error}; gs:// needs pip install 'llada_jax[gcs]'") from error
+        raise UserError(f"{path}: {error}{installation(path)}") from error
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: copy the whole folder there, or prepare the set again") from error
     except Exception as error:
