@@ -32,8 +32,9 @@ def test_a_run_in_s3_is_the_run_of_a_local_workdir(run, prepared, reference, pla
         assert run(place, **settings) == entry_point.PREEMPTED
     assert workdir.steps_in(place) == [10, 12]
     bucket.reset()
-    (data,) = bucket.names("runs/one/checkpoints/12/state/d/")
-    bucket.write(data, bytes(len(bucket.read(data))))
+    # One file, and perhaps one more that was written although the answer was lost.
+    for data in bucket.names("runs/one/checkpoints/12/state/d/"):
+        bucket.write(data, bytes(len(bucket.read(data))))
     bucket.write("runs/one/checkpoints/15/state/manifest.ocdbt", b"by a start that was killed while it saved")
     bucket.faults(FAULTS)
     assert run(place, **settings) == entry_point.FINISHED
