@@ -39,7 +39,7 @@ FAULTS = [
     rule("lost", match="^(?!.*uploadType=resumable)", rate=0.02),
 ]
 
-STALLS = [rule("hang", rate=0.01), rule("slow", rate=0.03, rate_bytes=20_000)]
+STALLS = [rule("hang", rate=0.05, times=3), rule("slow", rate=0.1, times=10, rate_bytes=20_000)]
 
 
 def records(bucket) -> list[int]:
@@ -291,7 +291,9 @@ def test_killed_while_it_saves_and_at_random_the_run_is_the_same(outside, place,
             assert process.poll() is None, process.communicate()
             time.sleep(0.05)
         kill(process)
-        assert workdir.steps_in(place) == [5] and bucket.names(half)
+        assert workdir.steps_in(place) == [5]
+        if f"{half}commit_success" in moment:  # at the other one, the array may be the first of the objects
+            assert bucket.names(half)
         bucket.reset()
     moments = []
     for _ in range(KILLS):
