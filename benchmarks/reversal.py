@@ -9,11 +9,12 @@ some in reverse only, and others in both, from which the models learn that facts
 fact is asked for in both orders. With --data, a JSON list of {"first": ..., "second": ...}, the same is done with the
 couplets of poems, of which none is seen in reverse only.
 
-There are two ways of asking. Every model continues a text in the order that is asked for ("written"). If a fact was not
+There are three ways of asking. Every model continues a text in the order that is asked for ("written"). If a fact was not
 seen in this order, its text has a form that is known from other facts. A LLaDA can also fill in the missing part where
 it stands in the text that was seen ("filled"): this needs no other order, but tells the model how many tokens are
-missing. Generation is greedy, one token per pass. An answer counts if all its tokens are right and, if it was written,
-it ends where it should.
+missing. An autoregressive model cannot, but it can be asked which of all parts that it has read makes the text that was
+seen most probable ("chosen"): this needs no other order either, and offers the answer among others. Generation is
+greedy, one token per pass. An answer counts if all its tokens are right and, if it was written, it ends where it should.
 
 Each model appends one JSON line to --output. A run that was ended goes on where it was.
 """
