@@ -23,9 +23,8 @@ import json
 import random
 import string
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
-from llada_jax.cli.paths import expanded
+from llada_jax.cli.paths import expanded_path
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -72,13 +71,9 @@ def same(prompt: str) -> str:
     return f"{task} {sorted(rest.split(' + ' if task == 'add' else ' '))}"
 
 
-def _path(text: str) -> Path:
-    return Path(expanded(text))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=_path, required=True)
+    parser.add_argument("--output", type=expanded_path, required=True)
     for name, value in {"count": 120_000, "held_out": 500, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()

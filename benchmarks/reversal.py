@@ -9,12 +9,13 @@ some in reverse only, and others in both, from which the models learn that facts
 fact is asked for in both orders. With --data, a JSON list of {"first": ..., "second": ...}, the same is done with the
 couplets of poems, of which none is seen in reverse only.
 
-There are three ways of asking. Every model continues a text in the order that is asked for ("written"). If a fact was not
-seen in this order, its text has a form that is known from other facts. A LLaDA can also fill in the missing part where
-it stands in the text that was seen ("filled"): this needs no other order, but tells the model how many tokens are
+There are three ways of asking. Every model continues a text in the order that is asked for ("written"). If a fact was
+not seen in this order, its text has a form that is known from other facts. A LLaDA can also fill in the missing part
+where it stands in the text that was seen ("filled"): this needs no other order, but tells the model how many tokens are
 missing. An autoregressive model cannot, but it can be asked which of all parts that it has read makes the text that was
 seen most probable ("chosen"): this needs no other order either, and offers the answer among others. Generation is
-greedy, one token per pass. An answer counts if all its tokens are right and, if it was written, it ends where it should.
+greedy, one token per pass. An answer counts if all its tokens are right and, if it was written, it ends where it
+should.
 
 Each model appends one JSON line to --output. A run that was ended goes on where it was.
 """
@@ -33,7 +34,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import reversal_facts
 import tokenizers
@@ -42,13 +42,13 @@ from reversal_facts import BOTH, FORWARD, REVERSE, Item, Task
 
 import llada_jax
 from llada_jax.cli import outputs
-from llada_jax.cli.paths import expanded
+from llada_jax.cli.paths import expanded_path
 from llada_jax.config import SamplerConfig, UserError
 from llada_jax.data.prepare.prepare_text import prepare
-from llada_jax.devices import mesh
 from llada_jax.evaluation.reversal import read_couplets
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.sampler import generate
+from llada_jax.scoring.likelihood import log_likelihoods
 from llada_jax.text.tokenizer import Tokenizer
 
 # How often each text is seen by either model. A LLaDA needs this many to learn the order that it sees: with seed 0, it
@@ -138,13 +138,6 @@ def answers(model: Transformer, questions: list[Question]) -> np.ndarray:
     return np.stack([row_T[longest - q.start :][:length] for q, row_T in zip(questions, canvas_NT, strict=True)])
 
 
-@jax.jit
-def _log_likelihoods(model: Transformer, rows_NT: jax.Array) -> jax.Array:
-    """Returns log p of each row but its first token, by an autoregressive model, fp32 (N,)."""
-    logits_NTV = jax.nn.log_softmax(model(rows_NT)[:, :-1], axis=-1)
-    return jnp.take_along_axis(logits_NTV, rows_NT[:, 1:, None], axis=-1).sum(axis=(1, 2))
-
-
 def choices(model: Transformer, tokenizer: Tokenizer, task: Task, items: list[Item], order: str) -> Iterator[str]:
     """Yields, of all parts of the task, the one that makes the text of an item most probable in an order seen."""
     asked = "second" if order == FORWARD else "first"
@@ -152,9 +145,9 @@ def choices(model: Transformer, tokenizer: Tokenizer, task: Task, items: list[It
     for item in items:
         shown = order if order in item.orders() else item.seen
         texts = [task.text(dataclasses.replace(item, **{asked: part}), shown) for part in parts]
-        rows_NT = np.array([[*tokenizer.encode(text), tokenizer.eos_id] for text in texts], np.int32)
-        with mesh.mesh_of(model.embedding[...]):
-            yield parts[int(_log_likelihoods(model, rows_NT).argmax())]
+        rows = ([*tokenizer.encode(text), tokenizer.eos_id] for text in texts)
+        scores = log_likelihoods(model, [(row[:1], row[1:]) for row in rows], key=jax.random.key(0))
+        yield parts[int(np.argmax([score.value for score in scores]))]
 
 
 def right(each: Question, row_T: np.ndarray) -> bool:
@@ -236,10 +229,6 @@ def run(args: argparse.Namespace) -> None:
             print(f"{task.name}, seed {seed}, {name}: {line['seconds']} s", file=sys.stderr, flush=True)
 
 
-def _path(text: str) -> Path:
-    return Path(expanded(text))
-
-
 def _positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError
@@ -248,9 +237,11 @@ def _positive(text: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=_path, required=True, help="folder for the sets and the training runs")
-    parser.add_argument("--output", type=_path, required=True, help="file of JSON lines to append to")
-    parser.add_argument("--data", type=_path, help="couplets of poems, to be learned as well")
+    parser.add_argument(
+        "--workdir", type=expanded_path, required=True, help="folder for the sets and the training runs"
+    )
+    parser.add_argument("--output", type=expanded_path, required=True, help="file of JSON lines to append to")
+    parser.add_argument("--data", type=expanded_path, help="couplets of poems, to be learned as well")
     parser.add_argument("--seeds", type=_positive, default=5, help="each has its own facts, weights and order of rows")
     parser.add_argument(
         "--facts", type=_positive, default=50, help="facts seen forward only; four times as many in all"

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import scipy.stats
 
-from llada_jax.cli.paths import expanded
+from llada_jax.cli.paths import expanded_path
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -32,8 +33,6 @@ COLUMNS = {
     ("llada", "written"): ("LLaDA", COLOURS[1]),
     ("llada", "filled"): ("LLaDA, filling in", COLOURS[3]),
 }
-# The 97.5 % quantile of Student's distribution by degrees of freedom; with more it is near 1.96
-STUDENT = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 CASES = (
     (FORWARD, FORWARD),
     (FORWARD, REVERSE),
@@ -82,8 +81,7 @@ def interval(seeds: Sequence[float], right: int, count: int) -> tuple[float, flo
     if len(set(seeds)) == 1:
         return wilson(right, count)
     mean = statistics.mean(seeds)
-    quantile = STUDENT[len(seeds) - 1] if len(seeds) <= len(STUDENT) else 1.96
-    half = quantile * statistics.stdev(seeds) / math.sqrt(len(seeds))
+    half = scipy.stats.t.ppf(0.975, len(seeds) - 1) * statistics.stdev(seeds) / math.sqrt(len(seeds))
     return max(0.0, mean - half), min(1.0, mean + half)
 
 
@@ -137,14 +135,10 @@ def _bar(axes: plt.Axes, at: float, share: Share, colour: str) -> None:
     axes.plot([at - 0.05] * len(points), points, color=colour, markeredgecolor=GREY, **style)
 
 
-def _path(text: str) -> Path:
-    return Path(expanded(text))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=_path, required=True)
-    parser.add_argument("--output", type=_path, help="the picture, an .svg file")
+    parser.add_argument("--input", type=expanded_path, required=True)
+    parser.add_argument("--output", type=expanded_path, help="the picture, an .svg file")
     args = parser.parse_args()
     table = table_of(map(json.loads, args.input.read_text(encoding="utf-8").splitlines()))
     print(markdown(table))

@@ -75,7 +75,7 @@ from scaling_grid import (
 
 from llada_jax.cli import compilation_cache, entry_point, huge_pages
 from llada_jax.cli.outputs import temporary_folder
-from llada_jax.cli.paths import expanded
+from llada_jax.cli.paths import expanded, expanded_path
 from llada_jax.config import UserError, ValidationConfig
 from llada_jax.data.manifest import TOKENIZER_FOLDER, Split, load_manifest
 from llada_jax.data.prepare.output import publish
@@ -227,14 +227,10 @@ def series(grid: Grid, runs: list[Run], sets: dict[str, str], folder: Path) -> I
         yield line
 
 
-def _path(text: str) -> Path:
-    return Path(expanded(text))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", action="append", default=[], help="text, as for llada_jax.prepare; may repeat")
-    parser.add_argument("--output", type=_path, help="folder for the prepared text and runs.jsonl")
+    parser.add_argument("--output", type=expanded_path, help="folder for the prepared text and runs.jsonl")
     parser.add_argument("--grid", choices=GRIDS, required=True)
     parser.add_argument("--kinds", choices=KINDS, nargs="+", default=["autoregressive", "llada"])
     parser.add_argument("--experiments", choices=(RATES, COMPUTE, EPOCHS), nargs="+", default=[RATES, COMPUTE, EPOCHS])

@@ -28,11 +28,10 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 
-from llada_jax.cli.paths import expanded
+from llada_jax.cli.paths import expanded_path
 
 BASELINE = "autoregressive"
 DRAWS = 20_000
@@ -231,14 +230,10 @@ def epochs_table(found: list[Point]) -> list[str]:
     return text
 
 
-def _path(text: str) -> Path:
-    return Path(expanded(text))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=_path, required=True, help="runs.jsonl")
-    parser.add_argument("--picture", type=_path, help="the picture, an .svg file")
+    parser.add_argument("--input", type=expanded_path, required=True, help="runs.jsonl")
+    parser.add_argument("--picture", type=expanded_path, help="the picture, an .svg file")
     args = parser.parse_args()
     lines = [json.loads(line) for line in args.input.read_text(encoding="utf-8").splitlines()]
     compute, epochs = points(lines, "compute"), points(lines, "epochs")

@@ -30,7 +30,7 @@ import numpy as np
 import problems
 
 import llada_jax
-from llada_jax.cli.paths import expanded
+from llada_jax.cli.paths import expanded_path
 from llada_jax.config import SamplerConfig
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.commit import RULES, SCHEDULE
@@ -138,14 +138,10 @@ def _bound(text: str) -> tuple[str, float]:
     return rule, float(bound)
 
 
-def _path(text: str) -> Path:
-    return Path(expanded(text))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "problems", "output"):
-        parser.add_argument(f"--{name}", type=_path, required=True)
+        parser.add_argument(f"--{name}", type=expanded_path, required=True)
     sizes = {"count": 500, "batch_size": 100, "gen_length": 24}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -154,7 +150,7 @@ def main() -> None:
         "--revoke_blocks", type=int, nargs="*", default=[24], help="block lengths to take tokens back in"
     )
     parser.add_argument("--step", type=int, help="of the checkpoint of --model; default: the newest")
-    parser.add_argument("--causal", type=_path, help="an autoregressive model with the same tokenizer")
+    parser.add_argument("--causal", type=expanded_path, help="an autoregressive model with the same tokenizer")
     parser.add_argument("--caches", nargs="*", default=["none", "prefix", "dual"])
     parser.add_argument("--bounds", type=_bound, nargs="*", default=[], help="further bounds, such as threshold=0.8")
     args = parser.parse_args()
@@ -165,10 +161,11 @@ def main() -> None:
     base = SamplerConfig(gen_length=args.gen_length, stop_at_end=True)
     about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__, "python": platform.python_version()}
     about |= {"model": str(args.model), "step": args.step, "batch_size": args.batch_size, "gen_length": args.gen_length}
-    lines = args.output.read_text(encoding="utf-8").splitlines() if args.output.exists() else []
-    done = {_name(line) for line in map(json.loads, lines)}
+    text = args.output.read_text(encoding="utf-8") if args.output.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
+    done = {_name(line) for line in lines}
     for name in ("model", "step", "batch_size", "gen_length"):
-        if others := {line.get(name) for line in map(json.loads, lines)} - {about[name]}:
+        if others := {line.get(name) for line in lines} - {about[name]}:
             parser.error(f"--output={args.output} has lines with another {name}, {others.pop()}: name another file")
     warm: set[str] = set()
     with open(args.output, "a", encoding="utf-8") as file:

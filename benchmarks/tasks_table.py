@@ -12,14 +12,14 @@ marks. It needs the extra `plots`.
 
 import argparse
 import json
-import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
+import scipy.stats
 
-from llada_jax.cli.paths import expanded
+from llada_jax.cli.paths import expanded_path
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -38,10 +38,8 @@ STYLE = {
 
 def wilson(right: int, count: int) -> tuple[float, float]:
     """Returns the 95 % interval of a share, by Wilson's formula, which also holds near 0 and 1."""
-    z, share = 1.96, right / count
-    middle, half = share + z * z / (2 * count), z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
-    low, high = ((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
-    return min(low, share), max(high, share)  # rounding may put a share of 0 or 1 outside
+    interval = scipy.stats.binomtest(right, count).proportion_ci(method="wilson")
+    return interval.low, interval.high
 
 
 def summary(lines: list[dict], clock: str) -> dict[str, float]:
@@ -114,14 +112,10 @@ def picture(table: dict[tuple, dict[str, dict]], gen_length: int, output: Path) 
         figure.savefig(output, transparent=True, metadata={"Date": None})
 
 
-def _path(text: str) -> Path:
-    return Path(expanded(text))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=_path, required=True)
-    parser.add_argument("--output", type=_path, help="the picture, an .svg file")
+    parser.add_argument("--input", type=expanded_path, required=True)
+    parser.add_argument("--output", type=expanded_path, help="the picture, an .svg file")
     parser.add_argument("--block_length", type=int, default=24, help="of the exact sampler that others are compared to")
     parser.add_argument("--clock", choices=("seconds", "cpu_seconds"), default="seconds", help="what the speed counts")
     args = parser.parse_args()

@@ -5,6 +5,7 @@ A shell replaces ~ at the start of a word, but not in --output=~/sets. Variables
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 from absl import flags
 
@@ -30,6 +31,11 @@ def expanded(path: str | os.PathLike) -> str:
         name = path.split("/")[0]
         raise UserError(f"{path}: there is no home folder {name}; write ./{path} if the name really begins with ~")
     return found
+
+
+def expanded_path(text: str) -> Path:
+    """Returns a path that a user has typed, with ~ replaced: a type for flags of argparse."""
+    return Path(expanded(text))
 
 
 def expand_settings(config: Config) -> None:
