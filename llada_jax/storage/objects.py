@@ -214,21 +214,29 @@ def write(path: str | os.PathLike, content: bytes) -> None:
     _call(path, lambda: store.write(name, content), len(content))
 
 
-def write_all(folder: str | os.PathLike, files: Mapping[str, bytes | Path]) -> None:
+def write_all(folder: str | os.PathLike, files: Mapping[str, bytes | Path]) -> set[str]:
     """Writes objects into a folder of a bucket, several at once. A file is held in memory while it is written.
 
     Args:
       folder: The address of the folder.
       files: For each name, the content or a file with it.
+
+    Returns:
+      The names that were written: all but those of files that are not there.
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    def put(item: tuple[str, bytes | Path]) -> None:
+    def put(item: tuple[str, bytes | Path]) -> str | None:
         name, content = item
-        write(place(folder) / name, content if isinstance(content, bytes) else content.read_bytes())
+        try:
+            content = content if isinstance(content, bytes) else content.read_bytes()
+        except FileNotFoundError:
+            return None
+        write(place(folder) / name, content)
+        return name
 
     with ThreadPoolExecutor(_AT_ONCE) as executor:
-        list(executor.map(put, files.items()))
+        return {name for name in executor.map(put, files.items()) if name is not None}
 
 
 def upload(folder: Path, target: str | os.PathLike, last: str) -> None:

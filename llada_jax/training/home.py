@@ -14,6 +14,7 @@ removed from it. The bucket gets the shortened file at the next upload, so no st
 
 import contextlib
 import hashlib
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -27,7 +28,6 @@ from llada_jax.storage.lease import Lease
 from llada_jax.storage.objects import Place
 
 UPLOAD_SECONDS = 60.0
-_LOOKS = 10  # how often the files are looked through at most, if some are removed meanwhile
 # What a start needs of what earlier starts have written. The data set is used where it lies.
 _CONTINUED = (published.CONFIG, "metrics.jsonl", "samples.txt", "starts.jsonl", "wandb_id")
 _CONTINUED_FOLDERS = (f"{TOKENIZER}/", f"{PUBLISHED_FILES}/")
@@ -103,26 +103,26 @@ class BucketHome(Home):
     def upload(self) -> None:
         with self._uploading:
             self.lease.confirm()
-            for looks_left in reversed(range(_LOOKS)):
-                try:
-                    return self._upload_changed()
-                except FileNotFoundError:  # another program that writes here, such as wandb's own, removed a file
-                    if not looks_left:
-                        raise
+            found = self._files()
+            changed = {name for name, stamp in found.items() if self._stamps.get(name) != stamp}
+            written = objects.write_all(self.path, {name: self.folder / name for name in changed})
+            for name in changed - written:  # removed since, by another program that writes here, such as wandb's own
+                del found[name]
+            self._stamps |= {name: found[name] for name in written}
+            for name in self._stamps.keys() - found.keys():
+                objects.delete(self.path / name)
+                del self._stamps[name]
 
-    def _upload_changed(self) -> None:
-        found = {
-            name: _stamp(path)
-            for path in self.folder.rglob("*")
-            if path.is_file() and not path.is_symlink() and not path.name.endswith(".tmp")
-            if (name := path.relative_to(self.folder).as_posix()).split("/")[0] != SET
-        }
-        changed = {name: stamp for name, stamp in found.items() if self._stamps.get(name) != stamp}
-        objects.write_all(self.path, {name: self.folder / name for name in changed})
-        self._stamps |= changed
-        for name in self._stamps.keys() - found.keys():
-            objects.delete(self.path / name)
-            del self._stamps[name]
+    def _files(self) -> dict[str, tuple[int, int]]:
+        """Returns the stamps of the files that belong into the bucket."""
+        found = {}
+        for folder, _, names in os.walk(self.folder):  # which passes over folders that are removed meanwhile
+            for path in (Path(folder) / name for name in names if not name.endswith(".tmp")):
+                name = path.relative_to(self.folder).as_posix()
+                if name.split("/")[0] != SET and path.is_file() and not path.is_symlink():
+                    with contextlib.suppress(FileNotFoundError):
+                        found[name] = _stamp(path)
+        return found
 
     def _keep(self) -> None:
         while not self._end.wait(UPLOAD_SECONDS):

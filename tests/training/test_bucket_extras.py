@@ -104,15 +104,17 @@ def test_wandb_and_a_profile(run, place, bucket, monkeypatch):
 
 def test_a_file_that_another_program_removes_is_no_failure(place, bucket, monkeypatch):
     there = home.BucketHome(objects.place(place), "--workdir", pytest.fail)
-    write_all = objects.write_all
+    write_all, asked = objects.write_all, []
     for name in ("metrics.jsonl", "passing"):
         (there.folder / name).write_text(name)
 
-    def removed_meanwhile(folder, files) -> None:
+    def removed_meanwhile(folder, files) -> set[str]:
+        asked.append(sorted(files))
         (there.folder / "passing").unlink(missing_ok=True)
-        write_all(folder, files)
+        return write_all(folder, files)
 
     monkeypatch.setattr(objects, "write_all", removed_meanwhile)
     there.upload()
+    assert asked == [["metrics.jsonl", "passing"]]  # what is still there is not sent again
     there.close()
     assert bucket.names() == ["runs/one/metrics.jsonl"]
