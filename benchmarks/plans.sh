@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes the plans of configs/8b.py, 8b_sft.py and 1b.py: bash benchmarks/plans.sh [OUTPUT_DIR [NAME ...]]
+# Makes the plans of configs/8b.py, 8b_sft.py, 1b.py and arm_7b.py: bash benchmarks/plans.sh [OUTPUT_DIR [NAME ...]]
 #
 # Writes a file NAME.json for each NAME into OUTPUT_DIR (default: benchmarks/plans). Without names, plans every entry in
-# HARDWARE of these files. The names of configs/8b_sft.py start with "8b_sft-", e.g. 8b_sft-lora-h200-1, and those of
-# configs/1b.py with "1b-".
-# Needs pip install "jax[tpu]" for TPUs and pip install "jax[cuda13]" for GPUs, but no accelerator. The plan of
-# v5p-4x4x8 took 6 minutes of CPU time, that of v5e-16x16 9; those of other TPUs were not timed.
+# HARDWARE of the first three files, and arm_7b for v5p-4x4x8. The names of configs/8b_sft.py start with "8b_sft-", e.g.
+# 8b_sft-lora-h200-1, those of configs/1b.py with "1b-", and those of configs/arm_7b.py with "arm_7b-".
+# Needs pip install "jax[tpu]" for TPUs and pip install "jax[cuda13]" for GPUs, but no accelerator. A plan takes 2 to 10
+# minutes of CPU time.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 out=${1:-benchmarks/plans}
@@ -17,6 +17,7 @@ import runpy
 for file, prefix in ("8b", ""), ("8b_sft", "8b_sft-"), ("1b", "1b-"):
     for name in filter(None, runpy.run_path(f"configs/{file}.py")["HARDWARE"]):
         print(prefix + name)
+print("arm_7b-v5p-4x4x8")
 PYTHON
     )
     set -- "${names[@]}"
@@ -25,6 +26,7 @@ failed=0
 for name in "$@"; do
     file=8b hardware=$name
     if [[ $name == 8b_sft-* ]]; then file=8b_sft hardware=${name#8b_sft-}; fi
+    if [[ $name == arm_7b-* ]]; then file=arm_7b hardware=${name#arm_7b-}; fi
     if [[ $name == 1b-* ]]; then file=1b hardware=${name#1b-}; fi
     topology=${hardware#lora-} topology=${topology/-/:}
     echo "== $file, $hardware"

@@ -30,7 +30,7 @@ import pytest
 from bucket import bucket, s3_bucket, s3_server, storage_server  # noqa: F401 - fixtures of tests on object storage
 from causal_models import causal_case, llama  # noqa: F401 - fixtures
 from commands import command  # noqa: F401 - a fixture
-from small_sampler import prompts, sharp  # noqa: F401 - fixtures of tests of the sampler
+from small_sampler import prompts, several_widths, sharp  # noqa: F401 - fixtures of tests of the sampler
 
 import llada_jax
 from llada_jax.config import ComputeConfig, ModelConfig
@@ -45,14 +45,21 @@ if os.environ["JAX_PLATFORMS"] != "cpu":
     DTYPES.update(gpu="float32", tpu="float32")  # to compare with the numbers of CPUs; tests of bfloat16 ask for it
 
 
+def pytest_configure(config):
+    # Otherwise xdist would sort the files anew, by the number of their tests: see pytest_collection_modifyitems.
+    config.option.loadscopereorder = False
+
+
 def pytest_addoption(parser):
     parser.addoption("--cases", type=int, help="of each parametrized test run at most this many cases, spread evenly")
 
 
 def pytest_collection_modifyitems(config, items):
-    # The files with slow tests come first, so that no worker is left alone with one of them at the end.
+    # The files that take long come first, so that no worker is left alone with one of them at the end: those with slow
+    # tests, and then whole runs and the sampler.
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    wings = dict.fromkeys(("devices", "training", "sampling", "entry_points"), 1)
+    items.sort(key=lambda item: (-slow[item.path], -wings.get(item.path.parent.name, 0)))
     if not (most := config.getoption("--cases")):
         return
     cases = collections.defaultdict(list)

@@ -44,6 +44,9 @@ from llada_jax.sampling.step import Block
 # What a prefix cache feeds shrinks from the whole continuation to a block. What is seen grows from the prompt to all.
 FED = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)
 SEEN = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1)
+# Widths are multiples of so many tokens. Each width is a pass of its own in the program, and takes longer to compile
+# than a few tokens less can save.
+GRAIN = 32
 
 
 @jax.tree_util.register_dataclass
@@ -211,8 +214,8 @@ def _end(rows: Rows, length: int) -> jax.Array:
 
 
 def widths(length: int, least: int, shares: tuple[float, ...]) -> list[int]:
-    """Returns the widths that a pass may have: these shares of the length, in multiples of 8, at least `least`."""
-    return sorted({min(length, max(least, -(-int(length * share) // 8) * 8)) for share in shares})
+    """Returns the widths that a pass may have: these shares of the length, in multiples of GRAIN, at least `least`."""
+    return sorted({min(length, max(least, -(-int(length * share) // GRAIN) * GRAIN)) for share in shares})
 
 
 def narrowest(run: Callable, sizes: list[tuple[int, ...]], needs: list[jax.Array], *operands):

@@ -44,12 +44,15 @@ CASES = {
         "commit": "local",
     },
 }
+SEVERAL_WIDTHS = ("prefix-guided", "dual-window-guided", "prefix-window", "gaps-prefix-window")
 ALONE = ("dual-threshold", "prefix-guided", "prefix-window", "gaps-dual")  # other shapes, so other programs
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_generate_is_the_plain_sampler_with_stale_keys(sharp, prompts, gaps, name):
+def test_generate_is_the_plain_sampler_with_stale_keys(sharp, prompts, gaps, name, request):
     """Alone, in a batch with padding, step by step and at once; the number of passes of each row is its own."""
+    if name in SEVERAL_WIDTHS:
+        request.getfixturevalue("several_widths")
     config, key, made = settings(**CASES[name]), jax.random.key(3), []
     prompt_BT, real_BT = prompts = gaps if "gaps" in name else prompts
 
@@ -99,9 +102,10 @@ def test_eight_devices_are_one(sharp, make_mesh, prompts, name):
 
 
 def test_widths_are_few_and_end_with_all():
-    assert widths(1256, 32, (1 / 16, 1 / 4, 1)) == [80, 320, 1256]
-    assert widths(25, 6, (1 / 16, 1 / 4, 1)) == [8, 25]
-    assert widths(5, 5, (1 / 4, 1)) == [5]
+    assert widths(1256, 32, (1 / 16, 1 / 4, 1)) == [96, 320, 1256]
+    assert widths(40, 6, (1 / 16, 1 / 4, 1)) == [32, 40]
+    assert widths(40, 34, (1 / 16, 1 / 4, 1)) == [34, 40]
+    assert widths(25, 5, (1 / 4, 1)) == [25]
 
 
 def test_keys_and_values_that_do_not_fit_are_refused(sharp, prompts, monkeypatch):

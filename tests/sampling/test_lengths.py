@@ -32,6 +32,7 @@ CASES = {
     "remdm": {"revoke": "remdm_cap", "revoke_bound": 0.4, "temperature": 0.7, "remasking": "random"},
     "gaps": {"cache": "prefix", "commit": "threshold", "block_length": 2},
 }
+SEVERAL_WIDTHS = ("schedule", "prefix", "dual-guided")
 ALONE = ("guided", "random", "prefix", "remdm")  # other shapes, so other programs
 
 
@@ -43,8 +44,10 @@ def many_gaps():
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_append_is_the_plain_sampler(sharp, prompts, name):
+def test_append_is_the_plain_sampler(sharp, prompts, name, request):
     """Alone, in a batch with padding and gaps, step by step and at once."""
+    if name in SEVERAL_WIDTHS:
+        request.getfixturevalue("several_widths")
     config = settings(length="append", **SOME, **CASES[name])
     prompt_BT, real_BT = prompts = many_gaps() if name == "gaps" else prompts
     row = plain_revoking.remdm if config.revoke != "none" else plain_sampler.row

@@ -6,6 +6,8 @@ import pytest
 
 from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig
 from llada_jax.model.transformer import Transformer, initialise
+from llada_jax.sampling import cache
+from llada_jax.sampling.sampler import denoise
 
 MASK = 60
 SIZES = ModelConfig(layers=2, width=32, heads=4, kv_heads=2, feed_forward=96, vocab_size=64, mask_id=MASK)
@@ -42,6 +44,15 @@ def sharp(make_mesh) -> Transformer:
 def prompts() -> tuple[np.ndarray, np.ndarray]:
     """Returns `padded_prompts()`. Do not change them."""
     return padded_prompts()
+
+
+@pytest.fixture
+def several_widths(monkeypatch):
+    """Passes over these short canvases have as many widths as those over long ones, which costs time to compile."""
+    monkeypatch.setattr(cache, "GRAIN", 8)
+    denoise.clear_cache()  # it does not know of the grain
+    yield
+    denoise.clear_cache()
 
 
 def settings(**changes) -> SamplerConfig:
