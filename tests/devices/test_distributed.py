@@ -332,6 +332,7 @@ def main():
     return 0
 flags = dict(flag[2:].split("=") for flag in sys.argv[1:])
 settings = DistributedConfig(heartbeat_timeout=10, shutdown_timeout=5)
+distributed._LOOK_SECONDS = 0.2
 sys.exit(distributed.run(main, settings, flags["coordinator_address"], int(flags["num_processes"]),
                          int(flags["process_id"])))
 """
@@ -353,7 +354,7 @@ BEGIN = (
         (
             "decided = distributed.first_decides('x', lambda: [index(), None, 'a'])\n"
             "    print(decided, distributed.first_problem('x', ['late', None][1 - index()]))\n"
-            "    time.sleep(3 * index()); return 143",
+            "    time.sleep(index()); return 143",
             [143, 143],
             "[0] [0, None, 'a'] process 1: late\n[1] [0, None, 'a'] process 1: late\n",
         ),

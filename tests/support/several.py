@@ -34,6 +34,7 @@ def main() -> None:
     from llada_jax import train
     from llada_jax.cli import entry_point
     from llada_jax.data.read import pipeline
+    from llada_jax.devices import distributed
     from llada_jax.formats import workdir
     from llada_jax.training import loop
 
@@ -61,6 +62,7 @@ def main() -> None:
         if event == "open" and isinstance(args[0], str) and args[0].startswith(folder + "/") and args[2] & os.O_ACCMODE:
             tell(f"writes {os.path.relpath(args[0], folder)}")
 
+    distributed._LOOK_SECONDS = 0.2  # so that a test does not wait until a process notices the other's failure
     pipeline.TrainingData.batch = told_batch
     loop.Loop._step = step_and_act
     sys.addaudithook(told_open)
