@@ -62,6 +62,7 @@ def test_a_run_in_a_bucket_is_the_run_of_a_local_workdir(run, reference, place, 
 
 def test_what_is_unfinished_or_damaged_is_not_taken_for_whole(run, copy, reference, place, bucket, tmp_path, capfd):
     bucket.upload(copy(15), "runs/one")
+    bucket.delete("runs/one/lock")  # that of the local run would be waited for
     bucket.delete("runs/one/checkpoints/10/commit_success.txt")
     (data,) = [name for name in bucket.names("runs/one/checkpoints/15/state/d/")]
     bucket.write(data, bytes(len(bucket.read(data))))
