@@ -1,6 +1,7 @@
 """Tests that a folder of a bucket has one owner, which a dead owner ceases to be, and that a slow owner notices."""
 
 import json
+import subprocess
 import time
 import types
 
@@ -76,6 +77,33 @@ def test_a_dead_owner_loses_its_lease_and_notices_if_it_was_only_slow(path, monk
     begin = time.monotonic()
     Lease(path, "--workdir=x", print).release()  # the lease is older than SECONDS: no waiting
     assert time.monotonic() - begin < 0.7
+
+
+def test_an_owner_that_was_killed_on_this_machine_is_not_waited_for(path, monkeypatch):
+    """An owner elsewhere is, although no process here has its number."""
+    monkeypatch.setattr(lease, "SECONDS", 0.4)
+    process = subprocess.Popen(["sleep", "60"])
+    with monkeypatch.context() as patch:
+        patch.setattr(lease.os, "getpid", lambda: process.pid)
+        owner = Lease(path, "--workdir=x", print)
+    killed(owner)
+    record = json.loads(objects.read(path))
+
+    def is_waited_for() -> bool:
+        said = []
+        objects.write(path, json.dumps(record | {"time": time.time()}).encode())
+        Lease(path, "--workdir=x", said.append).release()
+        return bool(said)
+
+    assert is_waited_for()  # it lives
+    process.kill()
+    process.wait()
+    assert not is_waited_for()
+    with monkeypatch.context() as patch:
+        patch.setattr(lease.platform, "node", lambda: "another machine")
+        assert is_waited_for()
+    del record["processes"]  # as written before there was this field
+    assert is_waited_for()
 
 
 def test_an_owner_that_ends_is_not_waited_for(path):
