@@ -25,7 +25,7 @@ KILLS = int(os.environ.get("LLADA_JAX_TEST_KILLS", "0"))
 STEPS = 20 + 10 * KILLS  # more than the killed starts can do
 STALLS = [rule("hang", rate=0.05, times=1), rule("slow", rate=0.1, times=5, rate_bytes=20_000)]
 # A line that a start prints, and the most seconds that it lives on; "saving": a checkpoint is on its way.
-MOMENTS = [("parameters", 2.0), ("compiling", 2.0), (f"/{STEPS}", 2.0), ("saving", 0.3), ("saving", 1.0)]
+MOMENTS = [("parameters", 3.0), ("compiling", 6.0), (f"/{STEPS}", 12.0), ("saving", 0.3), ("saving", 6.0)]
 
 
 @pytest.fixture(params=["gs", "s3"])
