@@ -2,7 +2,8 @@
 
 The object is created, renewed and taken over by conditional writes, so of several processes exactly one succeeds. An
 owner that dies leaves the object behind; who finds it waits until it was not renewed for SECONDS, and takes it over. An
-owner that was only slow notices that at its next renewal, and must stop.
+owner that was only slow notices that at its next renewal, and must stop. On the machine of a dead owner nobody waits:
+the lease names its process, and there is none any more.
 
 The age of a lease is measured with the clock of the process that finds it. Clocks that differ by more than
 SECONDS - RENEWAL_SECONDS could make it take over the lease of a living owner, which then stops.
@@ -15,6 +16,7 @@ import platform
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from llada_jax.config import UserError
 from llada_jax.storage import addresses, objects
@@ -72,6 +74,8 @@ class Lease:
         content, first = objects.read_with_generation(self._path)
         if content is None:
             return first
+        if _dead(content):
+            return first
         owner, renewed = _owner(content)
         until = time.monotonic() + min(SECONDS, max(0.0, renewed + SECONDS - time.time()))
         if time.monotonic() < until:
@@ -88,7 +92,8 @@ class Lease:
 
     def _content(self) -> bytes:
         self._renewals += 1
-        return json.dumps({"owner": self.mark, "time": time.time(), "renewals": self._renewals}).encode()
+        record = {"owner": self.mark, "time": time.time(), "renewals": self._renewals}
+        return json.dumps(record | {"processes": _processes(), "pid": os.getpid()}).encode()
 
     def _keep(self) -> None:
         while not self._end.wait(RENEWAL_SECONDS) and not self._lost:
@@ -140,6 +145,29 @@ def _owner(content: bytes) -> tuple[str, float]:
         return str(record["owner"]), float(record["time"])
     except (ValueError, KeyError, TypeError):
         return "another program", time.time()
+
+
+def _processes() -> str:
+    """Returns what names the process ids of this machine or container since it was started; "" if that is unknown."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{platform.node()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _dead(content: bytes) -> bool:
+    """Returns whether the owner that a lease names was a process of this machine, and has ended."""
+    try:
+        record = json.loads(content)
+        if not _processes() or record["processes"] != _processes():
+            return False
+        os.kill(int(record["pid"]), 0)  # this sends nothing
+    except ProcessLookupError:
+        return True
+    except (ValueError, KeyError, TypeError, OSError):
+        return False
+    return False
 
 
 def mark_of(path: str | os.PathLike) -> str | None:

@@ -152,9 +152,9 @@ def test_conversations_are_those_of_the_local_set(bucket, chat, tmp_path, old):
 
 def test_a_storage_that_fails_in_between(bucket, text, tmp_path, quick):
     bucket.upload(text, "set")
-    # One flip at most: a row that is flipped twice counts as damaged.
+    # One flip at most: a row that is flipped twice counts as damaged. Each hang takes a second.
     kinds = [("status", {"status": 503}), ("status", {"status": 429}), ("reset", {}), ("cut", {}), ("lost", {}),
-             ("hang", {}), ("flip", {"match": ROWS, "times": 1})]  # fmt: skip
+             ("hang", {"times": 1}), ("flip", {"match": ROWS, "times": 1})]  # fmt: skip
     bucket.faults([rule(kind, rate=0.05, **values) for kind, values in kinds])
     data = test_pipeline.open_data([f"{bucket.url}/set"], cache=str(tmp_path))
     local = test_pipeline.open_data([text])

@@ -258,9 +258,11 @@ def test_any_death_is_the_death_of_all_and_the_run_goes_on(several, whole, tmp_p
 
 
 @pytest.mark.slow
-def test_a_workdir_in_a_bucket(launch, prepared, whole, bucket, monkeypatch, tmp_path):
+@pytest.mark.parametrize("storage", ["bucket", "s3_bucket"])
+def test_a_workdir_in_a_bucket(launch, prepared, whole, storage, request, monkeypatch, tmp_path):
     """One of two processes dies while its part of a checkpoint is on the way; the next start is the local run."""
     pytest.importorskip("gcsfs")
+    bucket = request.getfixturevalue(storage)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     place, folder = f"{bucket.url}/run", tmp_path / "run"
     flags = tiny.command(place, f"data.path={prepared}", *FAST)
@@ -271,7 +273,7 @@ def test_a_workdir_in_a_bucket(launch, prepared, whole, bucket, monkeypatch, tmp
             time.sleep(0.1)
         processes[1].kill()
 
-    bucket.faults([rule("hang", match="POST .*run/checkpoints/10/state/ocdbt.process_1/")])
+    bucket.faults([rule("hang", match="P(OS|U)T .*run/checkpoints/10/state/ocdbt.process_1/")])
     end = launch(command, meanwhile=kill_one_when_held)
     assert end.codes[1] == -signal.SIGKILL and end.codes[0] in ABORTED, end
     assert bucket.injected("hang") and workdir.steps_in(place) == [5], end.said

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from bucket import hurry
 from runs import train_on
 
 from llada_jax.cli import entry_point
@@ -92,6 +93,7 @@ def place(bucket, monkeypatch, tmp_path) -> str:
     pytest.importorskip("gcsfs")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(retries, "POLICY", retries.Policy(first_wait=0.02, longest_wait=0.1))
+    hurry(monkeypatch)
     monkeypatch.setattr(lease, "SECONDS", 6.0)
     monkeypatch.setattr(lease, "RENEWAL_SECONDS", 1.0)
     return f"{bucket.url}/runs/one"

@@ -3,8 +3,6 @@
 import importlib.util
 import io
 import json
-import os
-import random
 import time
 from pathlib import Path
 
@@ -30,7 +28,6 @@ from llada_jax.storage.retries import Policy, StorageFailed
 from llada_jax.training import home
 from llada_jax.training.checkpoint import Checkpoints
 
-KILLS = int(os.environ.get("LLADA_JAX_TEST_KILLS", "0"))  # more of them, at random moments
 FAULTS = [
     rule("status", status=503, rate=0.03),
     rule("status", status=429, rate=0.03),
@@ -62,6 +59,7 @@ def test_a_run_in_a_bucket_is_the_run_of_a_local_workdir(run, reference, place, 
 
 def test_what_is_unfinished_or_damaged_is_not_taken_for_whole(run, copy, reference, place, bucket, tmp_path, capfd):
     bucket.upload(copy(15), "runs/one")
+    bucket.delete("runs/one/lock")  # that of the local run would be waited for
     bucket.delete("runs/one/checkpoints/10/commit_success.txt")
     (data,) = [name for name in bucket.names("runs/one/checkpoints/15/state/d/")]
     bucket.write(data, bytes(len(bucket.read(data))))
@@ -269,7 +267,7 @@ def test_text_is_prepared_into_the_workdir(corpus, run, place, bucket):
 
 
 @pytest.mark.slow
-def test_killed_while_it_saves_and_at_random_the_run_is_the_same(outside, place, bucket, tmp_path):
+def test_killed_while_it_saves_the_run_is_the_same(outside, place, bucket, tmp_path):
     """A process dies while an array of a checkpoint is sent, another one before the mark that completes it."""
     flags = [str(SUPPORT / "in_bucket.py"), *tiny.command(place, f"data.path={outside[0] / 'data'}")]
     half = "runs/one/checkpoints/10/"
@@ -295,18 +293,9 @@ def test_killed_while_it_saves_and_at_random_the_run_is_the_same(outside, place,
         if f"{half}commit_success" in moment:  # at the other one, the array may be the first of the objects
             assert bucket.names(half)
         bucket.reset()
-    moments = []
-    for _ in range(KILLS):
-        process = start()
-        moments.append((random.choice(["parameters", "compiling", "step  9/20"]), random.uniform(0.0, 3.0)))
-        wait_for(process, moments[-1][0])
-        time.sleep(moments[-1][1])
-        kill(process)
     process = start(*STALLS)
     errors = process.communicate()[1]
-    assert process.returncode == 0, (moments, errors)
-    assert KILLS or f"resuming {place} at step 5" in errors
+    assert process.returncode == 0 and f"resuming {place} at step 5" in errors, errors
     assert bucket.injected() > 5 and bucket.injected("hang") and bucket.injected("slow")
     assert_same_run(bucket.download("runs/one", tmp_path / "got"), outside[0])
     assert workdir.steps_in(place) == [15, 20] and "runs/one/lock" not in bucket.names()
-    print(moments, bucket.injected(), len(bucket.state()["requests"]))

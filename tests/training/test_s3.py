@@ -10,7 +10,7 @@ from llada_jax.formats import orbax_s3, workdir
 from llada_jax.formats.conversion import convert
 
 from .test_bucket import FAULTS, same
-from .test_bucket import test_killed_while_it_saves_and_at_random_the_run_is_the_same as test_killed_in_s3  # noqa: F401
+from .test_bucket import test_killed_while_it_saves_the_run_is_the_same as test_killed_in_s3  # noqa: F401
 
 
 @pytest.fixture
