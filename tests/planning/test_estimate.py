@@ -316,3 +316,10 @@ def test_the_recorded_plans_of_1b_are_of_this_config(name):
     assert (record["accumulation"], record["compute"]["remat"], record["mesh"]["data"]) == SMALLER[name]
     assert record["sequences_per_step"] * record["sequence_length"] == 1280 * 4096
     assert record["parameters"] == 1_487_243_264
+
+
+def test_the_recorded_plan_of_the_autoregressive_baseline_is_of_its_config():
+    record = json.loads((ROOT / "benchmarks" / "plans" / "arm_7b-v5p-4x4x8.json").read_text())
+    assert record["fits"] and record["topology"] == "v5p:4x4x8" and record["parameters"] == 6_834_851_840
+    assert (record["accumulation"], record["compute"]["remat"], record["mesh"]["data"]) == HARDWARE["v5p-4x4x8"]
+    assert record["sequences_per_step"] * record["sequence_length"] == 1280 * 4096
