@@ -132,7 +132,7 @@ FAULTS = (
         old='return moved(mask_BT, batch["prompt"]), answer_B / masked_B',
         new='return moved(mask_BT, batch["prompt"]), masked_B / masked_B',
         harm="The estimator lacks the factor L / l, so long answers score too well and benchmarks are wrong.",
-        tests=("scoring/test_likelihood.py::test_few_masks_are_enumerated[prompt0-answer0-0.0]",),
+        tests=("scoring/test_likelihood.py::test_few_masks_are_enumerated[plain]",),
     ),
     Fault(
         "greedy-test-ignores-the-last-token",
