@@ -19,7 +19,6 @@ from pathlib import Path
 
 from llada_jax.config import Config, UserError
 
-
 LLADA = runpy.run_path(str(Path(__file__).with_name("8b.py")))
 
 

@@ -149,15 +149,28 @@ def look(model: Transformer, state: State, mask_id: int | None, alternatives: in
     return tuple(jax.reshard(x, P(*[None] * x.ndim)) for x in told)
 
 
-def _written(state: State, prompt_BT: np.ndarray, config: SamplerConfig) -> jax.Array:
-    """Returns the rows as the caller knows them, int32 (B, T + gen_length), on every device; EOS follows an end."""
-    if not state.finite:
-        raise NonFinite
-    tokens_BG = jax.reshard(state.tokens_BG, P(None, None))[: len(prompt_BT)]
+@functools.partial(jax.jit, static_argnames="config")
+def _written(tokens_BG, done, prompt_BT, config: SamplerConfig) -> tuple[jax.Array, jax.Array]:
+    """Returns the rows as the caller knows them, on every device: one small program, and not one for each operation.
+
+    Args:
+      tokens_BG: int32, the tokens drawn, with B rounded up to the mesh's batch shards.
+      done: int32 scalar, the number of tokens drawn of each row.
+      prompt_BT: int32, the prompts as they were given.
+      config: The settings that are static.
+
+    Returns:
+      The prompts with what was drawn, int32 (B, T + G), where EOS follows an end; and the number of tokens of each row
+      up to its end, or of those that were drawn, int32 (B,).
+    """
+    tokens_BG = jax.reshard(tokens_BG, P(None, None))[: len(prompt_BT)]
+    steps_B = jnp.full(len(prompt_BT), done, jnp.int32)
     if config.stop_at_end:
-        drawn_G = jnp.arange(config.gen_length) < state.done
+        drawn_G = jnp.arange(tokens_BG.shape[1]) < done
         tokens_BG = jnp.where(drawn_G, tokens_BG, config.eos_id)
-    return jnp.concatenate([jax.device_put(prompt_BT, P(None, None)), tokens_BG], axis=1)
+        before_BG = jnp.cumsum(is_end(tokens_BG, config), axis=1) == 0
+        steps_B = jnp.minimum(jnp.sum(before_BG, axis=1, dtype=jnp.int32) + 1, done)
+    return jnp.concatenate([prompt_BT, tokens_BG], axis=1), steps_B
 
 
 def generate(
@@ -176,17 +189,11 @@ def generate(
             state, prompt_BT = begin(model, prompt_BT, config, key, prompt_mask_BT)
             dials, static = arguments(config)
             state = extend(model, state, scalar(TO_THE_END), dials, config=static)
-            canvas_BT = _written(state, prompt_BT, config)
-            steps_B = _steps(canvas_BT[:, prompt_BT.shape[1] :], state.done, config)
+            if not state.finite:
+                raise NonFinite
+            given_BT = jax.device_put(prompt_BT, P(None, None))
+            canvas_BT, steps_B = _written(state.tokens_BG, state.done, given_BT, config=static)
         return (canvas_BT, steps_B) if return_steps else canvas_BT
-
-
-def _steps(tokens_BG: jax.Array, done: jax.Array, config: SamplerConfig) -> jax.Array:
-    """Returns the number of tokens of each row up to its end, or of those that were drawn, int32 (B,)."""
-    if not config.stop_at_end:
-        return jnp.full(len(tokens_BG), done, jnp.int32)
-    before_BG = jnp.cumsum(is_end(tokens_BG, config), axis=1) == 0
-    return jnp.minimum(jnp.sum(before_BG, axis=1, dtype=jnp.int32) + 1, done)
 
 
 def generate_steps(

@@ -221,14 +221,16 @@ def generate(
         return causal.generate(model, prompt_BT, config, key, prompt_mask_BT, return_steps)
     with mesh.mesh_of(model.embedding[...]):
         rows, state = begin(model, prompt_BT, config, key, prompt_mask_BT)
-        canvas_BT, steps_B = jax.reshard(state.tokens_BT, P(None, None)), jax.reshard(state.steps_B, P(None))
-        if canvas_BT.shape[1]:
+        if state.tokens_BT.shape[1]:
             dials, static = arguments(config)
             outcome, _ = denoise(model, rows, state, scalar(TO_THE_END), dials, config=static)
             if not outcome.finite:
                 raise NonFinite
             canvas_BT, steps_B = outcome.canvas_BT, outcome.steps_B
-        canvas_BT, steps_B = (jax.lax.slice_in_dim(x, 0, len(prompt_BT)) for x in (canvas_BT, steps_B))
+        else:
+            canvas_BT, steps_B = jax.reshard(state.tokens_BT, P(None, None)), jax.reshard(state.steps_B, P(None))
+        if len(canvas_BT) > len(prompt_BT):
+            canvas_BT, steps_B = (jax.lax.slice_in_dim(x, 0, len(prompt_BT)) for x in (canvas_BT, steps_B))
         return (canvas_BT, steps_B) if return_steps else canvas_BT
 
 

@@ -23,34 +23,23 @@ def gaps():
     return prompt_BT, real_BT
 
 
+FILL_IN = {"gen_length": 0, "block_length": 4}
 CASES = {
-    "dual": {"cache": "dual", "temperature": 0.7, "remasking": "random", "steps": 11},
     "dual-threshold": {"cache": "dual", "commit": "threshold"},
     "dual-one-block": {"cache": "dual", "commit": "factor", "block_length": 32, "confidence_eos_eot_inf": True, **ENDS},
-    "dual-stop": {"cache": "dual", "commit": "frechet", "stop_at_end": True, "block_length": 4, **ENDS},
-    "dual-refreshed": {"cache": "dual", "cache_refresh": 3, "commit": "entropy", "temperature": 0.7},
-    "dual-local": {"cache": "dual", "cache_refresh": 2, "commit": "local"},
-    "prefix-guided": {"cache": "prefix", "cfg_scale": 0.5, "commit": "threshold"},
     "prefix-refreshed": {"cache": "prefix", "cache_refresh": 2, "commit": "frechet"},
     "dual-window-guided": {"cache": "dual", "suffix_window": 3, "commit": "threshold", "cfg_scale": 0.5},
-    "prefix-window": {"cache": "prefix", "suffix_window": 3, "commit": "local"},
-    "window": {"suffix_window": 2, "commit": "factor"},
-    "gaps-dual": {"cache": "dual", "gen_length": 0, "block_length": 4, "temperature": 0.7, "remasking": "random"},
-    "gaps-prefix-window": {
-        "cache": "prefix",
-        "suffix_window": 2,
-        "gen_length": 0,
-        "block_length": 4,
-        "commit": "local",
-    },
+    "window-stop": {"suffix_window": 2, "commit": "entropy", "stop_at_end": True, "block_length": 4, **ENDS},
+    "gaps-dual": {"cache": "dual", "cache_refresh": 3, "temperature": 0.7, "remasking": "random", **FILL_IN},
+    "gaps-prefix-window": {"cache": "prefix", "suffix_window": 2, "commit": "local", **FILL_IN},
 }
-SEVERAL_WIDTHS = ("prefix-guided", "dual-window-guided", "prefix-window", "gaps-prefix-window")
-ALONE = ("dual-threshold", "prefix-guided", "prefix-window", "gaps-dual")  # other shapes, so other programs
+SEVERAL_WIDTHS = ("prefix-refreshed", "dual-window-guided", "gaps-prefix-window")
+EXACT = ("prefix-refreshed", "gaps-dual")  # with a second program, which has no cache
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_generate_is_the_plain_sampler_with_stale_keys(sharp, prompts, gaps, name, request):
-    """Alone, in a batch with padding, step by step and at once; the number of passes of each row is its own."""
+    """In a batch with padding, step by step and at once, and one alone; the number of passes of each row is its own."""
     if name in SEVERAL_WIDTHS:
         request.getfixturevalue("several_widths")
     config, key, made = settings(**CASES[name]), jax.random.key(3), []
@@ -69,12 +58,12 @@ def test_generate_is_the_plain_sampler_with_stale_keys(sharp, prompts, gaps, nam
     np.testing.assert_array_equal(frames[-1][0], out_BT)
     # In some passes, a row that needs a full pass waits for the others.
     assert max(expected_B) < len(frames) <= 1 + sum(expected_B)
-    if name in ALONE:
+    if name == "gaps-dual":  # other shapes, so another program
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(3))
         alone_BT, alone_B = generate(sharp, prompt_BT[1:2, 4:], config, keys[1:2], return_steps=True)
         np.testing.assert_array_equal(out_BT[1, 4:], alone_BT[0])
         assert alone_B.tolist() == [expected_B[1]]
-    if not config.suffix_window:  # refreshed at each step, with the same program
+    if name in EXACT:  # refreshed at each step, with the same program
         exact = dataclasses.replace(config, cache="none", cache_refresh=0)
         exact_BT, exact_B = generate(sharp, prompt_BT, exact, key, real_BT, return_steps=True)
         assert (np.asarray(exact_BT) != np.asarray(out_BT)).any(), "what is stale must change something"
@@ -84,9 +73,8 @@ def test_generate_is_the_plain_sampler_with_stale_keys(sharp, prompts, gaps, nam
         assert fresh_B.tolist() == exact_B.tolist()
 
 
-@pytest.mark.parametrize("name", ["dual-threshold", "prefix-refreshed"])
-def test_a_window_over_all_that_follows_is_no_window(sharp, prompts, name):
-    free = settings(**CASES[name])
+def test_a_window_over_all_that_follows_is_no_window(sharp, prompts):
+    free = settings(**CASES["dual-threshold"])
     wide = dataclasses.replace(free, suffix_window=GEN_LENGTH)
     free_BT, wide_BT = (generate(sharp, prompts[0], c, jax.random.key(3), prompts[1]) for c in (free, wide))
     np.testing.assert_array_equal(wide_BT, free_BT)
@@ -108,13 +96,14 @@ def test_widths_are_few_and_end_with_all():
     assert widths(25, 5, (1 / 4, 1)) == [25]
 
 
-def test_keys_and_values_that_do_not_fit_are_refused(sharp, prompts, monkeypatch):
-    config, key = settings(**CASES["prefix-guided"]), jax.random.key(0)
-    takes = 2 * 2 * 3 * 25 * (2 * 2 * 8) * 4  # streams, keys and values, rows, slots, layers x kv heads x width, bytes
+def test_keys_and_values_that_do_not_fit_are_refused(sharp, prompts, several_widths, monkeypatch):
+    config, key = settings(**CASES["dual-window-guided"]), jax.random.key(0)
+    # copies, streams, keys and values, rows, slots, layers x kv heads x width, bytes
+    takes = 2 * 2 * 2 * 3 * 25 * (2 * 2 * 8) * 4
     monkeypatch.setattr(hardware, "free_memory", lambda device: takes)
     generate(sharp, prompts[0], config, key, prompts[1])
     monkeypatch.setattr(hardware, "free_memory", lambda device: takes - 1)
-    with pytest.raises(UserError, match="cache=prefix: the keys and values of 3 rows of 25 tokens take 0.0 GB"):
+    with pytest.raises(UserError, match="cache=dual: the keys and values of 3 rows of 25 tokens take 0.0 GB"):
         generate(sharp, prompts[0], config, key, prompts[1])
 
 

@@ -26,50 +26,68 @@ def prompts(rng, lengths):
     return tokens_BT.astype(np.int32), real_BT
 
 
-def test_greedy_is_that_of_transformers(causal_case):
+LENGTHS = (8, 1, 7, 4)
+
+
+@pytest.fixture(scope="module")
+def batch(causal_case):
+    """Returns a model, its cases, prompts of these lengths, padded, of which transformers continued the first.
+
+    Most tests use prompts of this shape, so that they share the programs.
+    """
     model, cases = causal_case
-    prompt_BT = cases["tokens"][:1, :8].astype(np.int32)
-    out_BT, steps_B = generate(model, prompt_BT, GREEDY, KEY, return_steps=True)
-    np.testing.assert_array_equal(np.asarray(out_BT)[0, 8:], cases["greedy"].ravel()[-12:])
-    np.testing.assert_array_equal(np.asarray(out_BT)[:, :8], prompt_BT)
-    assert steps_B.tolist() == [12]
+    tokens_BT, real_BT = prompts(np.random.default_rng(0), LENGTHS)
+    tokens_BT[0, real_BT[0]] = cases["tokens"][0, :8]
+    return model, cases, tokens_BT, real_BT
 
 
-def test_a_row_alone_is_as_in_a_batch(causal_case, rng):
-    model, _ = causal_case
-    assert_alone_as_in_a_batch(model, rng, GREEDY, (0, 2))  # each length is a program of its own
+def test_greedy_is_that_of_transformers(batch):
+    model, cases, tokens_BT, real_BT = batch
+    out_BT, steps_B = generate(model, tokens_BT, GREEDY, KEY, real_BT, return_steps=True)
+    np.testing.assert_array_equal(np.asarray(out_BT)[0, -12:], cases["greedy"].ravel()[-12:])
+    np.testing.assert_array_equal(np.asarray(out_BT)[:, :-12], tokens_BT)
+    assert steps_B.tolist() == [12] * 4
 
 
-def test_a_drawn_row_alone_is_as_in_a_batch(llama, rng):
-    assert_alone_as_in_a_batch(llama, rng, dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, top_k=50), (2,))
+def texts(model, tokens_BT, real_BT, written_BG) -> tuple[list[int], np.ndarray]:
+    """Returns the lengths of the prompts, and the logits (B, T, V) of a pass over each whole text, without a cache."""
+    texts = [[*tokens_BT[i][real_BT[i]], *written_BG[i]] for i in range(len(tokens_BT))]
+    padded_BT = np.array([text + [0] * (max(map(len, texts)) - len(text)) for text in texts], np.int32)
+    return real_BT.sum(axis=1).tolist(), np.asarray(model(padded_BT), np.float64)
 
 
-def assert_alone_as_in_a_batch(model, rng, config, rows):
-    tokens_BT, real_BT = prompts(rng, (1, 7, 4, 9))
+def test_neither_the_cache_nor_other_rows_change_anything(batch):
+    """Each greedy token is the most probable one after all before it, by a pass over the text of the row alone."""
+    model, _, tokens_BT, real_BT = batch
+    written_BG = np.asarray(generate(model, tokens_BT, GREEDY, KEY, real_BT))[:, -12:]
+    lengths, logits_BTV = texts(model, tokens_BT, real_BT, written_BG)
+    for row, length in enumerate(lengths):
+        best_G = logits_BTV[row, length - 1 : length + 11].argmax(axis=-1)
+        np.testing.assert_array_equal(best_G, written_BG[row])
+
+
+DRAWN = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, top_k=50)
+
+
+@pytest.fixture(scope="module")
+def drawn(llama):
+    """Returns padded prompts, which of their tokens are real, and what is drawn after them."""
+    tokens_BT, real_BT = prompts(np.random.default_rng(0), LENGTHS)
+    return tokens_BT, real_BT, np.asarray(generate(llama, tokens_BT, DRAWN, KEY, real_BT))[:, -12:]
+
+
+def test_a_drawn_row_alone_is_as_in_a_batch(llama, drawn):
+    tokens_BT, real_BT, _ = drawn
     keys_B = jax.random.split(KEY, 4)
-    together_BT = np.asarray(generate(model, tokens_BT, config, keys_B, real_BT))
-    np.testing.assert_array_equal(together_BT[:, : tokens_BT.shape[1]], tokens_BT)
-    for row in rows:
-        alone_BT = np.asarray(generate(model, tokens_BT[row][real_BT[row]][None], config, keys_B[row : row + 1]))
-        np.testing.assert_array_equal(alone_BT[0, -12:], together_BT[row, -12:])
+    together_BT = np.asarray(generate(llama, tokens_BT, DRAWN, keys_B, real_BT))
+    alone_BT = np.asarray(generate(llama, tokens_BT[2][real_BT[2]][None], DRAWN, keys_B[2:3]))
+    np.testing.assert_array_equal(alone_BT[0, -12:], together_BT[2, -12:])
 
 
-def test_the_cache_changes_nothing(causal_case, rng):
-    """Each greedy token is the most probable one after all before it, by a pass over the whole text without a cache."""
-    model, _ = causal_case
-    prompt_BT = rng.integers(3, 300, (2, 8)).astype(np.int32)
-    # Row by row: the program of a single prompt of 8 tokens is there already.
-    out_BT = np.concatenate([np.asarray(generate(model, row_BT, GREEDY, KEY)) for row_BT in np.split(prompt_BT, 2)])
-    logits_BTV = np.asarray(model(out_BT))
-    np.testing.assert_array_equal(logits_BTV.argmax(axis=-1)[:, 7:-1], out_BT[:, 8:])
-
-
-def test_several_devices_write_the_same(make_mesh, rng):
-    tokens_BT, real_BT = prompts(rng, (3, 6, 2))
-    config = dataclasses.replace(GREEDY, temperature=0.7)
-    wanted = generate(llada_jax.load(PARITY_AR / "qwen3")[0], tokens_BT, config, KEY, real_BT)
-    model = llada_jax.load(PARITY_AR / "qwen3", mesh=make_mesh(2, 2, 2))[0]
-    np.testing.assert_array_equal(np.asarray(generate(model, tokens_BT, config, KEY, real_BT)), np.asarray(wanted))
+def test_several_devices_write_the_same(make_mesh, drawn):
+    tokens_BT, real_BT, written_BG = drawn
+    model = llada_jax.load(PARITY_AR / "llama", mesh=make_mesh(2, 2, 2))[0]
+    np.testing.assert_array_equal(np.asarray(generate(model, tokens_BT, DRAWN, KEY, real_BT))[:, -12:], written_BG)
 
 
 def test_tokens_are_drawn_from_the_models_distribution(llama):
@@ -79,67 +97,66 @@ def test_tokens_are_drawn_from_the_models_distribution(llama):
     probability_V = np.exp(logits_V - logits_V.max())
     probability_V /= probability_V.sum()
     count = 2000
-    config = SamplerConfig(gen_length=1, temperature=0.8)
+    # All of the distribution, by the program that can also draw from a part of it.
+    config = SamplerConfig(gen_length=1, temperature=0.8, top_p=1 - 1e-7)
     drawn = np.asarray(generate(llama, np.tile(prompt_T, (count, 1)), config, KEY))[:, -1]
     found_V = np.bincount(drawn, minlength=320) / count
     assert np.all(np.abs(found_V - probability_V) < 5 * np.sqrt(probability_V / count) + 3 / count)
     narrow = dataclasses.replace(config, top_p=0.3)
-    drawn = np.asarray(generate(llama, np.tile(prompt_T, (200, 1)), narrow, KEY))[:, -1]
+    drawn = np.asarray(generate(llama, np.tile(prompt_T, (count, 1)), narrow, KEY))[:, -1]
     order = np.argsort(-probability_V)
     kept = order[: 1 + int(np.searchsorted(np.cumsum(probability_V[order]), 0.3))]
     assert set(drawn.tolist()) <= set(kept.tolist()) and len(set(drawn.tolist())) > len(kept) / 3
 
 
-def test_rows_stop_at_their_ends(llama, rng):
-    prompt_BT = rng.integers(3, 300, (3, 5)).astype(np.int32)
-    free_BT = np.asarray(generate(llama, prompt_BT, GREEDY, KEY))[:, 5:]
-    end = int(free_BT[1, 4])  # what row 1 writes as its fifth token ends a text
-    config = dataclasses.replace(GREEDY, stop_at_end=True, end_ids=(end,))
-    out_BT, steps_B = generate(llama, prompt_BT, config, KEY, return_steps=True)
-    for got_T, free_T, steps in zip(np.asarray(out_BT)[:, 5:], free_BT, steps_B.tolist(), strict=True):
-        ends = np.flatnonzero((free_T == end) | (free_T == 2))
+@pytest.fixture(scope="module")
+def stopping(drawn):
+    """Returns settings with which what row 1 draws as its fifth token ends a text."""
+    return dataclasses.replace(DRAWN, stop_at_end=True, end_ids=(int(drawn[2][1, 4]),))
+
+
+def test_rows_stop_at_their_ends(llama, drawn, stopping):
+    tokens_BT, real_BT, free_BG = drawn
+    out_BT, steps_B = generate(llama, tokens_BT, stopping, KEY, real_BT, return_steps=True)
+    for got_G, free_G, steps in zip(np.asarray(out_BT)[:, -12:], free_BG, steps_B.tolist(), strict=True):
+        ends = np.flatnonzero((free_G == stopping.end_ids[0]) | (free_G == 2))
         kept = 12 if not len(ends) else ends[0] + 1
-        np.testing.assert_array_equal(got_T, np.where(np.arange(12) < kept, free_T, 2))
+        np.testing.assert_array_equal(got_G, np.where(np.arange(12) < kept, free_G, 2))
         assert steps == kept, "one pass per token of the row itself, whatever the others take"
     assert len(set(steps_B.tolist())) > 1
-    for row in range(3):
-        _, alone_B = generate(llama, prompt_BT[row : row + 1], config, KEY, return_steps=True)
-        assert alone_B.tolist() == steps_B.tolist()[row : row + 1]
 
 
-def test_steps_are_those_of_a_whole_call(llama, rng):
-    prompt_BT = rng.integers(3, 300, (2, 5)).astype(np.int32)
-    config = dataclasses.replace(GREEDY, gen_length=4)
-    steps = list(denoise_steps(llama, prompt_BT, config, KEY))
-    assert [int((step.tokens_BT == -1).sum(axis=1).max()) for step in steps] == [4, 3, 2, 1, 0]
-    assert all(
-        (step.new_BT.sum(axis=1) == 1).all() and step.new_BT[:, 4 + i].all() for i, step in enumerate(steps[1:], 1)
-    )
-    np.testing.assert_array_equal(steps[-1].tokens_BT, np.asarray(generate(llama, prompt_BT, config, KEY)))
+def test_steps_are_those_of_a_whole_call(llama, drawn):
+    tokens_BT, real_BT, written_BG = drawn
+    width = tokens_BT.shape[1]
+    steps = list(denoise_steps(llama, tokens_BT, DRAWN, KEY, real_BT))
+    assert [int((step.tokens_BT == -1).sum(axis=1).max()) for step in steps] == list(range(12, -1, -1))
+    for i, step in enumerate(steps[1:]):
+        assert (step.new_BT.sum(axis=1) == 1).all() and step.new_BT[:, width + i].all()
+    np.testing.assert_array_equal(steps[-1].tokens_BT, np.concatenate([tokens_BT, written_BG], axis=1))
 
 
-def test_each_step_tells_the_probabilities_of_its_tokens(llama, rng):
+def test_each_step_tells_the_probabilities_of_its_tokens(llama, drawn, stopping):
     """Against the softmax of a pass over the whole text without a cache; a row that has ended predicts nothing."""
-    tokens_BT, real_BT = prompts(rng, (1, 6, 4))
-    config, width = dataclasses.replace(GREEDY, gen_length=6, temperature=1.0), tokens_BT.shape[1]
-    free_BT = np.asarray(generate(llama, tokens_BT, config, KEY, real_BT))[:, width:]
-    config = dataclasses.replace(config, stop_at_end=True, end_ids=(int(free_BT[1, 2]),))
-    out_BT, steps_B = generate(llama, tokens_BT, config, KEY, real_BT, return_steps=True)
-    _, *steps = denoise_steps(llama, tokens_BT, config, KEY, real_BT, alternatives=3)
+    tokens_BT, real_BT, _ = drawn
+    width = tokens_BT.shape[1]
+    out_BT, steps_B = generate(llama, tokens_BT, stopping, KEY, real_BT, return_steps=True)
+    _, *steps = denoise_steps(llama, tokens_BT, stopping, KEY, real_BT, alternatives=3)
     np.testing.assert_array_equal(steps[-1].tokens_BT, out_BT)
+    written_BG = np.asarray(out_BT)[:, width:]
+    lengths, logits_BTV = texts(llama, tokens_BT, real_BT, written_BG)
     for row, count in enumerate(steps_B.tolist()):
-        text_T = np.concatenate([tokens_BT[row][real_BT[row]], np.asarray(out_BT)[row, width : width + count]])
-        logits_TV = np.asarray(llama(text_T[None]), np.float64)[0, -count - 1 : -1]
-        chance_TV = np.exp(logits_TV) / np.exp(logits_TV).sum(axis=-1, keepdims=True)
+        logits_GV = logits_BTV[row, lengths[row] - 1 :]
+        chance_GV = np.exp(logits_GV) / np.exp(logits_GV).sum(axis=-1, keepdims=True)
         for i, step in enumerate(steps):
             told = step.probability_BT[row]
             assert np.flatnonzero(~np.isnan(told)).tolist() == ([width + i] if i < count else [])
             if i >= count:
                 continue
             assert told[width + i] == step.score_BT[row, width + i]
-            np.testing.assert_allclose(told[width + i], chance_TV[i, text_T[len(text_T) - count + i]], rtol=1e-4)
-            np.testing.assert_array_equal(step.likely_BTN[row, width + i], np.argsort(-chance_TV[i, :320])[:3])
-            best = np.sort(chance_TV[i])[::-1][:3]
+            np.testing.assert_allclose(told[width + i], chance_GV[i, written_BG[row, i]], rtol=1e-4)
+            np.testing.assert_array_equal(step.likely_BTN[row, width + i], np.argsort(-chance_GV[i, :320])[:3])
+            best = np.sort(chance_GV[i])[::-1][:3]
             np.testing.assert_allclose(step.likely_probability_BTN[row, width + i], best, rtol=1e-4)
 
 
@@ -184,11 +201,9 @@ def test_warmed_up_nothing_more_is_compiled(llama):
     assert causal.extend._cache_size() == before
 
 
-def test_one_program_for_all_settings_of_drawing(llama, rng):
-    prompt_BT = rng.integers(3, 300, (2, 5)).astype(np.int32)
-    config = dataclasses.replace(GREEDY, temperature=0.5, top_p=0.5)
-    generate(llama, prompt_BT, config, KEY)
+def test_one_program_for_all_settings_of_drawing(llama, drawn):
+    tokens_BT, real_BT, _ = drawn
     before = causal.extend._cache_size()
-    for changes in ({"temperature": 2.0}, {"top_p": 0.9}):
-        generate(llama, prompt_BT, dataclasses.replace(config, **changes), jax.random.key(9))
+    for changes in ({"temperature": 2.0}, {"top_p": 0.8}, {"top_k": 7}):
+        generate(llama, tokens_BT, dataclasses.replace(DRAWN, **changes), jax.random.key(9), real_BT)
     assert causal.extend._cache_size() == before

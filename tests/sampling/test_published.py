@@ -40,7 +40,11 @@ def test_caches_and_threshold_of_fast_dllm(model, cache, rule):
 
 
 def test_wino(model):
-    """Tokens and passes: the shadows, what is taken back, and how many tokens a step keeps."""
+    """Tokens and passes: the shadows, what is taken back, and how many tokens a step keeps.
+
+    Padding gives all canvases one length, so that there is one program for each length of a block.
+    """
+    length = max(len(case["prompt"]) + case["gen_length"] for case in WINO) + 1  # so that each prompt has some
     for case in WINO:
         config = SamplerConfig(
             gen_length=case["gen_length"],
@@ -50,7 +54,9 @@ def test_wino(model):
             revoke="wino",
             revoke_bound=case["threshold_back"],
         )
-        prompt_BT = np.array([case["prompt"]])
-        tokens_BT, steps_B = llada_jax.generate(model, prompt_BT, config, jax.random.key(0), return_steps=True)
-        assert np.asarray(tokens_BT)[0, prompt_BT.shape[1] :].tolist() == case["tokens"]
+        width = length - case["gen_length"]
+        prompt_BT, real_BT = np.zeros((1, width), int), np.arange(width)[None] >= width - len(case["prompt"])
+        prompt_BT[real_BT] = case["prompt"]
+        tokens_BT, steps_B = llada_jax.generate(model, prompt_BT, config, jax.random.key(0), real_BT, return_steps=True)
+        assert np.asarray(tokens_BT)[0, width:].tolist() == case["tokens"]
         assert int(steps_B[0]) == case["passes"]

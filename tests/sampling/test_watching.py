@@ -154,7 +154,8 @@ def test_the_record_and_its_page_are_what_happened(loaded, batch):
 def test_a_record_holds_what_was_in_use(loaded, length):
     """Of the room for the largest length, a page shows what the text had."""
     model, tokenizer = loaded
-    options = Options(length=length, gen_length=100, block_length=4, commit="threshold", commit_bound=0.2)
+    room = {"append": 16, "daedal": 100}[length]
+    options = Options(length=length, gen_length=room, block_length=4, commit="threshold", commit_bound=0.2)
     prompt, key = encode_prompt("def main", model, tokenizer, options), jax.random.key(1)
     (batch,) = make_batches(model, [prompt], options, 1)
 

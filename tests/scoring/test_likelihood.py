@@ -83,8 +83,16 @@ def whole(toy):
     return np.array(log_likelihoods(toy.model, some_requests(), samples=20, key=KEY))
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.7])
-@pytest.mark.parametrize(("prompt", "answer"), [([3, 1, 4], [1, 5, 9, 2, 6]), ([], [3, 1, 4, 1, 5]), ([7] * 40, [8])])
+@pytest.mark.parametrize(
+    ("prompt", "answer", "scale"),
+    [
+        ([3, 1, 4], [1, 5, 9, 2, 6], 0.0),
+        ([3, 1, 4], [1, 5, 9, 2, 6], 0.7),
+        ([], [3, 1, 4, 1, 5], 0.0),
+        ([7] * 40, [8], 0.7),
+    ],
+    ids=["plain", "guided", "no-prompt", "guided-by-a-long-prompt"],
+)
 def test_few_masks_are_enumerated(toy, prompt, answer, scale):
     """Tests that a short answer gets the enumerated value and the error zero, with and without padding."""
     exact = enumerated(toy.model, prompt, answer, scale)

@@ -68,7 +68,7 @@ FAULTS = (
         harm="With commit=factor, a step keeps one token more than the bound allows.",
         tests=(
             "sampling/test_commit.py::test_rules_are_their_formulas",
-            "sampling/test_commit.py::test_generate_is_the_plain_sampler[factor-plain]",
+            "sampling/test_commit.py::test_generate_is_the_plain_sampler[factor]",
         ),
     ),
     Fault(
@@ -79,7 +79,7 @@ FAULTS = (
         harm="With commit=entropy, what a row keeps depends on the other rows of its batch.",
         tests=(
             "sampling/test_commit.py::test_rules_are_their_formulas",
-            "sampling/test_commit.py::test_generate_is_the_plain_sampler[entropy-plain]",
+            "sampling/test_commit.py::test_generate_is_the_plain_sampler[entropy]",
         ),
     ),
     Fault(
@@ -90,7 +90,7 @@ FAULTS = (
         harm="With a cache, no step sees the tokens that the earlier steps of its block have filled in.",
         tests=(
             "model/test_kv_cache.py::test_fewer_queries_than_keys[cpu]",
-            "sampling/test_cache.py::test_generate_is_the_plain_sampler_with_stale_keys[dual]",
+            "sampling/test_cache.py::test_generate_is_the_plain_sampler_with_stale_keys[gaps-dual]",
         ),
     ),
     Fault(
@@ -132,7 +132,7 @@ FAULTS = (
         old='return moved(mask_BT, batch["prompt"]), answer_B / masked_B',
         new='return moved(mask_BT, batch["prompt"]), masked_B / masked_B',
         harm="The estimator lacks the factor L / l, so long answers score too well and benchmarks are wrong.",
-        tests=("scoring/test_likelihood.py::test_few_masks_are_enumerated[prompt0-answer0-0.0]",),
+        tests=("scoring/test_likelihood.py::test_few_masks_are_enumerated[plain]",),
     ),
     Fault(
         "greedy-test-ignores-the-last-token",

@@ -39,7 +39,7 @@ def row(model, prompt_T, real_T, config: SamplerConfig, key, _=None, log: list |
         given_T = np.arange(start + limit) < start
 
         def one(ids_T, stream):
-            return np.asarray(model(ids_T[None], seen_T[None])[0]).astype(np.float64)
+            return np.asarray(model(ids_T[None], seen_T[None]))[0].astype(np.float64)
 
         return plain_sampler.guided(one, model, canvas_T, given_T, cfg_scale)[start : start + len(text)]
 

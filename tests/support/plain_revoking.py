@@ -4,6 +4,7 @@ import math
 from fractions import Fraction
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import plain_cache
 import plain_sampler
@@ -49,6 +50,16 @@ def sigmas(config: SamplerConfig, committed: list[float], most: float, looping: 
     return [one[config.revoke]] * len(committed)
 
 
+@jax.jit
+def random_numbers(step_key):
+    """Returns the uniform numbers (SLOTS,) that decide which slots of a block are taken back."""
+
+    def of_slot(index):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(step_key, index), 2))
+
+    return jax.vmap(of_slot)(jnp.arange(plain_sampler.SLOTS))
+
+
 def remdm(model, prompt_T, real_T, config: SamplerConfig, key, logits_of=plain_sampler.logits_of):
     """Returns the finished canvas of one row, and the number of reverse steps."""
     canvas, real, todo, blocks = plain_sampler.layout(model, prompt_T, real_T, config)
@@ -65,9 +76,9 @@ def remdm(model, prompt_T, real_T, config: SamplerConfig, key, logits_of=plain_s
         most = min(1.0, (len(blocks[block]) - after) / max(before, 1))
         sigma = sigmas(config, [committed[i] for i in visible], most, looping)
         step_key, drawn = jax.random.fold_in(jax.random.fold_in(key, block), step), []
+        uniform_K = np.asarray(random_numbers(step_key))
         for i, one in zip(visible, sigma, strict=True):
-            slot_key = jax.random.fold_in(jax.random.fold_in(step_key, blocks[block].index(i)), 2)
-            drawn.append((float(jax.random.uniform(slot_key)) - one, i))
+            drawn.append((float(uniform_K[blocks[block].index(i)]) - one, i))
         back = [i for below, i in sorted(drawn) if below < 0][: len(blocks[block]) - after]
         logits_TV = logits_of(model, canvas, real, given, config, blocks, block)
         off = plain_sampler.error_of_choice(model, len(canvas), config) * rounding.size(logits_TV)

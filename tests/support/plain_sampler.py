@@ -4,6 +4,8 @@ A choice between two tokens or two positions that is closer than the rounding of
 another machine. `row` raises an AssertionError if a test depends on such a choice.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,8 +27,22 @@ def schedule(masks: int, steps: int, block_length: int) -> list[tuple[int, int, 
     return result
 
 
-def gumbel(key, size: int) -> np.ndarray:
-    uniform = (np.asarray(jax.random.bits(key, (size,), jnp.uint32)).astype(np.float64) + 0.5) / 2**32
+SLOTS = 32  # no block of a test has more
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def random_numbers(step_key, size: int):
+    """Returns random bits (SLOTS, size) and uniform numbers (SLOTS,): what each slot of a block draws with its keys."""
+
+    def of_slot(index):
+        draw_key, score_key = jax.random.split(jax.random.fold_in(step_key, index))
+        return jax.random.bits(draw_key, (size,), jnp.uint32), jax.random.uniform(score_key)
+
+    return jax.vmap(of_slot)(jnp.arange(SLOTS))
+
+
+def gumbel(bits: np.ndarray) -> np.ndarray:
+    uniform = (bits.astype(np.float64) + 0.5) / 2**32
     return -np.log(-np.log1p(-uniform))
 
 
@@ -45,7 +61,7 @@ def logits_of(model, canvas_T, real_T, given_T, config: SamplerConfig, blocks: l
     """Returns the guided logits of a pass over all tokens, float64 (T, V)."""
 
     def one(canvas_T, stream):
-        return np.asarray(model(canvas_T[None], real_T[None])[0]).astype(np.float64)
+        return np.asarray(model(canvas_T[None], real_T[None]))[0].astype(np.float64)
 
     return guided(one, model, canvas_T, given_T, config.cfg_scale)
 
@@ -90,17 +106,17 @@ def predictions(model, canvas, block: list[int], logits_TV, step_key, config: Sa
     ends = ids_of_ends(config)
     holes = [i for first, end in model.config.holes for i in range(first, end)]
     candidates, margins = [], {}
+    if config.temperature or config.remasking == "random":  # all at once, because keys take longer than all the rest
+        bits_KV, uniform_K = map(np.asarray, random_numbers(step_key, size))
     for index, position in enumerate(block):
         if canvas[position] != mask_id:
             continue
-        if config.temperature or config.remasking == "random":  # keys take longer than all the rest
-            draw_key, score_key = jax.random.split(jax.random.fold_in(step_key, index))
         logits = logits_TV[position]
         if config.logits_eos_inf:
             logits[[config.eos_id, *(config.end_ids or ())]] = -np.inf
         noisy = logits.copy()
         if config.temperature:
-            noisy += config.temperature * gumbel(draw_key, size)
+            noisy += config.temperature * gumbel(bits_KV[index])
         noisy[[mask_id, *holes, *range(model.config.token_count or size, size)]] = -np.inf
         token = int(noisy.argmax())
         margins[position] = noisy[token] - np.partition(noisy, -2)[-2]
@@ -111,7 +127,7 @@ def predictions(model, canvas, block: list[int], logits_TV, step_key, config: Sa
         entropy = -float(np.sum(possible * np.log(possible)))
         score = probability[token]
         if config.remasking == "random":
-            score = float(jax.random.uniform(score_key))
+            score = float(uniform_K[index])
         if config.remasking == "margin":
             may = np.delete(probability, [mask_id, *holes, *range(model.config.token_count or size, size)])
             score = np.sort(may)[-1] - np.sort(may)[-2]

@@ -1,11 +1,13 @@
 """A tiny model, prompts and settings for tests of the sampler."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from llada_jax.config import ComputeConfig, ModelConfig, SamplerConfig
-from llada_jax.model.transformer import Transformer, initialise
+from llada_jax.model.transformer import Transformer, initialise, merge, split
 from llada_jax.sampling import cache
 from llada_jax.sampling.sampler import denoise
 
@@ -15,10 +17,16 @@ PROMPT_LENGTH, GEN_LENGTH = 9, 16
 ENDS = {"eos_id": 22, "eot_id": 11}  # tokens that this model predicts often
 
 
+@functools.cache
+def _initialised(mesh, sizes: ModelConfig) -> Transformer:
+    with jax.set_mesh(mesh):
+        return initialise(sizes, ComputeConfig(dtype="float32"), jax.random.key(1))
+
+
 def make_model(mesh, sizes: ModelConfig = SIZES, sharpness: int = 1) -> Transformer:
     """Returns a model with a head `sharpness` times as large. With 12 it is as sure as real models sometimes are."""
+    model = merge(*split(_initialised(mesh, sizes)))
     with jax.set_mesh(mesh):
-        model = initialise(sizes, ComputeConfig(dtype="float32"), jax.random.key(1))
         if sharpness != 1:
             model.head[...] = model.head[...] * sharpness
     return model
