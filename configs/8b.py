@@ -44,7 +44,7 @@ HARDWARE = {
     "": Hardware(),
     "v5e-16x16": Hardware(accumulation=1, remat="full"),  # 5
     "v6e-8x8": Hardware(accumulation=5, remat="attention"),  # 4
-    "v6e-16x16": Hardware(accumulation=1, remat="attention"),  # 5
+    "v6e-16x16": Hardware(accumulation=1, remat="rotated"),  # 5
     "v5p-4x4x4": Hardware(accumulation=5, remat="dots"),  # 4
     "v5p-4x4x8": Hardware(accumulation=2, remat="dots"),  # 5
     "v5p-4x8x8": Hardware(accumulation=1, remat="dots"),  # 5
