@@ -5,8 +5,9 @@ r"""Measures the quality of the rules of sampling beside their speed, on problem
 benchmarks/tasks_config.py has the commands that make the model and the problems. --causal=runs/tasks_ar adds an
 autoregressive model, which writes with its cache. Every rule of `commit` (and the schedule with 1, 2 and 4 tokens per
 step) is used with every cache and block length; the other orders of `remasking` and the rules that take tokens back are
-used without a cache, the latter in the blocks of --revoke_blocks. All settings get the same problems in the same
-batches. For each batch they take turns, so that other load on the machine affects all of them alike.
+used without a cache, the latter in the blocks of --revoke_blocks. The rules that find the length are used with
+commit=threshold: append with every cache and block length, and daedal once. All settings get the same problems in the
+same batches. For each batch they take turns, so that other load on the machine affects all of them alike.
 
 Each batch and setting appends one JSON line to --output; a run that was ended goes on where it was. Of a batch they
 tell: correct, the number of answers with the right result; whole, those in which the working is right too; right, the
@@ -34,6 +35,7 @@ from llada_jax.cli.paths import expanded_path
 from llada_jax.config import SamplerConfig
 from llada_jax.model.transformer import Transformer
 from llada_jax.sampling.commit import RULES, SCHEDULE
+from llada_jax.sampling.lengths import APPEND, DAEDAL
 from llada_jax.sampling.sampler import generate
 from llada_jax.sampling.settings import NONE, REMDM, WINO
 from llada_jax.sampling.text_completion import row_keys, text_length
@@ -50,6 +52,7 @@ VARIED = (
     "revoke",
     "cache",
     "block_length",
+    "length",
 )  # the fields in which the settings differ
 
 
@@ -98,8 +101,10 @@ def settings(args: argparse.Namespace) -> Iterator[dict[str, object]]:
         ordered = [schedule | {"remasking": order} for order in ORDERS for schedule in schedules[:2]]
         uncached = ordered + (revoking if block_length in args.revoke_blocks else [])
         for cache in args.caches:
-            for rule in schedules + rules + (uncached if cache == NONE else []):
+            appended = [{"commit": "threshold", "length": APPEND}] if block_length < args.gen_length else []
+            for rule in schedules + rules + appended + (uncached if cache == NONE else []):
                 yield rule | {"cache": cache, "block_length": block_length}
+    yield {"commit": "threshold", "length": DAEDAL, "cache": NONE, "block_length": args.gen_length}
     if args.causal:
         yield AUTOREGRESSIVE
 

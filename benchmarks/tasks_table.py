@@ -24,7 +24,7 @@ from llada_jax.cli.paths import expanded_path
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-VARIED = ("commit", "steps", "commit_bound", "remasking", "revoke", "cache", "block_length")
+VARIED = ("commit", "steps", "commit_bound", "remasking", "revoke", "cache", "block_length", "length")
 COLOURS = ("#888888", "#1f6fb4", "#d9730d", "#2b8a3e", "#8f4ab8", "#c2255c", "#0b8a8a")
 MARKERS = {"none": "o", "prefix": "^", "dual": "s", "causal": "*"}
 TICKS = (0.5, 1, 2, 4, 8, 16, 32)
@@ -64,7 +64,7 @@ def label(varied: dict, gen_length: int) -> str:
     if name == "schedule":
         blocks = -(-gen_length // varied["block_length"])
         name += f", {round(varied['block_length'] / (varied['steps'] / blocks))} per step"
-    for key in ("commit_bound", "remasking", "revoke"):
+    for key in ("commit_bound", "remasking", "revoke", "length"):
         if varied[key] is not None:
             name += f", {varied[key]}"
     return name
