@@ -92,10 +92,10 @@ def test_loose_bounds_fill_a_block_in_one_step(sharp, prompts, name):
     [
         *((name, {}) for name in RULES),
         ("threshold", {"temperature": 0.7, "remasking": "margin", "cfg_scale": 0.5, "block_length": 16}),
-        ("entropy", {"remasking": "entropy", "confidence_eos_eot_inf": True, **ENDS}),
-        ("frechet", {"stop_at_end": True, "block_length": 4, **ENDS}),
+        ("factor", {"confidence_eos_eot_inf": True, **ENDS}),
+        ("entropy", {"remasking": "entropy", "stop_at_end": True, "block_length": 4, **ENDS}),
     ],
-    ids="threshold factor frechet entropy local guided-margin late-entropy stop-frechet".split(),
+    ids="threshold factor frechet entropy local guided-margin late-factor stop-entropy".split(),
 )
 def test_generate_is_the_plain_sampler(sharp, prompts, name, changes):
     """In a batch with padding, step by step and at once, and one alone; the number of steps of each row is its own."""

@@ -24,6 +24,7 @@ SOME = {"eos_id": 11, "eot_id": 22}
 CASES = {
     "schedule": {"steps": 16, "remasking": "entropy", "block_length": 3},
     "guided-random": {"cfg_scale": 0.5, "remasking": "random", "temperature": 1.0, "block_length": 5},
+    "dual-guided": {"cache": "dual", "commit": "factor", "cfg_scale": 0.5},
     "dual-late-ends": {"cache": "dual", "commit": "local", "confidence_eos_eot_inf": True},
     "remdm": {"revoke": "remdm_cap", "revoke_bound": 0.4, "temperature": 0.7, "remasking": "random"},
     "gaps-prefix": {"cache": "prefix", "cache_refresh": 2, "commit": "threshold", "block_length": 2},
@@ -97,8 +98,9 @@ def test_append_is_one_call_after_the_other(sharp, prompts, changes):
     [
         ("fixed", {}),
         ("append", {"block_length": 8, "commit": "local", "revoke": "wino"}),
+        ("append", {"revoke": "wino", "commit": "threshold", "commit_bound": 0.3, "cache": "prefix"}),
     ],
-    ids=["none", "wino-append"],  # the same programs as above
+    ids=["none", "wino-append", "wino-append-prefix"],  # but for the last, the same programs as above
 )
 def test_an_early_stop_takes_nothing_from_the_text(sharp, prompts, length, changes):
     """Up to its first end, a text is the same whether or not the blocks behind it are computed.

@@ -19,18 +19,12 @@ from llada_jax.sampling.step import active_block
 
 BOLD = {"commit": "threshold", "commit_bound": 0.3, "block_length": 8}
 DRAWN = {"temperature": 0.7}
+GUIDED = {"cfg_scale": 0.5, "block_length": 20, **DRAWN}
 # Cases that differ in numbers alone share a program.
 CASES = {
     "cap": {"revoke": "remdm_cap", "revoke_bound": 0.3, "steps": 11, **DRAWN, "remasking": "random"},
-    "rescale": {"revoke": "remdm_rescale", "revoke_bound": 0.6, "cfg_scale": 0.5, "block_length": 20, **DRAWN},
-    "rescale-many-steps": {
-        "revoke": "remdm_rescale",
-        "revoke_bound": 0.5,
-        "steps": 50,
-        "cfg_scale": 0.5,
-        "block_length": 20,
-        **DRAWN,
-    },
+    "rescale": {"revoke": "remdm_rescale", "revoke_bound": 0.6, **GUIDED},
+    "rescale-many-steps": {"revoke": "remdm_rescale", "revoke_bound": 0.5, "steps": 50, **GUIDED},
     "conf-stop": {"revoke": "remdm_conf", "stop_at_end": True, "block_length": 4, "steps": 40, **ENDS, **DRAWN},
     "loop": {"revoke": "remdm_loop", "revoke_bound": 0.3, "steps": 60, "block_length": 10, **DRAWN},
     "loop-few-steps": {"revoke": "remdm_loop", "revoke_bound": 0.5, "steps": 7, "block_length": 10, **DRAWN},

@@ -19,7 +19,6 @@ from llada_jax.sampling.sampler import denoise, denoise_steps, generate
 from llada_jax.sampling.settings import resolve
 
 SIZES = dataclasses.replace(small_sampler.SIZES, token_count=62)
-THIRD = 39
 
 
 def make_model(mesh):
@@ -53,7 +52,7 @@ def settings(**changes) -> SamplerConfig:
 INFILLING = {"gen_length": 0, "steps": 2, "block_length": 2, "cfg_scale": 0.5, "temperature": 0.7}
 INFILLING["remasking"] = "random"
 NO_ENDS = {"logits_eos_inf": True, "eos_id": 22, "end_ids": (11,)}
-LATE_ENDS = {"confidence_eos_eot_inf": True, "temperature": 1.3, "end_ids": (THIRD,), **ENDS}
+LATE_ENDS = {"confidence_eos_eot_inf": True, "temperature": 1.3, "end_ids": (39,), **ENDS}
 # EOS appears before its block is finished.
 STOPPING = {"stop_at_end": True, "block_length": 5, "steps": 19, "eos_id": 22, "end_ids": (11,)}
 
