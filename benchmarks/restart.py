@@ -2,7 +2,8 @@
 
 Trains the quickstart on prepared text, kills the training (kill -9) some steps after a checkpoint, and starts the same
 command again at once, as often as --rounds says. Prints a JSON line for each case: the median seconds from the kill to
-the first step that is new in metrics.jsonl, and their parts, by the lines that the run prints:
+the first step that is new in metrics.jsonl, and their parts, by the lines that the run prints. cpu_seconds are the same
+in CPU time of the process, which other work on the machine does not change as much.
 
   start     to the line that describes the model: Python, imports, devices, data; in a bucket, the workdir's lease
   read      to "resuming": making an empty state and reading the checkpoint
@@ -50,16 +51,24 @@ class Machine(NamedTuple):
     metrics: str  # a pattern of the path of metrics.jsonl
 
 
-def run(command: list[str], machine: Machine, log: Path) -> dict[str, float]:
+def clocks(process: int, begin: float) -> tuple[float, float]:
+    """Returns the seconds since `begin`, and the seconds of CPU time that a process has taken (0 without Linux)."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return time.perf_counter() - begin, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return time.perf_counter() - begin, 0.0
+
+
+def run(command: list[str], machine: Machine, log: Path) -> dict[str, tuple[float, float]]:
     """Starts a training, and kills it KILL steps after the one where it begins.
 
     Returns:
-      The seconds of each of PARTS, or {} if the run did not resume.
+      For each of PARTS and the whole, the seconds on the clock and of CPU time; {} if the run did not resume.
 
     Raises:
       RuntimeError: If the training ends before.
     """
-    seen: dict[str, float] = {}
+    seen: dict[str, tuple[float, float]] = {}
     begin, step = time.perf_counter(), 0
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=machine.environment, stdout=file, stderr=file)
@@ -67,7 +76,7 @@ def run(command: list[str], machine: Machine, log: Path) -> dict[str, float]:
             while True:
                 if process.poll() is not None:
                     raise RuntimeError(log.read_text(encoding="utf-8"))
-                text, now = log.read_text(encoding="utf-8"), time.perf_counter()
+                text, now = log.read_text(encoding="utf-8"), clocks(process.pid, begin)
                 for name, mark in MARKS.items():
                     if mark in text:
                         seen.setdefault(name, now)
@@ -86,10 +95,9 @@ def run(command: list[str], machine: Machine, log: Path) -> dict[str, float]:
             process.wait()
     if not step:
         return {}
-    times = [begin, *(seen[part] for part in PARTS)]
-    return dict(zip(PARTS, (b - a for a, b in zip(times, times[1:], strict=False)), strict=True)) | {
-        "whole": times[-1] - begin
-    }
+    ends = [(0.0, 0.0), *(seen[part] for part in PARTS)]
+    parts = {part: (b[0] - a[0], b[1] - a[1]) for part, a, b in zip(PARTS, ends, ends[1:], strict=False)}
+    return parts | {"whole": ends[-1]}
 
 
 @contextlib.contextmanager
@@ -114,7 +122,7 @@ def main() -> None:
     parser.add_argument("--bucket", choices=["gs", "s3"], default="", help="emulate this kind of bucket for the run")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds by which each request is delayed")
     args = parser.parse_args()
-    measured: dict[str, list[dict[str, float]]] = {}
+    measured: dict[str, list[dict[str, tuple[float, float]]]] = {}
     with tempfile.TemporaryDirectory() as name, bucket_of(args.bucket, args.latency) as bucket:
         folder = Path(name)
         prepare = [sys.executable, "-m", "llada_jax.prepare", "--input=stdlib", f"--output={folder / 'data'}"]
@@ -142,7 +150,8 @@ def main() -> None:
             for case in cases:
                 measured.setdefault(case, []).append(run(command, machine(case, number), folder / "log"))
     for case, rounds in measured.items():
-        parts = {part: [each[part] for each in rounds] for part in ("whole", *PARTS)}
+        parts = {part: [each[part][0] for each in rounds] for part in ("whole", *PARTS)}
+        cpu = {part: [each[part][1] for each in rounds] for part in parts}
         record = {
             "benchmark": "restart",
             "config": args.config,
@@ -151,6 +160,7 @@ def main() -> None:
             "case": case,
             **{f"{part}_seconds": round(statistics.median(values), 2) for part, values in parts.items()},
             "ranges": {part: [round(min(values), 2), round(max(values), 2)] for part, values in parts.items()},
+            "cpu_seconds": {part: round(statistics.median(values), 2) for part, values in cpu.items()},
             "rounds": args.rounds,
             "python": platform.python_version(),
         }
