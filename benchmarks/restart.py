@@ -3,7 +3,8 @@
 Trains the quickstart on prepared text, kills the training (kill -9) some steps after a checkpoint, and starts the same
 command again at once, as often as --rounds says. Prints a JSON line for each case: the median seconds from the kill to
 the first step that is new in metrics.jsonl, and their parts, by the lines that the run prints. cpu_seconds are the same
-in CPU time of the process, which other work on the machine does not change as much.
+in CPU time of the process, which other work on the machine changes less. requests_for_programs counts those of a whole
+start, with the steps before its kill.
 
   start     to the line that describes the model: Python, imports, devices, data; in a bucket, the workdir's lease
   read      to "resuming": making an empty state and reading the checkpoint
@@ -41,6 +42,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 MARKS = {"start": " parameters, ", "read": "resuming ", "batch": "compiling the train step"}
 PARTS = (*MARKS, "compile")
+PROGRAMS = r"(cold|warm)\d*/jit"  # what a request for a compiled program contains
 CHECKPOINT, KILL = 5, 13  # steps; a save waits for the one before, so at step 13 there is one checkpoint at least
 
 
@@ -123,6 +125,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.0, help="seconds by which each request is delayed")
     args = parser.parse_args()
     measured: dict[str, list[dict[str, tuple[float, float]]]] = {}
+    requests: dict[str, list[int]] = {}  # for compiled programs
     with tempfile.TemporaryDirectory() as name, bucket_of(args.bucket, args.latency) as bucket:
         folder = Path(name)
         prepare = [sys.executable, "-m", "llada_jax.prepare", "--input=stdlib", f"--output={folder / 'data'}"]
@@ -148,7 +151,10 @@ def main() -> None:
             run(command, machine(case, 0), folder / "log")  # the first one of all begins the run
         for number in range(1, args.rounds + 1):
             for case in cases:
-                measured.setdefault(case, []).append(run(command, machine(case, number), folder / "log"))
+                asked = bucket.count(PROGRAMS) if bucket else 0
+                seen = run(command, machine(case, number), folder / "log")
+                measured.setdefault(case, []).append(seen)
+                requests.setdefault(case, []).append(bucket.count(PROGRAMS) - asked if bucket else 0)
     for case, rounds in measured.items():
         parts = {part: [each[part][0] for each in rounds] for part in ("whole", *PARTS)}
         cpu = {part: [each[part][1] for each in rounds] for part in parts}
@@ -161,6 +167,7 @@ def main() -> None:
             **{f"{part}_seconds": round(statistics.median(values), 2) for part, values in parts.items()},
             "ranges": {part: [round(min(values), 2), round(max(values), 2)] for part, values in parts.items()},
             "cpu_seconds": {part: round(statistics.median(values), 2) for part, values in cpu.items()},
+            "requests_for_programs": statistics.median(requests[case]),
             "rounds": args.rounds,
             "python": platform.python_version(),
         }
