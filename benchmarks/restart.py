@@ -1,8 +1,10 @@
 """Measures a restart: python benchmarks/restart.py [--rounds=3] [--config=configs/quickstart.py] [--bucket=gs]
 
 Trains the quickstart on prepared text, kills the training (kill -9) some steps after a checkpoint, and starts the same
-command again at once, as often as --rounds says. Prints a JSON line for each case: the median seconds from the kill to
-the first step that is new in metrics.jsonl, and their parts, by the lines that the run prints:
+command again at once, as often as --rounds says. Each start is killed after its first step, so all resume alike. Prints
+a JSON line for each case: the median seconds from the kill to the first step that is new in metrics.jsonl, and their
+parts, by the lines that the run prints. cpu_seconds are the same in CPU time of the process, which other work on the
+machine changes less. requests_for_programs counts those to the bucket.
 
   start     to the line that describes the model: Python, imports, devices, data; in a bucket, the workdir's lease
   read      to "resuming": making an empty state and reading the checkpoint
@@ -40,7 +42,8 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 MARKS = {"start": " parameters, ", "read": "resuming ", "batch": "compiling the train step"}
 PARTS = (*MARKS, "compile")
-CHECKPOINT, KILL = 5, 13  # steps; a save waits for the one before, so at step 13 there is one checkpoint at least
+PROGRAMS = r"(cold|warm)\d*/jit"  # what a request for a compiled program contains
+CHECKPOINT, FIRST = 5, 13  # steps; a save waits for the one before, so at step 13 there is one checkpoint at least
 
 
 class Machine(NamedTuple):
@@ -50,16 +53,24 @@ class Machine(NamedTuple):
     metrics: str  # a pattern of the path of metrics.jsonl
 
 
-def run(command: list[str], machine: Machine, log: Path) -> dict[str, float]:
-    """Starts a training, and kills it KILL steps after the one where it begins.
+def clocks(process: int, begin: float) -> tuple[float, float]:
+    """Returns the seconds since `begin`, and the seconds of CPU time that a process has taken (0 without Linux)."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return time.perf_counter() - begin, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return time.perf_counter() - begin, 0.0
+
+
+def run(command: list[str], machine: Machine, log: Path, steps: int = 1) -> dict[str, tuple[float, float]]:
+    """Starts a training, and kills it after so many steps.
 
     Returns:
-      The seconds of each of PARTS, or {} if the run did not resume.
+      For each of PARTS and the whole, the seconds on the clock and of CPU time; {} if the run did not resume.
 
     Raises:
       RuntimeError: If the training ends before.
     """
-    seen: dict[str, float] = {}
+    seen: dict[str, tuple[float, float]] = {}
     begin, step = time.perf_counter(), 0
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=machine.environment, stdout=file, stderr=file)
@@ -67,7 +78,7 @@ def run(command: list[str], machine: Machine, log: Path) -> dict[str, float]:
             while True:
                 if process.poll() is not None:
                     raise RuntimeError(log.read_text(encoding="utf-8"))
-                text, now = log.read_text(encoding="utf-8"), time.perf_counter()
+                text, now = log.read_text(encoding="utf-8"), clocks(process.pid, begin)
                 for name, mark in MARKS.items():
                     if mark in text:
                         seen.setdefault(name, now)
@@ -75,10 +86,10 @@ def run(command: list[str], machine: Machine, log: Path) -> dict[str, float]:
                     step = int(found[1])
                 # What is there before the run resumes is of the start before.
                 there = Path("/").glob(machine.metrics) if "batch" in seen else ()
-                steps = {int(n) for path in there for n in re.findall(r'(?m)^{"step": (\d+),', path.read_text())}
-                if step + 1 in steps:
+                done = {int(n) for path in there for n in re.findall(r'(?m)^{"step": (\d+),', path.read_text())}
+                if step + 1 in done:
                     seen.setdefault("compile", now)
-                if step + KILL in steps:
+                if step + steps in done:
                     break
                 time.sleep(0.01)
         finally:
@@ -86,10 +97,9 @@ def run(command: list[str], machine: Machine, log: Path) -> dict[str, float]:
             process.wait()
     if not step:
         return {}
-    times = [begin, *(seen[part] for part in PARTS)]
-    return dict(zip(PARTS, (b - a for a, b in zip(times, times[1:], strict=False)), strict=True)) | {
-        "whole": times[-1] - begin
-    }
+    ends = [(0.0, 0.0), *(seen[part] for part in PARTS)]
+    parts = {part: (b[0] - a[0], b[1] - a[1]) for part, a, b in zip(PARTS, ends, ends[1:], strict=False)}
+    return parts | {"whole": ends[-1]}
 
 
 @contextlib.contextmanager
@@ -114,7 +124,8 @@ def main() -> None:
     parser.add_argument("--bucket", choices=["gs", "s3"], default="", help="emulate this kind of bucket for the run")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds by which each request is delayed")
     args = parser.parse_args()
-    measured: dict[str, list[dict[str, float]]] = {}
+    measured: dict[str, list[dict[str, tuple[float, float]]]] = {}
+    requests: dict[str, list[int]] = {}  # for compiled programs
     with tempfile.TemporaryDirectory() as name, bucket_of(args.bucket, args.latency) as bucket:
         folder = Path(name)
         prepare = [sys.executable, "-m", "llada_jax.prepare", "--input=stdlib", f"--output={folder / 'data'}"]
@@ -136,13 +147,19 @@ def main() -> None:
             return Machine(environment, f"{str(cache)[1:]}/llada_jax/runs/*/metrics.jsonl")
 
         cases = ("cold", "warm", "disk") if bucket else ("disk",)
-        for case in cases:
-            run(command, machine(case, 0), folder / "log")  # the first one of all begins the run
+        kept = cases[1:] or cases  # some programs are compiled only by a start that resumes
+        run(command, machine(kept[0], 0), folder / "log", FIRST)
+        for case in kept:
+            run(command, machine(case, 0), folder / "log")
         for number in range(1, args.rounds + 1):
             for case in cases:
-                measured.setdefault(case, []).append(run(command, machine(case, number), folder / "log"))
+                asked = bucket.count(PROGRAMS) if bucket else 0
+                seen = run(command, machine(case, number), folder / "log")
+                measured.setdefault(case, []).append(seen)
+                requests.setdefault(case, []).append(bucket.count(PROGRAMS) - asked if bucket else 0)
     for case, rounds in measured.items():
-        parts = {part: [each[part] for each in rounds] for part in ("whole", *PARTS)}
+        parts = {part: [each[part][0] for each in rounds] for part in ("whole", *PARTS)}
+        cpu = {part: [each[part][1] for each in rounds] for part in parts}
         record = {
             "benchmark": "restart",
             "config": args.config,
@@ -151,6 +168,8 @@ def main() -> None:
             "case": case,
             **{f"{part}_seconds": round(statistics.median(values), 2) for part, values in parts.items()},
             "ranges": {part: [round(min(values), 2), round(max(values), 2)] for part, values in parts.items()},
+            "cpu_seconds": {part: round(statistics.median(values), 2) for part, values in cpu.items()},
+            "requests_for_programs": statistics.median(requests[case]),
             "rounds": args.rounds,
             "python": platform.python_version(),
         }
