@@ -25,6 +25,7 @@ def published(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_adapters_of_a_model_in_a_bucket_are_those_of_local_folders(run, reference, place, bucket, tmp_path):
     assert run(tmp_path / "local", init_from=str(reference), **ADAPTED) == entry_point.FINISHED
     bucket.upload(reference, "source")

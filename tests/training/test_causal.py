@@ -66,6 +66,7 @@ def test_it_learns_and_a_stopped_run_continues_bitwise(run, trained, tmp_path):
     assert_same_run(tmp_path / "run", trained)
 
 
+@pytest.mark.slow
 def test_meshes_and_accumulation_give_the_same_losses(run, trained, tmp_path):
     settings = CAUSAL | {"mesh__fsdp": 2, "mesh__tensor": 2, "mesh__data": 1, "accumulation": 2}
     assert run(tmp_path / "run", devices=4, **settings) == entry_point.FINISHED
