@@ -23,9 +23,7 @@ ONE_MOMENT = (["saving", "20"],)
 ALL_MOMENTS = (["publish"], ["config"], ["dispatched", "4"], ["saving", "5"], ["written", "14"], ["saving", "20"])
 
 
-@pytest.mark.parametrize(
-    "moments", [ONE_MOMENT, pytest.param(ALL_MOMENTS, marks=pytest.mark.slow)], ids=["one", "all"]
-)
+@pytest.mark.parametrize("moments", [ONE_MOMENT, pytest.param(ALL_MOMENTS, marks=pytest.mark.slow)], ids=["one", "all"])
 def test_killed_at_chosen_moments_the_run_is_the_same(outside, corpus, tmp_path, moments):
     folder = tmp_path / "run"
     flags = tiny.command(folder, f"data.input={corpus}")
