@@ -1,10 +1,9 @@
 """Runs the commands on the pages of the documentation: python docs/run_commands.py [PAGE...] [--keep]
 
 Without a PAGE, it reads README.md and docs/*.md. It runs the `bash` and `python` blocks of each page in order, in one
-scratch folder per page, and two pages at a time. The pages show commands at full size. Programs named `python`, `pip`,
-`sbatch` and so on, which stand first in PATH, receive these commands: `python` makes them small by the rules in RULES
-and runs them; the programs of clusters are stand-ins (docs/stand_ins.py), which only check what they are given. For the
-bucket gs://BUCKET stands an emulator; if none is installed, commands that name it do nothing.
+scratch folder per page, and two pages at a time. Programs named `python`, `pip`, `sbatch` and so on, which stand first
+in PATH, receive these commands: `python` makes them small by the rules in RULES and runs them; those of clusters are
+stand-ins (docs/stand_ins.py), which only check what they are given. For gs://BUCKET stands an emulator, if installed.
 
 In the pages:
     # exit code 2                      a comment in or directly above a command: the exit code that it must have
@@ -13,7 +12,7 @@ In the pages:
     <!-- the commands in this table are run -->    before a table: so are `python ...` in its cells, but for those that
                                        another page has word for word, which are run there
 
-The exit code is 0 if every command has ended as it should, and 1 otherwise. --keep keeps the scratch folder.
+The exit code is 1 if a command has not ended as it should, and otherwise 0. --keep keeps the scratch folder.
 """
 
 import argparse
