@@ -20,7 +20,7 @@ def get_config(model: str = "llada") -> Config:
     """Returns the config of a model of MODELS with about 1.4 million parameters."""
     if model not in MODELS:
         raise UserError(f"--config=benchmarks/stories_config.py:{model}: choose {' or '.join(MODELS)}")
-    config = Config(steps=1000, batch_size=32, sequence_length=128)
+    config = Config(steps=1200, batch_size=32, sequence_length=128)
     config.model.layers = 4
     config.model.width = 160
     config.model.heads = 5
@@ -50,9 +50,9 @@ def get_config(model: str = "llada") -> Config:
 
     config.logging.every = 20
     config.logging.tensorboard = False
-    config.checkpoint.every = 200
-    config.validation.every = 500
+    config.checkpoint.every = 300
+    config.validation.every = 600
     config.validation.rows = 64
-    config.sampling.every = 500
+    config.sampling.every = 600
     config.sampling.prompts = ("Once upon a time, there was a little girl",)
     return config
