@@ -8,7 +8,8 @@
 Both have the same parameters, see the same rows in the same order and take the same steps, so they cost about the same
 compute. They differ in the attention mask and in the objective: Eq. 3 of LLaDA's paper, or the prediction of the next
 token. The rows are packed, so EOS stands in front of every story that begins within one, as it does when they continue
-a story.
+a story. A model takes a quarter of an hour on one core of an Intel Xeon with AVX-512. LLaDA is then far from having
+learned all that it could, so this is a test with a model that is unsure (benchmarks/RESULTS.md).
 """
 
 from llada_jax.config import Config, UserError
