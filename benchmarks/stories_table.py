@@ -28,6 +28,7 @@ from tasks_table import COLOURS, GREY, MARKERS, STYLE, TICKS, plt
 from llada_jax.cli.paths import expanded_path
 
 RESAMPLES = 10_000
+SHAPES = {"remasking": "d", "revoke": "P"}  # the marks of the ways that have these fields
 WIDTH = 4  # words in a row that count as repeated
 
 
@@ -102,6 +103,13 @@ def kind(name: str) -> str:
     return AUTOREGRESSIVE if name.startswith(AUTOREGRESSIVE) else str(WAYS[name].get("commit", "schedule"))
 
 
+def marker(name: str) -> str:
+    """Returns the shape of a way's mark."""
+    if kind(name) == AUTOREGRESSIVE:
+        return MARKERS["causal"]
+    return next((SHAPES[field] for field in SHAPES if field in WAYS[name]), MARKERS[WAYS[name].get("cache", "none")])
+
+
 def picture(table: dict[str, dict], output: Path) -> None:
     """Draws the nats per character against the speed and against the share of different triples of words."""
     written = {name: point for name, point in table.items() if "rate" in point}
@@ -110,13 +118,12 @@ def picture(table: dict[str, dict], output: Path) -> None:
         figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)
         for name, point in written.items():
             colour, way = COLOURS[kinds.index(kind(name))], WAYS[name]
-            marker = MARKERS["causal" if kind(name) == AUTOREGRESSIVE else way.get("cache", "none")]
             fill = {0.0: "none", 1.0: "black"}.get(way.get("temperature"), colour)
             for axes, x in zip(panels, (point["speed"], 100 * point["trigrams"]), strict=True):
                 low, high = point["interval"]
                 axes.errorbar(
-                    x, point["nats"], [[point["nats"] - low], [high - point["nats"]]], marker=marker, color=colour,
-                    markerfacecolor=fill, elinewidth=0.5, alpha=0.85,
+                    x, point["nats"], [[point["nats"] - low], [high - point["nats"]]], marker=marker(name),
+                    color=colour, markerfacecolor=fill, elinewidth=0.5, alpha=0.85,
                 )  # fmt: skip
         for axes in panels:
             if TRUE in table:
@@ -129,12 +136,14 @@ def picture(table: dict[str, dict], output: Path) -> None:
         panels[1].set(xlabel="different triples of words, %")
         if TRUE in table:
             panels[1].plot(100 * table[TRUE]["trigrams"], table[TRUE]["nats"], marker="x", color=GREY)
-        marks = [(each, COLOURS[i], "o" if each != AUTOREGRESSIVE else "*", COLOURS[i]) for i, each in enumerate(kinds)]
-        marks += [(f"cache {each}", GREY, MARKERS[each], GREY) for each in ("prefix", "dual")]
+        marks = [(each, c, "*" if each == AUTOREGRESSIVE else "o", c) for each, c in zip(kinds, COLOURS, strict=False)]
+        shapes = {f"cache {each}": MARKERS[each] for each in ("prefix", "dual")}
+        shapes |= {"random order": SHAPES["remasking"], "takes tokens back": SHAPES["revoke"]}
+        marks += [(text, GREY, shape, GREY) for text, shape in shapes.items()]
         marks += [("greedy", GREY, "o", "none"), ("temperature 1", GREY, "o", "black"), (TRUE, GREY, "x", GREY)]
         handles = [
-            plt.Line2D([], [], linestyle="", label=text, color=colour, marker=marker, markerfacecolor=fill)
-            for text, colour, marker, fill in marks
+            plt.Line2D([], [], linestyle="", label=text, color=colour, marker=shape, markerfacecolor=fill)
+            for text, colour, shape, fill in marks
         ]
         figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
         figure.savefig(output, transparent=True, metadata={"Date": None})
