@@ -4,8 +4,8 @@
 # Writes a file NAME.json for each NAME into OUTPUT_DIR (default: benchmarks/plans). Without names, plans every entry in
 # HARDWARE of the first three files, and arm_7b for v5p-4x4x8. The names of configs/8b_sft.py start with "8b_sft-", e.g.
 # 8b_sft-lora-h200-1, those of configs/1b.py with "1b-", and those of configs/arm_7b.py with "arm_7b-".
-# Needs pip install "jax[tpu]" for TPUs and pip install "jax[cuda13]" for GPUs, but no accelerator. A plan takes 2 to 10
-# minutes of CPU time.
+# Needs pip install "jax[tpu]" for TPUs and pip install "jax[cuda13]" for GPUs, but no accelerator. A plan for TPUs takes 2
+# to 10 minutes of CPU time.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 out=${1:-benchmarks/plans}

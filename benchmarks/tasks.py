@@ -6,8 +6,9 @@ benchmarks/tasks_config.py has the commands that make the model and the problems
 autoregressive model, which writes with its cache. Every rule of `commit` (and the schedule with 1, 2 and 4 tokens per
 step) is used with every cache and block length; the other orders of `remasking` and the rules that take tokens back are
 used without a cache, the latter in the blocks of --revoke_blocks. The rules that find the length are used with
-commit=threshold: append with every cache and block length, and daedal once. All settings get the same problems in the
-same batches. For each batch they take turns, so that other load on the machine affects all of them alike.
+commit=threshold: append with every cache and block length, and daedal once, if --gen_length is more than its first 64
+tokens. All settings get the same problems in the same batches. For each batch they take turns, so that other load on
+the machine affects all of them alike.
 
 Each batch and setting appends one JSON line to --output; a run that was ended goes on where it was. Of a batch they
 tell: correct, the number of answers with the right result; whole, those in which the working is right too; right, the
@@ -34,6 +35,7 @@ import llada_jax
 from llada_jax.cli.paths import expanded_path
 from llada_jax.config import SamplerConfig
 from llada_jax.model.transformer import Transformer
+from llada_jax.sampling import daedal
 from llada_jax.sampling.commit import RULES, SCHEDULE
 from llada_jax.sampling.lengths import APPEND, DAEDAL
 from llada_jax.sampling.sampler import generate
@@ -104,7 +106,8 @@ def settings(args: argparse.Namespace) -> Iterator[dict[str, object]]:
             appended = [{"commit": "threshold", "length": APPEND}] if block_length < args.gen_length else []
             for rule in schedules + rules + appended + (uncached if cache == NONE else []):
                 yield rule | {"cache": cache, "block_length": block_length}
-    yield {"commit": "threshold", "length": DAEDAL, "cache": NONE, "block_length": args.gen_length}
+    if args.gen_length > daedal.FIRST:  # otherwise it has nothing to find
+        yield {"commit": "threshold", "length": DAEDAL, "cache": NONE, "block_length": args.gen_length}
     if args.causal:
         yield AUTOREGRESSIVE
 

@@ -1,17 +1,14 @@
 """The autoregressive baseline of LLaDA 8B (arXiv 2502.09992, Appendix B.2): the same Transformer with a causal mask.
 
     python -m llada_jax.prepare --input='text/*.parquet' --output=DATA --tokenizer=LLADA_TOKENIZER_DIR
-    python -m llada_jax.train --config=configs/arm_7b.py --workdir=runs/arm_7b --config.data.path=DATA
+    python -m llada_jax.train --config=configs/arm_7b.py:v5p-4x4x8 --workdir=runs/arm_7b --config.data.path=DATA
 
 Model: 6,834,851,840 parameters, 5,798,858,752 without embedding and head; grouped-query attention, 8 key/value heads.
 Data, batch and the shape of the schedule are those of configs/8b.py; the learning rate peaks at 1.5e-4. No sequence is
 cut to a random length: each token is predicted from every number of tokens before it anyway.
 Hardware: parameters, gradients and Adam's moments take 16 bytes per parameter, 109 GB in all. The hardware is an
-argument of this file, one of HARDWARE in configs/8b.py, whose settings leave room for this smaller model:
-
-    python -m llada_jax.train --config=configs/arm_7b.py:v5p-4x4x8 --workdir=runs/arm_7b --config.data.path=DATA
-
-We have not run it.
+argument of this file, one of HARDWARE in configs/8b.py, whose larger model has the same settings there. v5p-4x4x8 is
+planned (benchmarks/plans), the others are not. We have not run it.
 """
 
 import runpy

@@ -100,7 +100,8 @@ def _zeros(masks_B: jax.Array, config: ModelConfig, compute: ComputeConfig, leng
 
 def _check_memory(model: Transformer, batch: int, length: int, streams: int, config: SamplerConfig) -> None:
     # Where the width of a full pass is chosen in the program, XLA keeps a copy of the cache meanwhile.
-    copies = streams * (2 if _sees_a_part(config) else 1)
+    choice = _sees_a_part(config) and len(widths(length, _least(length, config), SEEN)) > 1
+    copies = streams * (2 if choice else 1)
     check_memory(model, batch, length, copies, f"cache={config.cache}: ", ", or cache=none")
 
 

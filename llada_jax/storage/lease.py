@@ -2,8 +2,9 @@
 
 The object is created, renewed and taken over by conditional writes, so of several processes exactly one succeeds. An
 owner that dies leaves the object behind; who finds it waits until it was not renewed for SECONDS, and takes it over. An
-owner that was only slow notices that at its next renewal, and must stop. On the machine of a dead owner nobody waits:
-the lease names its process, and there is none any more.
+owner that was only slow notices that at its next renewal, and must stop. If the owner was the only process of its run,
+the lease names it, and who finds the lease on the same machine, in the same container and since the same boot, does not
+wait if there is no such process any more. (Two copies of one snapshot of a machine would be taken for the same.)
 
 The age of a lease is measured with the clock of the process that finds it. Clocks that differ by more than
 SECONDS - RENEWAL_SECONDS could make it take over the lease of a living owner, which then stops.
@@ -32,20 +33,21 @@ class LeaseLost(Exception):
 class Lease:
     """The lease of this process, which a thread renews until `release`."""
 
-    def __init__(self, path: str | os.PathLike, used: str, report: Callable[[str], None]):
+    def __init__(self, path: str | os.PathLike, used: str, report: Callable[[str], None], alone: bool = True):
         """Takes the lease, after waiting for at most SECONDS if its last owner may be alive.
 
         Args:
           path: The address of the object.
           used: What error messages call the owned folder, such as "--workdir=gs://b/run".
           report: A function that is called with one line of text if there is something to wait for.
+          alone: Whether the run has no other process. If it has, they may write for a while after this one has died.
 
         Raises:
           UserError: If another process owns the lease and is alive, if the object cannot be written, or if the storage
             does not keep to the conditions of a write.
         """
         self.mark = f"{platform.node()} {os.getpid()} {time.time_ns()}"
-        self._path, self._used = path, used
+        self._path, self._used, self._alone = path, used, alone
         self._renewals = 0
         self._lost = False
         self._lock, self._end = threading.Lock(), threading.Event()
@@ -93,7 +95,7 @@ class Lease:
     def _content(self) -> bytes:
         self._renewals += 1
         record = {"owner": self.mark, "time": time.time(), "renewals": self._renewals}
-        return json.dumps(record | {"processes": _processes(), "pid": os.getpid()}).encode()
+        return json.dumps(record | (_this_process() if self._alone else {})).encode()
 
     def _keep(self) -> None:
         while not self._end.wait(RENEWAL_SECONDS) and not self._lost:
@@ -145,6 +147,10 @@ def _owner(content: bytes) -> tuple[str, float]:
         return str(record["owner"]), float(record["time"])
     except (ValueError, KeyError, TypeError):
         return "another program", time.time()
+
+
+def _this_process() -> dict[str, str | int]:
+    return {"processes": _processes(), "pid": os.getpid()}
 
 
 def _processes() -> str:

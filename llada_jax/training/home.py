@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llada_jax.data.sets import SET
+from llada_jax.devices import distributed
 from llada_jax.formats import published
 from llada_jax.formats.workdir import PUBLISHED_FILES, TOKENIZER
 from llada_jax.storage import copies, objects
@@ -72,7 +73,7 @@ class BucketHome(Home):
         """
         super().__init__(path, working_copy(path))
         self._report = report
-        self.lease = Lease(path / "lock", used, report)
+        self.lease = Lease(path / "lock", used, report, alone=distributed.count() == 1)
         try:
             self._stamps: dict[str, tuple[int, int]] = {}  # what the bucket holds: modification time and size
             self._fetch()
@@ -85,7 +86,7 @@ class BucketHome(Home):
 
     def _fetch(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)  # a child of a killed run may still write a file
         there = [name for prefix in _CONTINUED_FOLDERS for name in self._names(prefix)]
         for name in (*_CONTINUED, *there):
             with contextlib.suppress(FileNotFoundError):

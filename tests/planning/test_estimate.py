@@ -319,7 +319,12 @@ def test_the_recorded_plans_of_1b_are_of_this_config(name):
 
 
 def test_the_recorded_plan_of_the_autoregressive_baseline_is_of_its_config():
+    get_config = runpy.run_path(str(ROOT / "configs" / "arm_7b.py"))["get_config"]
+    config = get_config("v5p-4x4x8")
     record = json.loads((ROOT / "benchmarks" / "plans" / "arm_7b-v5p-4x4x8.json").read_text())
     assert record["fits"] and record["topology"] == "v5p:4x4x8" and record["parameters"] == 6_834_851_840
-    assert (record["accumulation"], record["compute"]["remat"], record["mesh"]["data"]) == HARDWARE["v5p-4x4x8"]
+    wanted = (config.accumulation, config.compute.remat, config.mesh.data)
+    assert (record["accumulation"], record["compute"]["remat"], record["mesh"]["data"]) == wanted
+    with pytest.raises(UserError, match="arm_7b.py:v9: choose one of v5e-16x16"):
+        get_config("v9")
     assert record["sequences_per_step"] * record["sequence_length"] == 1280 * 4096

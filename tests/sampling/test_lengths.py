@@ -119,7 +119,7 @@ def test_an_early_stop_takes_nothing_from_the_text(sharp, prompts, length, chang
         end = int(np.isin(all_T, list(SOME.values())).argmax()) + 1 if ended else len(all_T)
         assert row_T[:end].tolist() == all_T[:end].tolist()
         last = (-(-end // config.block_length) + 1) * config.block_length  # a block may begin in the prompt
-        assert (row_T[last:] == config.eos_id).all()
+        assert (row_T[last:] == config.eos_id).all()  # of blocks of 8, there is nothing behind the last
     assert ((np.asarray(steps_B) < np.asarray(all_B)) <= ended_B).all() and (steps_B < all_B).any()
 
 

@@ -66,13 +66,13 @@ STOPPING = {"stop_at_end": True, "block_length": 5, "steps": 19, "eos_id": 22, "
         {"temperature": 0.7, "remasking": "random"},
         {"temperature": 1.3},
         {"cfg_scale": 1.5},
-        INFILLING,
         NO_ENDS,
         LATE_ENDS,
         STOPPING,
+        INFILLING,
     ],
-    ids="uneven surplus fewer-than-blocks random sampled guided infilling no-ends late-ends "
-    "stop-after-the-block".split(),
+    ids="uneven surplus fewer-than-blocks random sampled guided no-ends late-ends "
+    "stop-after-the-block infilling".split(),
 )
 def test_generate_is_the_plain_sampler(model, prompts, changes):
     config, key = settings(**changes), jax.random.key(3)

@@ -86,7 +86,7 @@ def test_an_owner_that_was_killed_on_this_machine_is_not_waited_for(path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(lease.os, "getpid", lambda: process.pid)
         owner = Lease(path, "--workdir=x", print)
-    killed(owner)
+        killed(owner)
     record = json.loads(objects.read(path))
 
     def is_waited_for() -> bool:
@@ -104,6 +104,19 @@ def test_an_owner_that_was_killed_on_this_machine_is_not_waited_for(path, monkey
         assert is_waited_for()
     del record["processes"]  # as written before there was this field
     assert is_waited_for()
+
+
+def test_one_of_several_processes_is_waited_for(path, monkeypatch):
+    """The others may live on for a while."""
+    monkeypatch.setattr(lease, "SECONDS", 0.4)
+    process = subprocess.Popen(["true"])
+    process.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(lease.os, "getpid", lambda: process.pid)
+        killed(Lease(path, "--workdir=x", print, alone=False))
+    said = []
+    Lease(path, "--workdir=x", said.append).release()
+    assert said
 
 
 def test_an_owner_that_ends_is_not_waited_for(path):
