@@ -155,6 +155,8 @@ def main() -> None:
             for case in cases:
                 asked = bucket.count(PROGRAMS) if bucket else 0
                 seen = run(command, machine(case, number), folder / "log")
+                if not seen:
+                    sys.exit((folder / "log").read_text(encoding="utf-8") + "error: this start did not resume the run")
                 measured.setdefault(case, []).append(seen)
                 requests.setdefault(case, []).append(bucket.count(PROGRAMS) - asked if bucket else 0)
     for case, rounds in measured.items():
