@@ -18,13 +18,13 @@ from pathlib import Path
 
 import matplotlib
 import scipy.stats
+from tasks import VARIED
 
 from llada_jax.cli.paths import expanded_path
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-VARIED = ("commit", "steps", "commit_bound", "remasking", "revoke", "cache", "block_length", "length")
 COLOURS = ("#888888", "#1f6fb4", "#d9730d", "#2b8a3e", "#8f4ab8", "#c2255c", "#0b8a8a")
 MARKERS = {"none": "o", "prefix": "^", "dual": "s", "causal": "*"}
 TICKS = (0.5, 1, 2, 4, 8, 16, 32)

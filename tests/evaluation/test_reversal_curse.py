@@ -1,6 +1,5 @@
 """Tests benchmarks/reversal.py, which trains models on facts and asks for both parts of them."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -9,20 +8,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from experiments import imported
 from paths import PYTHONPATH, ROOT
 
 from llada_jax.text.tokenizer import load_tokenizer
 
 COUPLETS = [("ab", "cde"), ("fg", "hi"), ("jkl", "mn"), ("op", "qr"), ("op", "st"), ("uvwxyz01", "2"), ("34", "56")]
-
-
-def imported(name):
-    """Imports a program of benchmarks/."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
 
 
 facts = imported("reversal_facts")

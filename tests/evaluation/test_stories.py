@@ -1,6 +1,5 @@
 """Tests benchmarks/stories.py and stories_table.py: whose stories are continued, how they are judged and counted."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from experiments import imported
 from paths import PYTHONPATH, ROOT
 
 import llada_jax
@@ -17,16 +17,6 @@ from llada_jax.config import UserError
 from llada_jax.data.prepare.held_out import text_hash
 from llada_jax.data.prepare.prepare_text import prepare
 from llada_jax.sampling.settings import check_settings
-
-
-def imported(name):
-    """Imports a program of benchmarks/."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
-
 
 stories = imported("stories")
 

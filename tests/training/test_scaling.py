@@ -1,7 +1,6 @@
 """Tests benchmarks/scaling.py and scaling_table.py: equal compute for both kinds, resumption, fits and tables."""
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -12,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from experiments import imported
 from paths import PYTHONPATH, ROOT
 from scipy import stats
 
@@ -27,15 +27,7 @@ from llada_jax.training import config_check
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def script(name: str):
-    """Returns a module of the folder benchmarks."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-grids, scaling, table = map(script, ("scaling_grid", "scaling", "scaling_table"))
+grids, scaling, table = map(imported, ("scaling_grid", "scaling", "scaling_table"))
 KINDS = ["autoregressive", "llada"]
 EXPERIMENTS = ["rates", "compute", "epochs"]
 RATES = dict.fromkeys(KINDS, 2e-3)
