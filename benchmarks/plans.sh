@@ -25,9 +25,9 @@ fi
 failed=0
 for name in "$@"; do
     file=8b hardware=$name
-    if [[ $name == 8b_sft-* ]]; then file=8b_sft hardware=${name#8b_sft-}; fi
-    if [[ $name == arm_7b-* ]]; then file=arm_7b hardware=${name#arm_7b-}; fi
-    if [[ $name == 1b-* ]]; then file=1b hardware=${name#1b-}; fi
+    for other in 8b_sft 1b arm_7b; do
+        if [[ $name == "$other"-* ]]; then file=$other hardware=${name#"$other"-}; fi
+    done
     topology=${hardware#lora-} topology=${topology/-/:}
     echo "== $file, $hardware"
     python -m llada_jax.plan --config="configs/$file.py:$hardware" --topology="$topology" --json >"$out/$name.tmp" ||

@@ -100,8 +100,7 @@ def _zeros(masks_B: jax.Array, config: ModelConfig, compute: ComputeConfig, leng
 
 def _check_memory(model: Transformer, batch: int, length: int, streams: int, config: SamplerConfig) -> None:
     # Where the width of a full pass is chosen in the program, XLA keeps a copy of the cache meanwhile.
-    choice = _sees_a_part(config) and len(widths(length, _least(length, config), SEEN)) > 1
-    copies = streams * (2 if choice else 1)
+    copies = streams * (2 if len(_seen_widths(length, config)) > 1 else 1)
     check_memory(model, batch, length, copies, f"cache={config.cache}: ", ", or cache=none")
 
 
@@ -256,7 +255,7 @@ def _full_pass(model, rows, block, seen, going_B, config, canvas_BT, cache):
         h_BND, cache = writing_trunk(model, take(canvas_BT, position_BN), position_BN, seen.count_B, cache, shadows)
         return _pick(h_BND, jnp.minimum(slot_BK, width - 1), width), cache
 
-    sizes = [(width,) for width in widths(length, _least(length, config), SEEN)]
+    sizes = [(width,) for width in _seen_widths(length, config)]
     return narrowest(run, sizes, [jnp.max(jnp.where(going_B, seen.count_B, 0))], cache)
 
 
@@ -271,7 +270,7 @@ def _partial_pass(model, rows, block, seen, ready_B, plan, config, canvas_BT, ca
     def feed(position_BN, slot_BN, slots, cache):
         return reading_trunk(model, take(canvas_BT, position_BN), position_BN, slot_BN, real, cache, slots, shadows)
 
-    slots = [length] if seen is None else widths(length, _least(length, config), SEEN)
+    slots = _seen_widths(length, config)
     slots_needed = jnp.max(jnp.where(ready_B, count_B, 0))
     if config.cache == DUAL:
         outside_BK = jnp.where(block.inside_BK, slot_BK, length)
@@ -297,6 +296,11 @@ def _partial_pass(model, rows, block, seen, ready_B, plan, config, canvas_BT, ca
         sizes = list(dict.fromkeys(sizes))
     fed_needed = jnp.max(jnp.where(ready_B, count_B - first_B1[:, 0], 0))
     return narrowest(run, sizes, [fed_needed, slots_needed], cache)
+
+
+def _seen_widths(length: int, config: SamplerConfig) -> list[int]:
+    """Returns the widths that what a row sees may have: only that of the canvas where it sees all of it."""
+    return widths(length, _least(length, config), SEEN) if _sees_a_part(config) else [length]
 
 
 def _least(length: int, config: SamplerConfig) -> int:

@@ -74,9 +74,7 @@ class Lease:
     def _free(self, report: Callable[[str], None]) -> bytes:
         """Returns the generation of a lease that nobody owns any more. Raises UserError if its owner is alive."""
         content, first = objects.read_with_generation(self._path)
-        if content is None:
-            return first
-        if _dead(content):
+        if content is None or _dead(content):
             return first
         owner, renewed = _owner(content)
         until = time.monotonic() + min(SECONDS, max(0.0, renewed + SECONDS - time.time()))
@@ -95,7 +93,9 @@ class Lease:
     def _content(self) -> bytes:
         self._renewals += 1
         record = {"owner": self.mark, "time": time.time(), "renewals": self._renewals}
-        return json.dumps(record | (_this_process() if self._alone else {})).encode()
+        if self._alone:
+            record |= {"processes": _processes(), "pid": os.getpid()}
+        return json.dumps(record).encode()
 
     def _keep(self) -> None:
         while not self._end.wait(RENEWAL_SECONDS) and not self._lost:
@@ -149,10 +149,6 @@ def _owner(content: bytes) -> tuple[str, float]:
         return "another program", time.time()
 
 
-def _this_process() -> dict[str, str | int]:
-    return {"processes": _processes(), "pid": os.getpid()}
-
-
 def _processes() -> str:
     """Returns what names the process ids of this machine or container since it was started; "" if that is unknown."""
     try:
@@ -165,8 +161,8 @@ def _processes() -> str:
 def _dead(content: bytes) -> bool:
     """Returns whether the owner that a lease names was a process of this machine, and has ended."""
     try:
-        record = json.loads(content)
-        if not _processes() or record["processes"] != _processes():
+        record, here = json.loads(content), _processes()
+        if not here or record["processes"] != here:
             return False
         os.kill(int(record["pid"]), 0)  # this sends nothing
     except ProcessLookupError:
