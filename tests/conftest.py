@@ -59,8 +59,8 @@ def pytest_collection_modifyitems(config, items):
     # The files that take long come first, so that no worker is left alone with one of them at the end: those with slow
     # tests, and then whole runs and the sampler.
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
-    wings = dict.fromkeys(("devices", "training", "sampling", "entry_points"), 1)
-    items.sort(key=lambda item: (-slow[item.path], -wings.get(item.path.parent.name, 0)))
+    long = ("devices", "training", "sampling", "entry_points")
+    items.sort(key=lambda item: (-slow[item.path], item.path.parent.name not in long))
     if not (most := config.getoption("--cases")):
         return
     cases = collections.defaultdict(list)

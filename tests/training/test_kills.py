@@ -42,7 +42,7 @@ def test_killed_many_times(prepared, place, bucket, tmp_path):
     errors = local.communicate()[1]
     assert local.returncode == 0, errors
     flags = [str(SUPPORT / "in_bucket.py"), *tiny.command(place, *settings)]
-    seen, during_saves = collections.Counter(), 0
+    seen, unfinished_after = collections.Counter(), 0
 
     def start():
         bucket.reset()
@@ -72,7 +72,7 @@ def test_killed_many_times(prepared, place, bucket, tmp_path):
         assert process.returncode == -9 and "Traceback" not in said, said
         count()
         bucket.reset()
-        during_saves += bool(unfinished())
+        unfinished_after += bool(unfinished())
         kept = f"complete {workdir.steps_in(place)}, unfinished {unfinished()}"
         print(f"kill {number + 1}: {moment} + {seconds:.2f} s, {kept}", flush=True)
     process = start()
@@ -82,4 +82,4 @@ def test_killed_many_times(prepared, place, bucket, tmp_path):
     bucket.reset()
     assert_same_run(bucket.download("runs/one", tmp_path / "got"), tmp_path / "local")
     assert len(workdir.steps_in(place)) == 2 and not unfinished() and "runs/one/lock" not in bucket.names()
-    print(f"{KILLS} kills, {during_saves} of them while a checkpoint was on its way; requests: {dict(seen)}")
+    print(f"{KILLS} kills, {unfinished_after} of which left an unfinished checkpoint; requests: {dict(seen)}")
