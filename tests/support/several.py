@@ -3,7 +3,7 @@
     python tests/support/several.py POINT WHO STEP -- FLAGS OF TRAIN
 
 Only the process with the index WHO does it. POINT is one of
-  raise      raises an exception as soon as step STEP is dispatched
+  raise      raises an exception when step STEP is dispatched and the last checkpoint before it is complete
   terminate  sends SIGTERM to itself as soon as step STEP is dispatched
   saving     dies (kill -9) while it writes its part of checkpoint STEP
   other      trains with another seed than the other processes
@@ -51,6 +51,9 @@ def main() -> None:
         state = dispatch(self, *args)
         if self.done == int(step):
             if point == "raise":
+                # A process that fails does not wait for a checkpoint that all processes write.
+                while int(step) - max(workdir.steps_in(Path(folder)), default=0) >= self.config.checkpoint.every:
+                    time.sleep(0.05)
                 raise RuntimeError("a step that fails")
             elif point == "terminate":
                 os.kill(os.getpid(), signal.SIGTERM)
