@@ -5,9 +5,11 @@ The PyTorch code is written below for this comparison: pre-norm blocks, RMSNorm,
 scaled_dot_product_attention, AdamW, and the head on masked positions only (and, as a second reference, on all
 positions). Each case first checks that all implementations compute the same loss. The implementations then run in turns
 in two processes, one of which sleeps while the other works, because two pools of threads in one process would disturb
-each other. Prints one JSON line per case: median times, and `ratio`, the time of llada_jax divided by the time of
-PyTorch, which is below 1 if llada_jax is faster. `isa` is the widest instruction set that both of them may use:
---isa=avx2 keeps both from AVX-512 on a CPU that has it.
+each other. Each turn begins with a run that is not timed: while a process sleeps, the other one takes its caches, and a
+virtual machine may give its freed memory back to the host, which no program that runs alone has to wait for. Both have
+huge pages, as `llada_jax.train` has. Prints one JSON line per case: median times, and `ratio`, the time of llada_jax
+divided by the time of PyTorch, which is below 1 if llada_jax is faster. `isa` is the widest instruction set that both
+of them may use: --isa=avx2 keeps both from AVX-512 on a CPU that has it.
 """
 
 import argparse
@@ -22,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from llada_jax.cli import huge_pages
 
 MASK_SHARE = 0.5  # share of the positions that is masked, in every row
 SAMPLES = 32  # number of Monte Carlo samples of each likelihood
@@ -354,10 +358,9 @@ def compare(name: str, case: Case, threads: int, rounds: int, isa: str) -> dict:
     if not difference < tolerance:
         raise SystemExit(f"{name}: the implementations do not compute the same value: {first}")
     seconds: dict[str, list[float]] = {which: [] for which in owners}
-    for which in owners:
-        ask(which)
     for _ in range(rounds):
         for which in owners:
+            ask(which)
             seconds[which].append(ask(which)[1])
     for process, connection in workers:
         connection.send(None)
@@ -391,6 +394,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each implementation")
     parser.add_argument("--isa", choices=["avx2"], help="the widest instruction set that both implementations may use")
     args = parser.parse_args()
+    huge_pages.restart()
     isa = use_isa(args.isa)
     for name in args.cases.split(","):
         print(json.dumps(compare(name, CASES[name], args.threads, args.rounds, isa)), flush=True)
