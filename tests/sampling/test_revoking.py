@@ -6,7 +6,7 @@ import numpy as np
 import plain_revoking
 import plain_sampler
 import pytest
-from small_sampler import ENDS, GEN_LENGTH, MASK, make_model, padded_prompts, settings
+from small_sampler import ENDS, GEN_LENGTH, MASK, SIZES, make_model, padded_prompts, settings
 
 from llada_jax.config import UserError
 from llada_jax.devices import mesh
@@ -104,6 +104,22 @@ def test_a_cache_that_is_refreshed_at_each_step_changes_nothing(model, name, cac
     assert fresh[1].tolist() == exact[1].tolist()
     assert (np.asarray(stale[0]) != np.asarray(exact[0])).any(), "what is stale must change something"
     assert not (np.asarray(stale[0])[:, 4:] == MASK).any()
+
+
+@pytest.mark.parametrize(("name", "cache", "window"), [("wino", "prefix", 3), ("wino-guided", "dual", 0)])
+def test_with_one_layer_nothing_is_ever_stale(make_mesh, name, cache, window):
+    """Its keys and values depend on their own tokens alone, so passes over a part of the canvas must be exact.
+
+    With more layers there is nothing to compare such passes with shadows to.
+    """
+    model = make_model(make_mesh(), dataclasses.replace(SIZES, layers=1), sharpness=12)
+    prompt_BT, real_BT = padded_prompts()
+    kept = settings(**CASES[name] | {"cache": cache, "suffix_window": window})
+    frames = list(denoise_steps(model, prompt_BT, kept, jax.random.key(3), real_BT))
+    assert taken_back(frames), "a case in which nothing is taken back shows nothing"
+    exact = {"cache_refresh": 1} if window else {"cache": "none"}
+    exact_BT = generate(model, prompt_BT, dataclasses.replace(kept, **exact), jax.random.key(3), real_BT)
+    np.testing.assert_array_equal(frames[-1].tokens_BT, exact_BT)
 
 
 def test_shadows_see_the_whole_window(model):
