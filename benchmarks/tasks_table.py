@@ -6,7 +6,8 @@ The table goes to stdout, as Markdown. "Signs" are the digits or letters of the 
 speed is the number of tokens per second, as a ratio to that of the exact sampler: one token per step, without a cache,
 in blocks of --block_length tokens. Both are medians over the batches, and the ratio is that of the medians.
 --clock=cpu_seconds takes the CPU time, where other load made the clock useless. Shares of right answers have their 95 %
-interval (Wilson's). The picture has a panel for each task: right answers against speed. Longer blocks have larger
+interval (Wilson's). --compact makes a shorter table without intervals, in which the caches stand beside each other, and
+the tasks in one cell. The picture has a panel for each task: right answers against speed. Longer blocks have larger
 marks. It needs the extra `plots`.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import json
 import statistics
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -70,6 +72,46 @@ def label(varied: dict, gen_length: int) -> str:
     return name
 
 
+def whole(table: dict[tuple, dict[str, dict]], gen_length: int) -> Iterator[list[str]]:
+    """Yields the cells of the rows of the table, a row for each setting."""
+    tasks = list(next(iter(table.values())))
+    head = ["rule", "cache", "block"]
+    for task in tasks:
+        head += [f"{task}: right (95 %)", "signs", "tokens per pass", "speed"]
+    yield head
+    yield ["---"] * len(head)
+    for key, each in table.items():
+        varied = dict(zip(VARIED, key, strict=True))
+        cells = [label(varied, gen_length), varied["cache"], str(varied["block_length"] or "")]
+        for task in tasks:
+            p = each[task]
+            cells += [f"{100 * p['correct']:.1f} % ({100 * p['low']:.1f} to {100 * p['high']:.1f})"]
+            cells += [f"{100 * p['parts']:.0f} %", f"{p['tokens_per_pass']:.2f}", f"{p['speed']:.2f}"]
+        yield cells
+
+
+def compact(table: dict[tuple, dict[str, dict]], gen_length: int) -> Iterator[list[str]]:
+    """Yields the cells of the rows of the table, a row for the settings that differ in their cache alone."""
+    at = VARIED.index("cache")
+    caches = list(dict.fromkeys(key[at] for key in table))
+    head = ["rule", "block", "tokens per pass"]
+    for cache in caches:
+        head += [f"{cache}: right, %", "speed"]
+    yield head
+    yield ["---"] * len(head)
+    for key in dict.fromkeys((*key[:at], caches[0], *key[at + 1 :]) for key in table):
+        varied = dict(zip(VARIED, key, strict=True))
+        found = [table.get((*key[:at], cache, *key[at + 1 :])) for cache in caches]
+        some = next(filter(None, found))
+        cells = [label(varied, gen_length), str(varied["block_length"] or "")]
+        cells.append(", ".join(f"{p['tokens_per_pass']:.1f}" for p in some.values()))
+        for each in found:
+            points = each.values() if each else ()
+            cells.append(", ".join(f"{100 * p['correct']:.1f}" for p in points))
+            cells.append(", ".join(f"{p['speed']:.1f}" for p in points))
+        yield cells
+
+
 def _size(block_length: int) -> float:
     return 2 + block_length / 8
 
@@ -93,6 +135,7 @@ def picture(table: dict[tuple, dict[str, dict]], gen_length: int, output: Path) 
                     [[100 * (point["correct"] - point["low"])], [100 * (point["high"] - point["correct"])]],
                     marker=MARKERS[varied["cache"]], markersize=_size(varied["block_length"] or gen_length),
                     elinewidth=0.5, alpha=0.85, color=colour, markerfacecolor="none" if varied["revoke"] else colour,
+                    fillstyle="left" if varied["length"] else "full", markerfacecoloralt="none",
                 )  # fmt: skip
             axes.set(xlabel="tokens per second, times the exact sampler's", title=task, xscale="log")
             axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS], minor=False)
@@ -106,6 +149,8 @@ def picture(table: dict[tuple, dict[str, dict]], gen_length: int, output: Path) 
         handles += [_mark(f"cache {c}", marker=m) for c, m in MARKERS.items() if c in column["cache"]]
         if column["revoke"] - {None}:
             handles.append(_mark("takes tokens back", marker="o", markerfacecolor="none"))
+        if column["length"] - {None}:
+            handles.append(_mark("finds the length", marker="o", fillstyle="left", markerfacecoloralt="none"))
         for length in sorted(column["block_length"] - {None}):
             handles.append(_mark(f"blocks of {length}", marker="o", markersize=_size(length)))
         figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
@@ -117,6 +162,7 @@ def main() -> None:
     parser.add_argument("--input", type=expanded_path, required=True)
     parser.add_argument("--output", type=expanded_path, help="the picture, an .svg file")
     parser.add_argument("--block_length", type=int, default=24, help="of the exact sampler that others are compared to")
+    parser.add_argument("--compact", action="store_true", help="a shorter table, with the caches beside each other")
     parser.add_argument("--clock", choices=("seconds", "cpu_seconds"), default="seconds", help="what the speed counts")
     args = parser.parse_args()
 
@@ -132,19 +178,7 @@ def main() -> None:
     for each in table.values():
         for task, point in each.items():
             point["speed"] = point["rate"] / exact[task]["rate"]
-    tasks = list(exact)
-    print(
-        "| rule | cache | block |"
-        + "".join(f" {task}: right (95 %) | signs | tokens per pass | speed |" for task in tasks)
-    )
-    print("|---" * (3 + 4 * len(tasks)) + "|")
-    for key, each in table.items():
-        varied = dict(zip(VARIED, key, strict=True))
-        cells = [label(varied, gen_length), varied["cache"], str(varied["block_length"] or "")]
-        for task in tasks:
-            p = each[task]
-            cells += [f"{100 * p['correct']:.1f} % ({100 * p['low']:.1f} to {100 * p['high']:.1f})"]
-            cells += [f"{100 * p['parts']:.0f} %", f"{p['tokens_per_pass']:.2f}", f"{p['speed']:.2f}"]
+    for cells in (compact if args.compact else whole)(table, gen_length):
         print("| " + " | ".join(cells) + " |")
     if args.output:
         picture(table, gen_length, args.output)
