@@ -8,8 +8,8 @@ in two processes, one of which sleeps while the other works, because two pools o
 each other. Each turn begins with a run that is not timed: while a process sleeps, the other one takes its caches, and a
 virtual machine may give its freed memory back to the host, which no program that runs alone has to wait for. Both have
 huge pages, as `llada_jax.train` has. Prints one JSON line per case: median times, and `ratio`, the time of llada_jax
-divided by the time of PyTorch, which is below 1 if llada_jax is faster. `isa` is the widest instruction set that both
-of them may use: --isa=avx2 keeps both from AVX-512 on a CPU that has it.
+divided by the time of PyTorch, which is below 1 if llada_jax is faster. `isa` is the widest instruction set that the
+processor shows them; tests/support/no_avx512.c hides AVX-512 from both on one that has it.
 """
 
 import argparse
@@ -21,9 +21,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
+from numpy._core._multiarray_umath import __cpu_features__
 
 from llada_jax.cli import huge_pages
 
@@ -307,15 +307,6 @@ def with_torch(case: Case) -> tuple[dict[str, Callable[[], float]], dict]:
     return {"torch": stepper(False), "torch, head everywhere": stepper(True)}, versions
 
 
-def use_isa(limit: str | None) -> str:
-    """Keeps both from AVX-512 if `limit` is "avx2"; returns which of AVX2 and AVX-512 they may use, else "other"."""
-    if limit == "avx2":  # XLA; PyTorch's own kernels, oneDNN, and MKL
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_max_isa=AVX2"
-        os.environ |= {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-    flags = Path("/proc/cpuinfo").read_text().split()
-    return "AVX-512" if "avx512f" in flags and not limit else "AVX2" if "avx2" in flags else "other"
-
-
 def _worker(connection, make: Callable, case: Case, threads: int) -> None:
     """Prepares a case in a process of its own, and answers each name of a function with (value, seconds) of one run."""
     if make is with_torch:
@@ -330,7 +321,7 @@ def _worker(connection, make: Callable, case: Case, threads: int) -> None:
         connection.send((value, time.perf_counter() - start))
 
 
-def compare(name: str, case: Case, threads: int, rounds: int, isa: str) -> dict:
+def compare(name: str, case: Case, threads: int, rounds: int) -> dict:
     """Measures one case and returns its record."""
     # This limits PyTorch's pool of threads. XLA's pool has one thread per core that the process may use.
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -376,7 +367,7 @@ def compare(name: str, case: Case, threads: int, rounds: int, isa: str) -> dict:
         "value": first["ours"],
         "relative_difference": float(f"{difference:.2g}"),
         "threads": threads,
-        "isa": isa,
+        "isa": next((isa for isa in ("AVX512F", "AVX2") if __cpu_features__.get(isa)), "other"),
         "rounds": rounds,
         **versions,
         "python": platform.python_version(),
@@ -392,12 +383,10 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES), help="names of the cases, separated by commas")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each of them")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each implementation")
-    parser.add_argument("--isa", choices=["avx2"], help="the widest instruction set that both implementations may use")
     args = parser.parse_args()
     huge_pages.restart()
-    isa = use_isa(args.isa)
     for name in args.cases.split(","):
-        print(json.dumps(compare(name, CASES[name], args.threads, args.rounds, isa)), flush=True)
+        print(json.dumps(compare(name, CASES[name], args.threads, args.rounds)), flush=True)
 
 
 if __name__ == "__main__":
