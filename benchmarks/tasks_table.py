@@ -60,6 +60,10 @@ def summary(lines: list[dict], clock: str) -> dict[str, float]:
     }
 
 
+def _varied(key: tuple) -> dict:
+    return dict(zip(VARIED, key, strict=True))
+
+
 def label(varied: dict, gen_length: int) -> str:
     """Returns the name of a rule with its bound, if it is not the default one."""
     name = varied["commit"]
@@ -81,7 +85,7 @@ def whole(table: dict[tuple, dict[str, dict]], gen_length: int) -> Iterator[list
     yield head
     yield ["---"] * len(head)
     for key, each in table.items():
-        varied = dict(zip(VARIED, key, strict=True))
+        varied = _varied(key)
         cells = [label(varied, gen_length), varied["cache"], str(varied["block_length"] or "")]
         for task in tasks:
             p = each[task]
@@ -100,7 +104,7 @@ def compact(table: dict[tuple, dict[str, dict]], gen_length: int) -> Iterator[li
     yield head
     yield ["---"] * len(head)
     for key in dict.fromkeys((*key[:at], caches[0], *key[at + 1 :]) for key in table):
-        varied = dict(zip(VARIED, key, strict=True))
+        varied = _varied(key)
         found = [table.get((*key[:at], cache, *key[at + 1 :])) for cache in caches]
         some = next(filter(None, found))
         cells = [label(varied, gen_length), str(varied["block_length"] or "")]
@@ -128,7 +132,7 @@ def picture(table: dict[tuple, dict[str, dict]], gen_length: int, output: Path) 
         figure, panels = plt.subplots(1, len(tasks), figsize=(9, 3.6), layout="constrained", sharex=True)
         for task, axes in zip(tasks, panels, strict=True):
             for key, each in table.items():
-                varied, point = dict(zip(VARIED, key, strict=True)), each[task]
+                varied, point = _varied(key), each[task]
                 colour = COLOURS[rules.index(varied["commit"])]
                 axes.errorbar(
                     point["speed"], 100 * point["correct"],

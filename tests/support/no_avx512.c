@@ -6,13 +6,13 @@
    XLA_FLAGS=--xla_cpu_max_isa=AVX2 does that for the code that XLA generates, but not for the libraries that it calls
    for products of matrices. They ask the processor. Here the kernel lets the instruction CPUID fail (Intel: the flag
    cpuid_fault in /proc/cpuinfo), and a handler of the signal answers in its place. Programs that are started inherit
-   it with LD_PRELOAD; those that are linked statically do not. Where the kernel or the processor cannot do this, the
-   program ends at once with a message. */
+   it with LD_PRELOAD; those that are linked statically do not, and those that handle signals without the C library, as
+   programs written in Go do (wandb's), fail. Where the kernel or the processor cannot do this, the program ends at once
+   with a message. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <signal.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
@@ -77,7 +77,8 @@ __attribute__((constructor)) static void begin(void) {
     *(void **)&set_handler = dlsym(RTLD_NEXT, "sigaction");
     if (set_handler(SIGSEGV, &handler, NULL) || allow_cpuid(0)) {
         static const char message[] = "no_avx512: this machine cannot hide what its processor can do\n";
-        if (write(STDERR_FILENO, message, sizeof message - 1)) _exit(2);
+        const long unused = write(STDERR_FILENO, message, sizeof message - 1);
+        (void)unused;
         _exit(2);
     }
 }
