@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 MASKED_OUT = -1e30  # score of a key that is not real; finite, so that a row without any real key does not give NaN
 SAVED_NAME = "attention"  # checkpoint_name of the arrays that the backward pass needs; remat policies can keep them
 ROTATED_NAME = "rotated"  # checkpoint_name of queries and keys after RoPE, in the form that the kernel takes them
-SCORES = 2**19  # scores that are computed at a time; they and the arrays computed from them stay in the caches
+SCORES = 2**20  # scores that are computed at a time; they and the arrays computed from them stay in the caches
 
 
 def real_mask(real: jax.Array, keys: int) -> jax.Array:
@@ -62,116 +62,146 @@ def _dot(a_NXY: jax.Array, b_NXY: jax.Array, a_axis: int, b_axis: int) -> jax.Ar
 
 
 class _Tiles:
-    """Divides arrays (B, T, H, K) into tiles of `heads` key/value heads and `rows` queries of each of these heads.
+    """Divides the work into turns, each of some rows of the batch and key/value heads, and their queries into chunks.
 
-    Letters in names: Z turns of the outer loop, N key/value heads of a turn, C chunks of queries, Q queries of a chunk.
-    The queries of a key/value head are those of its R = H / G query heads, one query head after the other.
+    Letters in names: N pairs of a row and a key/value head in a turn, C chunks of queries, Q queries of a chunk. The
+    queries of a key/value head are those of its R = H / G query heads, one query head after the other.
+
+    What a turn needs is cut out of the arrays, and its results are put into others, in their own layout: transposing
+    whole arrays before the first turn and after the last one would take a sixth of all time.
     """
 
     def __init__(self, q_shape: tuple[int, ...], k_shape: tuple[int, ...]):
-        self.batch, self.length, self.q_heads, self.width = q_shape
-        self.keys, self.kv_heads = k_shape[1:3]
-        queries, pairs = self.q_heads // self.kv_heads * self.length, self.batch * self.kv_heads
-        self.rows = min(queries, max(8, SCORES // self.keys // 8 * 8))
-        self.chunks = -(-queries // self.rows)
-        self.padding = self.chunks * self.rows - queries
-        fitting = max(1, SCORES // (self.rows * self.keys)) if self.chunks == 1 else 1
-        self.heads = max(n for n in range(1, min(fitting, pairs) + 1) if pairs % n == 0)
+        batch, self.keys, kv_heads, _ = k_shape
+        self.length, self.repeats = q_shape[1], q_shape[2] // kv_heads
+        queries = self.repeats * self.length
+        self.chunk = min(queries, max(8, SCORES // self.keys // 8 * 8))
+        self.chunks = -(-queries // self.chunk)
+        self.padding = self.chunks * self.chunk - queries
+        fitting = SCORES // (self.chunk * self.keys) if self.chunks == 1 else 1
+        self.heads = _largest_divisor(kv_heads, fitting)
+        self.rows = _largest_divisor(batch, fitting // kv_heads)
+        self.turns_per_row = kv_heads // self.heads
+        self.turns = batch // self.rows * self.turns_per_row
 
-    def keys_in(self, x_BSGK: jax.Array) -> jax.Array:
-        """Reshapes keys or values to (Z, N, S, K)."""
-        return x_BSGK.swapaxes(1, 2).reshape(-1, self.heads, self.keys, self.width)
+    def _place(self, turn: jax.Array, repeats: int) -> tuple:
+        """Returns where the part of a turn begins in an array (B, T, H, K) with `repeats` heads per key/value head."""
+        return turn // self.turns_per_row * self.rows, 0, turn % self.turns_per_row * self.heads * repeats, 0
 
-    def keys_out(self, x_ZNSK: jax.Array) -> jax.Array:
-        return x_ZNSK.reshape(self.batch, self.kv_heads, self.keys, self.width).swapaxes(1, 2)
+    def keys_in(self, x_BSGK: jax.Array, turn: jax.Array) -> jax.Array:
+        """Returns the keys or values of a turn, (N, S, K)."""
+        sizes = (self.rows, self.keys, self.heads, x_BSGK.shape[-1])
+        x = jax.lax.dynamic_slice(x_BSGK, self._place(turn, 1), sizes)
+        return x.swapaxes(1, 2).reshape(-1, self.keys, x.shape[-1])
 
-    def queries_in(self, x_BTHK: jax.Array) -> jax.Array:
-        """Reshapes queries to (Z, C, N, Q, K), padded with zeros."""
-        x = x_BTHK.swapaxes(1, 2).reshape(-1, self.heads, self.chunks * self.rows - self.padding, self.width)
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, self.padding), (0, 0)))
-        return x.reshape(-1, self.heads, self.chunks, self.rows, self.width).swapaxes(1, 2)
+    def keys_out(self, x_BSGK: jax.Array, x_NSK: jax.Array, turn: jax.Array) -> jax.Array:
+        """Returns x_BSGK with x_NSK at the place of the keys or values of a turn."""
+        x = x_NSK.reshape(self.rows, self.heads, self.keys, -1).swapaxes(1, 2)
+        return jax.lax.dynamic_update_slice(x_BSGK, x.astype(x_BSGK.dtype), self._place(turn, 1))
 
-    def queries_out(self, x_ZCNQK: jax.Array) -> jax.Array:
-        x = x_ZCNQK.swapaxes(1, 2).reshape(-1, self.heads, self.chunks * self.rows, self.width)
-        x = x[:, :, : self.chunks * self.rows - self.padding]
-        return x.reshape(self.batch, self.q_heads, self.length, self.width).swapaxes(1, 2)
+    def queries_in(self, x_BTHK: jax.Array, turn: jax.Array) -> jax.Array:
+        """Returns the queries of a turn, (C, N, Q, K), padded with zeros."""
+        sizes = (self.rows, self.length, self.heads * self.repeats, x_BTHK.shape[-1])
+        x = jax.lax.dynamic_slice(x_BTHK, self._place(turn, self.repeats), sizes)
+        x = x.swapaxes(1, 2).reshape(self.rows * self.heads, -1, x.shape[-1])
+        x = jnp.pad(x, ((0, 0), (0, self.padding), (0, 0)))
+        return x.reshape(-1, self.chunks, self.chunk, x.shape[-1]).swapaxes(0, 1)
 
-    def bias(self, real: jax.Array | None) -> jax.Array:
-        """Returns the bias (Z, N, S) that is added to the scores: 0 for real keys, MASKED_OUT for other keys."""
+    def queries_out(self, x_BTHK: jax.Array, x_CNQK: jax.Array, turn: jax.Array) -> jax.Array:
+        """Returns x_BTHK with x_CNQK, without its padding, at the place of the queries of a turn."""
+        x = x_CNQK.swapaxes(0, 1).reshape(self.rows * self.heads, -1, x_CNQK.shape[-1])
+        x = x[:, : self.repeats * self.length].reshape(self.rows, -1, self.length, x.shape[-1]).swapaxes(1, 2)
+        return jax.lax.dynamic_update_slice(x_BTHK, x.astype(x_BTHK.dtype), self._place(turn, self.repeats))
+
+    def bias(self, real: jax.Array | None, turn: jax.Array) -> jax.Array | None:
+        """Returns what is added to the scores of a turn, (N, S): 0 for real keys, MASKED_OUT for others. None if all
+        are."""
         if real is None:
-            return jnp.zeros((self.batch * self.kv_heads // self.heads, self.heads, self.keys), jnp.float32)
+            return None
         bias_BS = jnp.where(real_mask(real, self.keys), 0.0, MASKED_OUT)
-        return jnp.repeat(bias_BS, self.kv_heads, axis=0).reshape(-1, self.heads, self.keys)
+        bias_BS = jax.lax.dynamic_slice(bias_BS, self._place(turn, 1)[:2], (self.rows, self.keys))
+        return jnp.repeat(bias_BS, self.heads, axis=0)
 
     def positions(self, causal: bool) -> jax.Array | None:
         """Returns the positions of the queries, int32 (C, Q), if these decide what is seen, and otherwise None."""
         if not causal:
             return None
-        return (jnp.arange(self.chunks * self.rows, dtype=jnp.int32) % self.length).reshape(self.chunks, self.rows)
+        return (jnp.arange(self.chunks * self.chunk, dtype=jnp.int32) % self.length).reshape(self.chunks, self.chunk)
 
 
-def _unseen(position_Q: jax.Array | None, keys: int) -> jax.Array | None:
-    """Returns the bias (Q, S) of scores: MASKED_OUT for keys behind their query. None means that all are seen."""
-    if position_Q is None:
-        return None
-    return jnp.where(jnp.arange(keys) <= position_Q[:, None], 0.0, MASKED_OUT)
+def _largest_divisor(number: int, most: int) -> int:
+    return max(n for n in range(1, max(1, most) + 1) if number % n == 0)
+
+
+def _unseen(bias_NS: jax.Array | None, position_Q: jax.Array | None, keys: int) -> list[jax.Array]:
+    """Returns what is added to the scores of a chunk, in forms that can be broadcast to (N, Q, S)."""
+    biases = [] if bias_NS is None else [bias_NS[:, None, :]]
+    if position_Q is not None:
+        biases.append(jnp.where(jnp.arange(keys) <= position_Q[:, None], 0.0, MASKED_OUT)[None])
+    return biases
 
 
 def _forward(q_BTHK, k_BSGK, v_BSGK, real, causal):
     tiles, scale = _Tiles(q_BTHK.shape, k_BSGK.shape), q_BTHK.shape[-1] ** -0.5
 
-    def turn(_, inputs):
-        q_CNQK, k_NSK, v_NSK, bias_NS = inputs
+    def turn(out_BTHK, i):
+        k_NSK, v_NSK, bias_NS = tiles.keys_in(k_BSGK, i), tiles.keys_in(v_BSGK, i), tiles.bias(real, i)
 
         def chunk(_, inputs):
             q_NQK, position_Q = inputs
-            scores_NQS = _dot(q_NQK, k_NSK, 2, 2) * scale + bias_NS[:, None, :]
-            if (bias_QS := _unseen(position_Q, tiles.keys)) is not None:
-                scores_NQS += bias_QS
+            scores_NQS = _dot(q_NQK, k_NSK, 2, 2)
+            for bias_NQS in _unseen(bias_NS, position_Q, tiles.keys):
+                scores_NQS += bias_NQS
             top_NQ = scores_NQS.max(axis=-1)
-            exp_NQS = jnp.exp(scores_NQS - top_NQ[..., None])
+            exp_NQS = jnp.exp((scores_NQS - top_NQ[..., None]) * scale)
             sum_NQ = exp_NQS.sum(axis=-1)
             out_NQK = _dot(exp_NQS.astype(v_NSK.dtype), v_NSK, 2, 1) / sum_NQ[..., None]
-            return None, (out_NQK.astype(q_NQK.dtype), top_NQ, sum_NQ)
+            return None, (out_NQK, top_NQ, sum_NQ)
 
-        return None, jax.lax.scan(chunk, None, (q_CNQK, tiles.positions(causal)))[1]
+        inputs = (tiles.queries_in(q_BTHK, i), tiles.positions(causal))
+        _, (out_CNQK, top_CNQ, sum_CNQ) = jax.lax.scan(chunk, None, inputs)
+        return tiles.queries_out(out_BTHK, out_CNQK, i), (top_CNQ, sum_CNQ)
 
-    inputs = (tiles.queries_in(q_BTHK), tiles.keys_in(k_BSGK), tiles.keys_in(v_BSGK), tiles.bias(real))
-    _, (out, top, total) = jax.lax.scan(turn, None, inputs)
-    out_BTHK, top, total = (checkpoint_name(x, SAVED_NAME) for x in (tiles.queries_out(out), top, total))
+    out_BTHK, (top, total) = jax.lax.scan(turn, jnp.zeros_like(q_BTHK), jnp.arange(tiles.turns))
+    out_BTHK, top, total = (checkpoint_name(x, SAVED_NAME) for x in (out_BTHK, top, total))
     return out_BTHK, (q_BTHK, k_BSGK, v_BSGK, real, out_BTHK, top, total)
 
 
 def _backward(causal, residuals, dout_BTHK):
     q_BTHK, k_BSGK, v_BSGK, real, out_BTHK, top, total = residuals
     tiles, scale, dtype = _Tiles(q_BTHK.shape, k_BSGK.shape), q_BTHK.shape[-1] ** -0.5, q_BTHK.dtype
+    mean_BTH1 = jnp.sum(dout_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1, keepdims=True)
 
-    def turn(_, inputs):
-        q_CNQK, dout_CNQK, out_CNQK, top_CNQ, sum_CNQ, k_NSK, v_NSK, bias_NS = inputs
+    def turn(gradients, inputs):
+        i, top_CNQ, sum_CNQ = inputs
+        k_NSK, v_NSK, bias_NS = tiles.keys_in(k_BSGK, i), tiles.keys_in(v_BSGK, i), tiles.bias(real, i)
 
         def chunk(sums, inputs):
-            q_NQK, dout_NQK, out_NQK, top_NQ, sum_NQ, position_Q = inputs
-            mean_NQ = jnp.sum(dout_NQK.astype(jnp.float32) * out_NQK.astype(jnp.float32), axis=-1)
+            q_NQK, dout_NQK, mean_NQ, top_NQ, position_Q = inputs
             # With keys as the first dimension, two of the three products with these matrices need no transposition.
-            scores_NSQ = _dot(k_NSK, q_NQK, 2, 2) * scale + bias_NS[:, :, None]
-            if (bias_QS := _unseen(position_Q, tiles.keys)) is not None:
-                scores_NSQ += bias_QS.T
-            p_NSQ = jnp.exp(scores_NSQ - top_NQ[:, None, :]) * (1 / sum_NQ)[:, None, :]
-            dscores_NSQ = p_NSQ * (_dot(v_NSK, dout_NQK, 2, 2) - mean_NQ[:, None, :]) * scale
-            p_NSQ, dscores_NSQ = p_NSQ.astype(dtype), dscores_NSQ.astype(dtype)
+            scores_NSQ = _dot(k_NSK, q_NQK, 2, 2)
+            for bias_NQS in _unseen(bias_NS, position_Q, tiles.keys):
+                scores_NSQ += bias_NQS.swapaxes(1, 2)
+            exp_NSQ = jnp.exp((scores_NSQ - top_NQ[:, None, :]) * scale)
+            dscores_NSQ = (exp_NSQ * (_dot(v_NSK, dout_NQK, 2, 2) - mean_NQ[:, None, :])).astype(dtype)
             dk_NSK, dv_NSK = sums
-            sums = (dk_NSK + _dot(dscores_NSQ, q_NQK, 2, 1), dv_NSK + _dot(p_NSQ, dout_NQK, 2, 1))
-            return sums, _dot(dscores_NSQ, k_NSK, 1, 1).astype(dtype)
+            dk_NSK += _dot(dscores_NSQ, q_NQK, 2, 1)
+            dv_NSK += _dot(exp_NSQ.astype(dtype), dout_NQK, 2, 1)
+            return (dk_NSK, dv_NSK), _dot(dscores_NSQ, k_NSK, 1, 1) * scale
 
+        # The softmax is exp / sum. There are fewer gradients of outputs than scores to divide.
+        dout_CNQK = (tiles.queries_in(dout_BTHK, i) / sum_CNQ[..., None]).astype(dtype)
+        mean_CNQ = tiles.queries_in(mean_BTH1, i)[..., 0] / sum_CNQ
+        inputs = (tiles.queries_in(q_BTHK, i), dout_CNQK, mean_CNQ, top_CNQ, tiles.positions(causal))
         zeros = jnp.zeros(k_NSK.shape, jnp.float32)
-        inputs = (q_CNQK, dout_CNQK, out_CNQK, top_CNQ, sum_CNQ, tiles.positions(causal))
         (dk_NSK, dv_NSK), dq_CNQK = jax.lax.scan(chunk, (zeros, zeros), inputs)
-        return None, (dq_CNQK, dk_NSK.astype(dtype), dv_NSK.astype(dtype))
+        dq_BTHK, dk_BSGK, dv_BSGK = gradients
+        dq_BTHK = tiles.queries_out(dq_BTHK, dq_CNQK, i)
+        return (dq_BTHK, tiles.keys_out(dk_BSGK, dk_NSK * scale, i), tiles.keys_out(dv_BSGK, dv_NSK, i)), None
 
-    queries = [tiles.queries_in(x) for x in (q_BTHK, dout_BTHK, out_BTHK)]
-    keys = (tiles.keys_in(k_BSGK), tiles.keys_in(v_BSGK), tiles.bias(real))
-    _, (dq, dk, dv) = jax.lax.scan(turn, None, (*queries, top, total, *keys))
-    return tiles.queries_out(dq), tiles.keys_out(dk), tiles.keys_out(dv), None
+    zeros = tuple(jnp.zeros_like(x) for x in (q_BTHK, k_BSGK, v_BSGK))
+    (dq_BTHK, dk_BSGK, dv_BSGK), _ = jax.lax.scan(turn, zeros, (jnp.arange(tiles.turns), top, total))
+    return dq_BTHK, dk_BSGK, dv_BSGK, None
 
 
 _attention.defvjp(_forward, _backward)
@@ -205,9 +235,16 @@ def _project_backward(equation, out_sharding, residuals, dy):
     x_letters, weight_letters = inputs.split(",")
     specs = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec
     dx = project(f"{out},{weight_letters}->{x_letters}", dy, weight, specs[0])
-    # x comes first, so that x is transposed and not dy: x is transposed once for all projections that read it, but each
-    # of them has its own dy.
-    return dx, project(f"{x_letters},{out}->{weight_letters}", x, dy, specs[1])
+    if x.size <= dy.size:
+        # x comes first, so that x is transposed and not dy: x is transposed once for all projections that read it, but
+        # each of them has its own dy.
+        return dx, project(f"{x_letters},{out}->{weight_letters}", x, dy, specs[1])
+    # A narrower dy is transposed, and the result, which is small. The barriers keep XLA from undoing this.
+    dy_letters, dw_letters = ("".join(sorted(each, key=x_letters.__contains__)) for each in (out, weight_letters))
+    dy = jax.lax.optimization_barrier(jnp.transpose(dy, [out.index(letter) for letter in dy_letters]))
+    dw_spec = jax.P(*(specs[1][weight_letters.index(letter)] for letter in dw_letters))
+    dw = jax.lax.optimization_barrier(project(f"{dy_letters},{x_letters}->{dw_letters}", dy, x, dw_spec))
+    return dx, jnp.transpose(dw, [dw_letters.index(letter) for letter in weight_letters])
 
 
 project.defvjp(_project_forward, _project_backward)

@@ -13,22 +13,32 @@ import jax.numpy as jnp
 def rope_table(
     length: int, head_width: int, theta: float, scaling: tuple[float, ...] = ()
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin, fp32 (T, K / 2), of the angles position * theta ** (-2 i / K).
-
-    With `scaling`, as of config.model.rope_scaling, the frequencies are those of `scaled`.
-    """
+    """Returns what the rotations of the positions 0 to T - 1 multiply by: see `rope_at`, with shape (T, K)."""
     return rope_at(jnp.arange(length, dtype=jnp.float32), head_width, theta, scaling)
 
 
 def rope_at(
     position: jax.Array, head_width: int, theta: float, scaling: tuple[float, ...] = ()
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns cos and sin as `rope_table` does, fp32 (..., K / 2), for any positions of shape (...)."""
+    """Returns the cosines and the sines of the angles of each component of a head, fp32 (..., K).
+
+    The angle of the components i and i + K / 2, which are rotated together, is position * theta ** (-2 i / K). The
+    first half of the sines has the opposite sign, so that a rotated head is x * cos + exchanged(x) * sin, where
+    exchanged(x) is x with its halves exchanged.
+
+    Args:
+      position: Positions of any shape (...).
+      head_width: K, which is even.
+      theta: The base of the angles.
+      scaling: Empty, or the values of config.model.rope_scaling; the frequencies are then those of `scaled`.
+    """
     frequency = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
     if scaling:
         frequency = scaled(frequency, *scaling)
     angle = position.astype(jnp.float32)[..., None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    # XLA's CPU backend computes cosines again for each row, head and layer that needs them, but not concatenations.
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
 def scaled(frequency: jax.Array, factor: float, low: float, high: float, length: float) -> jax.Array:
@@ -50,12 +60,11 @@ def scaled(frequency: jax.Array, factor: float, low: float, high: float, length:
 def apply_rope(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
     """Applies RoPE in fp32; component i of a head is rotated together with component i + K / 2 (rotate-half).
 
-    cos and sin are (T, K / 2), or (B, T, K / 2) where each row has positions of its own.
+    cos and sin are those of `rope_table`, (T, K), or of `rope_at`, (B, T, K), where each row has positions of its own.
     """
-    first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_TK[..., None, :], sin_TK[..., None, :]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTHK.dtype)
+    x = x_BTHK.astype(jnp.float32)
+    exchanged = jnp.roll(x, x.shape[-1] // 2, axis=-1)
+    return (x * cos_TK[..., None, :] + exchanged * sin_TK[..., None, :]).astype(x_BTHK.dtype)
 
 
 @jax.custom_vjp
@@ -67,9 +76,8 @@ def apply_rope_on_tpu(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -
     width = x_BTHK.shape[-1]
     exchange_KK = jnp.roll(jnp.eye(width, dtype=x_BTHK.dtype), width // 2, axis=0)
     exchanged = jnp.einsum("bthk,kj->bthj", x_BTHK, exchange_KK, precision=jax.lax.Precision.HIGHEST)
-    cos = jnp.concatenate([cos_TK, cos_TK], axis=-1)[..., None, :]
-    sin = jnp.concatenate([-sin_TK, sin_TK], axis=-1)[..., None, :]
-    return (x_BTHK.astype(jnp.float32) * cos + exchanged.astype(jnp.float32) * sin).astype(x_BTHK.dtype)
+    x, exchanged = x_BTHK.astype(jnp.float32), exchanged.astype(jnp.float32)
+    return (x * cos_TK[..., None, :] + exchanged * sin_TK[..., None, :]).astype(x_BTHK.dtype)
 
 
 def _turn(x_BTHK, cos_TK, sin_TK):

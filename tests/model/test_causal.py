@@ -145,7 +145,8 @@ def test_the_scaling_of_llama_3():
     """The frequencies as Llama 3.1 defines them by wavelength, for each component on its own."""
     factor, low, high, length = 8.0, 1.0, 4.0, 8192.0
     cos, sin = rope_table(2, 128, 500_000.0, (factor, low, high, length))
-    found = np.arctan2(np.asarray(sin[1], np.float64), np.asarray(cos[1], np.float64))  # the angles at position 1
+    # The angles at position 1. The sines of the first half have the opposite sign.
+    found = np.arctan2(np.asarray(sin[1, 64:], np.float64), np.asarray(cos[1, 64:], np.float64))
     kinds = set()
     for i in range(64):
         frequency = 500_000.0 ** (-2 * i / 128)

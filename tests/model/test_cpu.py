@@ -80,7 +80,9 @@ def test_attention_with_other_keys_than_queries_and_in_bfloat16(rng):
     [
         ("btd,df->btf", (8, 5, 16), (16, 12), mesh.HIDDEN_BTD, "ff_proj", mesh.FEED_FORWARD_BTF),
         ("btd,dhk->bthk", (8, 5, 16), (16, 4, 8), mesh.HIDDEN_BTD, "q_proj", mesh.HEADS_BTHK),
+        ("btd,dhk->bthk", (8, 5, 16), (16, 2, 4), mesh.HIDDEN_BTD, "k_proj", mesh.HEADS_BTHK),
         ("bthk,hkd->btd", (8, 5, 4, 8), (4, 8, 16), mesh.HEADS_BTHK, "attn_out", mesh.HIDDEN_BTD),
+        ("btf,fd->btd", (8, 5, 24), (24, 16), mesh.FEED_FORWARD_BTF, "ff_out", mesh.HIDDEN_BTD),
     ],
 )
 def test_project_equals_einsum(rng, make_mesh, sizes, dtype, equation, x, weight, x_spec, weight_spec, spec):

@@ -228,8 +228,9 @@ def test_rope_table_and_rotation():
     for position in range(5):
         for i in range(4):
             angle = position * 500_000.0 ** (-2 * i / 8)
-            assert cos[position, i] == pytest.approx(np.cos(angle), abs=tolerance(position, i))
-            assert sin[position, i] == pytest.approx(np.sin(angle), abs=tolerance(position, i))
+            for component, sign in ((i, -1), (i + 4, 1)):
+                assert cos[position, component] == pytest.approx(np.cos(angle), abs=tolerance(position, i))
+                assert sin[position, component] == pytest.approx(sign * np.sin(angle), abs=tolerance(position, i))
     x = jnp.arange(1.0, 9.0).reshape(1, 1, 1, 8).repeat(5, axis=1)
     turned = np.asarray(models.apply_rope(x, cos, sin))[0, :, 0]
     np.testing.assert_array_equal(turned[0], np.arange(1.0, 9.0))

@@ -73,13 +73,21 @@ FAULTS = (
     Fault(
         "padding-mask-of-another-row",
         "llada_jax/model/cpu.py",
-        old="jnp.repeat(bias_BS, self.kv_heads, axis=0)",
-        new="jnp.tile(bias_BS, (self.kv_heads, 1))",
+        old="jnp.repeat(bias_BS, self.heads, axis=0)",
+        new="jnp.tile(bias_BS, (self.heads, 1))",
         harm="On CPUs the rows of a batch use each other's padding, so completions depend on their neighbours.",
         tests=(
             "model/test_cpu.py::test_attention_equals_reference",
             "model/test_cpu.py::test_cuts_do_not_change_attention",
         ),
+    ),
+    Fault(
+        "query-heads-of-the-turn-before",
+        "llada_jax/model/cpu.py",
+        old="turn % self.turns_per_row * self.heads * repeats, 0",
+        new="turn % self.turns_per_row * self.heads, 0",
+        harm="On CPUs, where query heads share keys, long rows are written with the queries of other heads.",
+        tests=("model/test_cpu.py::test_cuts_do_not_change_attention",),
     ),
     Fault(
         "key-value-heads-interleaved",
@@ -92,8 +100,8 @@ FAULTS = (
     Fault(
         "rope-of-neighbouring-components",
         "llada_jax/model/rope.py",
-        old="first, second = jnp.split(x_BTHK.astype(jnp.float32), 2, axis=-1)",
-        new="first, second = x_BTHK.astype(jnp.float32)[..., ::2], x_BTHK.astype(jnp.float32)[..., 1::2]",
+        old="exchanged = jnp.roll(x, x.shape[-1] // 2, axis=-1)",
+        new="exchanged = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)",
         harm="RoPE pairs other components than Llama does: a model trained here works, a published one does not.",
         tests=(
             "model/test_transformer.py::test_rope_table_and_rotation",
