@@ -114,7 +114,7 @@ class _Tiles:
         return jax.lax.dynamic_update_slice(x_BTHK, x.astype(x_BTHK.dtype), self._place(turn, self.repeats))
 
     def bias(self, real: jax.Array | None, turn: jax.Array) -> jax.Array | None:
-        """Returns the bias (N, S) of a turn's scores, 0 for real keys and MASKED_OUT for others, or None for no bias."""
+        """Returns the bias (N, S) of a turn's scores: 0 for real keys, MASKED_OUT for others. None is no bias."""
         if real is None:
             return None
         bias_BS = jnp.where(real_mask(real, self.keys), 0.0, MASKED_OUT)
