@@ -4,7 +4,7 @@ If plain attention is differentiated by JAX and compiled for a CPU, it makes abo
 in main memory. Each of these arrays is larger than any cache, and several of them are kept for the backward pass. In
 this module, scores exist only for a few heads and queries at a time, and the backward pass computes them again.
 
-The gradients of projections are written by hand, so that no gradient of an activation has to be transposed in memory.
+The gradients of projections are written by hand, so that little has to be transposed in memory.
 Projections multiply bfloat16 operands and accumulate in fp32, for which the backend has fast kernels.
 
 The mathematics is the same as in the plain forms. The letters in names are those of transformer.py.
@@ -68,7 +68,7 @@ class _Tiles:
     queries of a key/value head are those of its R = H / G query heads, one query head after the other.
 
     What a turn needs is cut out of the arrays, and its results are put into others, in their own layout: transposing
-    whole arrays before the first turn and after the last one would take a sixth of all time.
+    whole arrays before the first turn and after the last one would take a sixth of attention's time.
     """
 
     def __init__(self, q_shape: tuple[int, ...], k_shape: tuple[int, ...]):
@@ -129,10 +129,10 @@ class _Tiles:
 
 
 def _largest_divisor(number: int, most: int) -> int:
-    return max(n for n in range(1, max(1, most) + 1) if number % n == 0)
+    return max(n for n in range(1, max(1, min(most, number)) + 1) if number % n == 0)
 
 
-def _unseen(bias_NS: jax.Array | None, position_Q: jax.Array | None, keys: int) -> list[jax.Array]:
+def _biases(bias_NS: jax.Array | None, position_Q: jax.Array | None, keys: int) -> list[jax.Array]:
     """Returns what is added to the scores of a chunk, in forms that can be broadcast to (N, Q, S)."""
     biases = [] if bias_NS is None else [bias_NS[:, None, :]]
     if position_Q is not None:
@@ -149,7 +149,7 @@ def _forward(q_BTHK, k_BSGK, v_BSGK, real, causal):
         def chunk(_, inputs):
             q_NQK, position_Q = inputs
             scores_NQS = _dot(q_NQK, k_NSK, 2, 2)
-            for bias_NQS in _unseen(bias_NS, position_Q, tiles.keys):
+            for bias_NQS in _biases(bias_NS, position_Q, tiles.keys):
                 scores_NQS += bias_NQS
             top_NQ = scores_NQS.max(axis=-1)
             exp_NQS = jnp.exp((scores_NQS - top_NQ[..., None]) * scale)
@@ -169,6 +169,7 @@ def _forward(q_BTHK, k_BSGK, v_BSGK, real, causal):
 def _backward(causal, residuals, dout_BTHK):
     q_BTHK, k_BSGK, v_BSGK, real, out_BTHK, top, total = residuals
     tiles, scale, dtype = _Tiles(q_BTHK.shape, k_BSGK.shape), q_BTHK.shape[-1] ** -0.5, q_BTHK.dtype
+    # The mean gradient of the weights of each query, weighted by the weights.
     mean_BTH1 = jnp.sum(dout_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1, keepdims=True)
 
     def turn(gradients, inputs):
@@ -179,7 +180,7 @@ def _backward(causal, residuals, dout_BTHK):
             q_NQK, dout_NQK, mean_NQ, top_NQ, position_Q = inputs
             # With keys as the first dimension, two of the three products with these matrices need no transposition.
             scores_NSQ = _dot(k_NSK, q_NQK, 2, 2)
-            for bias_NQS in _unseen(bias_NS, position_Q, tiles.keys):
+            for bias_NQS in _biases(bias_NS, position_Q, tiles.keys):
                 scores_NSQ += bias_NQS.swapaxes(1, 2)
             exp_NSQ = jnp.exp((scores_NSQ - top_NQ[:, None, :]) * scale)
             dscores_NSQ = (exp_NSQ * (_dot(v_NSK, dout_NQK, 2, 2) - mean_NQ[:, None, :])).astype(dtype)
@@ -234,11 +235,12 @@ def _project_backward(equation, out_sharding, residuals, dy):
     x_letters, weight_letters = inputs.split(",")
     specs = jax.typeof(x).sharding.spec, jax.typeof(weight).sharding.spec
     dx = project(f"{out},{weight_letters}->{x_letters}", dy, weight, specs[0])
-    if x.size <= dy.size:
+    if out != "btd" or x.size <= dy.size + weight.size:
         # x comes first, so that x is transposed and not dy: x is transposed once for all projections that read it, but
         # each of them has its own dy.
         return dx, project(f"{x_letters},{out}->{weight_letters}", x, dy, specs[1])
-    # A narrower dy is transposed, and the result, which is small. The barriers keep XLA from undoing this.
+    # Only one projection reads this x, and dy and the result are smaller, so these are transposed. The barriers keep
+    # XLA from undoing this.
     dy_letters, dw_letters = ("".join(sorted(each, key=x_letters.__contains__)) for each in (out, weight_letters))
     dy = jax.lax.optimization_barrier(jnp.transpose(dy, [out.index(letter) for letter in dy_letters]))
     dw_spec = jax.P(*(specs[1][weight_letters.index(letter)] for letter in dw_letters))

@@ -64,6 +64,20 @@ def test_cuts_do_not_change_attention(rng, monkeypatch, scores, groups):
         np.testing.assert_allclose(one, other, **rounding.of_attention(T, K, T * H // groups, SCORE))
 
 
+@pytest.mark.parametrize(("rows", "heads"), [(1, 2), (2, 4)])
+def test_turns_of_several_rows_or_heads(rng, monkeypatch, rows, heads):
+    """Of 4 rows and 4 key/value heads, each with two query heads, each turn takes some."""
+    shapes = ((4, T, 8, K), (4, T, 4, K), (4, T, 4, K), (4, T, 8, K))
+    *qkv, dout = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    real = jnp.asarray([T, 3, 8, 1], jnp.int32)
+    wanted = values_and_gradients(reference_attention, *qkv, dout, jnp.arange(T) < real[:, None])
+    monkeypatch.setattr(cpu, "SCORES", rows * heads * 2 * T * T)
+    tiles = cpu._Tiles(shapes[0], shapes[1])
+    assert (tiles.rows, tiles.heads, tiles.turns) == (rows, heads, 16 // (rows * heads))
+    for one, other in zip(values_and_gradients(cpu.cpu_attention, *qkv, dout, real), wanted, strict=True):
+        np.testing.assert_allclose(one, other, **rounding.of_attention(T, K, T * 2, SCORE))
+
+
 def test_attention_with_other_keys_than_queries_and_in_bfloat16(rng):
     *qkv, dout = inputs(rng, 2, jnp.bfloat16, keys=21)
     wide = [x.astype(jnp.float32) for x in (*qkv, dout)]
@@ -83,7 +97,9 @@ def test_attention_with_other_keys_than_queries_and_in_bfloat16(rng):
         ("btd,dhk->bthk", (8, 5, 16), (16, 4, 8), mesh.HIDDEN_BTD, "q_proj", mesh.HEADS_BTHK),
         ("btd,dhk->bthk", (8, 5, 16), (16, 2, 4), mesh.HIDDEN_BTD, "k_proj", mesh.HEADS_BTHK),
         ("bthk,hkd->btd", (8, 5, 4, 8), (4, 8, 16), mesh.HEADS_BTHK, "attn_out", mesh.HIDDEN_BTD),
-        ("btf,fd->btd", (8, 5, 24), (24, 16), mesh.FEED_FORWARD_BTF, "ff_out", mesh.HIDDEN_BTD),
+        ("btf,fd->btd", (8, 5, 12), (12, 16), mesh.FEED_FORWARD_BTF, "ff_out", mesh.HIDDEN_BTD),
+        # So many tokens that the narrower output is transposed, not the input.
+        ("btf,fd->btd", (8, 80, 24), (24, 16), mesh.FEED_FORWARD_BTF, "ff_out", mesh.HIDDEN_BTD),
     ],
 )
 def test_project_equals_einsum(rng, make_mesh, sizes, dtype, equation, x, weight, x_spec, weight_spec, spec):
