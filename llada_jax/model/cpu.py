@@ -72,53 +72,50 @@ class _Tiles:
     """
 
     def __init__(self, q_shape: tuple[int, ...], k_shape: tuple[int, ...]):
-        batch, self.keys, kv_heads, _ = k_shape
-        self.length, self.repeats = q_shape[1], q_shape[2] // kv_heads
-        queries = self.repeats * self.length
+        batch, self.keys, self.kv_heads, _ = k_shape
+        self.length = q_shape[1]
+        queries = q_shape[2] // self.kv_heads * self.length
         self.chunk = min(queries, max(8, SCORES // self.keys // 8 * 8))
         self.chunks = -(-queries // self.chunk)
         self.padding = self.chunks * self.chunk - queries
         fitting = SCORES // (self.chunk * self.keys) if self.chunks == 1 else 1
-        self.heads = _largest_divisor(kv_heads, fitting)
-        self.rows = _largest_divisor(batch, fitting // kv_heads)
-        self.turns_per_row = kv_heads // self.heads
+        self.heads = _largest_divisor(self.kv_heads, fitting)
+        self.rows = _largest_divisor(batch, fitting // self.kv_heads)
+        self.turns_per_row = self.kv_heads // self.heads
         self.turns = batch // self.rows * self.turns_per_row
 
-    def _place(self, turn: jax.Array, repeats: int) -> tuple:
-        """Returns where the part of a turn begins in an array (B, T, H, K) with `repeats` heads per key/value head."""
-        return turn // self.turns_per_row * self.rows, 0, turn % self.turns_per_row * self.heads * repeats, 0
+    def _place(self, x_BTHK: jax.Array, turn: jax.Array) -> tuple[tuple, tuple]:
+        """Returns where the part of a turn begins in an array of queries, keys or values, and its sizes."""
+        sizes = (self.rows, x_BTHK.shape[1], x_BTHK.shape[2] // self.kv_heads * self.heads, x_BTHK.shape[3])
+        return (turn // self.turns_per_row * self.rows, 0, turn % self.turns_per_row * sizes[2], 0), sizes
 
-    def keys_in(self, x_BSGK: jax.Array, turn: jax.Array) -> jax.Array:
-        """Returns the keys or values of a turn, (N, S, K)."""
-        sizes = (self.rows, self.keys, self.heads, x_BSGK.shape[-1])
-        x = jax.lax.dynamic_slice(x_BSGK, self._place(turn, 1), sizes)
-        return x.swapaxes(1, 2).reshape(-1, self.keys, x.shape[-1])
+    def cut(self, x_BSGK: jax.Array, turn: jax.Array) -> jax.Array:
+        """Returns the keys or values of a turn, (N, S, K), or its queries, one query head after the other."""
+        x = jax.lax.dynamic_slice(x_BSGK, *self._place(x_BSGK, turn))
+        return x.swapaxes(1, 2).reshape(self.rows * self.heads, -1, x.shape[-1])
 
-    def keys_out(self, x_BSGK: jax.Array, x_NSK: jax.Array, turn: jax.Array) -> jax.Array:
-        """Returns x_BSGK with x_NSK at the place of the keys or values of a turn."""
-        x = x_NSK.reshape(self.rows, self.heads, self.keys, -1).swapaxes(1, 2)
-        return jax.lax.dynamic_update_slice(x_BSGK, x.astype(x_BSGK.dtype), self._place(turn, 1))
+    def put(self, x_BSGK: jax.Array, part_NSK: jax.Array, turn: jax.Array) -> jax.Array:
+        """Returns x_BSGK with another part at the place of a turn."""
+        start, (rows, length, heads, width) = self._place(x_BSGK, turn)
+        part = part_NSK.reshape(rows, heads, length, width).swapaxes(1, 2)
+        return jax.lax.dynamic_update_slice(x_BSGK, part.astype(x_BSGK.dtype), start)
 
     def queries_in(self, x_BTHK: jax.Array, turn: jax.Array) -> jax.Array:
         """Returns the queries of a turn, (C, N, Q, K), padded with zeros."""
-        sizes = (self.rows, self.length, self.heads * self.repeats, x_BTHK.shape[-1])
-        x = jax.lax.dynamic_slice(x_BTHK, self._place(turn, self.repeats), sizes)
-        x = x.swapaxes(1, 2).reshape(self.rows * self.heads, -1, x.shape[-1])
-        x = jnp.pad(x, ((0, 0), (0, self.padding), (0, 0)))
-        return x.reshape(-1, self.chunks, self.chunk, x.shape[-1]).swapaxes(0, 1)
+        x = jnp.pad(self.cut(x_BTHK, turn), ((0, 0), (0, self.padding), (0, 0)))
+        return x.reshape(x.shape[0], self.chunks, self.chunk, x.shape[-1]).swapaxes(0, 1)
 
     def queries_out(self, x_BTHK: jax.Array, x_CNQK: jax.Array, turn: jax.Array) -> jax.Array:
         """Returns x_BTHK with x_CNQK, without its padding, at the place of the queries of a turn."""
         x = x_CNQK.swapaxes(0, 1).reshape(self.rows * self.heads, -1, x_CNQK.shape[-1])
-        x = x[:, : self.repeats * self.length].reshape(self.rows, -1, self.length, x.shape[-1]).swapaxes(1, 2)
-        return jax.lax.dynamic_update_slice(x_BTHK, x.astype(x_BTHK.dtype), self._place(turn, self.repeats))
+        return self.put(x_BTHK, x[:, : x.shape[1] - self.padding], turn)
 
     def bias(self, real: jax.Array | None, turn: jax.Array) -> jax.Array | None:
         """Returns the bias (N, S) of a turn's scores: 0 for real keys, MASKED_OUT for others. None is no bias."""
         if real is None:
             return None
         bias_BS = jnp.where(real_mask(real, self.keys), 0.0, MASKED_OUT)
-        bias_BS = jax.lax.dynamic_slice(bias_BS, self._place(turn, 1)[:2], (self.rows, self.keys))
+        bias_BS = jax.lax.dynamic_slice_in_dim(bias_BS, turn // self.turns_per_row * self.rows, self.rows)
         return jnp.repeat(bias_BS, self.heads, axis=0)
 
     def positions(self, causal: bool) -> jax.Array | None:
@@ -144,7 +141,7 @@ def _forward(q_BTHK, k_BSGK, v_BSGK, real, causal):
     tiles, scale = _Tiles(q_BTHK.shape, k_BSGK.shape), q_BTHK.shape[-1] ** -0.5
 
     def turn(out_BTHK, i):
-        k_NSK, v_NSK, bias_NS = tiles.keys_in(k_BSGK, i), tiles.keys_in(v_BSGK, i), tiles.bias(real, i)
+        k_NSK, v_NSK, bias_NS = tiles.cut(k_BSGK, i), tiles.cut(v_BSGK, i), tiles.bias(real, i)
 
         def chunk(_, inputs):
             q_NQK, position_Q = inputs
@@ -174,7 +171,7 @@ def _backward(causal, residuals, dout_BTHK):
 
     def turn(gradients, inputs):
         i, top_CNQ, sum_CNQ = inputs
-        k_NSK, v_NSK, bias_NS = tiles.keys_in(k_BSGK, i), tiles.keys_in(v_BSGK, i), tiles.bias(real, i)
+        k_NSK, v_NSK, bias_NS = tiles.cut(k_BSGK, i), tiles.cut(v_BSGK, i), tiles.bias(real, i)
 
         def chunk(sums, inputs):
             q_NQK, dout_NQK, mean_NQ, top_NQ, position_Q = inputs
@@ -197,7 +194,7 @@ def _backward(causal, residuals, dout_BTHK):
         (dk_NSK, dv_NSK), dq_CNQK = jax.lax.scan(chunk, (zeros, zeros), inputs)
         dq_BTHK, dk_BSGK, dv_BSGK = gradients
         dq_BTHK = tiles.queries_out(dq_BTHK, dq_CNQK, i)
-        return (dq_BTHK, tiles.keys_out(dk_BSGK, dk_NSK * scale, i), tiles.keys_out(dv_BSGK, dv_NSK, i)), None
+        return (dq_BTHK, tiles.put(dk_BSGK, dk_NSK * scale, i), tiles.put(dv_BSGK, dv_NSK, i)), None
 
     zeros = tuple(jnp.zeros_like(x) for x in (q_BTHK, k_BSGK, v_BSGK))
     (dq_BTHK, dk_BSGK, dv_BSGK), _ = jax.lax.scan(turn, zeros, (jnp.arange(tiles.turns), top, total))
@@ -241,11 +238,10 @@ def _project_backward(equation, out_sharding, residuals, dy):
         return dx, project(f"{x_letters},{out}->{weight_letters}", x, dy, specs[1])
     # Only one projection reads this x, and dy and the result are smaller, so these are transposed. The barriers keep
     # XLA from undoing this.
-    dy_letters, dw_letters = ("".join(sorted(each, key=x_letters.__contains__)) for each in (out, weight_letters))
-    dy = jax.lax.optimization_barrier(jnp.transpose(dy, [out.index(letter) for letter in dy_letters]))
-    dw_spec = jax.P(*(specs[1][weight_letters.index(letter)] for letter in dw_letters))
-    dw = jax.lax.optimization_barrier(project(f"{dy_letters},{x_letters}->{dw_letters}", dy, x, dw_spec))
-    return dx, jnp.transpose(dw, [dw_letters.index(letter) for letter in weight_letters])
+    dy_DBT = jax.lax.optimization_barrier(jnp.moveaxis(dy, -1, 0))
+    equation, spec = f"dbt,{x_letters}->d{weight_letters[:-1]}", jax.P(specs[1][-1], *specs[1][:-1])
+    dweight = jax.lax.optimization_barrier(project(equation, dy_DBT, x, spec))
+    return dx, jnp.moveaxis(dweight, 0, -1)
 
 
 project.defvjp(_project_forward, _project_backward)

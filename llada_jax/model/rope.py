@@ -62,8 +62,11 @@ def apply_rope(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.A
 
     cos and sin are those of `rope_table`, (T, K), or of `rope_at`, (B, T, K), where each row has positions of its own.
     """
-    x = x_BTHK.astype(jnp.float32)
-    exchanged = jnp.roll(x, x.shape[-1] // 2, axis=-1)
+    return _combined(x_BTHK, jnp.roll(x_BTHK, x_BTHK.shape[-1] // 2, axis=-1), cos_TK, sin_TK)
+
+
+def _combined(x_BTHK: jax.Array, exchanged_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -> jax.Array:
+    x, exchanged = x_BTHK.astype(jnp.float32), exchanged_BTHK.astype(jnp.float32)
     return (x * cos_TK[..., None, :] + exchanged * sin_TK[..., None, :]).astype(x_BTHK.dtype)
 
 
@@ -75,9 +78,8 @@ def apply_rope_on_tpu(x_BTHK: jax.Array, cos_TK: jax.Array, sin_TK: jax.Array) -
     """
     width = x_BTHK.shape[-1]
     exchange_KK = jnp.roll(jnp.eye(width, dtype=x_BTHK.dtype), width // 2, axis=0)
-    exchanged = jnp.einsum("bthk,kj->bthj", x_BTHK, exchange_KK, precision=jax.lax.Precision.HIGHEST)
-    x, exchanged = x_BTHK.astype(jnp.float32), exchanged.astype(jnp.float32)
-    return (x * cos_TK[..., None, :] + exchanged * sin_TK[..., None, :]).astype(x_BTHK.dtype)
+    exchanged_BTHK = jnp.einsum("bthk,kj->bthj", x_BTHK, exchange_KK, precision=jax.lax.Precision.HIGHEST)
+    return _combined(x_BTHK, exchanged_BTHK, cos_TK, sin_TK)
 
 
 def _turn(x_BTHK, cos_TK, sin_TK):

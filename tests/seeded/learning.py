@@ -84,7 +84,7 @@ FAULTS = (
     Fault(
         "query-heads-of-the-turn-before",
         "llada_jax/model/cpu.py",
-        old="turn % self.turns_per_row * self.heads * repeats, 0",
+        old="turn % self.turns_per_row * sizes[2], 0",
         new="turn % self.turns_per_row * self.heads, 0",
         harm="On CPUs, where query heads share keys, long rows are written with the queries of other heads.",
         tests=("model/test_cpu.py::test_cuts_do_not_change_attention",),
@@ -100,8 +100,8 @@ FAULTS = (
     Fault(
         "rope-of-neighbouring-components",
         "llada_jax/model/rope.py",
-        old="exchanged = jnp.roll(x, x.shape[-1] // 2, axis=-1)",
-        new="exchanged = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)",
+        old="jnp.roll(x_BTHK, x_BTHK.shape[-1] // 2, axis=-1)",
+        new="x_BTHK.reshape(*x_BTHK.shape[:-1], -1, 2)[..., ::-1].reshape(x_BTHK.shape)",
         harm="RoPE pairs other components than Llama does: a model trained here works, a published one does not.",
         tests=(
             "model/test_transformer.py::test_rope_table_and_rotation",
